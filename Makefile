@@ -1,0 +1,47 @@
+# `make` alone lists what there is. Every target sets up what it needs.
+
+SHELL := /bin/bash
+VENV := .venv
+ROOT := runs
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
+IN := . $(VENV)/bin/activate &&
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## virtual environment in .venv, exactly as locked
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; name one with make PYTHON=/path/to/python3.12"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(IN) pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
+	$(IN) pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup ## the whole pipeline on photographs, about five minutes on two cores
+	$(IN) sogclr run --preset demo --root $(ROOT)
+
+test: setup ## the tests
+	$(IN) pytest -n 2 --dist loadfile
+
+check: setup ## format, lint, types, import rules, tests: what a commit must pass
+	$(IN) ruff format --check .
+	$(IN) ruff check .
+	$(IN) mypy trainer eval beam_jobs components pipelines
+	$(IN) lint-imports
+	$(IN) pytest -n 2 --dist loadfile
+
+format: setup ## format the code and mend what the linter can
+	$(IN) ruff format . && ruff check --fix .
+
+lock: setup ## resolve the dependencies anew into requirements.lock
+	$(IN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+		--extra cpu --extra dev --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+
+clean: ## remove the virtual environment and caches, never runs
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

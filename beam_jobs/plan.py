@@ -1,0 +1,80 @@
+"""The plan of a conversion: which image gets which ID, which place in the order of reading, which shard."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from beam_jobs import archives, files
+
+SPLITS = ("train", "validation")
+WORK = ".building"
+"""Folder within the output that is there while it is not finished."""
+SHARD_BYTES = 128 * 2**20
+"""What a shard has, about, where the number of shards is not given."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known before any image is: all that the workers have to be told."""
+
+    raw: archives.Raw
+    output: str
+    name: str
+    num_shards: Mapping[str, int]
+    """By split, at most: no shard is empty."""
+
+    @property
+    def work(self) -> str:
+        """The folder of the workers' reports."""
+        return files.join(self.output, WORK)
+
+    @property
+    def rejected(self) -> str:
+        """The file that lists the images that cannot be read, where there are any."""
+        return files.join(self.output, f"{self.name}-rejected.txt")
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """The images of a split, known once those of each archive are counted."""
+
+    first_ids: Mapping[int, int]
+    """By archive: the ID of its first image. The others follow in the order of their names."""
+    num_images: int
+    shard_files: tuple[str, ...]
+
+    def shards_of(self, places: np.ndarray) -> np.ndarray:
+        """Returns the number of the shard that holds each of `places`: shards cut the order of reading into equal parts."""
+        return places * len(self.shard_files) // self.num_images
+
+
+def make_plan(raw: archives.Raw, output: str, name: str, num_shards: int | None) -> Plan:
+    """Returns the plan for `num_shards` shards a split, or for as many as make them about `SHARD_BYTES`."""
+    archive_bytes = {split: sum(raw.archives[number].size for number in raw.of_split(split)) for split in SPLITS}
+    return Plan(raw, output, name, {split: num_shards or -(-archive_bytes[split] // SHARD_BYTES) for split in SPLITS})
+
+
+def plan_split(plan: Plan, split: str, counts: Mapping[int, int]) -> SplitPlan:
+    """Returns the plan of a split from the number of images in each archive."""
+    first_ids, num_images = {}, 0
+    for number in plan.raw.of_split(split):
+        first_ids[number] = num_images
+        num_images += counts[number]
+    num_shards = min(plan.num_shards[split], num_images)
+    names = (f"{plan.name}-{split}.tfrecord-{number:05d}-of-{num_shards:05d}" for number in range(num_shards))
+    return SplitPlan(first_ids, num_images, tuple(names))
+
+
+@functools.lru_cache(maxsize=len(SPLITS))
+def reading_places(num_images: int) -> np.ndarray:
+    """Returns for each ID its place, int64 [N], in the order in which the shards, one after another, hold the images.
+
+    A fixed permutation of 0..N-1 that mixes the classes: the ranks of SplitMix64's outputs (Steele et al. 2014, doi
+    10.1145/2714064.2660195), which differ for different IDs.
+    """
+    keys = (np.arange(num_images, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(np.argsort(keys ^ (keys >> np.uint64(31))))

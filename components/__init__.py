@@ -1,0 +1,9 @@
+"""The steps of the pipeline as KFP components: each opens an MLflow run, calls one job and records what came out."""
+
+import os
+
+# Before anything imports mlflow, here and in child processes: it sends nothing to anyone, and says nothing but warnings.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")

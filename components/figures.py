@@ -1,0 +1,202 @@
+"""Pictures for MLflow: the lineage of a pipeline run, the curves of a pretraining, the classes of a linear eval."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from components.lineage import COMPONENTS, Artifact, Lineage, Step, short
+
+INK, GREY, LINE, PAPER = "#1f2933", "#66727f", "#b8c2cc", "#ffffff"
+BLUE, GREEN, RED, AMBER = "#2f6db5", "#2e8b6f", "#c0392b", "#b7791f"
+
+_WIDTH, _HEIGHT = 13.0, 4.5
+_BOX_WIDTH, _STEP_HEIGHT, _THING_HEIGHT = 2.65, 1.05, 1.4
+_STEP_Y, _THING_Y = 2.95, 1.05
+
+
+def lineage(chain: Lineage) -> Figure:
+    """Draws the whole chain: raw data, runs, dataset, encoder, result. Steps of earlier pipeline runs are dashed."""
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), facecolor=PAPER)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, _WIDTH), ylim=(0, _HEIGHT))
+    axes.set_axis_off()
+    axes.text(0.35, _HEIGHT - 0.42, chain.name, size=15, weight="bold", color=INK, va="center")
+    axes.text(_WIDTH - 0.35, _HEIGHT - 0.42, f"pipeline run {short(chain.run_id)}", size=10, color=GREY, va="center", ha="right")
+
+    steps = {step.component: step for step in chain.steps}
+    things = _things(chain, steps)
+    thing_xs = np.linspace(0.35 + _BOX_WIDTH / 2, _WIDTH - 0.35 - _BOX_WIDTH / 2, len(things))
+    for x, (title, lines, there) in zip(thing_xs, things, strict=True):
+        _box(
+            axes,
+            x,
+            _THING_Y,
+            _THING_HEIGHT,
+            title,
+            lines,
+            face="#f4f7fa" if there else PAPER,
+            edge=LINE,
+            ink=INK if there else LINE,
+        )
+    for i, component in enumerate(COMPONENTS):
+        step = steps.get(component)
+        x = (thing_xs[i] + thing_xs[i + 1]) / 2
+        reused = step is not None and chain.reused(step)
+        colour = _colour(step)
+        filled = step is not None and not reused
+        face, ink = (colour, PAPER) if filled else (PAPER, colour)
+        _box(axes, x, _STEP_Y, _STEP_HEIGHT, component, _step_lines(step, reused), face=face, edge=colour, ink=ink, dashed=reused)
+        top, bottom = _THING_Y + _THING_HEIGHT / 2, _STEP_Y - _STEP_HEIGHT / 2
+        _arrow(axes, (thing_xs[i] + 0.2, top), (x - 0.75, bottom), GREY if step else LINE)
+        _arrow(axes, (x + 0.75, bottom), (thing_xs[i + 1] - 0.2, top), GREY if step and step.outputs else LINE)
+    _bars(axes, thing_xs[-1], chain.output("metrics"))
+    return figure
+
+
+def _colour(step: Step | None) -> str:
+    if step is None:
+        return LINE
+    return {"FINISHED": BLUE, "RUNNING": AMBER}.get(step.status, RED)
+
+
+def _step_lines(step: Step | None, reused: bool) -> list[str]:
+    if step is None:
+        return ["not run"]
+    minutes, seconds = divmod(round(step.seconds), 60)
+    took = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    state = {"FINISHED": took, "RUNNING": "running"}.get(step.status, step.status.lower())
+    return [f"run {short(step.run_id)}", f"reused from run {short(step.pipeline_id)}" if reused else state]
+
+
+def _things(chain: Lineage, steps: Mapping[str, Step]) -> list[tuple[str, list[str], bool]]:
+    """Returns for each thing that a step reads or makes: its title, lines, and whether it is there."""
+    dataset, model = chain.output("dataset"), chain.output("model")
+    conversion, pretraining = steps.get("build-tfrecords"), steps.get("pretrain")
+    raw = str(conversion.arguments.get("raw", "")) if conversion else ""
+    return [
+        ("raw archives", ["…/" + "/".join(raw.rstrip("/").split("/")[-2:])] if raw else [], conversion is not None),
+        ("dataset", _dataset_lines(dataset) if dataset else [], dataset is not None),
+        ("encoder", _encoder_lines(model, pretraining) if model and pretraining else [], model is not None),
+        ("linear-eval top-1", [], chain.output("metrics") is not None),
+    ]
+
+
+def _dataset_lines(dataset: Artifact) -> list[str]:
+    return [
+        dataset.short("fingerprint", 16),
+        f"{dataset.count('train_images'):,} train, {dataset.count('validation_images'):,} validation",
+        f"{dataset.count('classes'):,} classes",
+    ]
+
+
+def _encoder_lines(model: Artifact, pretraining: Step) -> list[str]:
+    loss = pretraining.metrics.get("train/contrastive_loss")
+    return [
+        f"{model.metadata.get('model_name')} v{model.metadata.get('model_version')}",
+        str(model.metadata.get("preset", "")),
+        f"{model.count('steps'):,} steps" + (f", loss {loss:.3f}" if loss is not None else ""),
+    ]
+
+
+def _box(
+    axes: Axes,
+    x: float,
+    y: float,
+    height: float,
+    title: str,
+    lines: Sequence[str],
+    *,
+    face: str,
+    edge: str,
+    ink: str,
+    dashed: bool = False,
+) -> None:
+    corner = (x - _BOX_WIDTH / 2, y - height / 2)
+    style = "round,pad=0,rounding_size=0.12"
+    line = (0, (4, 2)) if dashed else "solid"
+    axes.add_patch(
+        FancyBboxPatch(corner, _BOX_WIDTH, height, style, facecolor=face, edgecolor=edge, linewidth=1.6, linestyle=line)
+    )
+    axes.text(x, y + height / 2 - 0.27, title, size=11.5, weight="bold", color=ink, ha="center", va="center")
+    for i, text in enumerate(lines):
+        axes.text(x, y + height / 2 - 0.58 - 0.25 * i, text, size=9.5, color=ink, ha="center", va="center")
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
+    axes.add_patch(
+        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=13, color=colour, linewidth=1.4, shrinkA=3, shrinkB=3)
+    )
+
+
+def _bars(axes: Axes, x: float, metrics: Artifact | None) -> None:
+    """Draws top-1 beside the control into the result's box, which means 0 to 100%."""
+    if metrics is None:
+        return
+    left, width = x - _BOX_WIDTH / 2 + 0.2, _BOX_WIDTH - 0.4
+    for name, key, y, colour in (
+        ("pretrained", "top_1_accuracy", _THING_Y - 0.06, GREEN),
+        ("untrained control", "untrained_top_1_accuracy", _THING_Y - 0.5, LINE),
+    ):
+        value = float(metrics.metadata.get(key, 0.0))
+        axes.barh(y, width, height=0.12, left=left, color="#e3e8ee")
+        axes.barh(y, width * value, height=0.12, left=left, color=colour)
+        axes.text(left, y + 0.18, name, size=9, color=INK, va="center")
+        axes.text(left + width, y + 0.18, f"{value:.1%}", size=9.5, weight="bold", color=INK, va="center", ha="right")
+
+
+def curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """Draws each metric of `history`, by name (step, value), over the steps: loss, learning rate and u first."""
+    first = ("train/contrastive_loss", "train/learning_rate", "train/u_mean")
+    names = [name for name in first if name in history] + sorted(set(history) - set(first))
+    columns = 3
+    rows = max(1, -(-len(names) // columns))
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained", facecolor=PAPER)
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        steps, values = zip(*history[name], strict=True)
+        axes.plot(steps, values, color=BLUE, linewidth=1.6, marker="o" if len(steps) < 30 else None, markersize=3)
+        axes.set_title(name.removeprefix("train/").replace("_", " "), size=10, color=INK, loc="left")
+        axes.set_xlabel("step", size=8, color=GREY)
+        _plain(axes)
+    return figure
+
+
+def per_class_accuracy(accuracy: Sequence[float], classes: Sequence[str]) -> Figure:
+    """Draws a bar for each class, the best first; none for a class without images (nan)."""
+    order = [i for i in np.argsort(accuracy)[::-1] if not np.isnan(accuracy[i])]
+    named = len(order) <= 60
+    figure = Figure(figsize=(8, max(3.0, 0.24 * len(order))) if named else (8, 4), layout="constrained", facecolor=PAPER)
+    axes = figure.add_subplot()
+    values = 100 * np.asarray(accuracy)[order]
+    if named:
+        axes.barh([classes[i] for i in order], values, color=BLUE)
+        axes.invert_yaxis()
+        axes.set(xlabel="top-1 accuracy, %", xlim=(0, 100))
+    else:
+        axes.fill_between(np.arange(len(order)), values, color=BLUE, step="mid")
+        axes.set(ylabel="top-1 accuracy, %", xlabel="classes, best first", ylim=(0, 100))
+    _plain(axes)
+    return figure
+
+
+def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
+    """Draws how often images of a class (row) were taken for another (column), as a part of the row."""
+    figure = Figure(figsize=(7.5, 6.5), layout="constrained", facecolor=PAPER)
+    axes = figure.add_subplot()
+    parts = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    figure.colorbar(axes.imshow(parts, cmap="Blues", vmin=0, vmax=1), ax=axes, shrink=0.8, label="part of the class's images")
+    axes.set(xlabel="predicted", ylabel="class")
+    if len(classes) <= 60:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    axes.tick_params(labelsize=7, colors=GREY)
+    return figure
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(LINE)
+    axes.tick_params(labelsize=8, colors=GREY)

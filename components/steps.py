@@ -1,0 +1,136 @@
+"""The three components. KFP ships the body of each as text, so a body imports what it needs itself."""
+
+from kfp import dsl
+
+IMAGE = "sogclr-python"
+"""Placeholder: the local runner uses the current interpreter; `sogclr compile --image` puts a real one in its place."""
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def build_tfrecords(raw: str, raw_identity: str, code_version: str, dataset: dsl.Output[dsl.Dataset]) -> None:
+    """Turns raw ImageNet archives into TFRecords with image IDs.
+
+    Args:
+        raw: Folder of the archives.
+        raw_identity: Changes when the archives do, so that the cache sees it.
+        code_version: Changes when the code does, so that the cache sees it.
+        dataset: A TFDS folder with its manifest.
+    """
+    from beam_jobs.build_tfrecords import build
+    from components import tracking
+    from trainer.progress import ProgressBars
+
+    arguments = {"raw": raw, "raw_identity": raw_identity, "code_version": code_version}
+    with ProgressBars() as bars, tracking.step("build-tfrecords", arguments, {"dataset": dataset}) as run:
+        manifest = build(raw, dataset.uri, report=lambda done, total: bars("build-tfrecords", done, total))
+        train, validation = manifest.splits["train"], manifest.splits["validation"]
+        dataset.metadata.update(
+            name=manifest.name,
+            fingerprint=manifest.fingerprint,
+            train_images=train.records,
+            validation_images=validation.records,
+            classes=manifest.num_classes,
+        )
+        run.log_dataset(dataset, "output")
+        run.log_metrics(
+            {
+                "data/train_images": train.records,
+                "data/validation_images": validation.records,
+                "data/repaired_images": len(train.repaired) + len(validation.repaired),
+                "data/rejected_images": len(train.rejected) + len(validation.rejected),
+            },
+            step=0,
+        )
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def pretrain(
+    preset: str, overrides: list[str], code_version: str, dataset: dsl.Input[dsl.Dataset], model: dsl.Output[dsl.Model]
+) -> None:
+    """Pretrains an encoder without labels.
+
+    Args:
+        preset: The experiment.
+        overrides: key=value for each setting that differs from the preset's; none of the linear eval's.
+        code_version: Changes when the code does, so that the cache sees it.
+        dataset: What build-tfrecords made.
+        model: A folder of checkpoints with config.json and result.json.
+    """
+    from dataclasses import asdict
+
+    from components import figures, tracking
+    from trainer.presets import resolve
+    from trainer.progress import ProgressBars
+    from trainer.train import train
+
+    arguments = {"preset": preset, "overrides": overrides, "code_version": code_version}
+    with ProgressBars() as bars, tracking.step("pretrain", arguments, {"model": model}, {"dataset": dataset}) as run:
+        config = resolve(preset, overrides)
+        settings = {name: value for name, value in asdict(config).items() if name != "linear_eval"}
+        run.log_params(settings)
+        run.log_dataset(dataset, "training")
+        result = train(
+            config,
+            dataset.uri,
+            model.uri,
+            preset=preset,
+            code_version=code_version,
+            log_metrics=run.log_metrics,
+            report=lambda done, total, text: bars("pretrain", done, total, text),
+        )
+        run.log_figure(figures.curves(run.history()), "curves.png")
+        model.metadata.update(preset=preset, steps=result.steps, state_sha256=result.state_sha256)
+        run.log_encoder(
+            model,
+            dataset,
+            [result.checkpoint, f"{model.uri}/config.json", f"{model.uri}/result.json"],
+            params={"preset": preset, "steps": result.steps, "state_sha256": result.state_sha256, **settings},
+            metrics=result.metrics,
+            step=result.steps,
+        )
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def linear_eval(
+    overrides: list[str],
+    code_version: str,
+    dataset: dsl.Input[dsl.Dataset],
+    model: dsl.Input[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Fits a linear classifier on the frozen encoder and measures it, beside the same for an untrained encoder.
+
+    Args:
+        overrides: key=value for each setting of the linear eval that differs from the preset's.
+        code_version: Changes when the code does, so that the cache sees it.
+        dataset: What build-tfrecords made.
+        model: What pretrain made.
+        metrics: Accuracies between 0 and 1; a folder with result.json.
+    """
+    from components import figures, tracking
+    from eval.linear_eval import linear_eval as evaluate
+    from trainer.progress import ProgressBars
+    from trainer.records import read_manifest
+
+    arguments = {"overrides": overrides, "code_version": code_version}
+    inputs = {"model": model, "dataset": dataset}
+    with ProgressBars() as bars, tracking.step("linear-eval", arguments, {"metrics": metrics}, inputs) as run:
+        run.log_dataset(dataset, "eval")
+        run.use_encoder(model)
+        result = evaluate(
+            dataset.uri,
+            model.uri,
+            metrics.uri,
+            overrides,
+            log_metrics=run.log_metrics,
+            report=lambda done, total, text: bars("linear-eval", done, total, text),
+        )
+        run.log_final_metrics(result.metrics, model.metadata["model_id"], dataset, int(model.metadata["steps"]))
+        classes = read_manifest(dataset.uri).synsets
+        run.log_figure(figures.per_class_accuracy(result.per_class_accuracy, classes), "per_class_accuracy.png")
+        run.log_figure(figures.confusion(result.confusion, classes), "confusion.png")
+        for name, value in result.metrics.items():
+            metrics.log_metric(name.removeprefix("eval/"), value)
+
+
+COMPONENTS = {"build-tfrecords": build_tfrecords, "pretrain": pretrain, "linear-eval": linear_eval}

@@ -1,0 +1,506 @@
+"""All that is known of MLflow: stores, runs, what they record, and the words and the picture that join them.
+
+A pipeline run is a parent run, a component's run is nested in it. Beside MLflow's own, runs carry these tags:
+
+    sogclr.component        what it is: one of `COMPONENTS`, or `pipeline`
+    sogclr.run.COMPONENT    the run of COMPONENT that it is, follows from, or, for a pipeline, consists of
+
+so that one search finds everything that came of a run. The arguments and outputs of a component's run are in its artifact
+`step.json`. Nothing here uses MLflow's notion of an active run: every call names its run.
+"""
+
+import json
+import os
+import shlex
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlflow
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelInput,
+    LoggedModelOutput,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
+from mlflow.exceptions import MlflowException
+
+from components import figures
+from components.lineage import COMPONENTS, Artifact, Lineage, Step, short
+from trainer.records import UserError
+
+EXPERIMENT = "sogclr"
+ENCODER = "sogclr-encoder"
+"""Name of the registered model."""
+
+PIPELINE = "pipeline"
+LINEAGE_PICTURE = "lineage.png"
+
+_COMPONENT = "sogclr.component"
+_RUN_OF = "sogclr.run."
+_JOB = "sogclr.job"
+_ROOT = "sogclr.root"
+_COMMAND = "sogclr.command"
+_RERUN_OF = "sogclr.rerun_of"
+_CODE = "sogclr.code_version"
+_ERROR = "sogclr.error"
+_USER_ERROR = "sogclr.user_error"
+_COMMIT = "mlflow.source.git.commit"
+_PARENT = "mlflow.parentRunId"
+_NOTE = "mlflow.note.content"
+_STEP = "step.json"
+_MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+_VIEW = "?workflowType=machine_learning"
+"""The UI's own word for pages about training; it shows those about agents otherwise."""
+_DIGEST_LENGTH = 36
+"""What MLflow has room for."""
+_METRICS_PER_CALL = 500
+_SECONDS_BETWEEN_CALLS = 10.0
+
+
+class KfpArtifact(Protocol):
+    """What a component is given and gives: any of KFP's artifacts."""
+
+    schema_title: str
+    uri: str
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where runs are kept."""
+
+    client: MlflowClient
+    experiment_id: str
+
+
+def open_store(uri: str, experiment: str = EXPERIMENT, artifacts: str | None = None) -> Store:
+    """Returns the store at `uri`, with its experiment; where that is new, its artifacts go to the folder `artifacts`.
+
+    Raises UserError for a store that cannot be used.
+    """
+    try:
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(experiment)
+        return Store(client, found.experiment_id if found else client.create_experiment(experiment, artifacts, _MODEL_TRAINING))
+    except MlflowException as error:
+        raise UserError(f"MLflow cannot use {uri}: {_one_line(error)}; mend or unset MLFLOW_TRACKING_URI") from error
+
+
+# ---- The pipeline's run
+
+
+def start_pipeline(
+    store: Store,
+    name: str,
+    *,
+    command: Sequence[str],
+    root: str,
+    code_version: str,
+    git_commit: str = "",
+    params: Mapping[str, Any],
+    rerun_of: str = "",
+) -> str:
+    """Opens a parent run and returns its ID. `rerun_of` is the run of the component that is done again."""
+    tags = {
+        _COMPONENT: PIPELINE,
+        _COMMAND: shlex.join(command),
+        _ROOT: root,
+        _CODE: code_version,
+        _COMMIT: git_commit,
+        _RERUN_OF: rerun_of,
+    }
+    run = store.client.create_run(store.experiment_id, run_name=name, tags={key: value for key, value in tags.items() if value})
+    _log_params(store, run.info.run_id, params)
+    return run.info.run_id
+
+
+def end_pipeline(store: Store, pipeline_id: str, status: str, run_ids: Iterable[str] = ()) -> Lineage:
+    """Closes a parent run that consists of the runs `run_ids` and of those that it made; returns what led to what.
+
+    A step that is still said to be running is said to be killed.
+    """
+    for run_id in run_ids:
+        _set_tags(store, pipeline_id, _runs_named_by(store.client.get_run(run_id)))
+    for one in lineage(store, pipeline_id).steps:
+        if one.status == "RUNNING" and one.pipeline_id == pipeline_id:
+            store.client.set_terminated(one.run_id, "KILLED")
+    chain = lineage(store, pipeline_id)
+    result = chain.output("metrics")
+    if status == "FINISHED" and result is not None:
+        _log_metrics(store, pipeline_id, {f"eval/{key}": value for key, value in result.metadata.items() if key != "run_id"})
+    store.client.set_terminated(pipeline_id, status)
+    redraw(store, pipeline_id)
+    return chain
+
+
+def pipeline_of_job(store: Store, output_uri: str) -> str:
+    """Returns the parent run, new if need be, of the pipeline job that writes to `output_uri`, which ends in JOB/TASK/OUTPUT."""
+    job = output_uri.rstrip("/").split("/")[-3]
+    found = store.client.search_runs([store.experiment_id], f"tags.`{_JOB}` = '{job}'")
+    if found:
+        return found[0].info.run_id
+    tags = {_COMPONENT: PIPELINE, _JOB: job}
+    return store.client.create_run(store.experiment_id, run_name=job, tags=tags).info.run_id
+
+
+def knows(store: Store, run_id: str) -> bool:
+    """Returns whether a run is there and was not deleted."""
+    run = _find(store, run_id)
+    return run is not None and run.info.lifecycle_stage == "active"
+
+
+# ---- A component's run
+
+
+class StepRun:
+    """The run of a component while it runs."""
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self.run_id = run_id
+        self._store = store
+        self._pending: list[Metric] = []
+        self._last_call = time.monotonic()
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Records parameters; those within others get dotted names."""
+        _log_params(self._store, self.run_id, params)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Records metrics, several steps in one call to the store."""
+        now = int(time.time() * 1000)
+        self._pending += [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        if len(self._pending) >= _METRICS_PER_CALL or time.monotonic() - self._last_call >= _SECONDS_BETWEEN_CALLS:
+            self.flush()
+
+    def flush(self) -> None:
+        for start in range(0, len(self._pending), _METRICS_PER_CALL):
+            self._store.client.log_batch(self.run_id, metrics=self._pending[start : start + _METRICS_PER_CALL])
+        self._pending = []
+        self._last_call = time.monotonic()
+
+    def history(self) -> dict[str, list[tuple[int, float]]]:
+        """Returns all that was recorded of each metric, by name: (step, value), in order."""
+        self.flush()
+        client = self._store.client
+        names = client.get_run(self.run_id).data.metrics
+        return {name: sorted((m.step, m.value) for m in client.get_metric_history(self.run_id, name)) for name in names}
+
+    def log_figure(self, figure: Figure, file: str) -> None:
+        self._store.client.log_figure(self.run_id, figure, file, save_kwargs={"dpi": 120})
+
+    def log_dataset(self, dataset: KfpArtifact, context: str) -> None:
+        """Records a dataset as input, in the context "training", "eval" or "output".
+
+        MLflow keeps one entry for equal datasets, with the source of the first: the tags of the input say which this one is.
+        """
+        uri, about = dataset.uri, dataset.metadata
+        entry = Dataset(
+            **_name_and_digest(dataset),
+            source_type="gs" if uri.startswith("gs://") else "local",
+            source=json.dumps({"uri": uri, "run_id": about["run_id"]}),
+            profile=json.dumps({key: int(about[key]) for key in ("train_images", "validation_images", "classes")}),
+        )
+        tags = {"mlflow.data.context": context, "uri": uri} | {key: str(about[key]) for key in ("fingerprint", "run_id")}
+        inputs = [DatasetInput(entry, [InputTag(key, value) for key, value in tags.items()])]
+        self._store.client.log_inputs(self.run_id, datasets=inputs)
+        self._store.client.set_tag(self.run_id, "sogclr.dataset_fingerprint", about["fingerprint"])
+
+    def log_encoder(
+        self,
+        model: KfpArtifact,
+        dataset: KfpArtifact,
+        files: Sequence[str],
+        *,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        step: int,
+    ) -> None:
+        """Records an encoder made of `files` as a logged model with its final metrics, and registers it; its metadata say so.
+
+        A store in a database looks for the model to register where MLFLOW_TRACKING_URI says, so that must name this store.
+        """
+        client = self._store.client
+        texts = {name: str(value) for name, value in params.items()}
+        logged = client.create_logged_model(self._store.experiment_id, ENCODER, self.run_id, params=texts, model_type="encoder")
+        with tempfile.TemporaryDirectory() as folder:
+            for file in files:
+                mlflow.artifacts.download_artifacts(artifact_uri=file, dst_path=folder)
+            client.log_model_artifacts(logged.model_id, folder)
+        client.finalize_logged_model(logged.model_id, "READY")
+        client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step)])
+        self.log_final_metrics(metrics, logged.model_id, dataset, step)
+        tags = {"dataset_fingerprint": dataset.metadata["fingerprint"], "uri": model.uri, **texts}
+        version = _register(client, logged.model_id, self.run_id, tags)
+        model.metadata.update(model_id=logged.model_id, model_name=ENCODER, model_version=version)
+
+    def use_encoder(self, model: KfpArtifact) -> None:
+        """Records an encoder that `log_encoder` logged as this run's input."""
+        self._store.client.log_inputs(self.run_id, models=[LoggedModelInput(model.metadata["model_id"])])
+
+    def log_final_metrics(self, metrics: Mapping[str, float], model_id: str, dataset: KfpArtifact, step: int) -> None:
+        """Records metrics as those of a model on a dataset."""
+        about = {f"dataset_{key}": value for key, value in _name_and_digest(dataset).items()}
+        _log_metrics(self._store, self.run_id, metrics, step, model_id=model_id, **about)
+
+
+@contextmanager
+def step(
+    component: str,
+    arguments: Mapping[str, Any],
+    outputs: Mapping[str, KfpArtifact],
+    inputs: Mapping[str, KfpArtifact] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Iterator[StepRun]:
+    """Opens the run of `component` under its pipeline's, and closes it as finished, or as failed with the reason.
+
+    The store and the pipeline's run are those that MLflow's own variables name; without MLFLOW_RUN_ID the run of the
+    pipeline job is found by its name. Every output's metadata gets `run_id`.
+    """
+    if not environ.get("MLFLOW_TRACKING_URI"):
+        raise UserError("MLFLOW_TRACKING_URI is not set: a component records what it does where that says")
+    store = open_store(environ["MLFLOW_TRACKING_URI"], environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
+    pipeline_id = environ.get("MLFLOW_RUN_ID") or pipeline_of_job(store, next(iter(outputs.values())).uri)
+    inherited = store.client.get_run(pipeline_id).data.tags
+    tags = {_COMPONENT: component, _PARENT: pipeline_id, _CODE: str(arguments.get("code_version", ""))}
+    tags |= {key: inherited[key] for key in (_COMMIT, _ROOT) if key in inherited}
+    for artifact in (inputs or {}).values():
+        source = _find(store, str(artifact.metadata.get("run_id", "")))
+        tags |= _runs_named_by(source) if source else {}
+    run_id = store.client.create_run(store.experiment_id, run_name=component, tags=tags).info.run_id
+    again = ["sogclr", "rerun", component, "--run", run_id] + (["--root", tags[_ROOT]] if _ROOT in tags else [])
+    _set_tags(store, run_id, {_RUN_OF + component: run_id, _COMMAND: shlex.join(again)})
+    _set_tags(store, pipeline_id, _runs_named_by(store.client.get_run(run_id)))
+    for artifact in outputs.values():
+        artifact.metadata["run_id"] = run_id
+
+    run = StepRun(store, run_id)
+    run.log_params(arguments)
+    _log_step(store, run_id, arguments, {})
+    try:
+        yield run
+        run.flush()
+        _log_step(store, run_id, arguments, outputs)
+    except BaseException as error:
+        run.flush()
+        user_error = isinstance(error, UserError)
+        text = _one_line(error) if user_error else f"{type(error).__name__}: {_one_line(error)}"
+        _set_tags(store, run_id, {_ERROR: text, _USER_ERROR: str(user_error).lower()})
+        store.client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        redraw(store, pipeline_id)
+        raise
+    store.client.set_terminated(run_id, "FINISHED")
+    redraw(store, pipeline_id)
+
+
+# ---- What was recorded
+
+
+def find_run(store: Store, prefix: str) -> str:
+    """Returns the ID of the one run that begins with `prefix`. Raises UserError where there is none, or several."""
+    if len(prefix) < 8:
+        raise UserError(f"--run {prefix} is too short: give at least the first 8 characters of a run ID")
+    runs = store.client.search_runs([store.experiment_id], max_results=50000)
+    matches = [run.info.run_id for run in runs if run.info.run_id.startswith(prefix)]
+    if not matches:
+        raise UserError(f"there is no run {prefix}; sogclr ui shows those there are")
+    if len(matches) > 1:
+        raise UserError(f"--run {prefix} could be any of {', '.join(matches)}: give more of it")
+    return matches[0]
+
+
+def find_step(store: Store, run_id: str, component: str) -> Step:
+    """Returns the run of `component` that the run `run_id` is, follows from or belongs to.
+
+    Raises UserError where there is none.
+    """
+    tags = store.client.get_run(run_id).data.tags
+    if _COMPONENT not in tags:
+        raise UserError(f"run {short(run_id)} is no run of sogclr: it has no {component}")
+    pipeline = store.client.get_run(tags[_PARENT]) if _PARENT in tags else None
+    found = tags.get(_RUN_OF + component) or (pipeline.data.tags.get(_RUN_OF + component) if pipeline else None)
+    if found is None:
+        there = [name for name in COMPONENTS if _RUN_OF + name in tags]
+        raise UserError(
+            f"run {short(run_id)} has no {component}, only {', '.join(there) or 'nothing'}; sogclr run goes on from there"
+        )
+    return read_step(store, found)
+
+
+def read_step(store: Store, run_id: str) -> Step:
+    """Returns what a component's run recorded."""
+    run = store.client.get_run(run_id)
+    tags = run.data.tags
+    with tempfile.TemporaryDirectory() as folder:
+        recorded = json.loads(Path(store.client.download_artifacts(run_id, _STEP, folder)).read_text())
+    return Step(
+        component=tags[_COMPONENT],
+        run_id=run_id,
+        pipeline_id=tags[_PARENT],
+        status=run.info.status,
+        seconds=((run.info.end_time or time.time() * 1000) - run.info.start_time) / 1000,
+        arguments=recorded["arguments"],
+        outputs={name: Artifact(**artifact) for name, artifact in recorded["outputs"].items()},
+        metrics=run.data.metrics,
+        error=tags.get(_ERROR, ""),
+        user_error=tags.get(_USER_ERROR) == "true",
+    )
+
+
+def lineage(store: Store, pipeline_id: str) -> Lineage:
+    """Returns what led to what in a pipeline run."""
+    run = store.client.get_run(pipeline_id)
+    ids = [run.data.tags.get(_RUN_OF + component, "") for component in COMPONENTS]
+    return Lineage(pipeline_id, run.info.run_name, tuple(read_step(store, run_id) for run_id in ids if _find(store, run_id)))
+
+
+def picture_uri(store: Store, pipeline_id: str) -> str:
+    """Returns where the picture of a pipeline run's lineage is."""
+    return f"{store.client.get_run(pipeline_id).info.artifact_uri}/{LINEAGE_PICTURE}"
+
+
+# ---- Words and picture
+
+
+def redraw(store: Store, pipeline_id: str) -> None:
+    """Draws a pipeline run's lineage, and writes the description of every run that has part in it."""
+    chain = lineage(store, pipeline_id)
+    store.client.log_figure(pipeline_id, figures.lineage(chain), LINEAGE_PICTURE)
+    tags = store.client.get_run(pipeline_id).data.tags
+    store.client.set_tag(pipeline_id, _NOTE, _pipeline_note(store, chain, tags))
+    steps = {step.run_id: step for step in chain.steps}
+    if _find(store, tags.get(_RERUN_OF, "")):
+        steps[tags[_RERUN_OF]] = read_step(store, tags[_RERUN_OF])
+    for run_id, one in steps.items():
+        store.client.set_tag(run_id, _NOTE, _step_note(store, one))
+
+
+def _pipeline_note(store: Store, chain: Lineage, tags: Mapping[str, str]) -> str:
+    lines = []
+    for one in chain.steps:
+        reused = f", reused from {_link(store, one.pipeline_id, short(one.pipeline_id))}" if chain.reused(one) else ""
+        lines.append(f"- {_link(store, one.run_id, one.component)}{reused}: {_made(one)}")
+    if _find(store, tags.get(_RERUN_OF, "")):
+        lines.append(f"- Does {_link(store, tags[_RERUN_OF], 'run ' + short(tags[_RERUN_OF]))} again")
+    if _COMMAND in tags:
+        lines.append(f"- Run again: `{tags[_COMMAND]}`")
+    return "\n".join([*lines, "", f"![lineage](get-artifact?run_uuid={chain.run_id}&path={LINEAGE_PICTURE})"])
+
+
+def _step_note(store: Store, one: Step) -> str:
+    tags = store.client.get_run(one.run_id).data.tags
+    sources = [tags[_RUN_OF + name] for name in COMPONENTS if name != one.component and _RUN_OF + name in tags]
+    came_of_it = _search(store, _RUN_OF + one.component, one.run_id)
+    later = [run for run in came_of_it if run.info.run_id not in (one.run_id, one.pipeline_id)]
+    used_by = [run for run in later if run.data.tags[_COMPONENT] != PIPELINE]
+    reused_by = [run for run in later if run.data.tags[_COMPONENT] == PIPELINE]
+    done_again_by = _search(store, _RERUN_OF, one.run_id)
+    lines = [f"**{one.component}** of {_link(store, one.pipeline_id, 'pipeline run ' + short(one.pipeline_id))}", ""]
+    if "raw" in one.arguments:
+        lines.append(f"- From: `{one.arguments['raw']}`")
+    for source in (read_step(store, run_id) for run_id in sources if _find(store, run_id)):
+        lines.append(f"- From: {_link(store, source.run_id, source.component)}, {_made(source)}")
+    lines.append(f"- Made: {_made(one)}")
+    for title, runs in (("Used by", used_by), ("Reused by", reused_by), ("Done again by", done_again_by)):
+        if runs:
+            lines.append(f"- {title}: " + ", ".join(_link(store, run.info.run_id, _title(run)) for run in runs))
+    lines.append(f"- Run again: `{tags[_COMMAND]}`")
+    return "\n".join(lines)
+
+
+def _made(one: Step) -> str:
+    """Says in a few words of Markdown what came out of a step."""
+    if not one.outputs:
+        return f"nothing yet, {one.status.lower()} {one.error}".strip()
+    about = next(iter(one.outputs.values()))
+    if one.component == "build-tfrecords":
+        counts = f"{about.count('train_images'):,} training and {about.count('validation_images'):,} validation images"
+        return f"dataset `{about.short('fingerprint', 16)}`, {counts} in {about.count('classes'):,} classes"
+    if one.component == "pretrain":
+        name, version = about.metadata["model_name"], about.metadata["model_version"]
+        return f"encoder [{name} version {version}](#/models/{name}/versions/{version}{_VIEW}), {about.count('steps'):,} steps"
+    top_1, control = (float(about.metadata[key]) for key in ("top_1_accuracy", "untrained_top_1_accuracy"))
+    return f"top-1 {top_1:.1%}, untrained control {control:.1%}"
+
+
+def _title(run: Run) -> str:
+    component = run.data.tags[_COMPONENT]
+    return f"{'pipeline run' if component == PIPELINE else component} {short(run.info.run_id)}"
+
+
+def _link(store: Store, run_id: str, text: str) -> str:
+    return f"[{text}](#/experiments/{store.experiment_id}/runs/{run_id}{_VIEW})"
+
+
+# ---- Small things
+
+
+def _find(store: Store, run_id: str) -> Run | None:
+    try:
+        return store.client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _search(store: Store, tag: str, value: str) -> list[Run]:
+    return list(store.client.search_runs([store.experiment_id], f"tags.`{tag}` = '{value}'", order_by=["attributes.start_time"]))
+
+
+def _runs_named_by(run: Run) -> dict[str, str]:
+    return {key: value for key, value in run.data.tags.items() if key.startswith(_RUN_OF)}
+
+
+def _set_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
+    store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def _log_params(store: Store, run_id: str, params: Mapping[str, Any]) -> None:
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        flat |= {f"{key}.{inner}": item for inner, item in value.items()} if isinstance(value, Mapping) else {key: value}
+    store.client.log_batch(run_id, params=[Param(key, _text(value)) for key, value in flat.items()])
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _log_metrics(store: Store, run_id: str, metrics: Mapping[str, float], step: int = 0, **of: str) -> None:
+    now = int(time.time() * 1000)
+    store.client.log_batch(run_id, metrics=[Metric(name, float(value), now, step, **of) for name, value in metrics.items()])
+
+
+def _log_step(store: Store, run_id: str, arguments: Mapping[str, Any], outputs: Mapping[str, KfpArtifact]) -> None:
+    artifacts = {name: asdict(Artifact(a.schema_title, a.uri, a.metadata)) for name, a in outputs.items()}
+    store.client.log_dict(run_id, {"arguments": dict(arguments), "outputs": artifacts}, _STEP)
+
+
+def _name_and_digest(dataset: KfpArtifact) -> dict[str, str]:
+    return {"name": dataset.metadata["name"], "digest": dataset.metadata["fingerprint"][:_DIGEST_LENGTH]}
+
+
+def _register(client: MlflowClient, model_id: str, run_id: str, tags: Mapping[str, str]) -> str:
+    """Makes a logged model the next version of `ENCODER`; returns the version."""
+    if not client.search_registered_models(f"name = '{ENCODER}'"):
+        client.create_registered_model(ENCODER, description="Encoders pretrained by the pipeline, one version a run.")
+    version = client.create_model_version(ENCODER, f"models:/{model_id}", run_id, dict(tags), model_id=model_id).version
+    # The UI shows on a logged model the versions that this tag names.
+    client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps([{"name": ENCODER, "version": version}])})
+    return str(version)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500]

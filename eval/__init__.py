@@ -1,0 +1,1 @@
+"""Evaluation of a frozen encoder. (The folder shares its name with a builtin: import from it, never import it bare.)"""

@@ -1,0 +1,1 @@
+"""The pipeline: its DAG, the runners, the command line."""

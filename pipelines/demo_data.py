@@ -1,0 +1,134 @@
+"""The demo's raw data: crops of photographs that come inside installed packages, in ImageNet's own raw layout.
+
+One synset a photograph. Training images are crops of its left 70%, validation images of its right 30%, so that no pixel is in
+both. Crops have the same range of sizes in both.
+"""
+
+import importlib.util
+import io
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trainer.records import UserError
+
+SCIKIT_IMAGE, SCIKIT_LEARN, MATPLOTLIB = "skimage/data", "sklearn/datasets/images", "matplotlib/mpl-data/sample_data"
+PHOTOGRAPHS = {
+    "astronaut": f"{SCIKIT_IMAGE}/astronaut.png",
+    "brick": f"{SCIKIT_IMAGE}/brick.png",
+    "camera": f"{SCIKIT_IMAGE}/camera.png",
+    "chelsea": f"{SCIKIT_IMAGE}/chelsea.png",
+    "china": f"{SCIKIT_LEARN}/china.jpg",
+    "coffee": f"{SCIKIT_IMAGE}/coffee.png",
+    "coins": f"{SCIKIT_IMAGE}/coins.png",
+    "flower": f"{SCIKIT_LEARN}/flower.jpg",
+    "grace_hopper": f"{MATPLOTLIB}/grace_hopper.jpg",
+    "grass": f"{SCIKIT_IMAGE}/grass.png",
+    "gravel": f"{SCIKIT_IMAGE}/gravel.png",
+    "hubble_deep_field": f"{SCIKIT_IMAGE}/hubble_deep_field.jpg",
+    "immunohistochemistry": f"{SCIKIT_IMAGE}/ihc.png",
+    "moon": f"{SCIKIT_IMAGE}/moon.png",
+    "motorcycle": f"{SCIKIT_IMAGE}/motorcycle_left.png",
+    "page": f"{SCIKIT_IMAGE}/page.png",
+    "retina": f"{SCIKIT_IMAGE}/retina.jpg",
+    "rocket": f"{SCIKIT_IMAGE}/rocket.jpg",
+    "text": f"{SCIKIT_IMAGE}/text.png",
+}
+"""What each shows, and the file in its package."""
+
+TRAIN_CROPS, VALIDATION_CROPS = 105, 30
+"""Of each photograph."""
+TRAIN_PART = 0.7
+CROP_SIDES = (0.2, 0.6)
+"""Range of a crop's height and width, as parts of the shorter side of what validation crops are taken from."""
+LARGEST_SIDE = 128
+JPEG_QUALITY = 90
+_FILES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "validation_labels.txt", "synset_words.txt")
+
+
+def ignore(*_: object) -> None:
+    """Does nothing."""
+
+
+def make_raw(folder: str, report: Callable[[int, int], None] = ignore) -> None:
+    """Writes the raw data to `folder`, the same bytes each time; whole or not at all. Does nothing where it is there already.
+
+    `report` is called with the photographs done and how many there are. Raises UserError where `folder` has something else
+    in it, and where a photograph is not installed.
+    """
+    target = Path(folder)
+    if target.is_dir() and {path.name for path in target.iterdir()} >= set(_FILES):
+        return
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{folder} is in the way: the demo's raw data needs a folder that is empty or not there yet")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _write(temporary, report)
+        temporary.chmod(0o755)
+        os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write(folder: Path, report: Callable[[int, int], None]) -> None:
+    synsets = {name: f"n{90000001 + number}" for number, name in enumerate(PHOTOGRAPHS)}
+    validation: list[tuple[str, bytes]] = []
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w", format=tarfile.USTAR_FORMAT) as train:
+        for number, (name, synset) in enumerate(synsets.items()):
+            report(number, len(synsets))
+            photograph = _load(PHOTOGRAPHS[name])
+            random = np.random.default_rng(number)
+            border = round(TRAIN_PART * photograph.width)
+            shorter = min(photograph.width - border, photograph.height)
+            sides = (round(CROP_SIDES[0] * shorter), round(CROP_SIDES[1] * shorter))
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w", format=tarfile.USTAR_FORMAT) as of_synset:
+                for image in range(TRAIN_CROPS):
+                    _add(of_synset, f"{synset}_{image + 1}.JPEG", _crop(photograph, 0, border, sides, random))
+            _add(train, f"{synset}.tar", inner.getvalue())
+            validation += [(synset, _crop(photograph, border, photograph.width, sides, random)) for _ in range(VALIDATION_CROPS)]
+
+    order = np.random.default_rng(len(synsets)).permutation(len(validation))
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w", format=tarfile.USTAR_FORMAT) as flat:
+        for number, source in enumerate(order, start=1):
+            _add(flat, f"ILSVRC2012_val_{number:08d}.JPEG", validation[source][1])
+    (folder / "validation_labels.txt").write_text("".join(f"{validation[source][0]}\n" for source in order))
+    (folder / "synset_words.txt").write_text("".join(f"{synset} {name}\n" for name, synset in synsets.items()))
+    report(len(synsets), len(synsets))
+
+
+def _load(file: str) -> Image.Image:
+    package, _, within = file.partition("/")
+    # Found without importing the package, and without what would download a file that is not there.
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.origin).parent / within if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise UserError(f"the demo's photograph {file} is not installed: install the packages of the lock file")
+    with Image.open(path) as image:
+        return image.convert("L" if image.mode == "L" else "RGB")
+
+
+def _crop(photograph: Image.Image, left: int, right: int, sides: tuple[int, int], random: np.random.Generator) -> bytes:
+    """Returns as a JPEG what is in a random rectangle within the columns left..right, each of its sides in `sides`, pixels."""
+    width, height = (int(side) for side in random.integers(sides[0], sides[1], 2, endpoint=True))
+    x = int(random.integers(left, right - width, endpoint=True))
+    y = int(random.integers(0, photograph.height - height, endpoint=True))
+    crop = photograph.crop((x, y, x + width, y + height))
+    crop.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    out = io.BytesIO()
+    crop.save(out, "jpeg", quality=JPEG_QUALITY)
+    return out.getvalue()
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)  # of no time and no owner, so the same bytes each time
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))

@@ -1,0 +1,138 @@
+"""Running on this machine with KFP's local runner.
+
+The runner gets a process of its own, so that all that it and its steps print goes to one log, and so that it can be ended
+whole. `run` starts that process, `main` is what it does.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from components.lineage import Artifact
+from trainer.progress import parse_line
+
+_COLOUR = re.compile(r"\x1b\[\d*m")
+_SECONDS_TO_END = 15
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run: the whole pipeline, or one component on what earlier runs left."""
+
+    root: str
+    arguments: Mapping[str, Any]
+    component: str = ""
+    """Empty for the whole pipeline."""
+    inputs: Mapping[str, Artifact] = field(default_factory=dict)
+
+
+def run(
+    request: Request,
+    environment: Mapping[str, str],
+    log: Path,
+    report: Callable[[str, int, int, str], None],
+    echo: Callable[[str], None] | None = None,
+) -> list[str] | None:
+    """Runs a pipeline and returns the MLflow runs of what it made or reused, or None where it failed.
+
+    `environment` is added to that of the steps. What they print goes to the file `log`, line by line to `echo`, and, where it
+    is progress, to `report`.
+    """
+    project = str(Path(__file__).absolute().parents[1])
+    search = os.pathsep.join(filter(None, (project, os.environ.get("PYTHONPATH"))))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch, log.open("w") as file:
+        asked, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
+        asked.write_text(json.dumps(asdict(request)))
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "pipelines.local", str(asked), str(answer)],
+            # Steps find the project's packages first, whatever is in the current folder, and leave no files of theirs behind.
+            env={
+                **os.environ,
+                **environment,
+                "PYTHONPATH": search,
+                "PYTHONSAFEPATH": "1",
+                "TMPDIR": scratch,
+                "TTY_COMPATIBLE": "0",
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            for line in process.stdout or ():
+                text = _COLOUR.sub("", line)
+                file.write(text)
+                if echo:
+                    echo(text)
+                if progress := parse_line(text.strip()):
+                    report(*progress)
+            process.wait()
+        finally:
+            _end(process)
+        return json.loads(answer.read_text()) if process.returncode == 0 else None
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends the process and its steps, if they have not ended; they get the time to say in MLflow that they were."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            for _ in range(_SECONDS_TO_END * 10):
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
+        except ProcessLookupError:
+            return
+
+
+def forget_lost(cache: Path, known: Callable[[str], bool]) -> None:
+    """Drops from KFP's cache what was made by runs that MLflow does not know (any more)."""
+    for entry in cache.glob("*.json"):
+        made_by = {str(output["metadata"].get("run_id")) for output in json.loads(entry.read_text()).values()}
+        if not all(map(known, made_by)):
+            entry.unlink()
+
+
+def cache_of(root: Path) -> Path:
+    return root / "cache"
+
+
+def main(asked: str, answer: str) -> None:
+    from kfp import local
+
+    from pipelines import pipeline
+
+    request = json.loads(Path(asked).read_text())
+    inputs = {name: Artifact(**artifact) for name, artifact in request["inputs"].items()}
+    # KFP puts it into a shell's line as it is.
+    sys.executable = shlex.quote(sys.executable)
+    local.init(
+        local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(Path(request["root"], "kfp")),
+        enable_caching=not request["component"],
+        cache_root=str(cache_of(Path(request["root"]))),
+    )
+    if request["component"]:
+        pipeline.one_step(request["component"], request["arguments"], inputs)()
+        made = []
+    else:
+        made = [artifact.metadata["run_id"] for artifact in pipeline.sogclr(**request["arguments"]).outputs.values()]
+    Path(answer).write_text(json.dumps(made))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,47 @@
+"""Who may know whom; the layers themselves are checked by import-linter from pyproject.toml."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("trainer", "eval", "beam_jobs", "components", "pipelines")
+FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imported(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_imports_eval_bare(path):
+    assert "eval" not in imported(path)
+
+
+def test_only_tracking_imports_mlflow():
+    knowing = {str(path.relative_to(ROOT)) for path in FILES if any(name.split(".")[0] == "mlflow" for name in imported(path))}
+    assert knowing <= {"components/tracking.py"}
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [("pipelines.cli", "tensorflow"), ("beam_jobs.build_tfrecords", "tensorflow"), ("trainer.records", "tensorflow")],
+)
+def test_a_room_that_must_be_light_is(module, absent):
+    code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_import_rules_hold():
+    linter = Path(sys.executable).parent / "lint-imports"
+    done = subprocess.run([linter, "--config", "pyproject.toml"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,128 @@
+"""The augmentation: each operation against its formula, evaluation and blur against the official code."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from trainer.augmentation import DRAWS, NUM_DRAWS, augment, gaussian_blur, jitter, random_resized_crop, resize_center, two_views
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def noise(count: int, side: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), np.uint8)
+
+
+def draws_of(count: int, **values) -> np.ndarray:
+    """Draws that leave an image alone, but for the operations named."""
+    draws = np.zeros((count, NUM_DRAWS), np.float32)
+    draws[:, [DRAWS.flip, DRAWS.jitter, DRAWS.grey, DRAWS.blur]] = 0.99
+    draws[:, [DRAWS.brightness, DRAWS.contrast, DRAWS.saturation, DRAWS.hue]] = 0.5
+    draws[:, DRAWS.order : DRAWS.order + 4] = [0.1, 0.2, 0.3, 0.4]
+    for name, value in values.items():
+        draws[:, getattr(DRAWS, name)] = value
+    return draws
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_evaluation_crop_agrees_with_the_official_code(case):
+    golden = np.load(GOLDENS / "images.npz")
+    ours = resize_center(tf.constant(golden[f"{case}_image"]), int(golden[f"{case}_size"]), 0.875)
+    np.testing.assert_allclose(ours, golden[f"{case}_eval"], atol=1e-5)
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_blur_agrees_with_the_official_code(case):
+    golden = np.load(GOLDENS / "images.npz")
+    images, sigma = tf.constant(golden[f"{case}_blur_in"])[None], tf.constant([float(golden[f"{case}_blur_sigma"])])
+    ours = gaussian_blur(images, int(golden[f"{case}_blur_kernel_size"]), sigma)
+    np.testing.assert_allclose(ours[0], golden[f"{case}_blur"], atol=1e-5)
+
+
+def test_an_image_that_no_draw_touches_stays_as_it_is():
+    views = noise(2, 20)
+    np.testing.assert_allclose(augment(views, draws_of(2), 1.0, True), views / 255.0, atol=1e-6)
+
+
+def test_flip_and_grey_are_those_of_the_draws():
+    views = noise(1, 20)
+    np.testing.assert_allclose(augment(views, draws_of(1, flip=0.0), 1.0, False), views[:, :, ::-1] / 255.0, atol=1e-6)
+    grey = augment(views, draws_of(1, grey=0.0), 1.0, False).numpy()
+    luma = views / 255.0 @ np.array([0.2989, 0.587, 0.114])
+    np.testing.assert_allclose(grey, np.repeat(luma[..., None], 3, -1), atol=1e-4)
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
+def test_each_jitter_agrees_with_tensorflows_own_operation(name, draw):
+    image = noise(1, 16, seed=1)[0] / np.float32(255)
+    ours = jitter(tf.constant(image[None]), tf.constant(draws_of(1, **{name: draw})), 1.0)[0]
+    factor = 0.2 + 1.6 * draw
+    expected = {
+        "brightness": lambda: image * factor,
+        "contrast": lambda: tf.image.adjust_contrast(image, factor),
+        "saturation": lambda: tf.image.adjust_saturation(image, factor),
+        "hue": lambda: tf.image.adjust_hue(image, 0.2 * (2 * draw - 1)),
+    }[name]()
+    np.testing.assert_allclose(ours, np.clip(expected, 0, 1), atol=2e-5)
+
+
+def test_jitter_applies_its_operations_in_the_order_drawn():
+    image = noise(1, 16, seed=2)[0] / np.float32(255)
+    draws = draws_of(1, brightness=0.9, contrast=0.1)
+    brightness_first = np.clip(tf.image.adjust_contrast(np.clip(image * 1.64, 0, 1), 0.36), 0, 1)
+    np.testing.assert_allclose(jitter(tf.constant(image[None]), tf.constant(draws), 1.0)[0], brightness_first, atol=2e-5)
+    draws[:, DRAWS.order : DRAWS.order + 2] = [0.2, 0.1]
+    contrast_first = np.clip(np.clip(tf.image.adjust_contrast(image, 0.36), 0, 1) * 1.64, 0, 1)
+    np.testing.assert_allclose(jitter(tf.constant(image[None]), tf.constant(draws), 1.0)[0], contrast_first, atol=2e-5)
+
+
+def test_operations_are_as_frequent_as_published():
+    draws = np.random.default_rng(0).random((4000, NUM_DRAWS), np.float32)
+    views = np.tile(np.array([[[200, 40, 90]], [[10, 220, 60]]], np.uint8).repeat(2, 1), (4000, 1, 1, 1))
+    out = augment(views, draws, 1.0, False).numpy()
+    grey = np.all(np.abs(out - out.mean(-1, keepdims=True)) < 1e-4, axis=(1, 2, 3))
+    untouched = np.all(np.abs(out - views / 255.0) < 1e-5, axis=(1, 2, 3))
+    assert abs(grey.mean() - 0.2) < 0.03
+    assert abs(untouched.mean() - 0.8 * 0.2) < 0.03
+
+
+def jpeg(height: int, width: int) -> bytes:
+    buffer = io.BytesIO()
+    gradient = np.stack([*np.meshgrid(np.arange(width), np.arange(height)), np.zeros((height, width))], -1)
+    Image.fromarray(gradient.astype(np.uint8)).save(buffer, "jpeg", quality=95)
+    return buffer.getvalue()
+
+
+def test_crops_have_the_published_areas_and_aspects():
+    """A gradient tells from a crop's pixels where its edges were."""
+    image = tf.io.decode_jpeg(jpeg(200, 240), channels=3)
+    areas, aspects = [], []
+    for i in range(300):
+        crop = random_resized_crop(image, 32, 0.08, tf.constant([7, i], tf.int64)).numpy().astype(np.float64)
+        width, height = (crop[:, -1, 0].mean() - crop[:, 0, 0].mean()), (crop[-1, :, 1].mean() - crop[0, :, 1].mean())
+        areas.append(width * height / (200 * 240))
+        aspects.append(width / height)
+    assert min(areas) > 0.06
+    assert max(areas) < 1.02
+    assert np.mean(np.array(areas) < 0.3) > 0.25
+    assert min(aspects) > 0.70
+    assert max(aspects) < 1.40
+
+
+def test_views_are_a_function_of_epoch_and_image_alone():
+    encoded = jpeg(60, 80)
+
+    def views(epoch: int, image_id: int) -> tuple:
+        return two_views(encoded, 24, 0.2, tf.constant(epoch, tf.int64), tf.constant(image_id, tf.int64))
+
+    first = views(1, 5)
+    for a, b in zip(first, views(1, 5), strict=True):
+        np.testing.assert_array_equal(a, b)
+    crops = [first[0][0], first[0][1], *views(1, 6)[0], *views(2, 5)[0]]
+    assert len({crop.numpy().tobytes() for crop in crops}) == len(crops)
+    assert first[0].dtype == tf.uint8

@@ -1,0 +1,565 @@
+"""The conversion, on raw archives made here: what comes out, and what is refused."""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import struct
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beam_jobs import archives, build_tfrecords, files, shards
+from beam_jobs.build_tfrecords import build
+from beam_jobs.plan import reading_places
+from beam_jobs.proof import LostRecordsError
+from trainer import records
+from trainer.records import ENCODED, IMAGE_ID, LABEL, RECORDS_PER_BLOCK, UserError, read_manifest
+
+CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
+TRAIN, VALIDATION, OF_VALIDATION = archives.TRAIN_ARCHIVE, archives.VALIDATION_ARCHIVE, archives.VALIDATION_LABELS
+SYNSETS = ("n01000001", "n01000002", "n02000001")
+
+
+def picture(seed: int, mode: str = "RGB", kind: str = "jpeg") -> bytes:
+    """A small image of one random colour and some noise."""
+    random = np.random.default_rng(seed)
+    channels = Image.new(mode, (1, 1)).getbands()
+    pixels = random.integers(20, 200, len(channels)) + random.integers(0, 30, (24, 20, len(channels)))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8).squeeze(), mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def tar(members: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def write_raw(
+    folder: Path, train: Mapping[str, Mapping[str, bytes]], validation: Mapping[str, bytes], labels: Sequence[str] | None
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    inner = {f"{synset}.tar": tar(images) for synset, images in train.items()}
+    (folder / archives.TRAIN_ARCHIVE).write_bytes(tar(inner))
+    (folder / archives.VALIDATION_ARCHIVE).write_bytes(tar(validation))
+    if labels is not None:
+        (folder / archives.VALIDATION_LABELS).write_text("".join(f"{label}\n" for label in labels))
+    return folder
+
+
+def train_images(per_class: int = 50) -> dict[str, dict[str, bytes]]:
+    """Some of them grey. The order of numbers is not that of names: _10 comes before _2."""
+    return {
+        synset: {
+            f"{synset}_{number}.JPEG": picture(1000 * label + number, "L" if number % 5 == 0 else "RGB")
+            for number in range(per_class)
+        }
+        for label, synset in enumerate(SYNSETS)
+    }
+
+
+def validation_images(count: int = 20) -> dict[str, bytes]:
+    return {f"ILSVRC2012_val_{number:08d}.JPEG": picture(9000 + number) for number in range(1, count + 1)}
+
+
+LABELS = [SYNSETS[number * 7 % 3] for number in range(20)]
+
+
+def raw_as_usual(folder: Path, **changed) -> Path:
+    return write_raw(folder, **({"train": train_images(), "validation": validation_images(), "labels": LABELS} | changed))
+
+
+def expected(split: str) -> list[tuple[str, bytes]]:
+    """(synset, bytes) of each image, by ID."""
+    if split == "train":
+        return [(synset, content) for synset, images in sorted(train_images().items()) for _, content in sorted(images.items())]
+    return list(zip(LABELS, validation_images().values(), strict=True))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    return raw_as_usual(tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture(scope="module")
+def built(raw, tmp_path_factory) -> Path:
+    """150 training and 20 validation images of 3 synsets, in 2 shards each."""
+    folder = tmp_path_factory.mktemp("built") / "output"
+    build(str(raw), str(folder), num_shards=2)
+    return folder
+
+
+def parse(record: bytes) -> tuple[int, int, bytes]:
+    import tensorflow as tf
+
+    features = tf.train.Example.FromString(record).features.feature
+    assert set(features) == {ENCODED, LABEL, IMAGE_ID}
+    return features[IMAGE_ID].int64_list.value[0], features[LABEL].int64_list.value[0], features[ENCODED].bytes_list.value[0]
+
+
+def read_records(folder: Path, split: str) -> list[tuple[int, int, bytes]]:
+    """(ID, label, bytes) in the order of the shards, by TensorFlow, which checks every CRC."""
+    import tensorflow as tf
+
+    paths = [str(folder / shard.file) for shard in read_manifest(str(folder)).splits[split].shards]
+    return [parse(record) for record in tf.data.TFRecordDataset(paths).as_numpy_iterator()]
+
+
+def test_stock_tfds_gives_back_every_image_with_its_id_and_label(built):
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(str(built))
+    assert {name: feature.dtype for name, feature in builder.info.features.items()} == {
+        ENCODED: np.uint8,
+        LABEL: np.int64,
+        IMAGE_ID: np.int64,
+    }
+    assert builder.info.features[LABEL].names == list(SYNSETS)
+    assert {name: split.num_examples for name, split in builder.info.splits.items()} == {"train": 150, "validation": 20}
+    for split in ("train", "validation"):
+        raw_bytes = builder.as_dataset(split=split, decoders={ENCODED: tfds.decode.SkipDecoding()})
+        found = {int(item[IMAGE_ID]): (SYNSETS[item[LABEL]], item[ENCODED]) for item in raw_bytes.as_numpy_iterator()}
+        assert [found[image_id] for image_id in range(len(found))] == expected(split)
+
+
+def test_stock_tfds_decodes_grey_and_coloured_images_to_three_channels(built):
+    import tensorflow_datasets as tfds
+
+    for item in tfds.builder_from_directory(str(built)).as_dataset(split="train").as_numpy_iterator():
+        with Image.open(io.BytesIO(expected("train")[item[IMAGE_ID]][1])) as source:
+            np.testing.assert_allclose(item[ENCODED].astype(int), np.asarray(source.convert("RGB"), int), atol=4)
+
+
+def test_manifest_tells_what_is_in_the_dataset(built):
+    manifest = read_manifest(str(built))
+    assert manifest.synsets == SYNSETS
+    assert manifest.splits["train"].records_per_class == (50, 50, 50)
+    assert manifest.splits["validation"].records_per_class == tuple(LABELS.count(synset) for synset in SYNSETS)
+    assert sorted(path.name for path in built.iterdir() if ".tfrecord" in path.name) == [
+        f"images-{split}.tfrecord-{number:05d}-of-00002" for split in ("train", "validation") for number in (0, 1)
+    ]
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            assert hashlib.sha256((built / shard.file).read_bytes()).hexdigest() == shard.sha256
+        assert not split.repaired
+        assert not split.rejected
+
+
+def test_block_offsets_are_where_records_start(built):
+    manifest = read_manifest(str(built))
+    in_order = [record[0] for record in read_records(built, "train")]
+    done = 0
+    for shard in manifest.splits["train"].shards:
+        content = (built / shard.file).read_bytes()
+        assert len(shard.blocks) == -(-shard.records // RECORDS_PER_BLOCK) > 1
+        for block, offset in enumerate(shard.blocks):
+            (length,) = struct.unpack_from("<Q", content, offset)
+            record = content[offset + 12 : offset + 12 + length]
+            assert content[offset : offset + length + 16] == shards.frame(record)
+            assert parse(record)[0] == in_order[done + block * RECORDS_PER_BLOCK]
+        done += shard.records
+
+
+def test_reading_in_order_is_mixed_over_classes(built):
+    labels = [label for _, label, _ in read_records(built, "train")]
+    assert sum(a == b for a, b in itertools.pairwise(labels)) < 75  # a third of 149 by chance, 147 if sorted
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 1000])
+def test_every_place_is_taken_once(num_images):
+    assert sorted(reading_places(num_images)) == list(range(num_images))
+
+
+def test_reading_order_never_changes():
+    """It decides the bytes of every dataset that exists."""
+    assert reading_places(8).tolist() == [6, 4, 0, 7, 1, 3, 2, 5]
+
+
+def test_ids_and_bytes_do_not_depend_on_the_order_in_the_archives(built, tmp_path):
+    backwards = {synset: dict(reversed(images.items())) for synset, images in reversed(train_images().items())}
+    raw = raw_as_usual(tmp_path / "raw", train=backwards, validation=dict(reversed(validation_images().items())))
+    build(str(raw), str(tmp_path / "output"), num_shards=2)
+    assert contents(tmp_path / "output") == contents(built)
+
+
+def test_two_processes_write_the_same_bytes_as_one(raw, built, tmp_path):
+    build(
+        str(raw),
+        str(tmp_path / "output"),
+        num_shards=2,
+        beam_args=["--direct_running_mode=multi_processing", "--direct_num_workers=2"],
+    )
+    assert contents(tmp_path / "output") == contents(built)
+
+
+def test_fingerprint_does_not_depend_on_the_number_of_shards(raw, built, tmp_path):
+    manifest = build(str(raw), str(tmp_path / "output"), num_shards=7)
+    assert manifest.fingerprint == read_manifest(str(built)).fingerprint
+    assert [shard.records for shard in manifest.splits["train"].shards] == [22, 21, 22, 21, 22, 21, 21]
+    assert read_records(tmp_path / "output", "train") == read_records(built, "train")
+
+
+def with_two_images_exchanged() -> dict[str, dict[str, bytes]]:
+    """The training images, the first two of a class under each other's names."""
+    train = train_images()
+    images = train[SYNSETS[0]]
+    first, second = sorted(images)[:2]
+    images[first], images[second] = images[second], images[first]
+    return train
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"labels": LABELS[1:] + LABELS[:1]},
+        {"validation": validation_images() | {"ILSVRC2012_val_00000003.JPEG": picture(1)}},
+        {"train": with_two_images_exchanged()},
+    ],
+    ids=["labels", "bytes", "IDs"],
+)
+def test_fingerprint_depends_on_bytes_labels_and_ids(changed, built, tmp_path):
+    manifest = build(str(raw_as_usual(tmp_path / "raw", **changed)), str(tmp_path / "output"))
+    assert manifest.fingerprint != read_manifest(str(built)).fingerprint
+
+
+def test_there_are_no_empty_shards(raw, tmp_path):
+    manifest = build(str(raw), str(tmp_path / "output"), num_shards=30)
+    assert [shard.records for shard in manifest.splits["validation"].shards] == [1] * 20
+    assert len(manifest.splits["train"].shards) == 30
+
+
+def lose_one(assigned):
+    return assigned[1:]
+
+
+def double_one(assigned):
+    return [*assigned, assigned[0]]
+
+
+def mislabel_one(assigned):
+    (key, (place, image_id, name, label, *rest)), *others = assigned
+    return [(key, (place, image_id, name, 1 - label, *rest)), *others]
+
+
+def exchange_two_ids(assigned):
+    (key_1, (place_1, id_1, *image_1)), (key_2, (place_2, id_2, *image_2)), *others = assigned
+    return [(key_1, (place_1, id_2, *image_1)), (key_2, (place_2, id_1, *image_2)), *others]
+
+
+def lose_a_shard(assigned):
+    return [item for item in assigned if not item[0][1].endswith("-00001-of-00002")]
+
+
+@pytest.mark.parametrize("fault", [lose_one, double_one, mislabel_one, exchange_two_ids, lose_a_shard])
+def test_what_goes_wrong_between_workers_is_caught_and_nothing_published(fault, raw, tmp_path, monkeypatch):
+    assign_ids = build_tfrecords.assign_ids
+
+    def faulty(indexed, plan, counts):
+        assigned = list(assign_ids(indexed, plan, counts))
+        return fault(assigned) if indexed[0] == 0 or fault is lose_a_shard else assigned
+
+    monkeypatch.setattr(build_tfrecords, "assign_ids", faulty)
+    with pytest.raises(LostRecordsError, match="nothing was published"):
+        build(str(raw), str(tmp_path / "output"), num_shards=2)
+    assert list((tmp_path / "output").iterdir()) == []
+
+
+def test_a_lost_archive_is_caught(raw, tmp_path, monkeypatch):
+    index_archive = build_tfrecords.index_archive
+    monkeypatch.setattr(build_tfrecords, "index_archive", lambda number, plan: [] if number == 1 else index_archive(number, plan))
+    with pytest.raises(LostRecordsError, match=r"lost ILSVRC2012_img_train.tar/n01000002.tar"):
+        build(str(raw), str(tmp_path / "output"))
+    assert list((tmp_path / "output").iterdir()) == []
+
+
+def test_a_shard_that_is_shorter_on_disk_than_was_written_is_caught(raw, tmp_path, monkeypatch):
+    write_shard = build_tfrecords.write_shard
+
+    def cut(folder, file, split, images):
+        written = write_shard(folder, file, split, images)
+        os.truncate(Path(folder) / file, written.shard.bytes - 1)
+        return written
+
+    monkeypatch.setattr(build_tfrecords, "write_shard", cut)
+    with pytest.raises(LostRecordsError, match="bytes that were written"):
+        build(str(raw), str(tmp_path / "output"))
+
+
+def test_all_unreadable_images_are_named_and_nothing_is_published(tmp_path):
+    train = train_images()
+    for number, content in enumerate([b"", b"GIF, it says", picture(1)[:100], picture(2, kind="png")[:200], b"\xff\xd8\xff\xd9"]):
+        train[SYNSETS[1]][f"bad_{number}.JPEG"] = content
+    with pytest.raises(UserError) as caught:
+        build(str(raw_as_usual(tmp_path / "raw", train=train)), str(tmp_path / "output"), num_shards=3)
+    listed = tmp_path / "output" / "images-rejected.txt"
+    assert "5 of the images cannot be read" in str(caught.value)
+    assert "ILSVRC2012_img_train.tar/n01000002.tar/bad_0.JPEG is empty" in str(caught.value)
+    assert "and 2 more" in str(caught.value)
+    assert str(listed) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [line.split()[0].rsplit("/", 1)[1] for line in listed.read_text().splitlines()] == [f"bad_{n}.JPEG" for n in range(5)]
+    assert list((tmp_path / "output").iterdir()) == [listed]
+
+
+def cmyk_jpegs() -> dict[str, bytes]:
+    """The three kinds there are: inverted inks with Adobe's marker, YCCK, and plain inks without the marker."""
+    buffer = io.BytesIO()
+    Image.new("CMYK", (16, 16), (200, 30, 90, 20)).save(buffer, "jpeg", quality=95)
+    adobe = buffer.getvalue()
+    start = adobe.index(b"\xff\xee\x00\x0eAdobe")
+    return {
+        "adobe.JPEG": adobe,
+        "plain.JPEG": adobe[:start] + adobe[start + 16 :],
+        "ycck.JPEG": adobe[: start + 15] + b"\x02" + adobe[start + 16 :],
+    }
+
+
+def test_cmyk_and_other_formats_become_rgb_jpegs_of_the_same_colours_and_are_listed(tmp_path):
+    import tensorflow as tf
+
+    odd = cmyk_jpegs() | {"bmp.JPEG": picture(1, kind="bmp"), "png.JPEG": picture(2, "RGBA", "png")}
+    train = train_images(5)
+    train[SYNSETS[1]] |= odd
+    manifest = build(str(raw_as_usual(tmp_path / "raw", train=train)), str(tmp_path / "output"))
+    repaired = manifest.splits["train"].repaired
+    assert [(entry["source"], entry["done"]) for entry in repaired] == [
+        (f"{TRAIN}/n01000002.tar/{name}", f"{kind} to JPEG RGB")
+        for name, kind in [
+            ("adobe.JPEG", "JPEG CMYK"),
+            ("bmp.JPEG", "BMP RGB"),
+            ("plain.JPEG", "JPEG CMYK"),
+            ("png.JPEG", "PNG RGBA"),
+            ("ycck.JPEG", "JPEG CMYK"),
+        ]
+    ]
+    written = {image_id: content for image_id, _, content in read_records(tmp_path / "output", "train")}
+    for entry in repaired:
+        with Image.open(io.BytesIO(written[entry["id"]])) as image:
+            assert (image.format, image.mode) == ("JPEG", "RGB")
+            found = np.asarray(image, int)
+        as_tensorflow_sees_it = tf.io.decode_image(odd[entry["source"].rsplit("/", 1)[1]], channels=3).numpy().astype(int)
+        assert np.abs((found - as_tensorflow_sees_it).mean(axis=(0, 1))).max() <= 3
+
+
+def test_a_finished_dataset_is_neither_overwritten_nor_touched(raw, built):
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in built.iterdir()}
+    with pytest.raises(UserError, match=read_manifest(str(built)).fingerprint):
+        build(str(raw), str(built), num_shards=3)
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in built.iterdir()} == before
+
+
+def test_what_an_interrupted_job_left_is_replaced(raw, built, tmp_path, monkeypatch):
+    output = tmp_path / "out[put]*"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_tfrecords, "_publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(str(raw), str(output), num_shards=5)
+    assert not (output / records.MANIFEST).exists()
+    assert len(list(output.glob("*.tfrecord-*"))) == 10
+    build(str(raw), str(output), num_shards=2)
+    assert contents(output) == contents(built)
+
+
+def test_a_folder_with_the_records_of_others_is_refused(raw, tmp_path):
+    (tmp_path / "theirs-train.tfrecord-00000-of-00001").write_bytes(b"precious")
+    with pytest.raises(UserError, match="theirs-train"):
+        build(str(raw), str(tmp_path))
+    assert contents(tmp_path) == {"theirs-train.tfrecord-00000-of-00001": b"precious"}
+
+
+def with_file(name: str, change) -> object:
+    """Returns what changes one file of a raw folder."""
+
+    def apply(folder: Path) -> None:
+        path = folder / name
+        content = change(path.read_bytes())
+        path.unlink() if content is None else path.write_bytes(content)
+
+    return apply
+
+
+def linked_tar(_: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        link = tarfile.TarInfo("ILSVRC2012_val_00000001.JPEG")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    return buffer.getvalue()
+
+
+def doubled(content: bytes) -> bytes:
+    """The tar with its first member once more."""
+    end = 512 + -(-int(content[124:135], 8) // 512) * 512
+    return content[:end] + content
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (with_file(TRAIN, lambda _: None), f"lacks {TRAIN}"),
+        (with_file(VALIDATION, lambda _: None), f"lacks {VALIDATION}"),
+        (with_file(TRAIN, lambda content: content[: len(content) // 2]), f"{TRAIN} is cut off"),
+        (with_file(TRAIN, lambda content: content[:-20480]), f"{TRAIN} is cut off"),
+        (with_file(VALIDATION, lambda content: content[: len(content) // 2]), f"{VALIDATION} is cut off"),
+        (with_file(VALIDATION, lambda content: content[:1024]), f"{VALIDATION} is cut off"),
+        (with_file(TRAIN, lambda _: b"no tar at all" * 100), f"{TRAIN} cannot be read as a tar"),
+        (with_file(TRAIN, lambda _: b""), f"{TRAIN} cannot be read as a tar"),
+        (with_file(TRAIN, lambda _: tar({})), f"{TRAIN} is empty"),
+        (with_file(TRAIN, lambda _: tar(train_images()[SYNSETS[0]])), f"{TRAIN} holds n01000001_0.JPEG"),
+        (
+            with_file(TRAIN, lambda _: tar({f"{synset}.tar": tar({}) for synset in SYNSETS})),
+            r"n01000001.tar is empty.*n01000002.tar is empty",
+        ),
+        (with_file(TRAIN, doubled), "n01000001.tar twice"),
+        (with_file(VALIDATION, doubled), "ILSVRC2012_val_00000001.JPEG twice"),
+        (with_file(VALIDATION, linked_tar), "link or a device"),
+        (with_file(VALIDATION, lambda _: tar(validation_images(19))), "19 images and there are 20 labels"),
+        (with_file(VALIDATION, lambda _: tar(validation_images(21))), "21 images and there are 20 labels"),
+        (with_file(OF_VALIDATION, lambda _: b""), f"{OF_VALIDATION} is empty"),
+        (
+            with_file(OF_VALIDATION, lambda content: content.replace(b"n02000001", b"n09999999", 1)),
+            "line 3: n09999999 is not a synset",
+        ),
+        (
+            with_file(OF_VALIDATION, lambda _: None),
+            r"datasets/imagenet2012/validation_labels.txt line 1: .*put the right validation_labels.txt",
+        ),
+    ],
+)
+def test_raw_data_that_is_not_whole_is_refused_in_one_line(spoil, says, tmp_path):
+    raw = raw_as_usual(tmp_path / "raw")
+    spoil(raw)
+    with pytest.raises(UserError, match=says) as caught:
+        build(str(raw), str(tmp_path / "output"))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("output/*"))
+
+
+def test_imagenets_own_validation_labels_are_known(tmp_path):
+    import tensorflow_datasets as tfds
+
+    synsets = (Path(tfds.__file__).parent / "datasets" / "imagenet2012" / "labels.txt").read_text().split()
+    opened = archives.open_raw(str(write_raw(tmp_path, {synset: {} for synset in synsets}, validation_images(1), labels=None)))
+    assert opened.synsets == tuple(sorted(synsets))
+    of_validation = opened.archives[-1].labels
+    assert np.bincount(of_validation).tolist() == [50] * 1000
+    assert opened.synsets[of_validation[0]] == "n01751748"  # ILSVRC2012_val_00000001 is a sea snake
+
+
+def test_identity_of_raw_data_changes_with_each_of_its_files(tmp_path):
+    raw = raw_as_usual(tmp_path)
+    identities = [archives.raw_identity(str(raw))]
+    assert archives.raw_identity(str(raw)) == identities[0]
+    for name in (TRAIN, VALIDATION, OF_VALIDATION):
+        os.utime(raw / name, (1, 1))
+        identities.append(archives.raw_identity(str(raw)))
+    with (raw / OF_VALIDATION).open("a") as file:
+        file.write("\n")
+    os.utime(raw / OF_VALIDATION, (1, 1))
+    identities.append(archives.raw_identity(str(raw)))
+    assert len(set(identities)) == 5
+    with pytest.raises(UserError, match=f"lacks {TRAIN} and {VALIDATION}"):
+        archives.raw_identity(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"name": "My Data"}, "name=My Data"),
+        ({"num_shards": 0}, "num_shards=0"),
+        ({"beam_args": ["--num-shard", "4"]}, "no option --num-shard,"),
+        ({"beam_args": ["--runner=NoSuchRunner"]}, "NoSuchRunner"),
+        ({"beam_args": ["--runner=DataflowRunner"]}, "Missing required option: project"),
+        ({"output": "/dev/null/output"}, "cannot write to /dev/null/output"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_before_anything_is_written(arguments, says, raw, tmp_path):
+    with pytest.raises(UserError, match=says):
+        build(str(raw), **({"output": str(tmp_path / "output")} | arguments))
+    assert not (tmp_path / "output").exists()
+
+
+def test_progress_goes_from_nothing_to_all(raw, tmp_path):
+    seen: list[tuple[int, int]] = []
+    build(str(raw), str(tmp_path / "output"), num_shards=2, report=lambda done, total: seen.append((done, total)))
+    assert {total for _, total in seen} == {4 + 4 + 1}
+    assert seen[0][0] == 0
+    assert seen[-1][0] == 9
+    assert seen == sorted(seen)
+
+
+def run_main(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "beam_jobs.build_tfrecords", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+
+
+def test_command_prints_its_result_as_json_and_nothing_else(raw, built, tmp_path):
+    done = run_main("--raw", str(raw), "--output", str(tmp_path / "output"), "--num-shards", "2", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == {
+        "output": str(tmp_path / "output"),
+        "name": "images",
+        "fingerprint": read_manifest(str(built)).fingerprint,
+        "classes": 3,
+        "splits": {
+            "train": {"images": 150, "shards": 2, "repaired": 0},
+            "validation": {"images": 20, "shards": 2, "repaired": 0},
+        },
+    }
+    assert all(line.startswith("[build-tfrecords] ") for line in done.stderr.splitlines()), done.stderr
+    assert contents(tmp_path / "output") == contents(built)
+
+
+def test_command_ends_with_one_line_and_code_2_where_raw_data_is_missing(tmp_path):
+    done = run_main("--raw", str(tmp_path), "--output", str(tmp_path / "output"))
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path} holds no raw ImageNet: it lacks {TRAIN} and {VALIDATION}\n"
+
+
+def test_command_ends_with_one_line_and_code_2_where_an_archive_is_bad(tmp_path):
+    raw = raw_as_usual(tmp_path / "raw", validation=validation_images(3))
+    done = run_main("--raw", str(raw), "--output", str(tmp_path / "output"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(f"error: {VALIDATION} has 3 images and there are 20 labels")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    def fail_half_way() -> None:
+        with files.open_to_write(str(tmp_path / "file")) as file:
+            file.write(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not CIFAR10.is_dir(), reason="no ../shared/data/cifar10")
+def test_cifar10_converts_as_it_is(tmp_path):
+    manifest = build(str(CIFAR10), str(tmp_path / "output"))
+    assert manifest.splits["train"].records_per_class == (2000,) * 10
+    assert manifest.splits["validation"].records_per_class == (500,) * 10
+    assert not manifest.splits["train"].repaired

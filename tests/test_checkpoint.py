@@ -1,0 +1,70 @@
+"""Checkpoints: whole or passed over, of this architecture or refused."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.checkpoint import Checkpoint, load, load_latest, paths, restore, save, sha256_of
+from trainer.records import UserError
+
+
+def checkpoint(step: int, value: float = 0.0) -> Checkpoint:
+    return Checkpoint(step, {"a": np.full((2, 3), value, np.float32), "step": np.int64(step)}, {"loss": 1.5})
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    path = save(str(tmp_path), checkpoint(7, 2.5), keep=3)
+    back = load(path)
+    assert (back.step, back.metrics, back.path) == (7, {"loss": 1.5}, path)
+    np.testing.assert_array_equal(back.arrays["a"], np.full((2, 3), 2.5, np.float32))
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (9, 10, 100000000):
+        save(str(tmp_path), checkpoint(step), keep=2)
+    assert [path.rpartition("-")[2] for path in paths(str(tmp_path))] == ["00000010.npz", "100000000.npz"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "a byte changed"])
+def test_a_torn_checkpoint_is_named_and_the_one_before_taken(tmp_path, capsys, damage):
+    save(str(tmp_path), checkpoint(1, 1.0), keep=3)
+    newest = tmp_path / "checkpoint-00000002.npz"
+    save(str(tmp_path), checkpoint(2, 2.0), keep=3)
+    content = bytearray(newest.read_bytes())
+    if damage == "a byte changed":
+        content[content.index(np.float32(2.0).tobytes())] ^= 1
+    newest.write_bytes({"truncated": content[:-40], "empty": b"", "a byte changed": content}[damage])
+    assert load_latest(str(tmp_path)).step == 1
+    assert str(newest) in capsys.readouterr().err
+
+
+def test_an_interrupted_write_leaves_the_earlier_checkpoint(tmp_path):
+    save(str(tmp_path), checkpoint(1), keep=1)
+    (tmp_path / "checkpoint-00000002.npz.partial").write_bytes(b"half")
+    assert load_latest(str(tmp_path)).step == 1
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert load_latest(str(tmp_path)) is None
+    assert load_latest(str(tmp_path / "nowhere")) is None
+
+
+@pytest.mark.parametrize("variables", [{"a": (2, 4)}, {"b": (2, 3)}], ids=["another shape", "another name"])
+def test_a_checkpoint_of_another_architecture_is_refused_and_changes_nothing(tmp_path, variables):
+    stored = load(save(str(tmp_path), checkpoint(1), keep=1))
+    ours = {name: tf.Variable(tf.ones(shape)) for name, shape in variables.items()}
+    with pytest.raises(UserError, match="another architecture"):
+        restore(ours | {"step": tf.Variable(5, dtype=tf.int64)}, stored)
+    assert all(np.all(variable.numpy() == 1) for variable in ours.values())
+
+
+def test_digest_sees_names_types_shapes_and_values():
+    base = {"a": np.zeros((2, 2), np.float32), "b": np.ones(3)}
+    assert sha256_of(base) == sha256_of(dict(reversed(base.items())))
+    others = [
+        {"a": base["a"], "c": base["b"]},
+        {"a": base["a"].astype(np.float64), "b": base["b"]},
+        {"a": base["a"].reshape(4), "b": base["b"]},
+        {"a": base["a"] + 1, "b": base["b"]},
+    ]
+    assert len({sha256_of(arrays) for arrays in [base, *others]}) == 5

@@ -1,0 +1,213 @@
+"""The command line: what it refuses, how fast it answers, what it writes without running anything."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from components import tracking
+from components.lineage import COMPONENTS
+from pipelines import cli, local, pipeline
+from trainer.presets import PRESETS
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty current folder, and no MLflow of the outside."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["rerun"], ["compile"], ["ui"], ["presets"]])
+def test_help_imports_nothing_heavy(command):
+    code = (
+        "import sys; from pipelines.cli import main\n"
+        f"try: main({[*command, '--help']})\n"
+        "except SystemExit: print(*sys.modules, file=sys.stderr)"
+    )
+    helped = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert helped.stdout.startswith(f"usage: {' '.join(['sogclr', *command])}")
+    assert not set(helped.stderr.split()) & {"tensorflow", "keras", "apache_beam", "kfp", "mlflow", "matplotlib", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("run --preset dmo", "did you mean demo?"),
+        ("run --preset demo --set epoch=3", "did you mean epochs?"),
+        ("run --preset demo --set epochs=3 gamma=x", "gamma=x"),
+        ("run --preset demo --set epochs=3 --set gamma=2", "gamma=2"),
+        ("run --preset demo --raw nowhere", "nowhere"),
+        ("run --preset demo --root file/runs", "file/runs"),
+        ("run --preset sogclr_imagenet_r50_b512", "--raw"),
+        ("rerun pretrain --run 12345678", "holds no runs"),
+        ("ui", "holds no runs"),
+        ("compile --preset dmo --output p.yaml", "did you mean demo?"),
+        ("compile --preset demo --output nowhere/p.yaml", "nowhere/p.yaml"),
+        ("compile --preset demo --output p.yaml --set epochs=0", "epochs=0"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_with_exit_code_2(arguments, named, here, capsys):
+    (here / "file").touch()
+    assert cli.main(arguments.split()) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(r"error: [^\n]+\n", said.err)
+    assert named in said.err
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(Exception, match="did you mean demo"):
+        cli.main(["run", "--preset", "dmo", "--debug"])
+
+
+def test_a_run_that_is_refused_leaves_nothing(here):
+    cli.main(["run", "--preset", "demo", "--set", "epochs=0"])
+    assert list(here.iterdir()) == []
+
+
+def test_what_fails_otherwise_is_one_line_with_exit_code_1(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "describe", None)
+    assert cli.main(["presets"]) == 1
+    assert re.fullmatch(r"error: TypeError: [^\n]+\n", capsys.readouterr().err)
+
+
+# ---- presets
+
+
+def test_presets_come_with_published_results_and_sources(capsys):
+    cli.main(["presets", "--json"])
+    described = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in described] == list(PRESETS)
+    assert all(one["published"] and one["source"] for one in described)
+    cli.main(["presets"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == list(PRESETS)
+
+
+def test_presets_are_a_table_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    cli.main(["presets"])
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert "published" in head
+    assert any("sogclr_imagenet_r50_b512" in row and "69.5" in row for row in rows)
+
+
+# ---- compile
+
+
+def compiled(*arguments):
+    assert cli.main(["compile", "--preset", "demo", "--output", "p.yaml", *arguments]) == 0
+    spec = yaml.safe_load(Path("p.yaml").read_text())
+    return spec, json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
+
+
+def test_the_compiled_pipeline_parses_into_the_real_proto():
+    _, proto = compiled("--set", "epochs=3", "linear_eval.seed=2")
+    inputs = proto.root.input_definitions.parameters
+    defaults = {
+        name: json_format.MessageToDict(one.default_value) for name, one in inputs.items() if one.HasField("default_value")
+    }
+    assert defaults["preset"] == "demo"
+    assert defaults["overrides"] == ["epochs=3"]
+    assert defaults["linear_eval_overrides"] == ["linear_eval.seed=2"]
+    assert defaults["code_version"] == pipeline.code_version()
+    assert set(inputs) - set(defaults) == {"raw"}
+    assert set(proto.root.dag.tasks) == set(COMPONENTS)
+    assert all(task.caching_options.enable_cache for task in proto.root.dag.tasks.values())
+
+
+def test_pretraining_does_not_depend_on_the_settings_of_the_linear_eval():
+    _, proto = compiled()
+    inputs = proto.root.dag.tasks["pretrain"].inputs.parameters
+    assert "linear_eval_overrides" not in {one.component_input_parameter for one in inputs.values()}
+
+
+def test_image_and_raw_data_can_be_given_when_compiling():
+    spec, proto = compiled("--raw", "gs://bucket/raw", "--image", "registry/sogclr@sha256:abc")
+    assert {one["container"]["image"] for one in spec["deploymentSpec"]["executors"].values()} == {"registry/sogclr@sha256:abc"}
+    assert proto.root.input_definitions.parameters["raw"].default_value.string_value == "gs://bucket/raw"
+
+
+def test_a_compiled_pipeline_knows_nothing_of_this_machine(here):
+    compiled()
+    text = (here / "p.yaml").read_text()
+    assert str(REPOSITORY) not in text
+    assert str(here) not in text
+    assert [path.name for path in here.iterdir()] == ["p.yaml"]
+
+
+def test_the_code_version_changes_with_names_and_bytes_of_the_sources(tmp_path):
+    source = tmp_path / "trainer" / "losses.py"
+    source.parent.mkdir()
+    source.write_text("a = 1\n")
+    versions = [pipeline.code_version(tmp_path)]
+    source.write_text("a = 2\n")
+    versions.append(pipeline.code_version(tmp_path))
+    source.rename(source.with_name("loss.py"))
+    versions.append(pipeline.code_version(tmp_path))
+    (source.parent / "notes.txt").write_text("not code")
+    assert len(set(versions)) == 3
+    assert pipeline.code_version(tmp_path) == versions[-1]
+
+
+# ---- where MLflow is
+
+
+def test_mlflow_is_under_the_root_unless_the_environment_says_otherwise(here, monkeypatch):
+    assert cli._mlflow_names(here)["MLFLOW_TRACKING_URI"] == f"sqlite:///{here}/mlflow.db"
+    store = cli._open_store(here)
+    assert store.client.get_experiment(store.experiment_id).artifact_location == str(here / "artifacts")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here}/other.db")
+    cli._open_store(here / "root")
+    assert sorted(path.name for path in here.iterdir()) == ["mlflow.db", "other.db"]
+
+
+def test_the_cache_forgets_what_mlflow_does_not_know(here):
+    store = tracking.open_store(f"sqlite:///{here}/mlflow.db", artifacts=str(here))
+    known = store.client.create_run(store.experiment_id).info.run_id
+    for name, run_id in {"kept": known, "lost": "0" * 32}.items():
+        (here / f"{name}.json").write_text(json.dumps({"dataset": {"uri": "x", "metadata": {"run_id": run_id}}}))
+    local.forget_lost(here, lambda run_id: tracking.knows(store, run_id))
+    assert [path.name for path in here.glob("*.json")] == ["kept.json"]
+
+
+def test_the_ui_serves_the_root_on_this_machine_only_until_it_is_interrupted(here):
+    tracking.open_store(f"sqlite:///{here}/mlflow.db", artifacts=str(here / "artifacts"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "pipelines.cli", "ui", "--root", str(here), "--port", str(port)]
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ui:
+        assert f"http://127.0.0.1:{port}/" in ui.stdout.readline()
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("GET", "/ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name=sogclr")
+        assert json.load(connection.getresponse())["experiment"]["artifact_location"] == str(here / "artifacts")
+        assert cli.main(["ui", "--root", str(here), "--port", str(port)]) == 2
+        ui.send_signal(signal.SIGINT)
+        assert ui.wait(30) == 0
+        assert ui.stderr.read() == ""
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_the_ui_of_a_server_is_the_server_s(monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
+    assert cli.main(["ui"]) == 2
+    assert "open http://mlflow.example" in capsys.readouterr().err

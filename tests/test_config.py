@@ -1,0 +1,88 @@
+"""Presets and overrides: what they resolve to, and what each mistake is told."""
+
+import json
+
+import pytest
+
+from trainer.config import Config, config_from_dict, config_to_json, split_overrides
+from trainer.presets import PRESETS, describe, resolve
+from trainer.records import UserError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_resolves_and_says_its_command_result_and_source(name):
+    assert isinstance(resolve(name), Config)
+    described = describe(name)
+    assert all(described[part] for part in ("summary", "command", "published", "source"))
+    assert name in described["command"]
+
+
+def test_imagenet_preset_is_the_official_recipe():
+    config = resolve("sogclr_imagenet_r50_b512")
+    assert (config.depth, config.image_size, config.global_batch_size, config.epochs) == (50, 224, 512, 800)
+    assert (config.temperature, config.gamma, config.loss) == (0.1, 0.9, "global_contrastive")
+    assert (config.optimizer, config.base_learning_rate, config.learning_rate_scaling) == ("lars", 0.075, "sqrt")
+    assert (config.weight_decay, config.warmup_epochs, config.projection_layers) == (1e-6, 10, 2)
+
+
+@pytest.mark.parametrize("text", ["512", "512.0", " 512 ", "5.12e2"])
+def test_numbers_are_taken_in_every_form_a_pipeline_gives_them(text):
+    config = resolve("demo", [f"global_batch_size={text}"])
+    assert config.global_batch_size == 512
+    assert isinstance(config.global_batch_size, int)
+
+
+def test_overrides_reach_every_type_of_field():
+    config = resolve("demo", ["blur=True", "loss=nt_xent", "gamma=.5", "linear_eval.l2_penalties=1e-2,1e-3"])
+    assert (config.blur, config.loss, config.gamma, config.linear_eval.l2_penalties) == (True, "nt_xent", 0.5, (0.01, 0.001))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epocs=3", "epocs is not a setting; did you mean epochs?"),
+        ("linear_eval.l2=3", "linear_eval.l2 is not a setting; did you mean linear_eval.l2_penalties?"),
+        ("epochs=3.5", "epochs=3.5 is not a whole number"),
+        ("epochs=many", "epochs=many is not a whole number"),
+        ("gamma=nan", "gamma=nan is not a number"),
+        ("blur=maybe", "blur=maybe is not true or false"),
+        ("loss=ntxent", "loss=ntxent is not one of global_contrastive, nt_xent; did you mean nt_xent?"),
+        ("gamma=1.5", "gamma=1.5 makes no sense: it must be in (0, 1]"),
+        ("warmup_epochs=41", "warmup_epochs=41.0 makes no sense: it must be between 0 and epochs=40"),
+        ("global_batch_size=1", "global_batch_size=1 makes no sense"),
+        ("linear_eval.holdout_fraction=1", "linear_eval.holdout_fraction=1.0 makes no sense"),
+        ("epochs", "'epochs' is not an override: write key=value, as in epochs=100"),
+    ],
+)
+def test_a_wrong_override_names_the_field_and_what_would_be_right(override, message):
+    with pytest.raises(UserError) as error:
+        resolve("demo", [override])
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_combination_that_diverges_is_refused():
+    with pytest.raises(UserError, match=r"gamma=0\.5 diverges with variant=tf_official"):
+        resolve("demo", ["variant=tf_official", "gamma=0.5"])
+
+
+def test_a_wrong_preset_names_the_nearest():
+    with pytest.raises(UserError, match=r"there is no preset sogclr_imagenet_r50_b521; did you mean sogclr_imagenet_r50_b512\?"):
+        resolve("sogclr_imagenet_r50_b521")
+
+
+def test_a_config_comes_back_from_json_as_it_was():
+    config = resolve("demo", ["gamma=.7", "linear_eval.l2_penalties=1e-2"])
+    assert config_from_dict(json.loads(config_to_json(config))) == config
+
+
+def test_a_config_of_another_version_is_refused():
+    stored = json.loads(config_to_json(Config()))
+    stored["gone"] = stored.pop("gamma")
+    with pytest.raises(UserError, match="gamma, gone"):
+        config_from_dict(stored)
+
+
+def test_overrides_divide_into_pretrainings_and_linear_evals():
+    items = ["epochs=3", "linear_eval.seed=1", "gamma=.8"]
+    assert split_overrides(items) == (["epochs=3", "gamma=.8"], ["linear_eval.seed=1"])

@@ -1,0 +1,128 @@
+"""The losses against the official code's outputs and against float64."""
+
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import tensorflow as tf
+
+from trainer.losses import VARIANTS, gamma_of_visit, global_contrastive, global_objective, nt_xent
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def projections(hidden: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    z1, z2 = tf.split(tf.math.l2_normalize(hidden, axis=-1), 2)
+    return z1, z2
+
+
+def one_replica(hidden: np.ndarray, u: np.ndarray, gamma: float, temperature: float, variant: str):
+    """Returns loss, gradient by `hidden`, and the new u of the batch, of a batch on one replica."""
+    hidden = tf.constant(hidden)
+    u = tf.constant(u)
+    with tf.GradientTape() as tape:
+        tape.watch(hidden)
+        z1, z2 = projections(hidden)
+        loss, new_u = global_contrastive(
+            z1, z2, z1, z2, tf.range(len(u)), u, gamma_of_visit(u, gamma, VARIANTS[variant]), temperature, VARIANTS[variant]
+        )
+    return loss.numpy(), tape.gradient(loss, hidden).numpy(), new_u.numpy()
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_nt_xent_agrees_with_the_official_code_and_the_oracle(case):
+    golden = np.load(GOLDENS / "nt_xent.npz")
+    hidden, temperature = tf.constant(golden[f"{case}_hidden"]), float(golden[f"{case}_temperature"])
+    with tf.GradientTape() as tape:
+        tape.watch(hidden)
+        z1, z2 = projections(hidden)
+        loss = nt_xent(z1, z2, z1, z2, tf.range(len(z1)), temperature)
+    np.testing.assert_allclose(loss, golden[f"{case}_loss"], rtol=1e-5)
+    np.testing.assert_allclose(tape.gradient(loss, hidden), golden[f"{case}_grad"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(loss, oracle.nt_xent(*oracle.normalise(hidden.numpy()), temperature), rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["tf_official", "pt_official"])
+def test_trajectory_of_loss_gradient_and_u_agrees_with_the_official_code(variant):
+    golden = np.load(GOLDENS / f"gcl_{variant}.npz")
+    cases = {name.split("_")[0] for name in golden.files}
+    for case in cases:
+        u = np.zeros(int(golden[f"{case}_N"]), np.float32)
+        gamma, temperature = float(golden[f"{case}_gamma"]), float(golden[f"{case}_temperature"])
+        steps = {name.split("_")[1] for name in golden.files if name.startswith(f"{case}_") and name.endswith("_hidden")}
+        assert len(steps) > 1
+        for step in sorted(steps, key=int):
+            here = f"{case}_{step}"
+            ids = golden[f"{here}_ids"]
+            loss, gradient, u[ids] = one_replica(golden[f"{here}_hidden"], u[ids], gamma, temperature, variant)
+            np.testing.assert_allclose(loss, golden[f"{here}_loss"], rtol=1e-5, err_msg=here)
+            np.testing.assert_allclose(gradient, golden[f"{here}_grad"], rtol=1e-5, atol=1e-6, err_msg=here)
+            np.testing.assert_allclose(u, golden[f"{here}_u"], rtol=1e-5, err_msg=here)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("batch", [2, 7, 16])
+def test_surrogate_and_u_agree_with_the_float64_formulas(variant, batch):
+    random = np.random.default_rng(batch)
+    hidden = random.normal(size=(2 * batch, 12)).astype(np.float32)
+    u = random.uniform(0.5, 3.0, batch).astype(np.float32)
+    u[0] = 0.0
+    gamma, temperature = 0.7, 0.2
+    loss, _, new_u = one_replica(hidden, u, gamma, temperature, variant)
+
+    z1, z2 = oracle.normalise(hidden)
+    g1, g2 = oracle.contrast(z1, z2, temperature)
+    gammas = np.full(batch, gamma)
+    if variant == "paper":
+        gammas[0] = 1.0
+    u1, u2 = (1 - gammas) * u + gammas * g1, (1 - gammas) * u + gammas * g2
+    np.testing.assert_allclose(loss, oracle.global_contrastive(z1, z2, u1, u2, temperature), rtol=1e-5)
+    np.testing.assert_allclose(new_u, (u1 + u2) / (1 if variant == "tf_official" else 2), rtol=1e-5)
+
+
+def test_at_gamma_1_the_gradient_is_temperature_times_that_of_decoupled_nt_xent():
+    hidden = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
+    temperature = 0.3
+    _, gradient, _ = one_replica(hidden, np.full(6, 9.0, np.float32), 1.0, temperature, "paper")
+
+    numeric = np.zeros(hidden.shape)
+    epsilon = 1e-5
+    for index in np.ndindex(*hidden.shape):
+        moved = hidden.astype(np.float64)
+        moved[index] += epsilon
+        above = oracle.decoupled_nt_xent(*oracle.normalise(moved), temperature)
+        moved[index] -= 2 * epsilon
+        below = oracle.decoupled_nt_xent(*oracle.normalise(moved), temperature)
+        numeric[index] = (above - below) / (2 * epsilon)
+    np.testing.assert_allclose(gradient, temperature * numeric, rtol=1e-4, atol=1e-6)
+
+
+def test_a_permutation_of_the_batch_changes_nothing():
+    random = np.random.default_rng(1)
+    hidden, u = random.normal(size=(16, 8)).astype(np.float32), random.uniform(0.5, 2, 8).astype(np.float32)
+    order = random.permutation(8)
+    loss, _, new_u = one_replica(hidden, u, 0.9, 0.1, "paper")
+    permuted, _, permuted_u = one_replica(hidden[np.concatenate([order, order + 8])], u[order], 0.9, 0.1, "paper")
+    np.testing.assert_allclose(permuted, loss, rtol=1e-6)
+    np.testing.assert_allclose(permuted_u, new_u[order], rtol=1e-6)
+
+
+def test_anchors_of_two_replicas_give_what_one_replica_gives():
+    random = np.random.default_rng(2)
+    hidden, u = random.normal(size=(16, 8)).astype(np.float32), tf.constant(random.uniform(0.5, 2, 8).astype(np.float32))
+    whole, _, whole_u = one_replica(hidden, u.numpy(), 0.9, 0.1, "paper")
+    z1, z2 = projections(tf.constant(hidden))
+    gamma = gamma_of_visit(u, 0.9, VARIANTS["paper"])
+    halves = [
+        global_contrastive(z1[s], z2[s], z1, z2, tf.range(8)[s], u[s], gamma[s], 0.1, VARIANTS["paper"])
+        for s in (slice(0, 4), slice(4, 8))
+    ]
+    np.testing.assert_allclose(np.mean([loss for loss, _ in halves]), whole, rtol=1e-6)
+    np.testing.assert_allclose(np.concatenate([new_u for _, new_u in halves]), whole_u, rtol=1e-6)
+
+
+def test_global_objective_counts_only_images_that_were_seen():
+    u = np.array([0.0, 2.0, 0.0, 8.0], np.float32)
+    np.testing.assert_allclose(global_objective(tf.constant(u), 0.1), 0.1 * (np.log(2.0) + np.log(8.0)) / 2, rtol=1e-6)
+    assert global_objective(tf.zeros(3), 0.1) == 0.0

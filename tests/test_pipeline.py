@@ -1,0 +1,241 @@
+"""The whole pipeline through the command line, with the real jobs, KFP's local runner and MLflow in SQLite."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from pipelines.cli import main
+from tests.conftest import picture
+
+COMPONENTS = ["build-tfrecords", "pretrain", "linear-eval"]
+TINY = ["image_size=16", "global_batch_size=12", "epochs=1", "warmup_epochs=0", "width_multiplier=0.125"]
+
+
+def sogclr(*arguments, cwd, **environ):
+    """Runs the command line here."""
+    out, err = io.StringIO(), io.StringIO()
+    with chdir(cwd), redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
+            patch.delenv(name, raising=False)
+        for name, value in environ.items():
+            patch.setenv(name, value)
+        code = main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def process(*arguments):
+    """Returns how to run the command line in a process of its own, from anywhere."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    return {"args": [sys.executable, "-m", "pipelines.cli", *map(str, arguments)], "env": environ, "text": True}
+
+
+def answer(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def one_line_and_exit_code_2(done):
+    """Returns the line that says what the user can mend."""
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("[")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def add(archive, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the commands are run; its name has a space."""
+    return tmp_path_factory.mktemp("some where")
+
+
+@pytest.fixture(scope="module")
+def raw(folder):
+    """ImageNet's layout with 3 synsets of 12 training and 4 validation images."""
+    raw, random = folder / "raw", np.random.default_rng(0)
+    raw.mkdir()
+    synsets = [f"n0000000{label}" for label in range(3)]
+    with tarfile.open(raw / "ILSVRC2012_img_train.tar", "w") as train:
+        for label, synset in enumerate(synsets):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as archive:
+                for number in range(12):
+                    add(archive, f"{synset}_{number}.JPEG", picture(label, random))
+            add(train, f"{synset}.tar", inner.getvalue())
+    with tarfile.open(raw / "ILSVRC2012_img_val.tar", "w") as validation:
+        for number in range(12):
+            add(validation, f"ILSVRC2012_val_{number + 1:08}.JPEG", picture(number % 3, random))
+    (raw / "validation_labels.txt").write_text("".join(f"{synsets[number % 3]}\n" for number in range(12)))
+    return raw
+
+
+@pytest.fixture(scope="module")
+def first(folder, raw):
+    """What the first run answers."""
+    return answer(sogclr("run", "--preset", "demo", "--raw", raw, "--set", *TINY, "--json", cwd=folder))
+
+
+@pytest.fixture(scope="module")
+def second(folder, raw, first):
+    """The run after it with nothing changed, as a person sees it, and its MLflow run."""
+    command = process("run", "--preset", "demo", "--raw", "raw", "--root", "runs", "--set", *TINY)
+    done = subprocess.run(**command, cwd=folder, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done, client_of(folder).search_runs(["1"], "tags.`sogclr.component` = 'pipeline'", max_results=1)[0].info.run_id
+
+
+def client_of(folder):
+    return MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+
+
+def step(result, component):
+    return result["components"][component]
+
+
+def test_a_run_nests_one_run_a_component_and_answers_with_what_they_made(folder, first):
+    client = client_of(folder)
+    assert client.get_run(first["run_id"]).info.status == "FINISHED"
+    for component, output in zip(COMPONENTS, ("dataset", "model", "metrics"), strict=True):
+        run = client.get_run(step(first, component)["run_id"])
+        assert (run.info.run_name, run.info.status) == (component, "FINISHED")
+        assert run.data.tags["mlflow.parentRunId"] == first["run_id"]
+        assert not step(first, component)["reused"]
+        assert Path(step(first, component)["outputs"][output]["uri"]).is_dir()
+    assert 0 <= first["metrics"]["eval/untrained_top_1_accuracy"] <= 1
+    assert Image.open(first["lineage"]).size == (1300, 450)
+
+
+def test_metrics_curves_and_logged_model_are_recorded(folder, first):
+    client = client_of(folder)
+    pretrain, linear_eval = (step(first, component)["run_id"] for component in COMPONENTS[1:])
+    assert client.get_metric_history(pretrain, "train/contrastive_loss")
+    assert client.get_run(pretrain).data.params["image_size"] == "16"
+    files = {run_id: {file.path for file in client.list_artifacts(run_id)} for run_id in (pretrain, linear_eval)}
+    assert files == {pretrain: {"step.json", "curves.png"}, linear_eval: {"step.json", "confusion.png", "per_class_accuracy.png"}}
+    model_id = step(first, "pretrain")["outputs"]["model"]["metadata"]["model_id"]
+    kept = {file.name for file in Path(folder, "runs/artifacts/models", model_id, "artifacts").iterdir()}
+    assert {"config.json", "result.json"} < kept
+    assert any(name.endswith(".npz") for name in kept)
+
+
+def test_from_the_linear_eval_run_alone_mlflow_leads_to_the_conversion(folder, raw, first):
+    client = client_of(folder)
+    run = client.get_run(step(first, "linear-eval")["run_id"])
+    model = client.get_logged_model(run.inputs.model_inputs[0].model_id)
+    pretraining = client.get_run(model.source_run_id)
+    dataset = pretraining.inputs.dataset_inputs[0]
+    tags = {tag.key: tag.value for tag in dataset.tags}
+    manifest = json.loads(Path(tags["uri"], "manifest.json").read_text())
+    assert tags["fingerprint"] == manifest["fingerprint"]
+    assert client.get_run(tags["run_id"]).data.params["raw"] == str(raw)
+    assert pretraining.info.run_id == step(first, "pretrain")["run_id"]
+
+
+def test_all_that_is_kept_is_under_the_root_and_nothing_but_progress_is_said(folder, raw, first, second):
+    assert sorted(path.name for path in folder.iterdir()) == ["raw", "runs"]
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == ["artifacts", "cache", "kfp", "logs", "mlflow.db"]
+    assert second[0].stderr == ""
+
+
+def test_a_second_run_reuses_every_step_and_says_so(first, second):
+    for component in COMPONENTS:
+        assert f"{component}: reused from run {step(first, component)['run_id'][:8]}" in second[0].stdout
+    for text in ("untrained", "top-1", "top-5", "lineage.png", "sogclr ui --root runs"):
+        assert text in second[0].stdout
+
+
+def test_a_changed_linear_eval_setting_reuses_the_two_steps_before(folder, raw, first, tmp_path):
+    root = folder / "runs"
+    changed = ("--set", *TINY, "linear_eval.seed=1")
+    third = answer(sogclr("run", "--preset", "demo", "--raw", raw, "--root", root, *changed, "--json", cwd=tmp_path))
+    assert [step(third, component)["reused"] for component in COMPONENTS] == [True, True, False]
+    note = client_of(folder).get_run(step(first, "pretrain")["run_id"]).data.tags["mlflow.note.content"]
+    assert third["run_id"] in note
+    assert step(third, "linear-eval")["run_id"] in note
+
+
+def test_a_rerun_nests_under_a_run_that_points_back_even_where_steps_came_from_the_cache(folder, first, second, tmp_path):
+    uri = f"sqlite:///{folder / 'runs' / 'mlflow.db'}"
+    source = step(first, "linear-eval")["run_id"]
+    arguments = ("linear-eval", "--run", second[1][:8], "--root", "other", "--set", "linear_eval.holdout_fraction=0.5", "--json")
+    rerun = answer(sogclr("rerun", *arguments, cwd=tmp_path, MLFLOW_TRACKING_URI=uri))
+    # The store that the environment names wins over the root's.
+    assert not (tmp_path / "other" / "mlflow.db").exists()
+    client = client_of(folder)
+    parent, run = client.get_run(rerun["run_id"]), client.get_run(step(rerun, "linear-eval")["run_id"])
+    assert run.info.run_id != source
+    assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert run.data.params["overrides"] == "linear_eval.holdout_fraction=0.5"
+    assert parent.data.tags["sogclr.rerun_of"] == source
+    assert f"/runs/{source}" in parent.data.tags["mlflow.note.content"]
+    assert f"/runs/{parent.info.run_id}" in client.get_run(source).data.tags["mlflow.note.content"]
+    assert [step(rerun, component)["reused"] for component in COMPONENTS] == [True, True, False]
+    assert step(rerun, "linear-eval")["outputs"] != step(first, "linear-eval")["outputs"]
+
+
+@contextmanager
+def gone(path):
+    aside = path.with_name(path.name + ".aside")
+    path.rename(aside)
+    yield
+    aside.rename(path)
+
+
+def test_a_rerun_on_artifacts_that_are_gone_is_refused(folder, first):
+    model = Path(step(first, "pretrain")["outputs"]["model"]["uri"])
+    with gone(model):
+        done = sogclr("rerun", "linear-eval", "--run", first["run_id"], cwd=folder)
+    assert str(model) in one_line_and_exit_code_2(done)
+
+
+def test_a_half_written_dataset_is_refused_by_the_step_that_reads_it(folder, first):
+    dataset = Path(step(first, "build-tfrecords")["outputs"]["dataset"]["uri"])
+    shard = next(dataset.glob("*train*tfrecord*"))
+    with gone(shard):
+        done = sogclr("rerun", "pretrain", "--run", first["run_id"][:12], cwd=folder)
+    assert shard.name in one_line_and_exit_code_2(done)
+    failed = client_of(folder).search_runs(["1"], "tags.`sogclr.user_error` = 'true'")[0]
+    assert (failed.info.run_name, failed.info.status) == ("pretrain", "FAILED")
+
+
+def test_reruns_of_nothing_and_of_other_kinds_are_refused(folder, first):
+    run = ("--run", first["run_id"])
+    for arguments, named in (
+        (("linear-eval", "--run", "0" * 32), "0" * 32),
+        (("linear-eval", *run, "--set", "epochs=2"), "epochs=2"),
+        (("pretrain", *run, "--set", "linear_eval.seed=2"), "linear_eval.seed=2"),
+        (("pretrain", *run, "--set", "epoch=2"), "did you mean epochs?"),
+        (("build-tfrecords", *run, "--set", "epochs=2"), "epochs=2"),
+    ):
+        assert named in one_line_and_exit_code_2(sogclr("rerun", *arguments, cwd=folder))
+
+
+def test_an_interrupted_run_leaves_no_step_running_and_says_so(folder, raw, first):
+    command = process("run", "--preset", "demo", "--raw", raw, "--set", *TINY, "epochs=100000")
+    with subprocess.Popen(**command, cwd=folder, stderr=subprocess.PIPE) as running:
+        begun = next((line for line in running.stderr if line.startswith("[pretrain]")), None)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(60) == 130
+        assert running.stderr.read().splitlines()[-1] == "interrupted"
+    assert begun
+    killed = client_of(folder).search_runs(["1"], "attributes.status = 'KILLED'")
+    assert {run.data.tags["sogclr.component"] for run in killed} == {"pretrain", "pipeline"}
+    assert client_of(folder).search_runs(["1"], "attributes.status = 'RUNNING'") == []

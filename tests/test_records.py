@@ -1,0 +1,43 @@
+"""The record schema against TensorFlow's own protocol buffers."""
+
+import dataclasses
+
+import pytest
+import tensorflow as tf
+from conftest import write_dataset
+
+from trainer import records
+
+
+@pytest.mark.parametrize(("label", "image_id"), [(0, 0), (127, 128), (999, 1281166), (1, 2**40)])
+def test_a_record_is_the_example_that_tensorflow_reads(label, image_id):
+    encoded = bytes(range(256)) * 3
+    serialized = records.encode_example(encoded, label, image_id)
+    features = tf.train.Example.FromString(serialized).features.feature
+    assert set(features) == {records.ENCODED, records.LABEL, records.IMAGE_ID}
+    assert list(features[records.ENCODED].bytes_list.value) == [encoded]
+    assert list(features[records.LABEL].int64_list.value) == [label]
+    assert list(features[records.IMAGE_ID].int64_list.value) == [image_id]
+    parsed = records.parse_example(serialized)
+    assert (parsed[records.ENCODED].numpy(), int(parsed[records.LABEL]), int(parsed[records.IMAGE_ID])) == (
+        encoded,
+        label,
+        image_id,
+    )
+
+
+def test_negative_ids_and_labels_are_refused():
+    with pytest.raises(ValueError, match="got -1"):
+        records.encode_example(b"", 0, -1)
+
+
+def test_a_manifest_comes_back_from_json_as_it_was(tmp_path):
+    manifest = write_dataset(tmp_path, train=4, validation=4)
+    manifest = dataclasses.replace(manifest, options={"max_side": 500})
+    assert records.manifest_from_json(records.manifest_to_json(manifest)) == manifest
+
+
+def test_what_is_no_manifest_is_refused_in_one_line(tmp_path):
+    (tmp_path / records.MANIFEST).write_text("{}")
+    with pytest.raises(records.UserError, match="is not a manifest of this version"):
+        records.read_manifest(str(tmp_path))

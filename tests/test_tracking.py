@@ -1,0 +1,254 @@
+"""What a component records in MLflow, and what leads from there to everything else. With a real store in SQLite."""
+
+import json
+import os
+from contextlib import suppress
+
+import pytest
+from kfp import dsl
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+
+from components import tracking
+from trainer.records import UserError
+
+FINGERPRINT = "3fa9" * 16
+ACCURACIES = {"top_1_accuracy": 0.66, "top_5_accuracy": 0.95, "untrained_top_1_accuracy": 0.57, "untrained_top_5_accuracy": 0.9}
+
+
+class Bench:
+    """A store with steps that do nothing but record."""
+
+    def __init__(self, folder, environ):
+        self.folder = folder
+        self.uri = environ["MLFLOW_TRACKING_URI"]
+        self.store = tracking.open_store(self.uri, artifacts=str(folder / "artifacts"))
+        self.client = MlflowClient(self.uri)
+
+    def pipeline(self, **more):
+        about = {"command": ["sogclr", "run", "--preset", "demo"], "root": "runs", "code_version": "c0de", "params": {}, **more}
+        return tracking.start_pipeline(self.store, "demo", **about)
+
+    def environ(self, pipeline_id):
+        return {"MLFLOW_TRACKING_URI": self.uri, "MLFLOW_RUN_ID": pipeline_id}
+
+    def artifact(self, kind, job, task, name):
+        return kind(name=name, uri=str(self.folder / "kfp" / job / task / name), metadata={})
+
+    def build(self, pipeline_id, job="job"):
+        dataset = self.artifact(dsl.Dataset, job, "build-tfrecords", "dataset")
+        arguments = {"raw": "/raw", "code_version": "c0de"}
+        with tracking.step("build-tfrecords", arguments, {"dataset": dataset}, environ=self.environ(pipeline_id)) as run:
+            about = {
+                "name": "images",
+                "fingerprint": FINGERPRINT,
+                "train_images": 36.0,
+                "validation_images": 12.0,
+                "classes": 3.0,
+            }
+            dataset.metadata.update(about)
+            run.log_dataset(dataset, "output")
+        return dataset
+
+    def pretrain(self, pipeline_id, dataset):
+        model = self.artifact(dsl.Model, "job", "pretrain", "model")
+        os.makedirs(model.uri, exist_ok=True)
+        with open(f"{model.uri}/checkpoint.npz", "w") as file:
+            file.write("weights")
+        arguments = {"preset": "demo", "overrides": ["epochs=1"], "code_version": "c0de"}
+        environ = self.environ(pipeline_id)
+        with tracking.step("pretrain", arguments, {"model": model}, {"dataset": dataset}, environ) as run:
+            run.log_params({"seed": 0, "linear_eval": {"seed": 1}})
+            run.log_dataset(dataset, "training")
+            for step in range(1, 4):
+                run.log_metrics({"train/contrastive_loss": -1 / step}, step)
+            assert run.history() == {"train/contrastive_loss": [(1, -1.0), (2, -0.5), (3, -1 / 3)]}
+            model.metadata.update(preset="demo", steps=3)
+            final = {"train/contrastive_loss": -1 / 3}
+            run.log_encoder(model, dataset, [f"{model.uri}/checkpoint.npz"], params={"preset": "demo"}, metrics=final, step=3)
+        return model
+
+    def linear_eval(self, pipeline_id, dataset, model):
+        metrics = self.artifact(dsl.Metrics, "job", "linear-eval", "metrics")
+        inputs = {"model": model, "dataset": dataset}
+        arguments = {"overrides": [], "code_version": "c0de"}
+        with tracking.step("linear-eval", arguments, {"metrics": metrics}, inputs, self.environ(pipeline_id)) as run:
+            run.log_dataset(dataset, "eval")
+            run.use_encoder(model)
+            final = {f"eval/{name}": value for name, value in ACCURACIES.items()}
+            run.log_final_metrics(final, model.metadata["model_id"], dataset, 3)
+            run.log_figure(Figure(), "confusion.png")
+            for name, value in ACCURACIES.items():
+                metrics.log_metric(name, value)
+        return metrics
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("a root")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        yield Bench(folder, os.environ)
+
+
+@pytest.fixture(scope="module")
+def chain(bench):
+    """A pipeline run in which every step recorded something: IDs of its runs."""
+    pipeline_id = bench.pipeline(git_commit="abc")
+    dataset = bench.build(pipeline_id)
+    model = bench.pretrain(pipeline_id, dataset)
+    metrics = bench.linear_eval(pipeline_id, dataset, model)
+    tracking.end_pipeline(bench.store, pipeline_id, "FINISHED")
+    made = {"build-tfrecords": dataset, "pretrain": model, "linear-eval": metrics}
+    return {"pipeline": pipeline_id} | {name: artifact.metadata["run_id"] for name, artifact in made.items()}
+
+
+def test_the_linear_eval_run_alone_leads_to_model_pretraining_dataset_and_conversion(bench, chain):
+    run = bench.client.get_run(chain["linear-eval"])
+    model = bench.client.get_logged_model(run.inputs.model_inputs[0].model_id)
+    pretraining = bench.client.get_run(model.source_run_id)
+    assert model.source_run_id == chain["pretrain"]
+    assert [one.model_id for one in pretraining.outputs.model_outputs] == [model.model_id]
+
+    for one in (run, pretraining):
+        dataset = one.inputs.dataset_inputs[0]
+        tags = {tag.key: tag.value for tag in dataset.tags}
+        assert FINGERPRINT.startswith(dataset.dataset.digest)
+        assert tags["fingerprint"] == one.data.tags["sogclr.dataset_fingerprint"] == FINGERPRINT
+        assert tags["run_id"] == json.loads(dataset.dataset.source)["run_id"] == chain["build-tfrecords"]
+    conversion = bench.client.get_run(chain["build-tfrecords"])
+    assert conversion.data.params["raw"] == "/raw"
+    assert {run.data.tags["mlflow.parentRunId"] for run in (run, pretraining, conversion)} == {chain["pipeline"]}
+
+
+def test_accuracies_belong_to_the_model_and_the_dataset(bench, chain):
+    run = bench.client.get_run(chain["linear-eval"])
+    model = bench.client.get_logged_model(run.inputs.model_inputs[0].model_id)
+    top_1 = next(metric for metric in model.metrics if metric.key == "eval/top_1_accuracy")
+    assert (top_1.value, top_1.dataset_digest, top_1.run_id) == (0.66, FINGERPRINT[:36], chain["linear-eval"])
+    (version,) = bench.client.search_model_versions(f"name = '{tracking.ENCODER}'")
+    assert version.source == f"models:/{model.model_id}"
+    assert version.tags["dataset_fingerprint"] == FINGERPRINT
+
+
+def test_runs_say_in_links_where_they_come_from_and_what_came_of_them(bench, chain):
+    notes = {name: bench.client.get_run(run_id).data.tags["mlflow.note.content"] for name, run_id in chain.items()}
+    for name, others in {
+        "build-tfrecords": ("pretrain", "linear-eval", "pipeline"),
+        "pretrain": ("build-tfrecords", "linear-eval", "pipeline"),
+        "linear-eval": ("build-tfrecords", "pretrain", "pipeline"),
+        "pipeline": ("build-tfrecords", "pretrain", "linear-eval"),
+    }.items():
+        for other in others:
+            assert f"/runs/{chain[other]}" in notes[name], (name, other)
+    assert "66.0%" in notes["pipeline"]
+    assert f"`sogclr rerun pretrain --run {chain['pretrain']} --root runs`" in notes["pretrain"]
+    assert [file.path for file in bench.client.list_artifacts(chain["pipeline"])] == ["lineage.png"]
+
+
+def test_steps_record_code_parameters_and_commit(bench, chain):
+    data = bench.client.get_run(chain["pretrain"]).data
+    assert data.params == {
+        "preset": "demo",
+        "overrides": "epochs=1",
+        "code_version": "c0de",
+        "seed": "0",
+        "linear_eval.seed": "1",
+    }
+    assert data.tags["mlflow.source.git.commit"] == "abc"
+    assert data.tags["sogclr.code_version"] == "c0de"
+
+
+def test_a_later_pipeline_that_reuses_steps_says_whose_they_are(bench, chain):
+    pipeline_id = bench.pipeline()
+    lineage = tracking.end_pipeline(bench.store, pipeline_id, "FINISHED", [chain["linear-eval"]])
+    assert [(step.run_id, lineage.reused(step)) for step in lineage.steps] == [
+        (chain[step.component], True) for step in lineage.steps
+    ]
+    assert len(lineage.steps) == 3
+    run = bench.client.get_run(pipeline_id)
+    assert "reused from" in run.data.tags["mlflow.note.content"]
+    assert run.data.metrics["eval/top_1_accuracy"] == 0.66
+    assert f"/runs/{pipeline_id}" in bench.client.get_run(chain["pretrain"]).data.tags["mlflow.note.content"]
+
+
+def test_an_equal_dataset_of_another_conversion_leads_to_that_conversion(bench, chain):
+    pipeline_id = bench.pipeline()
+    again = bench.build(pipeline_id, "another-job")
+    (dataset,) = bench.client.get_run(again.metadata["run_id"]).inputs.dataset_inputs
+    tags = {tag.key: tag.value for tag in dataset.tags}
+    assert (tags["run_id"], tags["uri"]) == (again.metadata["run_id"], again.uri)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message", "mendable"),
+    [
+        (UserError("gamma=2 makes\nno sense"), "FAILED", "gamma=2 makes no sense", True),
+        (MemoryError("no room"), "FAILED", "MemoryError: no room", False),
+        (KeyboardInterrupt(), "KILLED", "KeyboardInterrupt:", False),
+    ],
+)
+def test_a_step_that_fails_says_why_in_one_line_and_leaves_its_pipeline_open(bench, error, status, message, mendable):
+    pipeline_id = bench.pipeline()
+    dataset = bench.artifact(dsl.Dataset, "failing", "build-tfrecords", "dataset")
+    with suppress(type(error)), tracking.step("build-tfrecords", {}, {"dataset": dataset}, environ=bench.environ(pipeline_id)):
+        raise error
+    assert bench.client.get_run(pipeline_id).info.status == "RUNNING"
+    failed = tracking.end_pipeline(bench.store, pipeline_id, "FAILED").failed
+    assert (failed.status, failed.error.strip(), failed.user_error) == (status, message, mendable)
+
+
+def test_a_step_that_vanished_is_said_to_be_killed(bench):
+    pipeline_id = bench.pipeline()
+    dataset = bench.artifact(dsl.Dataset, "vanished", "build-tfrecords", "dataset")
+    step = tracking.step("build-tfrecords", {}, {"dataset": dataset}, environ=bench.environ(pipeline_id))
+    step.__enter__()
+    assert tracking.end_pipeline(bench.store, pipeline_id, "FAILED").failed.status == "KILLED"
+
+
+def test_without_a_parent_in_the_environment_the_job_s_name_finds_it(bench):
+    first = tracking.pipeline_of_job(bench.store, "gs://bucket/root/123/sogclr-20260101/build-tfrecords_7/dataset")
+    second = tracking.pipeline_of_job(bench.store, "gs://bucket/root/123/sogclr-20260101/pretrain_8/model")
+    other = tracking.pipeline_of_job(bench.store, "gs://bucket/root/123/sogclr-20260102/pretrain_8/model")
+    assert first == second != other
+    dataset = bench.artifact(dsl.Dataset, "a-job", "build-tfrecords", "dataset")
+    with tracking.step("build-tfrecords", {}, {"dataset": dataset}, environ={"MLFLOW_TRACKING_URI": bench.uri}) as run:
+        parent = bench.client.get_run(run.run_id).data.tags["mlflow.parentRunId"]
+        dataset.metadata.update(fingerprint=FINGERPRINT)
+    assert parent == tracking.pipeline_of_job(bench.store, dataset.uri)
+
+
+def test_a_run_is_found_by_the_beginning_of_its_id(bench, chain):
+    assert tracking.find_run(bench.store, chain["pretrain"][:8]) == chain["pretrain"]
+    for prefix, message in ((chain["pretrain"][:7], "too short"), ("0" * 32, "there is no run")):
+        with pytest.raises(UserError, match=message):
+            tracking.find_run(bench.store, prefix)
+
+
+def test_a_step_is_found_from_its_pipeline_and_from_every_step_of_it(bench, chain):
+    for name in ("pipeline", "build-tfrecords", "pretrain", "linear-eval"):
+        assert tracking.find_step(bench.store, chain[name], "pretrain").run_id == chain["pretrain"]
+    stranger = bench.client.create_run(bench.store.experiment_id).info.run_id
+    with pytest.raises(UserError, match="no run of sogclr"):
+        tracking.find_step(bench.store, stranger, "pretrain")
+    with pytest.raises(UserError, match="has no pretrain"):
+        tracking.find_step(bench.store, bench.pipeline(), "pretrain")
+
+
+def test_deleted_runs_are_not_known(bench):
+    pipeline_id = bench.pipeline()
+    assert tracking.knows(bench.store, pipeline_id)
+    bench.client.delete_run(pipeline_id)
+    assert not tracking.knows(bench.store, pipeline_id)
+    assert not tracking.knows(bench.store, "0" * 32)
+
+
+def test_a_store_that_cannot_be_used_is_the_user_s_to_mend(tmp_path):
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
+        tracking.open_store("nonsense://somewhere")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is not set"), tracking.step("pretrain", {}, {}, environ={}):
+        pass
+
+
+def test_telemetry_is_off_before_mlflow_is_imported():
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == os.environ["DO_NOT_TRACK"] == "true"

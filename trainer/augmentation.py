@@ -1,0 +1,146 @@
+"""SimCLR's augmentation, divided between the host and the accelerator.
+
+On the host, an image is decoded once, and each view is a random resized crop of it, uint8. On the accelerator, inside the train
+step, a whole batch of views is flipped, jittered, made grey and blurred. All chance is drawn on the host, keyed by (seed, epoch,
+image ID): a view comes with the numbers that `augment` consumes, so the step has no random state of its own.
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+
+class Draws(NamedTuple):
+    """Where in a view's draws, [NUM_DRAWS] float32 uniform in [0, 1), each operation finds its own."""
+
+    flip: int = 0
+    jitter: int = 1
+    brightness: int = 2
+    contrast: int = 3
+    saturation: int = 4
+    hue: int = 5
+    order: int = 6
+    """Four draws; their ranks are the order of brightness, contrast, saturation and hue."""
+    grey: int = 10
+    blur: int = 11
+    sigma: int = 12
+
+
+DRAWS = Draws()
+NUM_DRAWS = 13
+
+
+def two_views(
+    encoded: tf.Tensor, size: int, min_area: float, epoch_key: tf.Tensor, image_id: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Decodes a JPEG once and crops two views of it, on the host.
+
+    `encoded` is a string scalar; `epoch_key` and `image_id`, int64 scalars, key all chance. Returns the views, [2, size, size, 3]
+    uint8, and their draws, [2, NUM_DRAWS] float32 in [0, 1). A crop has `min_area` to all of the image's area and an aspect of
+    3/4 to 4/3 (Szegedy et al. 2015), and is resized bicubically.
+    """
+    image = tf.io.decode_jpeg(encoded, channels=3)
+    keys = [tf.stack([epoch_key, 3 * image_id + purpose]) for purpose in range(3)]
+    views = [random_resized_crop(image, size, min_area, key) for key in keys[:2]]
+    draws = tf.random.stateless_uniform([2, NUM_DRAWS], keys[2], alg="philox")
+    return tf.stack(views), draws
+
+
+def random_resized_crop(image: tf.Tensor, size: int, min_area: float, key: tf.Tensor) -> tf.Tensor:
+    """Returns a random crop of `image`, [H, W, 3] uint8, resized to [size, size, 3] uint8."""
+    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+        tf.shape(image),
+        tf.zeros([1, 0, 4]),
+        seed=key,
+        min_object_covered=0.0,
+        aspect_ratio_range=(3 / 4, 4 / 3),
+        area_range=(min_area, 1.0),
+        max_attempts=100,
+        use_image_if_no_bounding_boxes=True,
+    )
+    resized = tf.image.resize(tf.slice(image, begin, extent), [size, size], method="bicubic")
+    return tf.cast(tf.round(tf.clip_by_value(resized, 0.0, 255.0)), tf.uint8)
+
+
+def central_crop(encoded: tf.Tensor, size: int, proportion: float) -> tf.Tensor:
+    """Returns what evaluation sees of a JPEG, [size, size, 3] float32 in [0, 1]: its middle, resized bicubically."""
+    return resize_center(tf.io.decode_jpeg(encoded, channels=3), size, proportion)
+
+
+def resize_center(image: tf.Tensor, size: int, proportion: float) -> tf.Tensor:
+    """Crops the middle square of `proportion` of the shorter side of `image`, [H, W, 3] uint8; as `central_crop`."""
+    height, width = tf.shape(image)[0], tf.shape(image)[1]
+    side = tf.cast(tf.round(proportion * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32)
+    top, left = (height - side + 1) // 2, (width - side + 1) // 2
+    middle = tf.image.convert_image_dtype(image[top : top + side, left : left + side], tf.float32)
+    return tf.clip_by_value(tf.image.resize(middle, [size, size], method="bicubic"), 0.0, 1.0)
+
+
+@tf.function(jit_compile=True, autograph=False)
+def augment(views: tf.Tensor, draws: tf.Tensor, strength: float, blur: bool) -> tf.Tensor:
+    """Augments a batch of views on the accelerator (Chen et al. 2020, appendix A).
+
+    `views` is [n, S, S, 3] uint8, `draws` [n, NUM_DRAWS] float32. Returns [n, S, S, 3] float32 in [0, 1]: flipped with
+    probability .5, jittered with .8, grey with .2 and, where `blur`, blurred with .5. Compiled as one, on a CPU too: its many
+    small operations then run in a single pass over the pixels.
+    """
+    images = tf.cast(views, tf.float32) / 255.0
+    images = _where(draws[:, DRAWS.flip] < 0.5, images[:, :, ::-1], images)
+    images = _where(draws[:, DRAWS.jitter] < 0.8, jitter(images, draws, strength), images)
+    images = _where(draws[:, DRAWS.grey] < 0.2, tf.image.rgb_to_grayscale(images), images)
+    if blur:
+        side = views.shape[1]
+        sigma = 0.1 + 1.9 * draws[:, DRAWS.sigma]
+        images = _where(draws[:, DRAWS.blur] < 0.5, gaussian_blur(images, side // 10, sigma), images)
+    return tf.clip_by_value(images, 0.0, 1.0)
+
+
+def jitter(images: tf.Tensor, draws: tf.Tensor, strength: float) -> tf.Tensor:
+    """Scales brightness, contrast and saturation and turns the hue, in an order of each image's own; as `augment`."""
+    low, high = max(1.0 - 0.8 * strength, 0.0), 1.0 + 0.8 * strength
+    brightness, contrast, saturation = (
+        _per_image(low + (high - low) * draws[:, number]) for number in (DRAWS.brightness, DRAWS.contrast, DRAWS.saturation)
+    )
+    turn = _per_image(0.2 * strength * (2.0 * draws[:, DRAWS.hue] - 1.0))
+    order = tf.argsort(draws[:, DRAWS.order : DRAWS.order + 4], axis=1)
+    for stage in range(4):
+        operation = order[:, stage]
+        brighter = images * brightness
+        mean = tf.reduce_mean(images, axis=[1, 2], keepdims=True)
+        contrasted = mean + (images - mean) * contrast
+        linear = _where(operation == 0, brighter, _where(operation == 1, contrasted, images))
+        hsv = tf.image.rgb_to_hsv(images)
+        hue, colour, value = tf.split(hsv, 3, axis=-1)
+        turned = tf.concat([tf.math.floormod(hue + turn, 1.0), colour, value], axis=-1)
+        saturated = tf.concat([hue, tf.minimum(colour * saturation, 1.0), value], axis=-1)
+        coloured = tf.image.hsv_to_rgb(_where(operation == 2, saturated, turned))
+        images = tf.clip_by_value(_where(operation < 2, linear, coloured), 0.0, 1.0)
+    return images
+
+
+def gaussian_blur(images: tf.Tensor, kernel_size: int, sigma: tf.Tensor) -> tf.Tensor:
+    """Blurs each image, [n, S, S', 3] float32, by its own `sigma`, [n] float32 in pixels; zeros beyond the edges.
+
+    The kernel reaches `kernel_size` // 2 pixels to each side. A blur along an axis is a product with a banded matrix, which an
+    accelerator's matrix unit does in passing.
+    """
+
+    def band(side: int) -> tf.Tensor:
+        distance = tf.abs(tf.range(side)[:, None] - tf.range(side)[None, :])
+        reach = kernel_size // 2
+        squares = tf.cast(distance, tf.float32) ** 2
+        offsets = tf.range(-reach, reach + 1, dtype=tf.float32)
+        halved = -0.5 / sigma**2
+        total = tf.reduce_sum(tf.exp(halved[:, None] * offsets**2), axis=1)
+        return tf.where(distance <= reach, tf.exp(halved[:, None, None] * squares), 0.0) / total[:, None, None]
+
+    along_rows = tf.einsum("nij,njwc->niwc", band(images.shape[1]), images)
+    return tf.einsum("nij,nhjc->nhic", band(images.shape[2]), along_rows)
+
+
+def _per_image(values: tf.Tensor) -> tf.Tensor:
+    return values[:, None, None, None]
+
+
+def _where(chosen: tf.Tensor, yes: tf.Tensor, no: tf.Tensor) -> tf.Tensor:
+    return tf.where(_per_image(chosen), yes, no)

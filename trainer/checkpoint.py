@@ -1,0 +1,119 @@
+"""Checkpoints: everything that moves, one file a step, whole or not there.
+
+A checkpoint is an uncompressed .npz of arrays by name. It is written under another name and then renamed, and zip's own checksums
+tell a torn one, which is passed over for the one before.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.records import UserError
+
+_NAME = re.compile(r"checkpoint-(\d{8,})\.npz")
+
+
+_METRICS = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int
+    arrays: Mapping[str, np.ndarray]
+    """By variable name."""
+    metrics: Mapping[str, float]
+    """The last ones before it was written."""
+    path: str = ""
+    """Where it was read from."""
+
+
+def save(folder: str, checkpoint: Checkpoint, keep: int) -> str:
+    """Writes `checkpoint` into `folder`, removes all but the newest `keep`, and returns the new one's path."""
+    tf.io.gfile.makedirs(folder)
+    path = f"{folder}/checkpoint-{checkpoint.step:08}.npz"
+    write_arrays(path, {**checkpoint.arrays, _METRICS: np.array(json.dumps(dict(checkpoint.metrics)))})
+    for old in paths(folder)[:-keep]:
+        tf.io.gfile.remove(old)
+    return path
+
+
+def write_arrays(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an uncompressed .npz, whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **dict[str, Any](arrays))
+    write_whole(path, buffer.getvalue())
+
+
+def write_whole(path: str, content: bytes) -> None:
+    """Writes a file so that a reader sees its old content or the new, never a part."""
+    partial = f"{path}.partial"
+    with tf.io.gfile.GFile(partial, "wb") as file:
+        file.write(content)
+    tf.io.gfile.rename(partial, path, overwrite=True)
+
+
+def paths(folder: str) -> list[str]:
+    """Returns the checkpoints in `folder`, oldest first."""
+    names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
+    steps = {int(match[1]): match[0] for match in map(_NAME.fullmatch, names) if match}
+    return [f"{folder}/{steps[step]}" for step in sorted(steps)]
+
+
+def load(path: str) -> Checkpoint:
+    """Reads one checkpoint. Raises UserError where the file is not whole or is no checkpoint."""
+    match = _NAME.fullmatch(os.path.basename(path))
+    try:
+        if match is None:
+            raise ValueError("its name is not checkpoint-STEP.npz")
+        with tf.io.gfile.GFile(path, "rb") as file, np.load(io.BytesIO(file.read()), allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+            return Checkpoint(int(match[1]), arrays, json.loads(str(arrays.pop(_METRICS))), path)
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, tf.errors.OpError) as error:
+        raise UserError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
+
+
+def load_latest(folder: str) -> Checkpoint | None:
+    """Returns the newest checkpoint in `folder` that is whole, or None; one that is torn is named on stderr and passed over."""
+    for path in reversed(paths(folder)):
+        try:
+            return load(path)
+        except UserError as error:
+            print(f"warning: {error}; taking the one before", file=sys.stderr)
+    return None
+
+
+def restore(variables: Mapping[str, tf.Variable], checkpoint: Checkpoint) -> None:
+    """Assigns each variable the array of its name. Raises UserError, and changes nothing, where names or shapes differ."""
+    missing = sorted(set(variables) - set(checkpoint.arrays))
+    if missing:
+        raise UserError(
+            f"{checkpoint.path} is of another architecture: it has no {missing[0]} ({len(missing)} variables missing)"
+        )
+    for name, variable in variables.items():
+        found = checkpoint.arrays[name].shape
+        if found != tuple(variable.shape):
+            raise UserError(
+                f"{checkpoint.path} is of another architecture: {name} has shape {found}, not {tuple(variable.shape)}"
+            )
+    for name, variable in variables.items():
+        variable.assign(checkpoint.arrays[name])
+
+
+def sha256_of(arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns a digest of names, types, shapes and values, in name order: equal states have equal digests."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

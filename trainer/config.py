@@ -1,0 +1,217 @@
+"""Configuration: one frozen dataclass, changed only by `key=value` overrides, whole and checked from the start.
+
+`resolve(preset, overrides)` is the single way to a `Config`; the presets themselves are in `trainer/presets.py`. Nothing
+here needs TensorFlow.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import operator
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trainer.records import UserError
+
+
+@dataclass(frozen=True)
+class LinearEval:
+    """A linear classifier on the frozen encoder: features once, then an exact convex fit."""
+
+    batch_size: int = 256
+    """Images per forward pass; changes no result."""
+    l2_penalties: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    """Candidates for lambda in mean cross-entropy + lambda/2 |W|^2; the best on held-out training images is taken."""
+    holdout_fraction: float = 0.1
+    """Part of the training images, chosen by image ID, that the choice of lambda is made on. The final fit uses all."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a pretraining run depends on besides the data and the code."""
+
+    # Views
+    image_size: int = 224
+    """Side of a view, pixels."""
+    crop_min_area: float = 0.08
+    """Smallest area of a random resized crop, as a part of the image."""
+    color_jitter_strength: float = 1.0
+    blur: bool = True
+    """Gaussian blur of half the views, kernel a tenth of the side, sigma .1 to 2."""
+    eval_crop_proportion: float = 0.875
+    """Part of the shorter side that evaluation sees."""
+
+    # Encoder and heads
+    depth: int = 50
+    width_multiplier: float = 1.0
+    cifar_stem: bool = False
+    """A 3x3 stem at stride 1 without pooling, for images of 32 px."""
+    projection_layers: int = 2
+    projection_dim: int = 128
+
+    # Loss
+    loss: Literal["global_contrastive", "nt_xent"] = "global_contrastive"
+    variant: Literal["paper", "tf_official", "pt_official"] = "paper"
+    """What is stored in u and how it starts; only for the global contrastive loss."""
+    temperature: float = 0.1
+    gamma: float = 0.9
+    """Weight of the new estimate in u, in (0, 1]."""
+
+    # Optimisation
+    epochs: int = 800
+    global_batch_size: int = 512
+    """Images per step over all replicas; each gives two views."""
+    optimizer: Literal["lars", "momentum"] = "lars"
+    base_learning_rate: float = 0.075
+    learning_rate_scaling: Literal["sqrt", "linear"] = "sqrt"
+    """Peak learning rate: base * sqrt(B), or base * B / 256."""
+    warmup_epochs: float = 10.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-6
+
+    # Run
+    seed: int = 0
+    shuffle_window: int = 2048
+    """Records shuffled among each other, in memory at once; blocks of records are shuffled over the whole set before."""
+    log_every_steps: int = 100
+    checkpoint_every_epochs: int = 10
+    keep_checkpoints: int = 2
+
+    linear_eval: LinearEval = field(default_factory=LinearEval)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def _check(config: Config) -> None:
+    """Raises UserError for a value or a combination that makes no sense, naming the field and what would."""
+    rules: list[tuple[bool, str, str]] = [
+        (config.image_size >= 8, "image_size", "at least 8"),
+        (0 < config.crop_min_area <= 1, "crop_min_area", "in (0, 1]"),
+        (0 < config.eval_crop_proportion <= 1, "eval_crop_proportion", "in (0, 1]"),
+        (config.color_jitter_strength >= 0, "color_jitter_strength", "0 or more"),
+        (config.depth in (18, 34, 50, 101, 152, 200), "depth", "one of 18, 34, 50, 101, 152, 200"),
+        (config.width_multiplier * 64 >= 1, "width_multiplier", "at least 1/64"),
+        (config.projection_layers >= 1, "projection_layers", "at least 1"),
+        (config.projection_dim >= 1, "projection_dim", "at least 1"),
+        (config.temperature > 0, "temperature", "above 0"),
+        (0 < config.gamma <= 1, "gamma", "in (0, 1]"),
+        (config.epochs >= 1, "epochs", "at least 1"),
+        (config.global_batch_size >= 2, "global_batch_size", "at least 2 (an image needs others to contrast with)"),
+        (config.base_learning_rate > 0, "base_learning_rate", "above 0"),
+        (0 <= config.warmup_epochs <= config.epochs, "warmup_epochs", f"between 0 and epochs={config.epochs}"),
+        (0 <= config.momentum < 1, "momentum", "in [0, 1)"),
+        (config.weight_decay >= 0, "weight_decay", "0 or more"),
+        (0 <= config.seed < 2**31, "seed", "in [0, 2^31)"),
+        (config.shuffle_window >= 1, "shuffle_window", "at least 1"),
+        (config.log_every_steps >= 1, "log_every_steps", "at least 1"),
+        (config.checkpoint_every_epochs >= 1, "checkpoint_every_epochs", "at least 1"),
+        (config.keep_checkpoints >= 1, "keep_checkpoints", "at least 1"),
+        (config.linear_eval.batch_size >= 1, "linear_eval.batch_size", "at least 1"),
+        (bool(config.linear_eval.l2_penalties), "linear_eval.l2_penalties", "at least one number, as in 1e-2,1e-3"),
+        (all(x >= 0 for x in config.linear_eval.l2_penalties), "linear_eval.l2_penalties", "0 or more, each"),
+        (0 < config.linear_eval.holdout_fraction < 1, "linear_eval.holdout_fraction", "in (0, 1)"),
+    ]
+    for holds, name, allowed in rules:
+        if not holds:
+            raise UserError(f"{name}={operator.attrgetter(name)(config)} makes no sense: it must be {allowed}")
+    if config.loss == "global_contrastive" and config.variant == "tf_official" and config.gamma <= 0.5:
+        raise UserError(
+            f"gamma={config.gamma} diverges with variant=tf_official, which stores the sum of both views' u: "
+            "take gamma above 0.5, or variant=paper"
+        )
+
+
+def override(config: Config, overrides: Iterable[str]) -> Config:
+    """Returns `config` with each `key=value` of `overrides` in place, coerced to its field's declared type.
+
+    Keys of the linear eval are written `linear_eval.NAME`. Numbers may come as any text that has the value, since pipelines
+    turn 512 into 512.0. Raises UserError for what is no `key=value`, an unknown key (with the nearest one that exists), a
+    value of another type, and a config that makes no sense.
+    """
+    changes: dict[str, Any] = {}
+    for item in overrides:
+        key, separator, text = item.partition("=")
+        key = key.strip()
+        if not separator:
+            raise UserError(f"{item!r} is not an override: write key=value, as in epochs=100")
+        types = field_types()
+        if key not in types:
+            raise UserError(f"{key} is not a setting{nearest(key, types)}")
+        changes[key] = _coerce(key, text.strip(), types[key])
+    linear_eval = {key.removeprefix(LINEAR_EVAL): value for key, value in changes.items() if key.startswith(LINEAR_EVAL)}
+    pretraining = {key: value for key, value in changes.items() if not key.startswith(LINEAR_EVAL)}
+    return dataclasses.replace(config, **pretraining, linear_eval=dataclasses.replace(config.linear_eval, **linear_eval))
+
+
+LINEAR_EVAL = "linear_eval."
+"""What the keys of the linear eval begin with; all others are pretraining's."""
+
+
+def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Returns the overrides of pretraining and those of the linear eval, each in its order."""
+    items = list(overrides)
+    return (
+        [item for item in items if not item.strip().startswith(LINEAR_EVAL)],
+        [item for item in items if item.strip().startswith(LINEAR_EVAL)],
+    )
+
+
+def field_types() -> dict[str, Any]:
+    """Returns every key that can be overridden, with its type."""
+    own = {name: kind for name, kind in typing.get_type_hints(Config).items() if name != "linear_eval"}
+    return own | {LINEAR_EVAL + name: kind for name, kind in typing.get_type_hints(LinearEval).items()}
+
+
+def _coerce(key: str, text: str, kind: Any) -> Any:
+    try:
+        if typing.get_origin(kind) is Literal:
+            choices = typing.get_args(kind)
+            if text not in choices:
+                raise UserError(f"{key}={text} is not one of {', '.join(choices)}{nearest(text, choices)}")
+            return text
+        if typing.get_origin(kind) is tuple:
+            return tuple(_number(part, typing.get_args(kind)[0]) for part in text.strip("()[]").split(",") if part.strip())
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return _number(text, kind)
+    except (ValueError, KeyError) as error:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "numbers with commas between")
+        raise UserError(f"{key}={text} is not {wanted}") from error
+
+
+def _number(text: str, kind: type) -> int | float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    if kind is int:
+        if value != int(value):
+            raise ValueError(text)
+        return int(text) if text.strip().lstrip("+-").isdigit() else int(value)
+    return value
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean X?" where something of `known` is like `name`, else nothing."""
+    begin_so = [candidate for candidate in known if candidate.startswith(name)]
+    close = begin_so or difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def config_to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True) + "\n"
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """Reads what `config_to_json` wrote, parsed. Raises UserError where a setting is missing or unknown."""
+    flat = {key: value for key, value in values.items() if key != "linear_eval"}
+    flat |= {LINEAR_EVAL + key: value for key, value in dict(values.get("linear_eval", {})).items()}
+    unlike = set(flat) ^ set(field_types())
+    if unlike:
+        raise UserError(f"the stored config is of another version: it differs from this one's in {', '.join(sorted(unlike))}")
+    texts = (f"{key}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}" for key, value in flat.items())
+    return override(Config(), texts)

@@ -1,0 +1,34 @@
+"""The two heads on the encoder's features: the projection that the loss sees, and the online linear classifier."""
+
+import keras
+
+from trainer.layers import BatchNorm, initializer
+
+
+def make_projection(feature_dim: int, layers: int, out_dim: int, seed: int = 0) -> keras.Model:
+    """Returns SimCLR's projection head, from features, [B, F] float32, to projections, [B, out_dim] float32, not normalised.
+
+    Hidden layers are as wide as the features; BN on every layer, ReLU between, no offset in the last one's BN.
+    """
+    features = keras.Input((feature_dim,), name="features")
+    x = features
+    for layer in range(1, layers + 1):
+        last = layer == layers
+        name = f"dense{layer}"
+        x = keras.layers.Dense(
+            out_dim if last else feature_dim,
+            use_bias=False,
+            kernel_initializer=initializer("head", seed, f"projection/{name}"),
+            name=name,
+        )(x)
+        x = BatchNorm(center=not last, name=f"norm{layer}")(x)
+        if not last:
+            x = keras.layers.ReLU()(x)
+    return keras.Model(features, x, name="projection")
+
+
+def make_classifier(feature_dim: int, num_classes: int, seed: int = 0) -> keras.Model:
+    """Returns the linear classifier trained alongside, from features, [B, F] float32, to logits, [B, num_classes] float32."""
+    features = keras.Input((feature_dim,), name="features")
+    dense = keras.layers.Dense(num_classes, kernel_initializer=initializer("head", seed, "classifier/dense"), name="dense")
+    return keras.Model(features, dense(features), name="classifier")

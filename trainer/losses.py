@@ -1,0 +1,102 @@
+"""The contrastive losses: NT-Xent and the global contrastive loss with its estimator u.
+
+Conventions of all of them. `z1` and `z2`, [b, d] float32, are the L2-normalised projections of the two views of b anchors, which
+are part of a global batch of B images; `all_z1` and `all_z2`, [B, d], are those of the whole batch, and `positions`, [b] int,
+says where in it an anchor is. On one replica both are the same and positions is 0..B-1. An anchor's negatives are both views of
+every OTHER image of the global batch, 2(B-1) of them. Gradients flow through anchors and negatives alike.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tensorflow as tf
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What an implementation stores in u, and what it takes for an image never seen."""
+
+    stored: Literal["mean", "sum"]
+    """Of the two views' estimates."""
+    first_visit: Literal["zero", "image", "batch"]
+    """`zero`: u = 0 is an estimate too. `image`: an image with u = 0 takes gamma = 1. `batch`: all take it while all u are 0."""
+
+
+VARIANTS = {
+    "paper": Variant(stored="mean", first_visit="image"),
+    "tf_official": Variant(stored="sum", first_visit="zero"),
+    "pt_official": Variant(stored="mean", first_visit="batch"),
+}
+
+
+def nt_xent(
+    z1: tf.Tensor, z2: tf.Tensor, all_z1: tf.Tensor, all_z2: tf.Tensor, positions: tf.Tensor, temperature: float
+) -> tf.Tensor:
+    """Returns SimCLR's NT-Xent, a scalar: the mean over anchors of both views' cross-entropies (Chen et al. 2020, eq. 1)."""
+    own = tf.one_hot(positions, tf.shape(all_z1)[0], dtype=z1.dtype)
+
+    def cross_entropy(anchor: tf.Tensor, others: tf.Tensor, same_view: tf.Tensor) -> tf.Tensor:
+        cross = tf.matmul(anchor, others, transpose_b=True) / temperature
+        within = tf.matmul(anchor, same_view, transpose_b=True) / temperature - own * 1e9
+        positive = tf.reduce_sum(cross * own, axis=1)
+        return tf.reduce_logsumexp(tf.concat([cross, within], axis=1), axis=1) - positive
+
+    return tf.reduce_mean(cross_entropy(z1, all_z2, all_z1) + cross_entropy(z2, all_z1, all_z2))
+
+
+def gamma_of_visit(u: tf.Tensor, gamma: float, variant: Variant) -> tf.Tensor:
+    """Returns the gamma of each image of the global batch, [B] float32, from its stored `u`, [B] float32."""
+    constant = tf.fill(tf.shape(u), tf.constant(gamma, u.dtype))
+    match variant.first_visit:
+        case "zero":
+            return constant
+        case "image":
+            return tf.where(u == 0.0, tf.ones_like(u), constant)
+        case "batch":
+            return tf.where(tf.reduce_sum(u) == 0.0, tf.ones_like(u), constant)
+
+
+def global_contrastive(
+    z1: tf.Tensor,
+    z2: tf.Tensor,
+    all_z1: tf.Tensor,
+    all_z2: tf.Tensor,
+    positions: tf.Tensor,
+    u: tf.Tensor,
+    gamma: tf.Tensor,
+    temperature: float,
+    variant: Variant,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the surrogate whose gradient estimates that of the global contrastive loss, and the anchors' new u.
+
+    `u` and `gamma` are those of the anchors, [b] float32. The surrogate (Yuan et al. 2022, Algorithm 1; about -1.5 when trained)
+    is a scalar, not the objective: `global_objective` is. The new u, [b] float32, carries no gradient.
+    """
+    batch = tf.shape(all_z1)[0]
+    own = tf.one_hot(positions, batch, dtype=z1.dtype)
+    negatives = tf.cast(2 * (batch - 1), z1.dtype)
+
+    def surrogate(anchor: tf.Tensor, others: tf.Tensor, same_view: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        cross = tf.matmul(anchor, others, transpose_b=True)
+        within = tf.matmul(anchor, same_view, transpose_b=True)
+        cross_exp = tf.stop_gradient(tf.exp(cross / temperature)) * (1.0 - own)
+        within_exp = tf.stop_gradient(tf.exp(within / temperature)) * (1.0 - own)
+        contrast = tf.reduce_sum(cross_exp + within_exp, axis=1) / negatives
+        new_u = (1.0 - gamma) * u + gamma * contrast
+        weighted = tf.reduce_sum(cross_exp * cross + within_exp * within, axis=1) / (new_u * negatives)
+        return weighted - tf.reduce_sum(cross * own, axis=1), new_u
+
+    loss1, u1 = surrogate(z1, all_z2, all_z1)
+    loss2, u2 = surrogate(z2, all_z1, all_z2)
+    stored = u1 + u2 if variant.stored == "sum" else (u1 + u2) / 2.0
+    return tf.reduce_mean(loss1 + loss2), stored
+
+
+def global_objective(u: tf.Tensor, temperature: float) -> tf.Tensor:
+    """Returns the estimate of the contrast's part of the global objective, mean of temperature * log(u) over images seen (u > 0).
+
+    `u` is the vector over the whole dataset, [N] float32; 0 where no image was seen yet.
+    """
+    seen = tf.cast(u > 0.0, u.dtype)
+    logs = tf.math.log(tf.where(u > 0.0, u, tf.ones_like(u)))
+    return temperature * tf.math.divide_no_nan(tf.reduce_sum(logs), tf.reduce_sum(seen))

@@ -1,0 +1,108 @@
+"""The optimizers and the learning rate: LARS and momentum SGD, linear warm-up and cosine.
+
+An optimizer knows of each variable whether it is exempt: variables of BN, biases and the supervised head neither decay nor adapt.
+That is told when it is made, never guessed from a name.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import tensorflow as tf
+
+from trainer.config import Config
+
+
+def total_steps(config: Config, num_images: int) -> int:
+    """Returns the steps of a whole run over `num_images` training images, as the official code counts them."""
+    return num_images * config.epochs // config.global_batch_size + 1
+
+
+def peak_learning_rate(config: Config) -> float:
+    """Returns base * sqrt(B), or base * B / 256 (Chen et al. 2020, appendix B.1)."""
+    if config.learning_rate_scaling == "sqrt":
+        return config.base_learning_rate * math.sqrt(config.global_batch_size)
+    return config.base_learning_rate * config.global_batch_size / 256.0
+
+
+def learning_rate(config: Config, num_images: int, step: tf.Tensor) -> tf.Tensor:
+    """Returns the learning rate of `step` (0-based), a float32 scalar: linear from 0 to the peak, then cosine to 0.
+
+    In float32 and in this order, as the official code does it: near the end 1 + cos cancels, so the order shows.
+    """
+    peak = peak_learning_rate(config)
+    warmup = int(config.warmup_epochs * num_images // config.global_batch_size)
+    total = total_steps(config, num_images)
+    now = tf.cast(step, tf.float32)
+    rising = now / max(warmup, 1) * peak
+    done = tf.clip_by_value((now - warmup) / max(total - warmup, 1), 0.0, 1.0)
+    falling = 0.5 * (1.0 + tf.cos(math.pi * done)) * peak
+    return tf.where(now < warmup, rising, falling)
+
+
+class Optimizer(Protocol):
+    slots: Sequence[tf.Variable]
+    """One an optimized variable, in their order."""
+
+    def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
+        """Changes the variables by one step."""
+
+
+class Lars:
+    """LARS with classic momentum: the learning rate is inside the buffer (You et al. 2017, as in SimCLR)."""
+
+    def __init__(
+        self,
+        variables: Sequence[tf.Variable],
+        exempt: Sequence[bool],
+        momentum: float = 0.9,
+        weight_decay: float = 1e-6,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        self.variables = list(variables)
+        self.exempt = list(exempt)
+        self.slots = _slots(self.variables)
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.trust_coefficient = trust_coefficient
+
+    def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
+        for variable, slot, exempt, gradient in zip(self.variables, self.slots, self.exempt, gradients, strict=True):
+            rate = learning_rate
+            if not exempt:
+                gradient = gradient + self.weight_decay * variable
+                weight_norm = tf.norm(variable)
+                gradient_norm = tf.norm(gradient)
+                both = tf.logical_and(weight_norm > 0.0, gradient_norm > 0.0)
+                rate *= tf.where(both, self.trust_coefficient * tf.math.divide_no_nan(weight_norm, gradient_norm), 1.0)
+            slot.assign(self.momentum * slot + rate * gradient)
+            variable.assign_sub(slot)
+
+
+class Momentum:
+    """SGD with Nesterov momentum; what is not exempt decays."""
+
+    def __init__(
+        self, variables: Sequence[tf.Variable], exempt: Sequence[bool], momentum: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
+        self.variables = list(variables)
+        self.exempt = list(exempt)
+        self.slots = _slots(self.variables)
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+
+    def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
+        for variable, slot, exempt, gradient in zip(self.variables, self.slots, self.exempt, gradients, strict=True):
+            if not exempt:
+                gradient = gradient + self.weight_decay * variable
+            slot.assign(self.momentum * slot + learning_rate * gradient)
+            variable.assign_sub(self.momentum * slot + learning_rate * gradient)
+
+
+def make_optimizer(config: Config, variables: Sequence[tf.Variable], exempt: Sequence[bool]) -> Optimizer:
+    kind = {"lars": Lars, "momentum": Momentum}[config.optimizer]
+    return kind(variables, exempt, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def _slots(variables: Sequence[tf.Variable]) -> list[tf.Variable]:
+    return [tf.Variable(tf.zeros_like(variable), trainable=False, name="momentum") for variable in variables]

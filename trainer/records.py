@@ -1,0 +1,181 @@
+"""The record schema: what whoever writes a dataset and whoever reads it agree on.
+
+A record is a serialized `tf.train.Example` with exactly three features, one image each:
+
+    image/encoded      bytes   a JPEG
+    image/class/label  int64   rank of the image's synset, 0-based
+    image/ID           int64   the image's place in u: dense, 0..N-1 within its split
+
+Beside the records lies `manifest.json`, written last of all: a folder without it is not a dataset. Everything here but
+`parse_example` and `read_manifest` works without TensorFlow, so that Beam workers never import it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+ENCODED = "image/encoded"
+LABEL = "image/class/label"
+IMAGE_ID = "image/ID"
+
+MANIFEST = "manifest.json"
+RECORDS_PER_BLOCK = 64
+"""Records between two offsets that the manifest keeps of a shard: the unit in which a reader seeks."""
+
+
+class UserError(Exception):
+    """What the user gave cannot be used, and they can mend it. The message is one line: what is wrong, what would be right."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One TFRecord file of a split."""
+
+    file: str
+    """Name within the dataset's folder."""
+    records: int
+    bytes: int
+    sha256: str
+    """Of the whole file."""
+    blocks: tuple[int, ...]
+    """Byte offset of every `RECORDS_PER_BLOCK`-th record, starting with 0."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of `train` or `validation`. IDs are exactly 0..records-1, each once."""
+
+    records: int
+    records_per_class: tuple[int, ...]
+    """By label."""
+    shards: tuple[Shard, ...]
+    repaired: tuple[Mapping[str, Any], ...] = ()
+    """For each image whose bytes are not its source's own: its ID, its source and what was done."""
+    rejected: tuple[Mapping[str, Any], ...] = ()
+    """For each image left out: its source and why."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known of a dataset without reading its records."""
+
+    name: str
+    fingerprint: str
+    """Names this version of the dataset: equal if and only if every split has the same (ID, label, sha256 of the bytes)."""
+    synsets: tuple[str, ...]
+    """In label order."""
+    splits: Mapping[str, Split]
+    tool_version: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Those of the conversion that change what is written."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.synsets)
+
+
+def manifest_to_json(manifest: Manifest) -> str:
+    return json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n"
+
+
+def manifest_from_json(text: str) -> Manifest:
+    """Reads what `manifest_to_json` wrote. Raises ValueError or KeyError where it is something else."""
+    raw = json.loads(text)
+    splits = {
+        name: Split(
+            records=split["records"],
+            records_per_class=tuple(split["records_per_class"]),
+            shards=tuple(Shard(**{**shard, "blocks": tuple(shard["blocks"])}) for shard in split["shards"]),
+            repaired=tuple(split["repaired"]),
+            rejected=tuple(split["rejected"]),
+        )
+        for name, split in raw["splits"].items()
+    }
+    return Manifest(
+        name=raw["name"],
+        fingerprint=raw["fingerprint"],
+        synsets=tuple(raw["synsets"]),
+        splits=splits,
+        tool_version=raw["tool_version"],
+        options=raw["options"],
+    )
+
+
+def read_manifest(data_dir: str) -> Manifest:
+    """Reads the manifest of the dataset in `data_dir`, a local folder or a gs:// one.
+
+    Raises UserError where there is no whole dataset: the manifest is missing or unreadable, or a shard it names is not
+    there in its full length.
+    """
+    import tensorflow as tf
+
+    path = f"{data_dir.rstrip('/')}/{MANIFEST}"
+    if not tf.io.gfile.exists(path):
+        raise UserError(
+            f"{data_dir} holds no finished dataset: {MANIFEST} is missing; write one with python -m beam_jobs.build_tfrecords"
+        )
+    with tf.io.gfile.GFile(path) as file:
+        text = file.read()
+    try:
+        manifest = manifest_from_json(text)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a manifest of this version ({error!r}); build the dataset again") from error
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            shard_path = f"{data_dir.rstrip('/')}/{shard.file}"
+            found = tf.io.gfile.stat(shard_path).length if tf.io.gfile.exists(shard_path) else 0
+            if found != shard.bytes:
+                raise UserError(f"{shard_path} has {found} bytes where the manifest says {shard.bytes}; build the dataset again")
+    return manifest
+
+
+def encode_example(encoded: bytes, label: int, image_id: int) -> bytes:
+    """One record: the serialized `tf.train.Example` of an image, the same bytes for the same arguments, always.
+
+    Written in protocol buffers' wire format directly (https://protobuf.dev/programming-guides/encoding/): a third of the
+    time that building the message takes.
+    """
+    features = (
+        _map_entry(LABEL, _delimited(3, _delimited(1, _varint(label))))
+        + _map_entry(IMAGE_ID, _delimited(3, _delimited(1, _varint(image_id))))
+        + _map_entry(ENCODED, _delimited(1, _delimited(1, encoded)))
+    )
+    return _delimited(1, features)
+
+
+def _varint(value: int) -> bytes:
+    if value < 0:
+        raise ValueError(f"labels and image IDs are 0 or more, got {value}")
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _delimited(field_number: int, payload: bytes) -> bytes:
+    return bytes([field_number << 3 | 2]) + _varint(len(payload)) + payload
+
+
+def _map_entry(key: str, feature: bytes) -> bytes:
+    return _delimited(1, _delimited(1, key.encode()) + _delimited(2, feature))
+
+
+def parse_example(serialized: Any) -> dict[str, Any]:
+    """Parses one record in a TensorFlow graph.
+
+    Returns scalars under their feature names: `image/encoded` string, `image/class/label` int64, `image/ID` int64. A record
+    that lacks one fails the pipeline with the name of what is missing.
+    """
+    import tensorflow as tf
+
+    return tf.io.parse_single_example(
+        serialized,
+        {
+            ENCODED: tf.io.FixedLenFeature([], tf.string),
+            LABEL: tf.io.FixedLenFeature([], tf.int64),
+            IMAGE_ID: tf.io.FixedLenFeature([], tf.int64),
+        },
+    )

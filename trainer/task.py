@@ -1,0 +1,56 @@
+"""Pretraining from the command line.
+
+    python -m trainer.task --preset demo --data DATA --checkpoint-dir CHECKPOINTS [--set key=value ...]
+
+Started again with the same arguments, it goes on from the newest checkpoint.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from trainer.presets import resolve
+from trainer.progress import ProgressBars
+from trainer.records import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m trainer.task", description="Pretrain an encoder.", allow_abbrev=False)
+    parser.add_argument("--preset", required=True, help="the experiment; sogclr presets lists them")
+    parser.add_argument("--data", required=True, metavar="DIR", help="what beam_jobs.build_tfrecords wrote")
+    parser.add_argument("--checkpoint-dir", required=True, metavar="DIR", help="where checkpoints and result.json go")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="change a setting"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(arguments)
+    try:
+        config = resolve(args.preset, args.overrides)
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        from trainer.train import train
+
+        with ProgressBars() as bars:
+            result = train(
+                config,
+                args.data,
+                args.checkpoint_dir,
+                preset=args.preset,
+                report=lambda done, total, text: bars("pretrain", done, total, text),
+            )
+    except UserError as error:
+        if args.debug:
+            raise
+        parser.exit(2, f"error: {error}\n")
+    if args.json:
+        print(json.dumps(asdict(result), sort_keys=True))
+    else:
+        print(f"{result.steps} steps, loss {result.metrics.get('train/contrastive_loss', float('nan')):.3f}", file=sys.stderr)
+        print(f"checkpoint: {result.checkpoint}\nstate_sha256: {result.state_sha256}")
+
+
+if __name__ == "__main__":
+    main()
