@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import picture
 from mlflow import MlflowClient
 from PIL import Image
 
 from pipelines.cli import main
-from tests.conftest import picture
 
 COMPONENTS = ["build-tfrecords", "pretrain", "linear-eval"]
 TINY = ["image_size=16", "global_batch_size=12", "epochs=1", "warmup_epochs=0", "width_multiplier=0.125"]
