@@ -9,9 +9,10 @@ import tensorflow as tf
 
 from trainer import checkpoint as checkpoints
 from trainer.config import Config
+from trainer.encoder import make_encoder
 from trainer.input_pipeline import evaluation_batches
 from trainer.records import Manifest, UserError
-from trainer.train import encoder_of, model_variables
+from trainer.train import model_variables
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Features:
 
 def load_encoder(config: Config, checkpoint: checkpoints.Checkpoint) -> keras.Model:
     """Returns the encoder that a pretraining checkpoint holds. Raises UserError where it is of another architecture."""
-    encoder = encoder_of(config)
+    encoder = make_encoder(config)
     checkpoints.restore(model_variables("encoder", encoder), checkpoint)
     return encoder
 

@@ -16,8 +16,9 @@ from scipy.optimize import minimize
 from eval.features import Features, extract, load_encoder
 from trainer import checkpoint as checkpoints
 from trainer.config import LINEAR_EVAL, Config, LinearEval, override
+from trainer.encoder import make_encoder
 from trainer.records import UserError, read_manifest
-from trainer.train import encoder_of, read_config
+from trainer.train import read_config
 
 RESULT = "result.json"
 _ROWS_AT_ONCE = 1 << 16
@@ -87,7 +88,7 @@ def linear_eval(
         return classifier, classifier.logits(validation.values), validation
 
     classifier, logits, validation = evaluate(trained, "trained", 0)
-    _, control_logits, _ = evaluate(encoder_of(config), "untrained", images)
+    _, control_logits, _ = evaluate(make_encoder(config), "untrained", images)
 
     metrics = {
         "eval/top_1_accuracy": top_k_accuracy(logits, validation.labels, 1),

@@ -15,13 +15,13 @@ from PIL import Image
 from trainer import records
 
 
-def picture(label: int, random: np.random.Generator) -> bytes:
+def stripes(label: int, random: np.random.Generator) -> bytes:
     """A JPEG of stripes whose direction and colour tell its class, with noise."""
     height, width = random.integers(32, 48, 2)
     y, x = np.mgrid[:height, :width]
-    stripes = np.sin((x * np.cos(label) + y * np.sin(label)) * 0.8)[..., None]
+    waves = np.sin((x * np.cos(label) + y * np.sin(label)) * 0.8)[..., None]
     colour = np.array([label % 3 == channel for channel in range(3)]) * 60.0
-    pixels = np.clip(128 + 60 * stripes + colour + random.normal(0, 25, (height, width, 3)), 0, 255)
+    pixels = np.clip(128 + 60 * waves + colour + random.normal(0, 25, (height, width, 3)), 0, 255)
     buffer = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(buffer, "jpeg")
     return buffer.getvalue()
@@ -34,6 +34,7 @@ def write_dataset(
     validation: int = 17,
     classes: int = 6,
     shards: int = 2,
+    picture: Callable[[int, np.random.Generator], bytes] = stripes,
     example: Callable[[str, bytes, int, int], bytes] = lambda split, encoded, label, image_id: records.encode_example(
         encoded, label, image_id
     ),

@@ -8,7 +8,17 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from trainer.augmentation import DRAWS, NUM_DRAWS, augment, gaussian_blur, jitter, random_resized_crop, resize_center, two_views
+from trainer.augmentation import (
+    DRAWS,
+    NUM_DRAWS,
+    augment,
+    gaussian_blur,
+    jitter,
+    random_box,
+    resize_center,
+    resize_crop,
+    two_views,
+)
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -99,19 +109,50 @@ def jpeg(height: int, width: int) -> bytes:
 
 
 def test_crops_have_the_published_areas_and_aspects():
-    """A gradient tells from a crop's pixels where its edges were."""
-    image = tf.io.decode_jpeg(jpeg(200, 240), channels=3)
-    areas, aspects = [], []
-    for i in range(300):
-        crop = random_resized_crop(image, 32, 0.08, tf.constant([7, i], tf.int64)).numpy().astype(np.float64)
-        width, height = (crop[:, -1, 0].mean() - crop[:, 0, 0].mean()), (crop[-1, :, 1].mean() - crop[0, :, 1].mean())
-        areas.append(width * height / (200 * 240))
-        aspects.append(width / height)
-    assert min(areas) > 0.06
-    assert max(areas) < 1.02
-    assert np.mean(np.array(areas) < 0.3) > 0.25
-    assert min(aspects) > 0.70
-    assert max(aspects) < 1.40
+    shape = tf.constant([200, 240, 3])
+    boxes = np.array([random_box(shape, 0.08, tf.constant([7, i], tf.int64)) for i in range(1000)])
+    top, left, height, width = boxes.T
+    assert np.all(top >= 0)
+    assert np.all(left >= 0)
+    assert np.all(top + height <= 200)
+    assert np.all(left + width <= 240)
+    areas, aspects = height * width / (200 * 240), width / height
+    assert 0.07 < areas.min() < 0.12
+    assert areas.max() > 0.9
+    # TensorFlow's operation, which SimCLR uses, draws the height uniformly: P(area < .3) is above .37, for what does not fit.
+    assert 0.37 < np.mean(areas < 0.3) < 0.5
+    assert 0.73 < aspects.min() < 0.8
+    assert 1.25 < aspects.max() < 1.36
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_view_is_the_crop_of_the_whole_image_resized(interpolation):
+    """Decoding only what both crops see changes nothing."""
+    encoded = jpeg(150, 200)
+    key, image_id = tf.constant(3, tf.int64), tf.constant(8, tf.int64)
+    views, _ = two_views(encoded, 32, 0.08, key, image_id, interpolation)
+    whole = tf.io.decode_jpeg(encoded, channels=3)
+    for purpose, view in enumerate(views):
+        box = random_box(tf.shape(whole), 0.08, tf.stack([key, 3 * image_id + purpose]))
+        np.testing.assert_allclose(view, tf.cast(resize_crop(whole, box, 32, interpolation), tf.float32), atol=1)
+
+
+def test_a_resized_crop_agrees_with_its_formula():
+    """Bilinear between pixel centres, in float64."""
+    image = noise(1, 20, seed=4)[0]
+    box = np.array([3, 5, 11, 13])
+    ours = resize_crop(tf.constant(image), tf.constant(box, tf.int32), 8, "bilinear").numpy()
+    crop = image[3:14, 5:18].astype(np.float64)
+
+    def at(side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        centre = np.clip((np.arange(8) + 0.5) * side / 8 - 0.5, 0, side - 1)
+        low = np.floor(centre).astype(int)
+        return low, np.minimum(low + 1, side - 1), centre - low
+
+    (y0, y1, dy), (x0, x1, dx) = at(11), at(13)
+    dy, dx = dy[:, None, None], dx[None, :, None]
+    rows = crop[y0] * (1 - dy) + crop[y1] * dy
+    np.testing.assert_allclose(ours, rows[:, x0] * (1 - dx) + rows[:, x1] * dx, atol=0.51)
 
 
 def test_views_are_a_function_of_epoch_and_image_alone():

@@ -46,7 +46,7 @@ def test_overrides_reach_every_type_of_field():
         ("epochs=many", "epochs=many is not a whole number"),
         ("gamma=nan", "gamma=nan is not a number"),
         ("blur=maybe", "blur=maybe is not true or false"),
-        ("loss=ntxent", "loss=ntxent is not one of global_contrastive, nt_xent; did you mean nt_xent?"),
+        ("loss=ntxent", "loss=ntxent is not one of global_contrastive, nt_xent, decoupled; did you mean nt_xent?"),
         ("gamma=1.5", "gamma=1.5 makes no sense: it must be in (0, 1]"),
         ("warmup_epochs=41", "warmup_epochs=41.0 makes no sense: it must be between 0 and epochs=40"),
         ("global_batch_size=1", "global_batch_size=1 makes no sense"),

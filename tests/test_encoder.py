@@ -1,38 +1,52 @@
 """The encoder and the heads: their parameters against the official code's, and what BN does."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from trainer.config import Config
 from trainer.encoder import make_encoder
 from trainer.heads import make_classifier, make_projection
 from trainer.layers import BatchNorm
-from trainer.records import UserError
 
 COUNTS = json.loads((Path(__file__).parent / "goldens" / "encoders.json").read_text())
 
 
-@pytest.mark.parametrize(
-    ("depth", "width", "image_size", "cifar_stem"),
-    [(18, 1, 32, True), (34, 1, 224, False), (50, 1, 224, False), (50, 1, 32, True)],
-)
-def test_parameter_counts_are_the_official_codes(depth, width, image_size, cifar_stem):
-    golden = COUNTS[f"depth{depth}_width{width}_image{image_size}_sk0.0"]
-    encoder = make_encoder(depth, width, image_size, cifar_stem)
+def encoder_of(**settings):
+    return make_encoder(replace(Config(), **settings))
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts_are_the_official_codes(name):
+    depth, width, image, ratio = re.fullmatch(r"depth(\d+)_width(\d+)_image(\d+)_sk([\d.]+)", name).groups()
+    golden = COUNTS[name]
+    encoder = encoder_of(
+        depth=int(depth),
+        width_multiplier=float(width),
+        image_size=int(image),
+        cifar_stem=image == "32",
+        selective_kernel_ratio=float(ratio),
+    )
     assert sum(np.prod(v.shape) for v in encoder.trainable_variables) == golden["trainable_parameters"]
     assert sum(np.prod(v.shape) for v in encoder.non_trainable_variables) == golden["non_trainable_parameters"]
     assert len(encoder.trainable_variables) == golden["num_trainable_variables"]
     assert encoder.output_shape == (None, golden["feature_dim"])
 
 
+SMALL = {"depth": 18, "width_multiplier": 0.25, "image_size": 32, "cifar_stem": True}
+
+
 def test_initial_weights_are_a_function_of_the_seed_alone():
-    first = make_encoder(18, 0.25, 32, True, seed=3)
+    first = encoder_of(**SMALL, seed=3)
     make_projection(128, 2, 64)
-    second = make_encoder(18, 0.25, 32, True, seed=3)
-    other = make_encoder(18, 0.25, 32, True, seed=4)
+    second = encoder_of(**SMALL, seed=3)
+    other = encoder_of(**SMALL, seed=4)
     for a, b in zip(first.variables, second.variables, strict=True):
         assert a.path == b.path
         np.testing.assert_array_equal(a.numpy(), b.numpy())
@@ -41,10 +55,35 @@ def test_initial_weights_are_a_function_of_the_seed_alone():
 
 
 def test_every_residual_block_starts_as_its_shortcut():
-    encoder = make_encoder(18, 0.25, 32, True)
+    encoder = encoder_of(**SMALL)
     last_norms = [layer for layer in encoder.layers if isinstance(layer, BatchNorm) and layer.zero_scale]
     assert len(last_norms) == 8
     assert all(not np.any(layer.gamma.numpy()) for layer in last_norms)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_everything_else_in_float32():
+    images = np.random.default_rng(0).random((4, 32, 32, 3), np.float32)
+    exact, rounded = encoder_of(**SMALL), encoder_of(**SMALL, precision="bfloat16")
+    assert {variable.dtype for variable in rounded.variables} == {"float32"}
+    assert {layer.compute_dtype for layer in rounded.layers if layer.name.endswith("conv1")} == {"bfloat16"}
+    features, expected = rounded(images, training=True), exact(images, training=True)
+    assert features.dtype == tf.float32
+    np.testing.assert_allclose(features, expected, atol=0.05)
+    assert not np.array_equal(features, expected)
+    for a, b in zip(rounded.non_trainable_variables, exact.non_trainable_variables, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=0.05, atol=0.02)
+
+
+def test_selective_kernels_weigh_two_paths_that_sum_to_one():
+    encoder = encoder_of(depth=50, width_multiplier=0.0625, image_size=32, selective_kernel_ratio=0.0625)
+    images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
+    assert np.all(np.isfinite(encoder(images, training=True)))
+    name = "group1_block1_attend"
+    kernel = encoder.get_layer(name).kernel
+    kernel.assign(tf.zeros_like(kernel))
+    attention = keras.Model(encoder.input, encoder.get_layer("group1_block1_conv3").input)(images)
+    paths = keras.Model(encoder.input, encoder.get_layer("group1_block1_paths").output)(images)
+    np.testing.assert_allclose(attention, tf.reduce_mean(paths, axis=3), rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (4, 3, 3, 5)])
@@ -82,8 +121,3 @@ def test_projection_has_batch_norm_on_every_layer_and_no_offset_on_the_last(laye
 def test_classifier_is_one_linear_layer():
     classifier = make_classifier(8, 5)
     assert [tuple(v.shape) for v in classifier.trainable_variables] == [(8, 5), (5,)]
-
-
-def test_a_depth_that_is_not_there_is_named():
-    with pytest.raises(UserError, match="depth=101"):
-        make_encoder(101, 1, 32, True)

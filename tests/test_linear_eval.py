@@ -13,11 +13,12 @@ from eval.features import Features, extract, load_encoder
 from eval.linear_eval import fit, fit_with_choice, linear_eval, top_k_accuracy
 from trainer import checkpoint as checkpoints
 from trainer.config import LinearEval
+from trainer.encoder import make_encoder
 from trainer.presets import resolve
 from trainer.records import UserError, read_manifest
-from trainer.train import encoder_of, train
+from trainer.train import train
 
-TINY = ["width_multiplier=0.0625", "global_batch_size=24", "epochs=1"]
+TINY = ["width_multiplier=0.0625", "global_batch_size=24", "epochs=2"]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_the_encoder_that_is_evaluated_is_the_checkpoints(checkpoint):
     config = resolve("demo", TINY)
     stored = checkpoints.load_latest(str(checkpoint))
     encoder = load_encoder(config, stored)
-    for variable, untrained in zip(encoder.variables, encoder_of(config).variables, strict=True):
+    for variable, untrained in zip(encoder.variables, make_encoder(config).variables, strict=True):
         np.testing.assert_array_equal(variable.numpy(), stored.arrays[f"encoder/{variable.path}"])
         assert not np.array_equal(variable.numpy(), untrained.numpy())
 

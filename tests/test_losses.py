@@ -7,7 +7,17 @@ import oracle
 import pytest
 import tensorflow as tf
 
-from trainer.losses import VARIANTS, gamma_of_visit, global_contrastive, global_objective, nt_xent
+from trainer.config import Config
+from trainer.losses import (
+    VARIANTS,
+    alignment,
+    gamma_of_visit,
+    global_contrastive,
+    global_objective,
+    next_temperature,
+    nt_xent,
+    uniformity_kernel,
+)
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -24,10 +34,10 @@ def one_replica(hidden: np.ndarray, u: np.ndarray, gamma: float, temperature: fl
     with tf.GradientTape() as tape:
         tape.watch(hidden)
         z1, z2 = projections(hidden)
-        loss, new_u = global_contrastive(
+        result = global_contrastive(
             z1, z2, z1, z2, tf.range(len(u)), u, gamma_of_visit(u, gamma, VARIANTS[variant]), temperature, VARIANTS[variant]
         )
-    return loss.numpy(), tape.gradient(loss, hidden).numpy(), new_u.numpy()
+    return result.loss.numpy(), tape.gradient(result.loss, hidden).numpy(), result.u.numpy()
 
 
 @pytest.mark.parametrize("case", range(3))
@@ -74,7 +84,7 @@ def test_surrogate_and_u_agree_with_the_float64_formulas(variant, batch):
     z1, z2 = oracle.normalise(hidden)
     g1, g2 = oracle.contrast(z1, z2, temperature)
     gammas = np.full(batch, gamma)
-    if variant == "paper":
+    if VARIANTS[variant].first_visit == "image":
         gammas[0] = 1.0
     u1, u2 = (1 - gammas) * u + gammas * g1, (1 - gammas) * u + gammas * g2
     np.testing.assert_allclose(loss, oracle.global_contrastive(z1, z2, u1, u2, temperature), rtol=1e-5)
@@ -98,6 +108,65 @@ def test_at_gamma_1_the_gradient_is_temperature_times_that_of_decoupled_nt_xent(
     np.testing.assert_allclose(gradient, temperature * numeric, rtol=1e-4, atol=1e-6)
 
 
+def gradient_of_nt_xent(hidden: np.ndarray, temperature: float, decoupled: bool) -> tuple[float, np.ndarray]:
+    hidden = tf.constant(hidden)
+    with tf.GradientTape() as tape:
+        tape.watch(hidden)
+        z1, z2 = projections(hidden)
+        loss = nt_xent(z1, z2, z1, z2, tf.range(len(z1)), temperature, decoupled)
+    return float(loss), tape.gradient(loss, hidden).numpy()
+
+
+def test_decoupled_nt_xent_agrees_with_float64_and_with_the_global_loss_at_gamma_1():
+    hidden = np.random.default_rng(3).normal(size=(14, 8)).astype(np.float32)
+    loss, gradient = gradient_of_nt_xent(hidden, 0.3, True)
+    z1, z2 = oracle.normalise(hidden)
+    # The oracle takes the mean over negatives where NT-Xent takes the sum.
+    np.testing.assert_allclose(loss, oracle.decoupled_nt_xent(z1, z2, 0.3) + 2 * np.log(2 * 6), rtol=1e-5)
+    _, surrogate, _ = one_replica(hidden, np.ones(7, np.float32), 1.0, 0.3, "paper")
+    np.testing.assert_allclose(surrogate, 0.3 * gradient, rtol=1e-4, atol=1e-6)
+    assert gradient_of_nt_xent(hidden, 0.3, False)[0] > loss
+
+
+def test_the_gradient_by_an_images_temperature_is_that_of_its_objective():
+    """At gamma = 1, u is the contrast itself, and tau log E exp(s/tau) can be differentiated numerically."""
+    random = np.random.default_rng(5)
+    hidden, temperatures = random.normal(size=(12, 8)).astype(np.float32), random.uniform(0.1, 0.5, 6).astype(np.float32)
+    z1, z2 = projections(tf.constant(hidden))
+    result = global_contrastive(
+        z1, z2, z1, z2, tf.range(6), tf.ones(6), tf.ones(6), tf.constant(temperatures), VARIANTS["isogclr"]
+    )
+    epsilon = 1e-5
+    for i, temperature in enumerate(temperatures.astype(np.float64)):
+        numeric = 0.0
+        for sign in (1, -1):
+            tau = temperature + sign * epsilon
+            g1, g2 = oracle.contrast(*oracle.normalise(hidden), tau)
+            numeric += sign * tau * (np.log(g1[i]) + np.log(g2[i])) / 2 / (2 * epsilon)
+        np.testing.assert_allclose(result.temperature_gradient[i], numeric, rtol=1e-4, atol=1e-5)
+
+
+def test_a_temperature_moves_by_its_momentum_and_stays_within_its_bounds():
+    config = Config(
+        variant="isogclr", temperature_rho=0.5, temperature_learning_rate=0.1, temperature_momentum=0.9, temperature_max=0.35
+    )
+    before, velocity, gradient = np.array([0.1, 0.2, 0.3]), np.array([0.0, 1.0, -1.0]), np.array([0.3, -2.0, -1.5])
+    moved, faster = next_temperature(*(tf.constant(x, tf.float32) for x in (before, velocity, gradient)), config)
+    expected = 0.1 * velocity + 0.9 * (gradient + 0.5)
+    np.testing.assert_allclose(faster, expected, rtol=1e-6)
+    np.testing.assert_allclose(moved, np.clip(before - 0.1 * expected, 0.05, 0.35), rtol=1e-6)
+    assert moved[0] == np.float32(0.05)
+    assert moved[2] == np.float32(0.35)
+
+
+def test_alignment_and_uniformity_are_those_of_the_definition():
+    z1, z2 = oracle.normalise(np.random.default_rng(6).normal(size=(10, 4)))
+    one, two = tf.constant(z1, tf.float32), tf.constant(z2, tf.float32)
+    np.testing.assert_allclose(alignment(one, two), np.mean(np.sum((z1 - z2) ** 2, axis=1)), rtol=1e-5)
+    pairs = [np.exp(-2 * np.sum((z1[i] - z1[j]) ** 2)) for i in range(5) for j in range(5) if i != j]
+    np.testing.assert_allclose(uniformity_kernel(one, one, tf.range(5)), np.mean(pairs), rtol=1e-5)
+
+
 def test_a_permutation_of_the_batch_changes_nothing():
     random = np.random.default_rng(1)
     hidden, u = random.normal(size=(16, 8)).astype(np.float32), random.uniform(0.5, 2, 8).astype(np.float32)
@@ -118,8 +187,8 @@ def test_anchors_of_two_replicas_give_what_one_replica_gives():
         global_contrastive(z1[s], z2[s], z1, z2, tf.range(8)[s], u[s], gamma[s], 0.1, VARIANTS["paper"])
         for s in (slice(0, 4), slice(4, 8))
     ]
-    np.testing.assert_allclose(np.mean([loss for loss, _ in halves]), whole, rtol=1e-6)
-    np.testing.assert_allclose(np.concatenate([new_u for _, new_u in halves]), whole_u, rtol=1e-6)
+    np.testing.assert_allclose(np.mean([half.loss for half in halves]), whole, rtol=1e-6)
+    np.testing.assert_allclose(np.concatenate([half.u for half in halves]), whole_u, rtol=1e-6)
 
 
 def test_global_objective_counts_only_images_that_were_seen():

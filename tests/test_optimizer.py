@@ -1,4 +1,4 @@
-"""LARS and the learning rate against the official code, momentum against its formula."""
+"""LARS and the learning rate against the official code, momentum and AdamW against their formulas."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import Config
-from trainer.optimizer import Lars, Momentum, learning_rate, total_steps
+from trainer.optimizer import AdamW, Lars, Momentum, learning_rate, total_steps
 
 GOLDENS = Path(__file__).parent / "goldens"
 ROWS = json.loads((GOLDENS / "lr_schedule.json").read_text())
@@ -24,7 +24,8 @@ def test_lars_agrees_with_the_official_code_step_by_step():
     steps = sorted({int(name.split("_")[0]) for name in golden.files if name[0].isdigit()})
     assert len(steps) > 1
     for step in steps:
-        lars.apply([tf.constant(golden[f"{step}_grad_{i}"]) for i in range(len(names))], tf.constant(golden[f"{step}_lr"]))
+        gradients = [tf.constant(golden[f"{step}_grad_{i}"]) for i in range(len(names))]
+        lars.apply(gradients, tf.constant(golden[f"{step}_lr"]), tf.constant(step, tf.int64))
         for i, variable in enumerate(variables):
             np.testing.assert_allclose(variable, golden[f"{step}_param_{i}"], rtol=1e-5, atol=1e-7, err_msg=f"{step} {names[i]}")
 
@@ -35,12 +36,28 @@ def test_momentum_is_nesterovs_with_decay_of_what_is_not_exempt():
     w, b, vw, vb = np.array([1.0, -2.0]), np.array([0.5]), np.zeros(2), np.zeros(1)
     for step in range(3):
         gw, gb = np.array([0.3, 0.1]) * (step + 1), np.array([-0.2])
-        optimizer.apply([tf.constant(gw, tf.float32), tf.constant(gb, tf.float32)], tf.constant(0.05))
+        optimizer.apply(
+            [tf.constant(gw, tf.float32), tf.constant(gb, tf.float32)], tf.constant(0.05), tf.constant(step, tf.int64)
+        )
         gw = gw + 0.1 * w
         vw, vb = 0.9 * vw + 0.05 * gw, 0.9 * vb + 0.05 * gb
         w, b = w - (0.9 * vw + 0.05 * gw), b - (0.9 * vb + 0.05 * gb)
     np.testing.assert_allclose(kernel, w, rtol=1e-6)
     np.testing.assert_allclose(bias, b, rtol=1e-6)
+
+
+def test_adamw_is_adam_with_decay_beside_it_of_what_is_not_exempt():
+    kernel, bias = tf.Variable([1.0, -2.0]), tf.Variable([0.5])
+    optimizer = AdamW([kernel, bias], [False, True], beta_1=0.9, beta_2=0.99, weight_decay=0.1)
+    w, first, second = np.array([1.0, -2.0, 0.5]), np.zeros(3), np.zeros(3)
+    for step in range(4):
+        gradient = np.array([0.3, 0.1, -0.2]) * (step - 1.5)
+        given = [tf.constant(gradient[:2], tf.float32), tf.constant(gradient[2:], tf.float32)]
+        optimizer.apply(given, tf.constant(0.05), tf.constant(step, tf.int64))
+        first, second = 0.9 * first + 0.1 * gradient, 0.99 * second + 0.01 * gradient**2
+        change = first / (1 - 0.9 ** (step + 1)) / (np.sqrt(second / (1 - 0.99 ** (step + 1))) + 1e-8)
+        w = w - 0.05 * (change + 0.1 * w * [1, 1, 0])
+    np.testing.assert_allclose(np.concatenate([kernel, bias]), w, rtol=1e-5)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"b{row['batch_size']}-{row['scaling']}-step{row['step']}")

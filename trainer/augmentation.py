@@ -31,25 +31,29 @@ NUM_DRAWS = 13
 
 
 def two_views(
-    encoded: tf.Tensor, size: int, min_area: float, epoch_key: tf.Tensor, image_id: tf.Tensor
+    encoded: tf.Tensor, size: int, min_area: float, epoch_key: tf.Tensor, image_id: tf.Tensor, interpolation: str = "bilinear"
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes a JPEG once and crops two views of it, on the host.
+    """Crops two views of a JPEG, of which what both of them see is decoded once, on the host.
 
     `encoded` is a string scalar; `epoch_key` and `image_id`, int64 scalars, key all chance. Returns the views, [2, size, size, 3]
     uint8, and their draws, [2, NUM_DRAWS] float32 in [0, 1). A crop has `min_area` to all of the image's area and an aspect of
-    3/4 to 4/3 (Szegedy et al. 2015), and is resized bicubically.
+    3/4 to 4/3 (Szegedy et al. 2015), and is resized by `interpolation`, `bilinear` or `bicubic`.
     """
-    image = tf.io.decode_jpeg(encoded, channels=3)
+    shape = tf.io.extract_jpeg_shape(encoded)
     keys = [tf.stack([epoch_key, 3 * image_id + purpose]) for purpose in range(3)]
-    views = [random_resized_crop(image, size, min_area, key) for key in keys[:2]]
+    boxes = [random_box(shape, min_area, key) for key in keys[:2]]
+    begin = tf.minimum(boxes[0][:2], boxes[1][:2])
+    end = tf.maximum(boxes[0][:2] + boxes[0][2:], boxes[1][:2] + boxes[1][2:])
+    image = tf.image.decode_and_crop_jpeg(encoded, tf.concat([begin, end - begin], axis=0), channels=3)
+    views = [resize_crop(image, tf.concat([box[:2] - begin, box[2:]], axis=0), size, interpolation) for box in boxes]
     draws = tf.random.stateless_uniform([2, NUM_DRAWS], keys[2], alg="philox")
     return tf.stack(views), draws
 
 
-def random_resized_crop(image: tf.Tensor, size: int, min_area: float, key: tf.Tensor) -> tf.Tensor:
-    """Returns a random crop of `image`, [H, W, 3] uint8, resized to [size, size, 3] uint8."""
+def random_box(shape: tf.Tensor, min_area: float, key: tf.Tensor) -> tf.Tensor:
+    """Returns where a random crop of an image of `shape`, [3] int32, lies: [4] int32, top, left, height and width."""
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-        tf.shape(image),
+        shape,
         tf.zeros([1, 0, 4]),
         seed=key,
         min_object_covered=0.0,
@@ -58,8 +62,16 @@ def random_resized_crop(image: tf.Tensor, size: int, min_area: float, key: tf.Te
         max_attempts=100,
         use_image_if_no_bounding_boxes=True,
     )
-    resized = tf.image.resize(tf.slice(image, begin, extent), [size, size], method="bicubic")
-    return tf.cast(tf.round(tf.clip_by_value(resized, 0.0, 255.0)), tf.uint8)
+    return tf.concat([begin[:2], extent[:2]], axis=0)
+
+
+def resize_crop(image: tf.Tensor, box: tf.Tensor, size: int, interpolation: str) -> tf.Tensor:
+    """Returns what `image`, [H, W, 3] uint8, shows in `box`, [4] as of `random_box`, as [size, size, 3] uint8."""
+    crop = tf.slice(image, tf.concat([box[:2], [0]], axis=0), tf.concat([box[2:], [3]], axis=0))
+    resized = tf.image.resize(crop, [size, size], method=interpolation)
+    if interpolation == "bicubic":  # which overshoots
+        resized = tf.clip_by_value(resized, 0.0, 255.0)
+    return tf.cast(resized + 0.5, tf.uint8)
 
 
 def central_crop(encoded: tf.Tensor, size: int, proportion: float) -> tf.Tensor:

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,7 @@ import tensorflow as tf
 from trainer.records import UserError
 
 _NAME = re.compile(r"checkpoint-(\d{8,})\.npz")
-
-
-_METRICS = "metrics.json"
+_ABOUT = "about.json"
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class Checkpoint:
     """By variable name."""
     metrics: Mapping[str, float]
     """The last ones before it was written."""
+    run: str = ""
+    """Names the run whose state this is: a digest of its config and dataset."""
     path: str = ""
     """Where it was read from."""
 
@@ -41,7 +41,8 @@ def save(folder: str, checkpoint: Checkpoint, keep: int) -> str:
     """Writes `checkpoint` into `folder`, removes all but the newest `keep`, and returns the new one's path."""
     tf.io.gfile.makedirs(folder)
     path = f"{folder}/checkpoint-{checkpoint.step:08}.npz"
-    write_arrays(path, {**checkpoint.arrays, _METRICS: np.array(json.dumps(dict(checkpoint.metrics)))})
+    about = json.dumps({"metrics": dict(checkpoint.metrics), "run": checkpoint.run}, sort_keys=True)
+    write_arrays(path, {**checkpoint.arrays, _ABOUT: np.array(about)})
     for old in paths(folder)[:-keep]:
         tf.io.gfile.remove(old)
     return path
@@ -77,23 +78,29 @@ def load(path: str) -> Checkpoint:
             raise ValueError("its name is not checkpoint-STEP.npz")
         with tf.io.gfile.GFile(path, "rb") as file, np.load(io.BytesIO(file.read()), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-            return Checkpoint(int(match[1]), arrays, json.loads(str(arrays.pop(_METRICS))), path)
+            about = json.loads(str(arrays.pop(_ABOUT)))
+            return Checkpoint(int(match[1]), arrays, about["metrics"], about["run"], path)
     except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, tf.errors.OpError) as error:
         raise UserError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
 
 
-def load_latest(folder: str) -> Checkpoint | None:
-    """Returns the newest checkpoint in `folder` that is whole, or None; one that is torn is named on stderr and passed over."""
+def load_latest(folder: str, accept: Callable[[Checkpoint], None] = lambda checkpoint: None) -> Checkpoint | None:
+    """Returns the newest checkpoint in `folder` that is whole and that `accept` takes, or None.
+
+    One that is torn, or for which `accept` raises UserError, is named on stderr and passed over for the one before.
+    """
     for path in reversed(paths(folder)):
         try:
-            return load(path)
+            checkpoint = load(path)
+            accept(checkpoint)
+            return checkpoint
         except UserError as error:
             print(f"warning: {error}; taking the one before", file=sys.stderr)
     return None
 
 
-def restore(variables: Mapping[str, tf.Variable], checkpoint: Checkpoint) -> None:
-    """Assigns each variable the array of its name. Raises UserError, and changes nothing, where names or shapes differ."""
+def require_same_shapes(variables: Mapping[str, tf.Variable], checkpoint: Checkpoint) -> None:
+    """Raises UserError where `checkpoint` lacks one of `variables` or has it in another shape."""
     missing = sorted(set(variables) - set(checkpoint.arrays))
     if missing:
         raise UserError(
@@ -105,6 +112,11 @@ def restore(variables: Mapping[str, tf.Variable], checkpoint: Checkpoint) -> Non
             raise UserError(
                 f"{checkpoint.path} is of another architecture: {name} has shape {found}, not {tuple(variable.shape)}"
             )
+
+
+def restore(variables: Mapping[str, tf.Variable], checkpoint: Checkpoint) -> None:
+    """Assigns each variable the array of its name. Raises UserError, and changes nothing, where names or shapes differ."""
+    require_same_shapes(variables, checkpoint)
     for name, variable in variables.items():
         variable.assign(checkpoint.arrays[name])
 

@@ -39,6 +39,8 @@ class Config:
     """Side of a view, pixels."""
     crop_min_area: float = 0.08
     """Smallest area of a random resized crop, as a part of the image."""
+    crop_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How crops are resized: as PyTorch's official code does, or, at more cost to the host, as TensorFlow's does."""
     color_jitter_strength: float = 1.0
     blur: bool = True
     """Gaussian blur of half the views, kernel a tenth of the side, sigma .1 to 2."""
@@ -48,35 +50,51 @@ class Config:
     # Encoder and heads
     depth: int = 50
     width_multiplier: float = 1.0
+    selective_kernel_ratio: float = 0.0
+    """Above 0, selective kernels (Li et al. 2019) with this reduction, and ResNet-D's stem and shortcuts; SimCLRv2 has 0.0625."""
     cifar_stem: bool = False
     """A 3x3 stem at stride 1 without pooling, for images of 32 px."""
     projection_layers: int = 2
     projection_dim: int = 128
 
     # Loss
-    loss: Literal["global_contrastive", "nt_xent"] = "global_contrastive"
-    variant: Literal["paper", "tf_official", "pt_official"] = "paper"
-    """What is stored in u and how it starts; only for the global contrastive loss."""
+    loss: Literal["global_contrastive", "nt_xent", "decoupled"] = "global_contrastive"
+    variant: Literal["paper", "tf_official", "pt_official", "isogclr"] = "paper"
+    """What is stored in u and how it starts, and whether temperatures are learned; only for the global contrastive loss."""
     temperature: float = 0.1
+    """Of all images; where each learns its own, the one it starts with."""
     gamma: float = 0.9
     """Weight of the new estimate in u, in (0, 1]."""
+    temperature_rho: float = 0.3
+    """What an image pays for its temperature; with variant=isogclr, as are the next four."""
+    temperature_learning_rate: float = 0.01
+    temperature_momentum: float = 0.9
+    """Weight of the new gradient, in (0, 1]."""
+    temperature_min: float = 0.05
+    temperature_max: float = 0.7
 
     # Optimisation
     epochs: int = 800
     global_batch_size: int = 512
     """Images per step over all replicas; each gives two views."""
-    optimizer: Literal["lars", "momentum"] = "lars"
+    optimizer: Literal["lars", "momentum", "adamw"] = "lars"
     base_learning_rate: float = 0.075
     learning_rate_scaling: Literal["sqrt", "linear"] = "sqrt"
     """Peak learning rate: base * sqrt(B), or base * B / 256."""
     warmup_epochs: float = 10.0
     momentum: float = 0.9
+    """Of LARS and SGD; AdamW's beta 1."""
+    adam_beta_2: float = 0.999
     weight_decay: float = 1e-6
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What convolutions compute in. Variables, BN's statistics, u, the loss and the optimizer are float32 in both."""
 
     # Run
     seed: int = 0
     shuffle_window: int = 2048
     """Records shuffled among each other, in memory at once; blocks of records are shuffled over the whole set before."""
+    cache: bool = False
+    """Whether the encoded images stay in memory after the first reading; for sets that fit."""
     log_every_steps: int = 100
     checkpoint_every_epochs: int = 10
     keep_checkpoints: int = 2
@@ -89,6 +107,8 @@ class Config:
 
 def _check(config: Config) -> None:
     """Raises UserError for a value or a combination that makes no sense, naming the field and what would."""
+    # The global contrastive loss sums exp(1 / temperature) in float32; NT-Xent has no such bound.
+    smallest = 0.013 if config.loss == "global_contrastive" else 1e-6
     rules: list[tuple[bool, str, str]] = [
         (config.image_size >= 8, "image_size", "at least 8"),
         (0 < config.crop_min_area <= 1, "crop_min_area", "in (0, 1]"),
@@ -96,15 +116,26 @@ def _check(config: Config) -> None:
         (config.color_jitter_strength >= 0, "color_jitter_strength", "0 or more"),
         (config.depth in (18, 34, 50, 101, 152, 200), "depth", "one of 18, 34, 50, 101, 152, 200"),
         (config.width_multiplier * 64 >= 1, "width_multiplier", "at least 1/64"),
+        (0 <= config.selective_kernel_ratio <= 1, "selective_kernel_ratio", "in [0, 1]"),
         (config.projection_layers >= 1, "projection_layers", "at least 1"),
         (config.projection_dim >= 1, "projection_dim", "at least 1"),
-        (config.temperature > 0, "temperature", "above 0"),
+        (config.temperature >= smallest, "temperature", f"at least {smallest}"),
         (0 < config.gamma <= 1, "gamma", "in (0, 1]"),
+        (config.temperature_rho >= 0, "temperature_rho", "0 or more"),
+        (config.temperature_learning_rate >= 0, "temperature_learning_rate", "0 or more"),
+        (0 < config.temperature_momentum <= 1, "temperature_momentum", "in (0, 1]"),
+        (config.temperature_min >= smallest, "temperature_min", f"at least {smallest}"),
+        (
+            config.temperature_max >= config.temperature_min,
+            "temperature_max",
+            f"temperature_min={config.temperature_min} or more",
+        ),
         (config.epochs >= 1, "epochs", "at least 1"),
         (config.global_batch_size >= 2, "global_batch_size", "at least 2 (an image needs others to contrast with)"),
         (config.base_learning_rate > 0, "base_learning_rate", "above 0"),
         (0 <= config.warmup_epochs <= config.epochs, "warmup_epochs", f"between 0 and epochs={config.epochs}"),
         (0 <= config.momentum < 1, "momentum", "in [0, 1)"),
+        (0 <= config.adam_beta_2 < 1, "adam_beta_2", "in [0, 1)"),
         (config.weight_decay >= 0, "weight_decay", "0 or more"),
         (0 <= config.seed < 2**31, "seed", "in [0, 2^31)"),
         (config.shuffle_window >= 1, "shuffle_window", "at least 1"),
@@ -119,6 +150,8 @@ def _check(config: Config) -> None:
     for holds, name, allowed in rules:
         if not holds:
             raise UserError(f"{name}={operator.attrgetter(name)(config)} makes no sense: it must be {allowed}")
+    if config.selective_kernel_ratio > 0 and config.depth < 50:
+        raise UserError(f"selective_kernel_ratio={config.selective_kernel_ratio} needs bottleneck blocks: take depth=50 or more")
     if config.loss == "global_contrastive" and config.variant == "tf_official" and config.gamma <= 0.5:
         raise UserError(
             f"gamma={config.gamma} diverges with variant=tf_official, which stores the sum of both views' u: "

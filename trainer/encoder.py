@@ -1,74 +1,121 @@
-"""The encoder: SimCLR's ResNet (v1, He et al. 2016) as a functional Keras model."""
+"""The encoder: SimCLR's ResNet (v1, He et al. 2016; selective kernels, Li et al. 2019) as a functional Keras model."""
+
+from dataclasses import dataclass
 
 import keras
 import tensorflow as tf
 
+from trainer.config import Config
 from trainer.layers import BatchNorm, initializer
-from trainer.records import UserError
 
-_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-_EXPANSION = {18: 1, 34: 1, 50: 4}
+_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
+_SMALLEST_SQUEEZE = 32
+"""Channels that the attention of a selective kernel passes through, at least."""
 
 
-def make_encoder(depth: int, width_multiplier: float, image_size: int, cifar_stem: bool, seed: int = 0) -> keras.Model:
+def make_encoder(config: Config) -> keras.Model:
     """Returns a model from images, [B, S, S, 3] float32 in [0, 1], to features, [B, F] float32.
 
-    F is 512 (depth 18, 34) or 2048 (depth 50), times `width_multiplier`. Initial weights depend on `seed` and on nothing
-    else. Raises UserError for a depth that is not there.
+    F is 512 (depth 18, 34) or 2048, times `config.width_multiplier`. Initial weights depend on `config.seed` and on nothing
+    else. Convolutions compute in `config.precision`.
     """
-    if depth not in _BLOCKS:
-        raise UserError(f"depth={depth} is not built yet: take one of {', '.join(map(str, _BLOCKS))}")
-    images = keras.Input((image_size, image_size, 3), name="images")
-    width = int(64 * width_multiplier)
-    if cifar_stem:
-        x = _conv(images, width, 3, 1, seed, "stem_conv")
-        x = _relu(_norm(x, "stem_norm"))
-    else:
-        x = _conv(images, width, 7, 2, seed, "stem_conv")
-        x = _relu(_norm(x, "stem_norm"))
-        x = keras.layers.MaxPooling2D(3, strides=2, padding="same", name="stem_pool")(x)
-    for group, blocks in enumerate(_BLOCKS[depth]):
+    dtype = "float32" if config.precision == "float32" else "mixed_bfloat16"
+    build = _Builder(config.seed, config.selective_kernel_ratio, dtype)
+    images = keras.Input((config.image_size, config.image_size, 3), name="images")
+    width = int(64 * config.width_multiplier)
+    x = build.stem(images, width, config.cifar_stem)
+    for group, blocks in enumerate(_BLOCKS[config.depth]):
         for block in range(blocks):
             stride = 2 if group > 0 and block == 0 else 1
-            x = _residual_block(
-                x, width * 2**group, _EXPANSION[depth], stride, block == 0, seed, f"group{group + 1}_block{block + 1}"
-            )
-    features = keras.layers.GlobalAveragePooling2D(name="features")(x)
+            make_block = build.basic_block if config.depth < 50 else build.bottleneck_block
+            x = make_block(x, width * 2**group, stride, block == 0, f"group{group + 1}_block{block + 1}")
+    features = keras.layers.GlobalAveragePooling2D(name="features", dtype="float32")(x)
     return keras.Model(images, features, name="encoder")
 
 
-def _residual_block(x: tf.Tensor, width: int, expansion: int, stride: int, projected: bool, seed: int, name: str) -> tf.Tensor:
-    """Two 3x3 convolutions, or 1x1, 3x3, 1x1 where `expansion` is above 1; the stride is in the (first) 3x3."""
-    shortcut = x
-    if projected:
-        shortcut = _norm(_conv(x, width * expansion, 1, stride, seed, f"{name}_shortcut_conv"), f"{name}_shortcut_norm")
-    kernels = [3, 3] if expansion == 1 else [1, 3, 1]
-    strided = 0 if expansion == 1 else 1
-    for index, kernel in enumerate(kernels):
-        last = index == len(kernels) - 1
-        filters = width * expansion if last else width
-        x = _conv(x, filters, kernel, stride if index == strided else 1, seed, f"{name}_conv{index + 1}")
-        x = _norm(x, f"{name}_norm{index + 1}", zero_scale=last)
-        if not last:
-            x = _relu(x)
-    return _relu(keras.layers.Add(name=f"{name}_add")([x, shortcut]))
+@dataclass(frozen=True)
+class _Builder:
+    """Adds layers to a graph of them; every layer has a name of its own, and from it its initial values."""
 
+    seed: int
+    selective_kernel_ratio: float
+    dtype: str
+    """Keras's policy."""
 
-def _conv(x: tf.Tensor, filters: int, kernel: int, stride: int, seed: int, name: str) -> tf.Tensor:
-    """A convolution without bias; where it strides, padded alike whatever the size of the image."""
-    if stride > 1 and kernel > 1:
-        before = (kernel - 1) // 2
-        x = keras.layers.ZeroPadding2D(((before, kernel - 1 - before),) * 2, name=f"{name}_pad")(x)
-    padding = "same" if stride == 1 else "valid"
-    kernel_initializer = initializer("kernel", seed, name)
-    return keras.layers.Conv2D(
-        filters, kernel, strides=stride, padding=padding, use_bias=False, kernel_initializer=kernel_initializer, name=name
-    )(x)
+    def stem(self, images: tf.Tensor, width: int, small: bool) -> tf.Tensor:
+        """`small` keeps the size of the image; else it is quartered."""
+        if small or self.selective_kernel_ratio == 0:
+            x = self.conv(images, width, 3 if small else 7, 1 if small else 2, "stem_conv")
+            x = self.relu(self.norm(x, "stem_norm"))
+        else:
+            x = images
+            for number, filters in enumerate((width // 2, width // 2, width), 1):
+                x = self.conv(x, filters, 3, 2 if number == 1 else 1, f"stem_conv{number}")
+                x = self.relu(self.norm(x, f"stem_norm{number}"))
+        if small:
+            return x
+        return keras.layers.MaxPooling2D(3, strides=2, padding="same", name="stem_pool", dtype=self.dtype)(x)
 
+    def basic_block(self, x: tf.Tensor, width: int, stride: int, projected: bool, name: str) -> tf.Tensor:
+        """Two 3x3 convolutions; the stride is in the first."""
+        shortcut = self.shortcut(x, width, stride, name) if projected else x
+        x = self.relu(self.norm(self.conv(x, width, 3, stride, f"{name}_conv1"), f"{name}_norm1"))
+        x = self.norm(self.conv(x, width, 3, 1, f"{name}_conv2"), f"{name}_norm2", zero_scale=True)
+        return self.joined(x, shortcut, name)
 
-def _norm(x: tf.Tensor, name: str, zero_scale: bool = False) -> tf.Tensor:
-    return BatchNorm(zero_scale=zero_scale, name=name)(x)
+    def bottleneck_block(self, x: tf.Tensor, width: int, stride: int, projected: bool, name: str) -> tf.Tensor:
+        """Convolutions of 1x1, 3x3 and 1x1, the last four times as wide; the stride is in the 3x3."""
+        shortcut = self.shortcut(x, 4 * width, stride, name) if projected else x
+        x = self.relu(self.norm(self.conv(x, width, 1, 1, f"{name}_conv1"), f"{name}_norm1"))
+        if self.selective_kernel_ratio > 0:
+            x = self.selective_kernel(x, width, stride, name)
+        else:
+            x = self.relu(self.norm(self.conv(x, width, 3, stride, f"{name}_conv2"), f"{name}_norm2"))
+        x = self.norm(self.conv(x, 4 * width, 1, 1, f"{name}_conv3"), f"{name}_norm3", zero_scale=True)
+        return self.joined(x, shortcut, name)
 
+    def shortcut(self, x: tf.Tensor, filters: int, stride: int, name: str) -> tf.Tensor:
+        if self.selective_kernel_ratio > 0:
+            if stride > 1:
+                x = keras.layers.ZeroPadding2D(((0, 1), (0, 1)), name=f"{name}_shortcut_pad", dtype=self.dtype)(x)
+            padding = "same" if stride == 1 else "valid"
+            x = keras.layers.AveragePooling2D(2, stride, padding, name=f"{name}_shortcut_pool", dtype=self.dtype)(x)
+            stride = 1
+        return self.norm(self.conv(x, filters, 1, stride, f"{name}_shortcut_conv"), f"{name}_shortcut_norm")
 
-def _relu(x: tf.Tensor) -> tf.Tensor:
-    return keras.layers.ReLU()(x)
+    def joined(self, x: tf.Tensor, shortcut: tf.Tensor, name: str) -> tf.Tensor:
+        return self.relu(keras.layers.Add(name=f"{name}_add", dtype=self.dtype)([x, shortcut]))
+
+    def selective_kernel(self, x: tf.Tensor, width: int, stride: int, name: str) -> tf.Tensor:
+        """Two 3x3 paths, weighed a channel against each other by what the whole image shows."""
+        squeeze = max(int(width * self.selective_kernel_ratio), _SMALLEST_SQUEEZE)
+        x = self.relu(self.norm(self.conv(x, 2 * width, 3, stride, f"{name}_conv2"), f"{name}_norm2"))
+        paths = keras.layers.Reshape((x.shape[1], x.shape[2], 2, width), name=f"{name}_paths", dtype=self.dtype)(x)
+        seen = keras.ops.mean(keras.ops.sum(paths, axis=3), axis=(1, 2), keepdims=True)
+        seen = self.relu(self.norm(self.conv(seen, squeeze, 1, 1, f"{name}_squeeze"), f"{name}_squeeze_norm"))
+        logits = self.conv(seen, 2 * width, 1, 1, f"{name}_attend")
+        logits = keras.layers.Reshape((1, 1, 2, width), name=f"{name}_logits", dtype=self.dtype)(logits)
+        return keras.ops.sum(paths * keras.ops.softmax(logits, axis=3), axis=3)
+
+    def conv(self, x: tf.Tensor, filters: int, kernel: int, stride: int, name: str) -> tf.Tensor:
+        """A convolution without bias; where it strides, padded alike whatever the size of the image."""
+        if stride > 1 and kernel > 1:
+            before = (kernel - 1) // 2
+            padding = ((before, kernel - 1 - before),) * 2
+            x = keras.layers.ZeroPadding2D(padding, name=f"{name}_pad", dtype=self.dtype)(x)
+        return keras.layers.Conv2D(
+            filters,
+            kernel,
+            strides=stride,
+            padding="same" if stride == 1 else "valid",
+            use_bias=False,
+            kernel_initializer=initializer("kernel", self.seed, name),
+            name=name,
+            dtype=self.dtype,
+        )(x)
+
+    def norm(self, x: tf.Tensor, name: str, zero_scale: bool = False) -> tf.Tensor:
+        return BatchNorm(zero_scale=zero_scale, name=name, dtype=self.dtype)(x)
+
+    def relu(self, x: tf.Tensor) -> tf.Tensor:
+        return keras.layers.ReLU(dtype=self.dtype)(x)

@@ -1,9 +1,10 @@
 """The input pipeline: from the shards of a dataset to batches of two views, or of what evaluation sees.
 
 Only what has to be done an image at a time is done on the host; `trainer/augmentation.py` says what is left to the accelerator.
+No Python runs in it, so that a TPU slice's hosts each run their own.
 """
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -17,53 +18,48 @@ from trainer.records import Manifest, UserError
 Batch = dict[str, tf.Tensor]
 
 
-def training_batches(config: Config, data_dir: str, manifest: Manifest, first_step: int) -> tf.data.Dataset:
-    """Returns batches of training images from `first_step` on, without end.
+def training_batches(
+    config: Config, data_dir: str, manifest: Manifest, first_step: int, *, host: int = 0, hosts: int = 1, replicas: int = 1
+) -> tf.data.Dataset:
+    """Returns batches of training images from `first_step` on, without end, of `replicas` one after another for each step.
 
-    With B = `config.global_batch_size` and S = `config.image_size`, a batch has `views` [B, 2, S, S, 3] uint8, `draws`
-    [B, 2, NUM_DRAWS] float32, `image_id` [B] int64, each ID at most once, and `label` [B] int64. Batch k is a function of
-    (config, dataset, k). Raises UserError where there are fewer images than a batch.
+    What host `host` of `hosts` feeds to its `replicas`: with b = `config.global_batch_size` / (hosts * replicas) and S =
+    `config.image_size`, a batch has `views` [b, 2, S, S, 3] uint8, `draws` [b, 2, NUM_DRAWS] float32, `image_id` [b] int64, each
+    ID at most once in a step, and `label` [b] int64. A batch is a function of (config, dataset, step, hosts, replicas).
+
+    Raises UserError where there are fewer images than a batch. Iterating raises tf.errors.OpError at a record that is wrong:
+    torn, without its features, with a label or an ID out of range, or with an ID that was there in the same epoch.
     """
-    split = _split(manifest, "train", data_dir)
-    paths, offsets, counts = _blocks(data_dir, split)
-    if split.records < config.global_batch_size:
-        raise UserError(
-            f"global_batch_size={config.global_batch_size} is more than the {split.records} training images in {data_dir}"
-        )
-    order = Order(tuple(counts.tolist()), config.global_batch_size, config.shuffle_window, config.seed)
-
-    def plan() -> Iterator[dict[str, np.ndarray | np.int64]]:
-        for window in order.windows(first_step):
-            yield {"epoch": np.int64(window.epoch), "blocks": window.blocks, "order": window.order[window.skip :]}
-
-    vector = tf.TensorSpec([None], tf.int64)
-    windows = tf.data.Dataset.from_generator(
-        plan, output_signature={"epoch": tf.TensorSpec([], tf.int64), "blocks": vector, "order": vector}
-    )
-
-    def read(window: dict[str, tf.Tensor]) -> tf.data.Dataset:
-        blocks = window["blocks"]
-        serialized = _read_blocks(tf.gather(paths, blocks), tf.gather(offsets, blocks), tf.gather(counts, blocks))
-        epoch_key = tf.constant(config.seed, tf.int64) * 2**32 + window["epoch"]
-        return {
-            "serialized": tf.gather(serialized, window["order"]),
-            "epoch_key": tf.fill(tf.shape(window["order"]), epoch_key),
-        }
+    split = training_split(config, data_dir, manifest)
+    blocks = _blocks(data_dir, split)
+    windows = order_of(config, manifest).windows(first_step, host, hosts)
+    if config.cache:
+        whole = tf.data.Dataset.from_tensors(np.arange(len(blocks.counts))).map(blocks.read).cache().repeat()
+        taken = tf.data.Dataset.zip(windows, whole).map(lambda window, stored: _taken(window, stored, window["places"]))
+    else:
+        taken = windows.map(lambda window: _taken(window, blocks.read(window["blocks"]), window["order"])).prefetch(1)
 
     def example(item: dict[str, tf.Tensor]) -> Batch:
         parsed = _parse(item["serialized"], split.records, manifest.num_classes)
-        image_id, label = parsed[records.IMAGE_ID], parsed[records.LABEL]
-        views, draws = two_views(parsed[records.ENCODED], config.image_size, config.crop_min_area, item["epoch_key"], image_id)
-        views = tf.ensure_shape(views, [2, config.image_size, config.image_size, 3])
-        return {"views": views, "draws": tf.ensure_shape(draws, [2, NUM_DRAWS]), "image_id": image_id, "label": label}
+        image_id = parsed[records.IMAGE_ID]
+        epoch_key = tf.constant(config.seed, tf.int64) * 2**32 + item["epoch"]
+        views, draws = two_views(
+            parsed[records.ENCODED], config.image_size, config.crop_min_area, epoch_key, image_id, config.crop_interpolation
+        )
+        return {
+            "views": tf.ensure_shape(views, [2, config.image_size, config.image_size, 3]),
+            "draws": tf.ensure_shape(draws, [2, NUM_DRAWS]),
+            "image_id": image_id,
+            "label": parsed[records.LABEL],
+            "epoch": item["epoch"],
+        }
 
     return (
-        windows.map(read)
-        .prefetch(1)
-        .unbatch()
+        taken.unbatch()
         .map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        .batch(config.global_batch_size, drop_remainder=True)
-        .prefetch(2)
+        .batch(config.global_batch_size // (hosts * replicas), drop_remainder=True)
+        .scan(tf.fill([split.records], tf.constant(-1, tf.int32)), _refuse_repeats)
+        .prefetch(2 * replicas)
     )
 
 
@@ -88,40 +84,108 @@ def evaluation_batches(config: Config, data_dir: str, manifest: Manifest, split_
     )
 
 
+def training_split(config: Config, data_dir: str, manifest: Manifest) -> records.Split:
+    """Returns the training images. Raises UserError where there are fewer than a batch."""
+    split = _split(manifest, "train", data_dir)
+    if split.records < config.global_batch_size:
+        raise UserError(
+            f"global_batch_size={config.global_batch_size} is more than the {split.records} training images in {data_dir}"
+        )
+    return split
+
+
+def order_of(config: Config, manifest: Manifest) -> Order:
+    """Returns the order in which a run sees the training images."""
+    sizes = tuple(count for shard in manifest.splits["train"].shards for count in _block_sizes(shard))
+    return Order(sizes, config.global_batch_size, config.shuffle_window, config.seed)
+
+
+def first_wrong_record(data_dir: str, manifest: Manifest, split_name: str) -> UserError | None:
+    """Reads a split from its beginning and returns what is wrong with its first wrong record, by file and number, or None.
+
+    What a training run refuses without saying where, as only a slow look can.
+    """
+    split = manifest.splits[split_name]
+    seen: dict[int, str] = {}
+    for shard in split.shards:
+        path = f"{data_dir.rstrip('/')}/{shard.file}"
+        number = -1
+        try:
+            for number, serialized in enumerate(tf.data.TFRecordDataset(path)):
+                where = f"record {number} of {path}"
+                parsed = _parse(serialized, split.records, manifest.num_classes)
+                image_id = int(parsed[records.IMAGE_ID])
+                if image_id in seen:
+                    return UserError(f"{where} has image ID {image_id}, as has {seen[image_id]}: build the dataset again")
+                seen[image_id] = where
+                tf.io.decode_jpeg(parsed[records.ENCODED], channels=3)
+        except tf.errors.DataLossError:
+            return UserError(f"{path} is torn or altered after record {number}: build the dataset again")
+        except tf.errors.OpError as error:
+            return UserError(f"record {number} of {path}: {_first_line(error)}")
+    return None
+
+
+def _refuse_repeats(last_epoch: tf.Tensor, batch: Batch) -> tuple[tf.Tensor, Batch]:
+    """Passes a batch on if none of its images was there in the same epoch; `last_epoch`, [N] int32, is when each was."""
+    image_id, epoch = batch["image_id"], tf.cast(batch["epoch"], tf.int32)
+    again = tf.gather(last_epoch, image_id) == epoch
+    once = tf.size(tf.unique(image_id)[0]) == tf.size(image_id)
+    checks = [
+        tf.debugging.Assert(
+            once & ~tf.reduce_any(again), [tf.strings.format("image IDs {} twice in an epoch", tf.boolean_mask(image_id, again))]
+        )
+    ]
+    with tf.control_dependencies(checks):
+        last_epoch = tf.tensor_scatter_nd_update(last_epoch, image_id[:, None], epoch)
+    return last_epoch, {name: batch[name] for name in ("views", "draws", "image_id", "label")}
+
+
 def _split(manifest: Manifest, name: str, data_dir: str) -> records.Split:
     if name not in manifest.splits or manifest.splits[name].records == 0:
         raise UserError(f"{data_dir} has no images in split {name}")
     return manifest.splits[name]
 
 
-def _blocks(data_dir: str, split: records.Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns of every block its file's path, its byte offset in it and how many records it has."""
-    paths: list[str] = []
-    offsets: list[int] = []
-    counts: list[int] = []
-    for shard in split.shards:
-        starts = range(0, shard.records, records.RECORDS_PER_BLOCK)
-        paths += [f"{data_dir.rstrip('/')}/{shard.file}"] * len(starts)
-        offsets += shard.blocks
-        counts += [min(records.RECORDS_PER_BLOCK, shard.records - start) for start in starts]
-    return np.array(paths), np.array(offsets, np.int64), np.array(counts, np.int64)
+class _Blocks(NamedTuple):
+    """The blocks of a split: each its file's path, its byte offset there and how many records it has."""
 
+    paths: np.ndarray
+    offsets: np.ndarray
+    counts: np.ndarray
 
-def _read_blocks(paths: tf.Tensor, offsets: tf.Tensor, counts: tf.Tensor) -> tf.Tensor:
-    """Returns the serialized records of blocks, in their order, [sum of counts] string."""
+    def read(self, numbers: tf.Tensor) -> tf.Tensor:
+        """Returns the serialized records of blocks, in their order, [sum of counts] string."""
 
-    def block(path: tf.Tensor, offset: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
-        # The public TFRecordDataset cannot start in the middle of a file; its operation can.
-        variant = tf.raw_ops.TFRecordDatasetV2(
-            filenames=path[None], compression_type="", buffer_size=tf.constant(1 << 20, tf.int64), byte_offsets=offset[None]
+        def block(path: tf.Tensor, offset: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
+            # The public TFRecordDataset cannot start in the middle of a file; its operation can.
+            variant = tf.raw_ops.TFRecordDatasetV2(
+                filenames=path[None], compression_type="", buffer_size=tf.constant(1 << 20, tf.int64), byte_offsets=offset[None]
+            )
+            return tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string)).take(count)
+
+        counts = tf.gather(self.counts, numbers)
+        blocks = tf.data.Dataset.from_tensor_slices((tf.gather(self.paths, numbers), tf.gather(self.offsets, numbers), counts))
+        serialized = blocks.interleave(
+            block, cycle_length=4, block_length=records.RECORDS_PER_BLOCK, num_parallel_calls=4, deterministic=True
         )
-        return tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string)).take(count)
+        return tf.ensure_shape(serialized.batch(tf.reduce_sum(counts)).get_single_element(), [None])
 
-    total = tf.reduce_sum(counts)
-    blocks = tf.data.Dataset.from_tensor_slices((paths, offsets, counts)).interleave(
-        block, cycle_length=4, block_length=records.RECORDS_PER_BLOCK, num_parallel_calls=4, deterministic=True
-    )
-    return tf.ensure_shape(blocks.batch(total).get_single_element(), [None])
+
+def _blocks(data_dir: str, split: records.Split) -> _Blocks:
+    sizes = [_block_sizes(shard) for shard in split.shards]
+    paths = [f"{data_dir.rstrip('/')}/{shard.file}" for shard, of in zip(split.shards, sizes, strict=True) for _ in of]
+    offsets = [offset for shard in split.shards for offset in shard.blocks]
+    return _Blocks(np.array(paths), np.array(offsets, np.int64), np.array([n for of in sizes for n in of], np.int64))
+
+
+def _block_sizes(shard: records.Shard) -> list[int]:
+    starts = range(0, shard.records, records.RECORDS_PER_BLOCK)
+    return [min(records.RECORDS_PER_BLOCK, shard.records - start) for start in starts]
+
+
+def _taken(window: dict[str, tf.Tensor], serialized: tf.Tensor, order: tf.Tensor) -> dict[str, tf.Tensor]:
+    return {"serialized": tf.gather(serialized, order), "epoch": tf.fill(tf.shape(order), window["epoch"])}
 
 
 def _parse(serialized: tf.Tensor, num_images: int, num_classes: int) -> dict[str, tf.Tensor]:
@@ -140,3 +204,7 @@ def _parse(serialized: tf.Tensor, num_images: int, num_classes: int) -> dict[str
     ]
     with tf.control_dependencies(checks):
         return {name: tf.identity(value) for name, value in parsed.items()}
+
+
+def _first_line(error: tf.errors.OpError) -> str:
+    return str(error.message).splitlines()[0].rpartition("}} ")[2]

@@ -1,11 +1,11 @@
-"""The optimizers and the learning rate: LARS and momentum SGD, linear warm-up and cosine.
+"""The optimizers and the learning rate: LARS, momentum SGD and AdamW, linear warm-up and cosine.
 
 An optimizer knows of each variable whether it is exempt: variables of BN, biases and the supervised head neither decay nor adapt.
 That is told when it is made, never guessed from a name.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import tensorflow as tf
@@ -41,11 +41,12 @@ def learning_rate(config: Config, num_images: int, step: tf.Tensor) -> tf.Tensor
 
 
 class Optimizer(Protocol):
-    slots: Sequence[tf.Variable]
-    """One an optimized variable, in their order."""
+    @property
+    def slots(self) -> Mapping[str, Sequence[tf.Variable]]:
+        """By what they are: one an optimized variable, in their order."""
 
-    def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
-        """Changes the variables by one step."""
+    def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor, step: tf.Tensor) -> None:
+        """Changes the variables by one step; `step` is how many were taken before, int64."""
 
 
 class Lars:
@@ -61,13 +62,14 @@ class Lars:
     ) -> None:
         self.variables = list(variables)
         self.exempt = list(exempt)
-        self.slots = _slots(self.variables)
+        self.slots: Mapping[str, Sequence[tf.Variable]] = {"momentum": _zeros_like(self.variables, "momentum")}
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.trust_coefficient = trust_coefficient
 
-    def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
-        for variable, slot, exempt, gradient in zip(self.variables, self.slots, self.exempt, gradients, strict=True):
+    def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor, step: tf.Tensor) -> None:
+        slots = self.slots["momentum"]
+        for variable, slot, exempt, gradient in zip(self.variables, slots, self.exempt, gradients, strict=True):
             rate = learning_rate
             if not exempt:
                 gradient = gradient + self.weight_decay * variable
@@ -87,22 +89,65 @@ class Momentum:
     ) -> None:
         self.variables = list(variables)
         self.exempt = list(exempt)
-        self.slots = _slots(self.variables)
+        self.slots: Mapping[str, Sequence[tf.Variable]] = {"momentum": _zeros_like(self.variables, "momentum")}
         self.momentum = momentum
         self.weight_decay = weight_decay
 
-    def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
-        for variable, slot, exempt, gradient in zip(self.variables, self.slots, self.exempt, gradients, strict=True):
+    def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor, step: tf.Tensor) -> None:
+        slots = self.slots["momentum"]
+        for variable, slot, exempt, gradient in zip(self.variables, slots, self.exempt, gradients, strict=True):
             if not exempt:
                 gradient = gradient + self.weight_decay * variable
             slot.assign(self.momentum * slot + learning_rate * gradient)
             variable.assign_sub(self.momentum * slot + learning_rate * gradient)
 
 
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019); what is not exempt decays."""
+
+    def __init__(
+        self,
+        variables: Sequence[tf.Variable],
+        exempt: Sequence[bool],
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        weight_decay: float = 0.0,
+        epsilon: float = 1e-8,
+    ) -> None:
+        self.variables = list(variables)
+        self.exempt = list(exempt)
+        self.slots: Mapping[str, Sequence[tf.Variable]] = {
+            name: _zeros_like(self.variables, name) for name in ("first_moment", "second_moment")
+        }
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.weight_decay = weight_decay
+        self.epsilon = epsilon
+
+    def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor, step: tf.Tensor) -> None:
+        visits = tf.cast(step + 1, tf.float32)
+        unbias_1, unbias_2 = (1.0 / (1.0 - beta**visits) for beta in (self.beta_1, self.beta_2))
+        firsts, seconds = self.slots["first_moment"], self.slots["second_moment"]
+        for variable, first, second, exempt, gradient in zip(
+            self.variables, firsts, seconds, self.exempt, gradients, strict=True
+        ):
+            first.assign(self.beta_1 * first + (1.0 - self.beta_1) * gradient)
+            second.assign(self.beta_2 * second + (1.0 - self.beta_2) * gradient**2)
+            change = first * unbias_1 / (tf.sqrt(second * unbias_2) + self.epsilon)
+            if not exempt:
+                change += self.weight_decay * variable
+            variable.assign_sub(learning_rate * change)
+
+
 def make_optimizer(config: Config, variables: Sequence[tf.Variable], exempt: Sequence[bool]) -> Optimizer:
-    kind = {"lars": Lars, "momentum": Momentum}[config.optimizer]
-    return kind(variables, exempt, momentum=config.momentum, weight_decay=config.weight_decay)
+    match config.optimizer:
+        case "lars":
+            return Lars(variables, exempt, momentum=config.momentum, weight_decay=config.weight_decay)
+        case "momentum":
+            return Momentum(variables, exempt, momentum=config.momentum, weight_decay=config.weight_decay)
+        case "adamw":
+            return AdamW(variables, exempt, beta_1=config.momentum, beta_2=config.adam_beta_2, weight_decay=config.weight_decay)
 
 
-def _slots(variables: Sequence[tf.Variable]) -> list[tf.Variable]:
-    return [tf.Variable(tf.zeros_like(variable), trainable=False, name="momentum") for variable in variables]
+def _zeros_like(variables: Sequence[tf.Variable], name: str) -> list[tf.Variable]:
+    return [tf.Variable(tf.zeros(variable.shape), trainable=False, name=name) for variable in variables]

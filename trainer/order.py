@@ -1,28 +1,22 @@
-"""The order of images: a plan in NumPy, a function of (seed, epoch), so that one can start at any step without reading the rest.
+"""The order of images: a plan made by TensorFlow operations alone, a function of (seed, epoch), that can start at any step.
 
 Images have places 0..N-1, in the order in which shards hold them. An epoch permutes the blocks of consecutive places, cuts them
 into windows that fit in memory, and permutes the places of each window. Steps take B places at a time from the epochs strung
-together, so a step can end one epoch and begin the next; there, places that it already has wait until after it. So every epoch
-covers every image, and no step has an image twice.
+together, so a step can end one epoch and begin the next; there, a place that it already has is exchanged for one of the next
+step. So every epoch covers every image, and no step has an image twice.
+
+Each of H hosts feeds an H-th of every step, and within a window nearly all it takes comes from blocks of its own: it reads an
+H-th of the data. No Python runs while the plan is made, so it can be made on the hosts of a TPU slice.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import tensorflow as tf
 
+from trainer import records
 
-@dataclass(frozen=True)
-class Window:
-    """Blocks that are read together."""
-
-    epoch: int
-    blocks: np.ndarray
-    """Their numbers, int64, in the order of reading."""
-    order: np.ndarray
-    """The order to take their records in, as indices into what was read, int64."""
-    skip: int
-    """Records at the start of `order` that earlier steps took."""
+Window = dict[str, tf.Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,51 +37,124 @@ class Order:
     def num_images(self) -> int:
         return sum(self.block_sizes)
 
-    def windows(self, first_step: int) -> Iterator[Window]:
-        """Yields the windows from `first_step` on, without end."""
-        epoch, skip = divmod(first_step * self.batch_size, self.num_images)
-        tail = self._tail_before(epoch)
-        while True:
-            for window in self._epoch(epoch, tail):
-                if skip < len(window.order):
-                    yield Window(window.epoch, window.blocks, window.order, skip)
-                skip = max(0, skip - len(window.order))
-                last = window
-            tail = self._tail(last)
-            epoch += 1
+    @property
+    def windows_per_epoch(self) -> int:
+        return max(1, self.num_images // max(self.window_size, 2 * self.batch_size))
 
-    def _epoch(self, epoch: int, tail: np.ndarray) -> list[Window]:
-        """The windows of an epoch, given the places that its first step already has from the one before."""
-        random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        count = max(1, self.num_images // max(self.window_size, 2 * self.batch_size))
-        windows = []
-        for blocks in np.array_split(random.permutation(len(self.block_sizes)), count):
-            windows.append(Window(epoch, blocks, random.permutation(len(self._places(blocks))), 0))
-        if len(tail):
-            first = windows[0]
-            head = self.batch_size - len(tail)
-            waits = np.isin(self._places(first.blocks)[first.order], tail)
-            free = first.order[~waits]
-            windows[0] = Window(epoch, first.blocks, np.concatenate([free[:head], first.order[waits], free[head:]]), 0)
-        return windows
+    def windows(self, first_step: int, host: int = 0, hosts: int = 1) -> tf.data.Dataset:
+        """Returns what host `host` of `hosts` has to read, window by window from `first_step` on, without end.
 
-    def _tail(self, last: Window) -> np.ndarray:
-        """The places at the end of an epoch, whose last window is given, that go into a step with the next epoch's first."""
-        leftover = (last.epoch + 1) * self.num_images % self.batch_size
-        return self._places(last.blocks)[last.order[len(last.order) - leftover :]]
+        A window has `epoch`, int64; `blocks`, [m] int64, the numbers of the blocks to read; `order`, [k] int64, the records to
+        take, as indices into what was read; and `places`, [k] int64, the same records' places. Raises ValueError where hosts
+        do not divide a batch.
+        """
+        if self.batch_size % hosts:
+            raise ValueError(f"{hosts} hosts do not divide a batch of {self.batch_size}")
+        first = first_step * self.batch_size
+        epoch = first // self.num_images
 
-    def _tail_before(self, epoch: int) -> np.ndarray:
-        if epoch == 0:
-            return np.array([], np.int64)
-        if len(windows := self._epoch(epoch - 1, np.array([], np.int64))) > 1:
-            return self._tail(windows[-1])
-        # One window is an epoch's first and last: each epoch's end depends on its beginning, so on all epochs before.
-        tail = np.array([], np.int64)
-        for before in range(epoch):
-            tail = self._tail(self._epoch(before, tail)[-1])
+        def advance(tail: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, Window]:
+            start, places = self._window(index, tail, hosts)
+            mine = tf.boolean_mask(
+                places, (start + tf.range(tf.size(places, tf.int64)) >= first) & (self._hosts_of(start, places, hosts) == host)
+            )
+            blocks, order = self._located(mine)
+            window = {"epoch": index // self.windows_per_epoch, "blocks": blocks, "order": order, "places": mine}
+            return self._tail(index, places), window
+
+        indices = tf.data.Dataset.range(epoch * self.windows_per_epoch, np.iinfo(np.int64).max)
+        windows = indices.scan(self._tail_before(epoch, hosts), advance)
+        return windows.filter(lambda window: tf.size(window["order"]) > 0)
+
+    def _window(self, index: tf.Tensor, tail: tf.Tensor, hosts: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns where in the string of epochs window `index` begins, and its places in their order.
+
+        `tail` are the places that the epoch's first step already has from the epoch before.
+        """
+        epoch, number = index // self.windows_per_epoch, index % self.windows_per_epoch
+        sizes = tf.constant(self.block_sizes, tf.int64)
+        permuted = _shuffle(tf.range(len(self.block_sizes), dtype=tf.int64), self.seed, epoch, 0)
+        bounds = tf.constant(np.linspace(0, len(self.block_sizes), self.windows_per_epoch + 1).astype(np.int64))
+        start = epoch * self.num_images + tf.reduce_sum(tf.gather(sizes, permuted[: bounds[number]]))
+        blocks = permuted[bounds[number] : bounds[number + 1]]
+        places = self._places(blocks)
+        places = _shuffle(places, self.seed, epoch, 2 * number + 1)
+        if hosts > 1:
+            places = self._dealt(blocks, places, self._hosts_of(start, places, hosts), hosts)
+        return start, tf.cond(number == 0, lambda: self._without_repeats(places, tail), lambda: places)
+
+    def _dealt(self, blocks: tf.Tensor, places: tf.Tensor, host_at: tf.Tensor, hosts: int) -> tf.Tensor:
+        """Returns `places` in an order in which a host meets its own blocks' places, and as few others as possible.
+
+        Every host owns equally many of the whole blocks; the places of the blocks left over are for whoever is short.
+        """
+        whole = tf.gather(tf.constant(self.block_sizes, tf.int64), blocks) == records.RECORDS_PER_BLOCK
+        wanted = tf.math.bincount(tf.cast(host_at, tf.int32), minlength=hosts, maxlength=hosts, dtype=tf.int64)
+        each = tf.minimum(tf.reduce_min(wanted) // records.RECORDS_PER_BLOCK, tf.reduce_sum(tf.cast(whole, tf.int64)) // hosts)
+        rank = tf.cumsum(tf.cast(whole, tf.int64)) - 1
+        owner_of_block = tf.where(whole & (rank < each * hosts), rank % hosts, hosts)
+        owner_by_number = tf.tensor_scatter_nd_update(
+            tf.fill([len(self.block_sizes)], tf.constant(hosts, tf.int64)), blocks[:, None], owner_of_block
+        )
+        owner = tf.gather(owner_by_number, self._block_of(places))
+        unowned = tf.where(owner == hosts)
+        short = tf.repeat(tf.range(hosts, dtype=tf.int64), wanted - each * records.RECORDS_PER_BLOCK)
+        owner = tf.tensor_scatter_nd_update(owner, unowned, short)
+        by_owner = tf.gather(places, tf.argsort(owner, stable=True))
+        return tf.scatter_nd(tf.argsort(host_at, stable=True)[:, None], by_owner, tf.shape(places, tf.int32))
+
+    def _without_repeats(self, places: tf.Tensor, tail: tf.Tensor) -> tf.Tensor:
+        """Returns an epoch's first `places` with those of `tail` out of what completes the step that `tail` begins."""
+        head = tf.cast(self.batch_size - tf.size(tail), tf.int64) % self.batch_size
+        repeated = tf.reduce_any(places[:, None] == tail[None, :], axis=1)
+        position = tf.range(tf.size(places, tf.int64))
+        out = tf.boolean_mask(position, repeated & (position < head))
+        into = tf.boolean_mask(position, ~repeated & (position >= head))[: tf.size(out)]
+        both, swapped = tf.concat([out, into], 0), tf.concat([into, out], 0)
+        return tf.tensor_scatter_nd_update(places, both[:, None], tf.gather(places, swapped))
+
+    def _tail(self, index: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
+        """The places at the end of window `index` that go into a step with the next epoch's first, if it ends an epoch."""
+        epoch, number = index // self.windows_per_epoch, index % self.windows_per_epoch
+        leftover = tf.where(number == self.windows_per_epoch - 1, (epoch + 1) * self.num_images % self.batch_size, 0)
+        return places[tf.size(places, tf.int64) - leftover :]
+
+    def _tail_before(self, epoch: int, hosts: int) -> tf.Tensor:
+        # An exchange at an epoch's beginning stays within its first B places; so only where fewer than 2B images make the
+        # beginning touch the end does an epoch's end depend on all epochs before.
+        tail = tf.zeros([0], tf.int64)
+        for before in range(epoch if self.num_images < 2 * self.batch_size else min(epoch, 1)):
+            last = before if self.num_images < 2 * self.batch_size else epoch - 1
+            index = tf.constant((last + 1) * self.windows_per_epoch - 1, tf.int64)
+            tail = self._tail(index, self._window(index, tail, hosts)[1])
         return tail
 
-    def _places(self, blocks: np.ndarray) -> np.ndarray:
-        sizes = np.array(self.block_sizes)
-        starts = np.cumsum(sizes) - sizes
-        return np.concatenate([np.arange(starts[block], starts[block] + sizes[block]) for block in blocks])
+    def _hosts_of(self, start: tf.Tensor, places: tf.Tensor, hosts: int) -> tf.Tensor:
+        """Which host feeds each position of a window: of every step, each an equal run."""
+        return (start + tf.range(tf.size(places, tf.int64))) % self.batch_size // (self.batch_size // hosts)
+
+    def _places(self, blocks: tf.Tensor) -> tf.Tensor:
+        """The places of `blocks`, one block after the other."""
+        sizes = tf.gather(tf.constant(self.block_sizes, tf.int64), blocks)
+        begins = tf.repeat(tf.cumsum(sizes, exclusive=True), sizes)
+        return tf.repeat(tf.gather(self._starts(), blocks), sizes) + tf.range(tf.reduce_sum(sizes)) - begins
+
+    def _located(self, places: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the blocks that hold `places`, each once, and where among their records the places are."""
+        blocks, nth = tf.unique(self._block_of(places))
+        sizes = tf.gather(tf.constant(self.block_sizes, tf.int64), blocks)
+        within = places - tf.gather(self._starts(), tf.gather(blocks, nth))
+        return blocks, tf.gather(tf.cumsum(sizes, exclusive=True), nth) + within
+
+    def _block_of(self, places: tf.Tensor) -> tf.Tensor:
+        return tf.searchsorted(self._starts(), places, side="right", out_type=tf.int64) - 1
+
+    def _starts(self) -> tf.Tensor:
+        """Each block's first place."""
+        sizes = np.array(self.block_sizes, np.int64)
+        return tf.constant(np.cumsum(sizes) - sizes)
+
+
+def _shuffle(values: tf.Tensor, seed: int, epoch: tf.Tensor, purpose: tf.Tensor | int) -> tf.Tensor:
+    key = tf.stack([tf.constant(seed, tf.int64) * 2**32 + epoch, tf.cast(purpose, tf.int64)])
+    return tf.random.experimental.stateless_shuffle(values, seed=key, alg="philox")

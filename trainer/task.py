@@ -2,7 +2,8 @@
 
     python -m trainer.task --preset demo --data DATA --checkpoint-dir CHECKPOINTS [--set key=value ...]
 
-Started again with the same arguments, it goes on from the newest checkpoint.
+Started again with the same arguments, it goes on from the newest checkpoint. On SIGTERM it saves its state and exits with 75,
+"temporary failure": run it again.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
 from trainer.presets import resolve
 from trainer.progress import ProgressBars
 from trainer.records import UserError
@@ -33,14 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         from trainer.train import train
 
-        with ProgressBars() as bars:
+        with ProgressBars() as bars, sigterm_noted() as should_stop:
             result = train(
                 config,
                 args.data,
                 args.checkpoint_dir,
                 preset=args.preset,
                 report=lambda done, total, text: bars("pretrain", done, total, text),
+                should_stop=should_stop,
             )
+    except PreemptedError as preempted:
+        parser.exit(EXIT_CODE, f"preempted: {preempted}\n")
     except UserError as error:
         if args.debug:
             raise

@@ -1,0 +1,43 @@
+"""Five steps on a number of replicas, in a process of their own: replicas.py DATA REPLICAS OUTPUT.npz key=value ...
+
+TensorFlow makes its devices once, and its collectives confuse the strategies of one process with each other.
+"""
+
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.input_pipeline import training_batches
+from trainer.presets import resolve
+from trainer.records import read_manifest
+from trainer.train import create_train_state, make_train_step
+
+
+def main(data_dir: str, replicas: int, output: str, overrides: list[str]) -> None:
+    devices = [tf.config.LogicalDeviceConfiguration()] * replicas
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
+    config, manifest = resolve("demo", overrides), read_manifest(data_dir)
+    names = [f"CPU:{i}" for i in range(replicas)]
+    strategy = tf.distribute.MirroredStrategy(names) if replicas > 1 else tf.distribute.get_strategy()
+    with strategy.scope():
+        state = create_train_state(config, manifest.splits["train"].records, manifest.num_classes)
+    train_step = make_train_step(config, state, strategy)
+    batches = iter(
+        strategy.distribute_datasets_from_function(
+            lambda context: training_batches(config, data_dir, manifest, 0, replicas=replicas)
+        )
+    )
+    kept: dict[str, np.ndarray] = {}
+    for step in range(5):
+        kept |= {f"{step} metric {name}": value.numpy() for name, value in train_step(next(batches)).items()}
+        kept |= {f"{step} state {name}": array for name, array in state.arrays().items()}
+        for name, variable in state.variables().items():
+            copies = [copy.numpy() for copy in strategy.experimental_local_results(variable)]
+            assert len(copies) == replicas
+            assert all(np.array_equal(copy, copies[0]) for copy in copies), name
+    np.savez(output, **kept)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -1,0 +1,85 @@
+"""Replicas: R of them with B/R images each do what one does with B."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.distribution import check_divides, jit_compile, make_strategy
+from trainer.input_pipeline import training_batches
+from trainer.presets import resolve
+from trainer.records import UserError, read_manifest
+from trainer.train import create_train_state, make_train_step
+
+TINY = ["width_multiplier=0.0625", "global_batch_size=16", "epochs=6", "base_learning_rate=0.002", "warmup_epochs=0"]
+CASES = {
+    "paper": (4, ["blur=true"]),
+    "pt_official, LARS": (2, ["variant=pt_official", "optimizer=lars"]),
+    "isogclr": (2, ["variant=isogclr"]),
+    "nt_xent": (2, ["loss=nt_xent"]),
+}
+
+
+def five_steps(data: Path, folder: Path, replicas: int, overrides: list[str]) -> dict[str, np.ndarray]:
+    """Returns the metrics and the state after each step, as `tests/replicas.py` keeps them."""
+    output = folder / f"{replicas}.npz"
+    script = Path(__file__).parent / "replicas.py"
+    subprocess.run([sys.executable, str(script), str(data), str(replicas), str(output), *TINY, *overrides], check=True)
+    with np.load(output) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replicas_do_what_one_does_with_the_whole_batch(dataset, tmp_path, case):
+    """Loss, gradients (in the optimizer's slots), u, BN's statistics and weights; and all replicas hold the same bits.
+
+    After one step all agree to float32's accuracy. After five a ReLU that rounding turned the other way shows in single numbers,
+    so there it is the whole of each kind that has to agree.
+    """
+    replicas, overrides = CASES[case]
+    expected = five_steps(dataset, tmp_path, 1, overrides)
+    found = five_steps(dataset, tmp_path, replicas, overrides)
+    assert set(found) == set(expected)
+    for name in (name for name in expected if name.startswith("0 ")):
+        scale = np.abs(expected[name]).max() + 1e-6
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-3 * scale, err_msg=name)
+    for step in range(5):
+        loss = f"{step} metric train/contrastive_loss"
+        np.testing.assert_allclose(found[loss], expected[loss], rtol=1e-4)
+    for kind in {name.split("/")[0] for name in expected if name.startswith("4 state")}:
+        ours, theirs = (
+            np.concatenate([values[name].ravel().astype(np.float64) for name in expected if name.split("/")[0] == kind])
+            for values in (found, expected)
+        )
+        assert np.linalg.norm(ours - theirs) <= 1e-2 * np.linalg.norm(theirs), kind
+
+
+def test_a_batch_that_does_not_divide_says_what_would():
+    with pytest.raises(UserError, match="global_batch_size=18 does not divide over 4 replicas: take 16 or 20"):
+        check_divides(18, 4)
+    with pytest.raises(UserError, match=r"take 8$"):
+        check_divides(6, 8)
+    check_divides(16, 4)
+
+
+@pytest.mark.parametrize("case", ["paper", "isogclr"])
+def test_the_whole_step_compiles_under_xla(dataset, case):
+    config = resolve("demo", [*TINY, *CASES[case][1]])
+    batch = next(iter(training_batches(config, str(dataset), read_manifest(str(dataset)), 0)))
+    ends = []
+    for compiled in (False, True):
+        state = create_train_state(config, 48, 6)
+        metrics = make_train_step(config, state, compiled=compiled)(batch)
+        ends.append((float(metrics["train/contrastive_loss"]), state.arrays()))
+    np.testing.assert_allclose(ends[1][0], ends[0][0], rtol=1e-4)
+    np.testing.assert_allclose(ends[1][1]["u"], ends[0][1]["u"], rtol=1e-4)
+
+
+def test_a_machine_with_nothing_else_runs_one_replica_uncompiled():
+    strategy = make_strategy()
+    assert strategy.num_replicas_in_sync == 1
+    assert not jit_compile(strategy)
+    assert isinstance(tf.distribute.get_strategy(), type(strategy))
