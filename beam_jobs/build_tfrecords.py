@@ -1,9 +1,9 @@
-r"""From raw archives to a TFDS folder whose every image has an ID, as a Beam job.
+r"""From raw images to a TFDS folder whose every image has an ID, as a Beam job.
 
 On this machine, in one process, or in two:
 
     python -m beam_jobs.build_tfrecords --raw DIR --output DIR
-    python -m beam_jobs.build_tfrecords --raw DIR --output DIR --direct_running_mode=multi_processing --direct_num_workers=2
+    python -m beam_jobs.build_tfrecords --raw DIR --output DIR --processes 2
 
 On Dataflow, with an image that has this package installed:
 
@@ -11,10 +11,8 @@ On Dataflow, with an image that has this package installed:
         --runner=DataflowRunner --project=PROJECT --region=REGION --temp_location=gs://BUCKET/temp \
         --sdk_container_image=IMAGE --sdk_location=container
 
-Only references to images go through Beam, never their bytes. A worker indexes an archive by its headers; the counts of all
-archives, as a side input, make the IDs dense; references are grouped by shard; a worker reads the images of a shard where
-they lie and writes it. Each of the two working stages leaves a small report beside the output. From these the job proves,
-before it publishes anything, that what was indexed was written, each image once, with its ID and its label.
+`beam_jobs.archives` says how raw images may lie, `beam_jobs.convert` what happens to them. Interrupted, the same command
+goes on from the shards that are finished. docs/conversion.md is the user's page.
 """
 
 import argparse
@@ -24,27 +22,39 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, BinaryIO
+import traceback
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import apache_beam as beam
-import numpy as np
-from apache_beam.io.filesystem import BeamIOError
-from apache_beam.metrics.metric import Metrics
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, TestOptions
 from rich.console import Console
 from rich.progress import Progress
 
-from beam_jobs import archives, files, images, proof
-from beam_jobs.plan import WORK, Plan, make_plan, plan_split, reading_places
-from beam_jobs.shards import write_shard
-from trainer.records import ENCODED, IMAGE_ID, LABEL, MANIFEST, Manifest, UserError, manifest_from_json, manifest_to_json
+from beam_jobs import archives, files, images, proof, subsets, survey
+from beam_jobs.convert import Convert, Index, Writers, local_writers
+from beam_jobs.plan import SPLITS, WORK, Plan, shards_for
+from beam_jobs.publish import publish
+from trainer.records import MANIFEST, Manifest, UserError, manifest_from_json
 
-_SHARD_FILE = re.compile(r".+\.tfrecord-\d{5}-of-\d{5}(\.[0-9a-f]{32}\.tmp)?")
+VERIFY = ("headers", "decode")
+ON_BAD_IMAGE = ("fail", "skip")
+
+_SHARD_FILE = re.compile(r".+\.tfrecord-\d{5}-of-\d{5}")
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_IDENTITY = "IDENTITY"
+"""In the folder of an unfinished job: what it was making."""
+_DASK = "--runner=DaskRunner"
+"""Beam knows it by a longer name only."""
 _SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_REMOTE_LOOKS = 10.0
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -52,147 +62,151 @@ def ignore(*_: object) -> None:
     """Does nothing."""
 
 
+def make_plan(
+    raw: str,
+    output: str,
+    *,
+    name: str | None = None,
+    num_shards: int | None = None,
+    subset: str | None = None,
+    images_per_class: int | None = None,
+    on_bad_image: str = "fail",
+    verify: str = "headers",
+    max_side: int | None = None,
+    allow_other_counts: bool = False,
+) -> Plan:
+    """Returns the plan of converting the raw images in the folder `raw` to a dataset in the folder `output`.
+
+    name: of the dataset in TFDS; by default NAME where `output` is ROOT/NAME/1.0.0, which is then its version, else images
+    num_shards: of each split; by default what makes shards of 128 MiB
+    subset: one of `subsets.SUBSETS` or a file with a synset a line
+    images_per_class: at most, of training images, the first by name
+    on_bad_image: fail, or skip: images that cannot be read get no ID and are listed in the manifest
+    verify: headers, or decode: how deep to look for damage
+    max_side: pixels that the longer side may have; larger images are made as small
+    allow_other_counts: of the synsets of the real ImageNet, not all images need be there
+
+    Raises UserError for arguments that make no sense, and where there are no raw images.
+    """
+    for argument, value in (("num_shards", num_shards), ("images_per_class", images_per_class), ("max_side", max_side)):
+        if value is not None and value < 1:
+            raise UserError(f"{argument}={value} makes no sense: it must be at least 1")
+    for argument, text, choices in (("on_bad_image", on_bad_image, ON_BAD_IMAGE), ("verify", verify, VERIFY)):
+        if text not in choices:
+            raise UserError(f"{argument}={text} is unknown: it must be {' or '.join(choices)}")
+    parts = output.rstrip("/").split("/")
+    versioned = len(parts) > 1 and _VERSION.fullmatch(parts[-1]) is not None
+    name = name or (parts[-2] if versioned else "images")
+    if not _NAME.fullmatch(name):
+        raise UserError(f"name={name} cannot name a dataset: use small letters, digits and underscores, a letter first")
+    synsets = subsets.synsets_of(subset) if subset else None
+    opened = archives.open_raw(raw, synsets=synsets, images_per_class=images_per_class)
+    sizes = {split: sum(opened.archives[number].size for number in opened.of_split(split)) for split in SPLITS}
+    options = {
+        "subset": subset if subset in subsets.SUBSETS else subset and os.path.basename(subset),
+        "images_per_class": images_per_class,
+        "on_bad_image": on_bad_image if on_bad_image != "fail" else None,
+        "verify": verify if on_bad_image != "fail" and verify != "headers" else None,
+        "max_side": max_side,
+    }
+    return Plan(
+        raw=opened,
+        output=output,
+        work=files.join(output, WORK),
+        name=name,
+        version=parts[-1] if versioned else "1.0.0",
+        num_shards={split: num_shards or shards_for(sizes[split]) for split in SPLITS},
+        images=images.Options(decode=verify == "decode", max_side=max_side),
+        look_first=on_bad_image == "skip",
+        expected=None if allow_other_counts else subsets.known_counts(opened.synsets),
+        options={option: value for option, value in options.items() if value is not None},
+        tool_version=_tool_version(),
+    )
+
+
 def build(
     raw: str,
     output: str,
     *,
-    name: str = "images",
-    num_shards: int | None = None,
+    processes: int | None = None,
     beam_args: Sequence[str] = (),
     report: Callable[[int, int], None] = ignore,
+    **options: Any,
 ) -> Manifest:
-    """Converts the raw data in the folder `raw` to a dataset in the folder `output`, and returns its manifest.
+    """Converts the raw images in the folder `raw` to a dataset in the folder `output`, and returns its manifest.
 
-    `num_shards` is for each split (by default what makes shards of 128 MiB); `beam_args` are Beam's own options; `report` is
-    called with how many parts of the job are done and how many there are, from another thread. The output is the same to the
-    byte whatever the runner. Raises UserError for input that cannot be converted whole, after reading all of it, and
-    `proof.LostRecordsError`; then, and where the job is interrupted, `output` has no manifest.
+    `processes` run on this machine, one by default; `beam_args` are Beam's own options, for any other runner; `report` is
+    called with how many parts of the job are done and how many there are, from another thread; `options` are those of
+    `make_plan`. The output is the same to the byte whatever the runner.
+
+    Raises UserError for input that cannot be converted whole, after reading all of it, and `proof.LostRecordsError`; then
+    `output` has neither manifest nor shards. Interrupted, or without room, it has finished shards, which the same call uses.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(f"name={name} cannot name a dataset: use small letters, digits and underscores, a letter first")
-    if num_shards is not None and num_shards < 1:
-        raise UserError(f"num_shards={num_shards} makes no sense: it must be at least 1")
-    _refuse_finished(output)
-    plan = make_plan(archives.open_raw(raw), output, name, num_shards)
-    pipeline = _pipeline(beam_args)
+    plan = make_plan(raw, output, **options)
+    pipeline = _pipeline(beam_args, processes)
+    if files.find(files.join(output, MANIFEST)):
+        if _made_here(plan) != plan.identity:
+            raise _finished(plan)
+        return publish(plan)  # an earlier job of this kind was interrupted when all but clearing up was done
     _prepare(plan)
-    pipeline | Convert(plan)
+    pipeline | Convert(plan, Writers() if _names_runner(beam_args) else local_writers(processes or 1))
     with _watched(plan, report):
-        pipeline.run().wait_until_finish()
         try:
-            manifest = proof.prove(plan, _tool_version())
-        except Exception:
-            _remove_leftovers(output)
+            _run(pipeline)
+            return publish(plan)
+        except (proof.FaultsError, proof.LostRecordsError):
+            _remove_leftovers(plan)
             raise
-        _publish(plan, manifest)
-    return manifest
 
 
-class Convert(beam.PTransform):
-    """All that runs on workers: from a plan to shards and reports.
+def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any) -> None:
+    """Describes the job that `build` would run, to Dataflow: a template, or nothing at all, as `beam_args` ask for.
 
-    A single line of steps; what branches off is a side input and nothing else, since not every runner keeps other branches.
+    A template's job proves and publishes by itself; it is for these raw images and this output only.
     """
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__()
-        self.plan = plan
-
-    def expand(self, pbegin: Any) -> Any:
-        indexed = (
-            pbegin
-            | "Archives" >> beam.Create(range(len(self.plan.raw.archives)))
-            | "IndexHeaders" >> beam.FlatMap(index_archive, self.plan)
-        )
-        counts = indexed | "CountImages" >> beam.Map(count_images)
-        return (
-            indexed
-            | "AssignIDs" >> beam.FlatMap(assign_ids, self.plan, beam.pvalue.AsDict(counts))
-            | "GroupByShard" >> beam.GroupByKey()
-            | "WriteShards" >> beam.Map(write_references, self.plan)
-        )
+    plan = make_plan(raw, output, **options)
+    pipeline = _pipeline(beam_args, None)
+    pipeline | Convert(plan, Writers())
+    pipeline.run()
 
 
-Indexed = tuple[int, list[tuple]]
-"""The number of an archive and the fields of each `RawImage` in it: Beam encodes plain tuples faster than named ones."""
-
-
-def index_archive(number: int, plan: Plan) -> list[Indexed]:
-    """Returns what is in an archive, in the order of names; nothing where it cannot be used."""
+def plan_only(
+    raw: str, output: str, *, processes: int | None = None, beam_args: Sequence[str] = (), **options: Any
+) -> survey.Survey:
+    """Returns what `build` would do with the same arguments, having looked at every image's header; writes nothing that stays."""
+    plan = make_plan(raw, output, **options)
+    local = files.is_local(output)
+    work = tempfile.mkdtemp(prefix="sogclr-plan-") if local else files.join(output, f".plan-{uuid.uuid4().hex}")
+    pipeline = _pipeline(beam_args, processes)
     try:
-        found = archives.index(plan.raw.folder, plan.raw.archives[number])
-    except UserError as error:
-        proof.report_archive(plan, number, num_images=0, problem=str(error))
-        return []
-    proof.report_archive(plan, number, num_images=len(found), problem="")
-    return [(number, [tuple(image) for image in found])]
+        looking = survey.looking_plan(plan, work)
+        pipeline | Index(looking)
+        _run(pipeline)
+        return survey.survey(plan, proof.archive_reports(looking))
+    finally:
+        files.delete_folder(work)
 
 
-def count_images(indexed: Indexed) -> tuple[int, int]:
-    number, found = indexed
-    return number, len(found)
+def _finished(plan: Plan) -> UserError:
+    text = files.read(files.join(plan.output, MANIFEST)).decode(errors="replace")
+    try:
+        holds = f"a finished dataset, fingerprint {manifest_from_json(text).fingerprint}"
+    except (ValueError, KeyError, TypeError):
+        holds = f"a {MANIFEST} of something else"
+    return UserError(f"{plan.output} has {holds}: give another folder, or delete this one first")
 
 
-def assign_ids(indexed: Indexed, plan: Plan, counts: dict[int, int]) -> list[tuple[tuple[str, str], tuple]]:
-    """Returns for each image of an archive ((split, shard's file), (place, image ID, *fields of the RawImage))."""
-    number, found = indexed
-    if len(counts) < len(plan.raw.archives):
-        return []  # one of them cannot be used, so there will be no dataset
-    split = plan.raw.archives[number].split
-    of_split = plan_split(plan, split, counts)
-    first_id = of_split.first_ids[number]
-    places = reading_places(of_split.num_images)[first_id : first_id + len(found)]
-    shards = of_split.shards_of(places).tolist()
-    return [
-        ((split, of_split.shard_files[shard]), (place, image_id, *image))
-        for image_id, (place, shard, image) in enumerate(zip(places.tolist(), shards, found, strict=True), start=first_id)
-    ]
-
-
-def write_references(grouped: tuple[tuple[str, str], Iterable[tuple]], plan: Plan) -> None:
-    """Writes the shard of the images that are referred to, in the order of their places, reading each where it lies."""
-    (split, shard_file), references = grouped
-    repaired: list[dict[str, Any]] = []
-    rejected: list[dict[str, Any]] = []
-
-    def read_all() -> Iterator[tuple[int, int, bytes]]:
-        with ExitStack() as stack:
-            opened: dict[str, BinaryIO] = {}
-            for _, image_id, *fields in sorted(references):
-                image = archives.RawImage(*fields)
-                if image.file not in opened:
-                    opened[image.file] = stack.enter_context(files.open_to_read(files.join(plan.raw.folder, image.file)))
-                source = f"{image.file}/{image.name}"
-                try:
-                    encoded, done = images.repair(archives.read(opened[image.file], image))
-                except images.UnreadableImageError as error:
-                    rejected.append({"source": source, "reason": str(error)})
-                    continue
-                if done:
-                    repaired.append({"id": image_id, "source": source, "done": done})
-                yield image_id, image.label, encoded
-
-    written = write_shard(plan.output, shard_file, split, read_all())
-    for what, count in (("written", written.shard.records), ("repaired", len(repaired)), ("rejected", len(rejected))):
-        Metrics.counter("images", what).inc(count)
-    proof.report_shard(plan, written, repaired, rejected)
-
-
-def _refuse_finished(output: str) -> None:
-    path = files.join(output, MANIFEST)
-    if files.find(path):
-        with files.open_to_read(path) as file:
-            text = file.read().decode(errors="replace")
-        try:
-            holds = f"a finished dataset, fingerprint {manifest_from_json(text).fingerprint}"
-        except (ValueError, KeyError, TypeError):
-            holds = f"a {MANIFEST} of something else"
-        raise UserError(f"{output} has {holds}: give another folder, or delete this one first")
-
-
-def _pipeline(beam_args: Sequence[str]) -> beam.Pipeline:
-    names_runner = any(argument.split("=")[0] == "--runner" for argument in beam_args)
-    options = PipelineOptions(list(beam_args) if names_runner else [*beam_args, "--runner=FnApiRunner"])
+def _pipeline(beam_args: Sequence[str], processes: int | None) -> beam.Pipeline:
+    if processes is not None and processes < 1:
+        raise UserError(f"processes={processes} makes no sense: it must be at least 1")
+    if processes is not None and _names_runner(beam_args):
+        raise UserError("processes are those of this machine: with --runner, give that runner's own options")
+    arguments = list(beam_args)
+    if _DASK in arguments:
+        arguments[arguments.index(_DASK)] = "--runner=apache_beam.runners.dask.dask_runner.DaskRunner"
+        if not any(argument.startswith(("--dask_npartitions", "--dask_partition_size")) for argument in arguments):
+            arguments.append("--dask_partition_size=1")  # by default it does 128 shards on one worker
+    options = PipelineOptions(arguments if _names_runner(beam_args) else [*arguments, "--runner=FnApiRunner"])
     try:
         pipeline = beam.Pipeline(options=options)
     except (ValueError, ImportError) as error:
@@ -207,22 +221,49 @@ def _pipeline(beam_args: Sequence[str]) -> beam.Pipeline:
     return pipeline
 
 
-def _prepare(plan: Plan) -> None:
-    """Makes the output folder ready, without what an interrupted job left in it."""
-    if not files.names(plan.work) and (others := [name for name in files.names(plan.output) if _SHARD_FILE.fullmatch(name)]):
-        raise UserError(f"{plan.output} has {others[0]}, which no unfinished job of this kind left there: give another folder")
-    _remove_leftovers(plan.output)
-    files.delete([plan.rejected])
+def _names_runner(beam_args: Sequence[str]) -> bool:
+    return any(argument.split("=")[0] == "--runner" for argument in beam_args)
+
+
+def _only_describes(beam_args: Sequence[str]) -> bool:
+    options = PipelineOptions(list(beam_args))
+    return bool(options.view_as(GoogleCloudOptions).template_location or options.view_as(TestOptions).dry_run)
+
+
+def _run(pipeline: beam.Pipeline) -> None:
+    """Runs a pipeline; an error of this project's comes out as itself, whatever the runner made of it."""
     try:
-        with files.open_to_write(files.join(plan.work, "README")) as file:
-            file.write(b"Here beam_jobs.build_tfrecords is at work, or was interrupted. The next run starts anew.\n")
-    except (OSError, BeamIOError) as error:
-        raise UserError(f"cannot write to {plan.output}: {error}") from error
+        pipeline.run().wait_until_finish()
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))
+        for kind in (proof.FaultsError, proof.LostRecordsError, UserError):
+            if found := re.findall(rf"\b{kind.__name__}: (.+?)(?: \[while running .*)?$", text, re.MULTILINE):
+                raise kind(found[-1]) from error
+        raise
 
 
-def _remove_leftovers(output: str) -> None:
-    files.delete([files.join(output, name) for name in files.names(output) if _SHARD_FILE.fullmatch(name)])
-    files.delete_folder(files.join(output, WORK))
+def _prepare(plan: Plan) -> None:
+    """Makes the output folder ready: an interrupted job's shards stay where they are those of this plan."""
+    made_here = _made_here(plan)
+    if not made_here and (others := [name for name in files.names(plan.output) if _SHARD_FILE.fullmatch(name)]):
+        raise UserError(f"{plan.output} has {others[0]}, which no unfinished job of this kind left there: give another folder")
+    if made_here != plan.identity:
+        _remove_leftovers(plan)
+    files.delete_temporary(plan.output)
+    files.delete_temporary(plan.work)
+    files.delete([plan.rejected])
+    files.write(files.join(plan.work, _IDENTITY), plan.identity.encode())
+
+
+def _made_here(plan: Plan) -> str:
+    path = files.join(plan.work, _IDENTITY)
+    return files.read(path).decode() if files.find(path) else ""
+
+
+def _remove_leftovers(plan: Plan) -> None:
+    files.delete([files.join(plan.output, name) for name in files.names(plan.output) if _SHARD_FILE.fullmatch(name)])
+    files.delete_temporary(plan.output)
+    files.delete_folder(plan.work)
 
 
 @contextmanager
@@ -230,10 +271,11 @@ def _watched(plan: Plan, report: Callable[[int, int], None]) -> Iterator[None]:
     """Reports while the block runs: a part for each archive, each shard, and for proving and publishing."""
     total = len(plan.raw.archives) + sum(plan.num_shards.values()) + 1
     ended = threading.Event()
+    pause = _SECONDS_BETWEEN_LOOKS if files.is_local(plan.work) else _SECONDS_BETWEEN_REMOTE_LOOKS
 
     def watch() -> None:
         done = 0
-        while not ended.wait(_SECONDS_BETWEEN_LOOKS):
+        while not ended.wait(pause):
             done = max(done, min(proof.count_reports(plan), total - 1))
             report(done, total)
 
@@ -246,37 +288,6 @@ def _watched(plan: Plan, report: Callable[[int, int], None]) -> Iterator[None]:
         ended.set()
         watcher.join()
     report(total, total)
-
-
-def _publish(plan: Plan, manifest: Manifest) -> None:
-    """Makes a dataset of the shards: TFDS's metadata, then the manifest, last of all."""
-    import tensorflow_datasets as tfds  # here only: it imports TensorFlow
-
-    template = tfds.core.ShardedFileTemplate(data_dir=plan.output, dataset_name=plan.name, filetype_suffix="tfrecord")
-    tfds.folder_dataset.write_metadata(
-        data_dir=plan.output,
-        features=tfds.features.FeaturesDict(
-            {
-                ENCODED: tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
-                LABEL: tfds.features.ClassLabel(names=list(manifest.synsets)),
-                IMAGE_ID: np.int64,
-            }
-        ),
-        split_infos=[
-            tfds.core.SplitInfo(
-                name=name,
-                shard_lengths=[shard.records for shard in split.shards],
-                num_bytes=sum(shard.bytes for shard in split.shards),
-                filename_template=template.replace(split=name),
-            )
-            for name, split in manifest.splits.items()
-        ],
-        filename_template=template,
-        description=f"Made by beam_jobs.build_tfrecords; its fingerprint is {manifest.fingerprint}.",
-    )
-    with files.open_to_write(files.join(plan.output, MANIFEST)) as file:
-        file.write(manifest_to_json(manifest).encode())
-    files.delete_folder(plan.work)
 
 
 def _tool_version() -> str:
@@ -308,7 +319,13 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 def _summary(output: str, manifest: Manifest) -> dict[str, Any]:
     splits = {
-        name: {"images": split.records, "shards": len(split.shards), "repaired": len(split.repaired)}
+        name: {
+            "images": split.records,
+            "shards": len(split.shards),
+            "repaired": len(split.repaired),
+            "rejected": len(split.rejected),
+            "resized": split.resized,
+        }
         for name, split in manifest.splits.items()
     }
     return {
@@ -322,39 +339,81 @@ def _summary(output: str, manifest: Manifest) -> dict[str, Any]:
 
 def _print_summary(summary: Mapping[str, Any]) -> None:
     for name, split in summary["splits"].items():
-        print(f"{name}: {split['images']} images, {split['repaired']} of them repaired, in {split['shards']} shards")
+        more = "".join(
+            f", {split[what]} {text}" for what, text in (("rejected", "left out"), ("resized", "resized")) if split[what]
+        )
+        print(f"{name}: {split['images']} images, {split['repaired']} of them repaired{more}, in {split['shards']} shards")
     print(f"classes: {summary['classes']}")
     print(f"fingerprint: {summary['fingerprint']}")
+    print(f"look at it: python -m beam_jobs.inspect {summary['output']}")
     print(f"next: python -m trainer.task --preset NAME --data {summary['output']} --checkpoint-dir DIR")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m beam_jobs.build_tfrecords",
-        description="Raw archives to TFRecords with image IDs. Options that are not listed here are Beam's.",
+        description="Raw images to TFRecords with image IDs. Options that are not listed here are Beam's.",
         allow_abbrev=False,
     )
-    parser.add_argument("--raw", required=True, metavar="DIR", help="the raw archives, local or gs://")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the dataset goes, local or gs://")
-    parser.add_argument("--name", default="images", help="the dataset's name in TFDS (default: %(default)s)")
+    parser.add_argument("--raw", required=True, metavar="DIR", help="the raw images, archives or extracted, local or gs://")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="where the dataset goes, local or gs://; several lie well as ROOT/NAME/1.0.0",
+    )
+    parser.add_argument("--name", help="the dataset's name in TFDS (default: that in ROOT/NAME/1.0.0, else images)")
     parser.add_argument("--num-shards", type=int, metavar="N", help="shards of each split (default: as many as have 128 MiB)")
+    parser.add_argument("--subset", metavar="NAME|FILE", help=f"{', '.join(subsets.SUBSETS)}, or a file with a synset a line")
+    parser.add_argument("--images-per-class", type=int, metavar="N", help="at most, of training images: the first by name")
+    parser.add_argument(
+        "--on-bad-image",
+        choices=ON_BAD_IMAGE,
+        default="fail",
+        help="skip: leave out and list what cannot be read (default: fail)",
+    )
+    parser.add_argument(
+        "--verify", choices=VERIFY, default="headers", help="decode: decode every image, not only odd ones (default: headers)"
+    )
+    parser.add_argument("--max-side", type=int, metavar="PIXELS", help="make larger images this small at the longer side")
+    parser.add_argument("--allow-other-counts", action="store_true", help="ImageNet's synsets need not have all its images")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: 1)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, having looked at every image; convert nothing")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show Beam's log, and the traceback of an error")
-    args, beam_args = parser.parse_known_args(argv)
-    logging.getLogger().setLevel(logging.INFO if args.debug else logging.ERROR)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, beam_args = _parser().parse_known_args(argv)
+    given = vars(args)
+    dry_run, as_json, debug = (given.pop(option) for option in ("dry_run", "json", "debug"))
+    logging.getLogger().setLevel(logging.INFO if debug else logging.CRITICAL)
+    if not debug:
+        warnings.simplefilter("ignore")
     try:
+        if dry_run:
+            planned = plan_only(**given, beam_args=beam_args)
+            print(json.dumps(survey.to_dict(planned)) if as_json else survey.to_text(planned))
+            return 2 if planned.problems else 0
+        if _only_describes(beam_args):
+            if given.pop("processes") is not None:
+                raise UserError("processes are those of this machine, where nothing is to run")
+            describe(**given, beam_args=beam_args)
+            print("the job is described; nothing was converted")
+            return 0
         with _progress() as report:
-            manifest = build(
-                args.raw, args.output, name=args.name, num_shards=args.num_shards, beam_args=beam_args, report=report
-            )
+            manifest = build(**given, beam_args=beam_args, report=report)
     except (UserError, proof.LostRecordsError) as error:
-        if args.debug:
+        if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from the shards that are finished", file=sys.stderr)
+        return 130
     summary = _summary(args.output, manifest)
-    if args.json:
+    if as_json:
         print(json.dumps(summary))
     else:
         _print_summary(summary)

@@ -3,15 +3,28 @@
 import io
 from dataclasses import dataclass
 
-from PIL import Image, ImageChops, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError, features
+from PIL import __version__ as pillow_version
 
-QUALITY = 95
-"""Of the JPEGs made here, which have full colour resolution."""
+REPAIRED_QUALITY = 100
+"""Of what had to become a JPEG: few images, which lose next to nothing."""
+RESIZED_QUALITY = 95
+"""Of what was made smaller: possibly all images. Both have full colour resolution."""
+MAX_PIXELS = 2**30 // 12
+"""Where an image counts as made to exhaust memory: 89 million, Pillow's own limit, above any of ImageNet's."""
+HEAD_BYTES = 2**12
+"""What of a file is read to see a usual JPEG's header; where that is not enough, all of it is."""
+TAIL_BYTES = 2
 
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = frozenset(range(0xD0, 0xD9)) | {0x01}
 _END, _START_OF_SCAN, _ADOBE = 0xD9, 0xDA, 0xEE
+_END_OF_IMAGE = b"\xff\xd9"
+CODECS = f"Pillow {pillow_version}, libjpeg {features.version_codec('jpg')}"
+"""What images that are made here depend on."""
+_SRGB = ImageCms.createProfile("sRGB")
 
 
 class UnreadableImageError(Exception):
@@ -31,13 +44,46 @@ class JpegHeader:
     components: int
     adobe_transform: int | None
     """Of Adobe's marker: 0 none, 1 YCbCr, 2 YCCK; None where there is no such marker."""
+    scan: int
+    """Where the header ends and pixels begin, bytes."""
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether every decoder makes the same of it: grey or YCbCr, eight bits, of a common kind and size."""
+        return (
+            self.process in (_BASELINE, _EXTENDED, _PROGRESSIVE)
+            and self.precision == 8
+            and self.components in (1, 3)
+            and 0 < self.height * self.width <= MAX_PIXELS
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image as it goes into a record."""
+
+    encoded: bytes
+    """A JPEG, grey or RGB."""
+    repaired: str
+    """What had to be done to make it one, "" where nothing."""
+    resized: bool
+
+
+@dataclass(frozen=True)
+class Options:
+    """How images are treated."""
+
+    decode: bool = False
+    """Whether each is decoded whole, to see that it can be, and not only where its header or its end is unusual."""
+    max_side: int | None = None
+    """Pixels that the longer side may have; larger images are made as small."""
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
-    """Returns the header of a JPEG without decoding it, or None where `data` is not one that has any."""
+    """Returns the header of a JPEG without decoding it, or None where `data` has no whole one."""
     if data[:2] != b"\xff\xd8":
         return None
-    adobe_transform = None
+    adobe_transform = frame = None
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
@@ -47,55 +93,109 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
         if marker in _WITHOUT_LENGTH:
             position += 2
             continue
-        if marker in (_START_OF_SCAN, _END):
+        if marker == _END:
             return None
-        length = int.from_bytes(data[position + 2 : position + 4])
-        segment = data[position + 4 : position + 2 + length]
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4])
+        segment = data[position + 4 : min(end, position + 20)]
+        if marker == _START_OF_SCAN:
+            return JpegHeader(*frame, adobe_transform, end) if frame else None
         if marker in _START_OF_FRAME and len(segment) >= 6:
             height, width = int.from_bytes(segment[1:3]), int.from_bytes(segment[3:5])
-            return JpegHeader(marker, segment[0], height, width, segment[5], adobe_transform)
+            frame = marker, segment[0], height, width, segment[5]
         if marker == _ADOBE and segment[:5] == b"Adobe" and len(segment) >= 12:
             adobe_transform = segment[11]
-        position += 2 + length
+        position = end
     return None
 
 
-def repair(data: bytes) -> tuple[bytes, str]:
-    """Returns JPEG bytes, grey or RGB, and what was done to get them, "" where they are the image's own.
+def keeps_its_bytes(head: bytes, tail: bytes, options: Options) -> bool:
+    """Returns whether an image is sure to be taken as it is, from its first `HEAD_BYTES` and its last `TAIL_BYTES`."""
+    if options.decode or tail != _END_OF_IMAGE:
+        return False
+    header = read_jpeg_header(head)
+    return header is not None and header.is_usual and not _is_larger(header.width, header.height, options.max_side)
 
-    Own bytes stay what they are where the header is that of a usual JPEG of one or three components. Anything else that
-    Pillow reads becomes an RGB JPEG, the same bytes for the same image. Raises UnreadableImageError.
+
+def prepare(data: bytes, options: Options) -> Prepared:
+    """Returns what of an image goes into its record.
+
+    Its own bytes where they are a usual whole JPEG, grey or RGB. Anything else that Pillow reads becomes an RGB JPEG, the
+    same bytes for the same image, of the colours that its ICC profile gives its pixels, or, without one, of those that
+    decoders agree on. Raises UnreadableImageError.
     """
     if not data:
         raise UnreadableImageError("is empty")
     header = read_jpeg_header(data)
-    if header and _is_usual(header):
-        return data, ""
+    if header and header.height * header.width > MAX_PIXELS:
+        raise _too_large(header.width, header.height)
+    usual = header is not None and header.is_usual
+    larger = header is not None and _is_larger(header.width, header.height, options.max_side)
+    # What lacks its end may be cut off; bytes after the end do no harm.
+    whole = header is not None and data.rfind(_END_OF_IMAGE, header.scan) >= 0
+    if usual and whole and not larger and not options.decode:
+        return Prepared(data, "", False)
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise _too_large(image.width, image.height)
+            if usual and not larger:
+                # Every bit is read, few pixels are made. A cut-off image raises.
+                image.draft(None, (1, 1))
+                image.load()
+                return Prepared(data, "", False)
             was = f"{image.format} {image.mode}"
-            rgb = _to_rgb(image, header)
+            pixels, by = (image, "") if usual else _to_rgb(image, header)
+            resized = _is_larger(*pixels.size, options.max_side)
+            if resized and options.max_side:
+                pixels.thumbnail((options.max_side, options.max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+            return Prepared(
+                _to_jpeg(pixels, RESIZED_QUALITY if resized else REPAIRED_QUALITY),
+                "" if usual else f"{was} to JPEG RGB{by}",
+                resized,
+            )
+    except UnreadableImageError:
+        raise
     except UnidentifiedImageError:
         raise UnreadableImageError("is not an image") from None
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(f"has more than {MAX_PIXELS:,} pixels ({error})") from error
     except Exception as error:  # decoders raise errors of all kinds on damaged bytes
-        raise UnreadableImageError(f"cannot be decoded ({error})") from error
-    out = io.BytesIO()
-    rgb.save(out, "jpeg", quality=QUALITY, subsampling=0)
-    return out.getvalue(), f"{was} to JPEG RGB"
+        raise UnreadableImageError(f"cannot be decoded ({' '.join(str(error).split())})") from error
 
 
-def _is_usual(header: JpegHeader) -> bool:
-    return (
-        header.process in (_BASELINE, _EXTENDED, _PROGRESSIVE)
-        and header.precision == 8
-        and header.components in (1, 3)
-        and header.height > 0
-        and header.width > 0
-    )
+def _too_large(width: int, height: int) -> UnreadableImageError:
+    return UnreadableImageError(f"claims to be {width} x {height} pixels, and more than {MAX_PIXELS:,} are not believed")
 
 
-def _to_rgb(image: Image.Image, header: JpegHeader | None) -> Image.Image:
+def _is_larger(width: int, height: int, max_side: int | None) -> bool:
+    return max_side is not None and max(width, height) > max_side
+
+
+def _to_rgb(image: Image.Image, header: JpegHeader | None) -> tuple[Image.Image, str]:
+    """Returns an image in RGB, and by what its colours were found where that is not by its mode alone."""
     if image.mode == "CMYK" and header and header.adobe_transform is None:
         # Pillow takes every CMYK JPEG for one of Adobe's, whose inks are inverted; without Adobe's marker they are not.
-        return ImageChops.invert(image).convert("RGB")
-    return image.convert("RGB")
+        inks = ImageChops.invert(image)
+        inks.info = image.info
+        image = inks
+    if image.mode.startswith("I"):
+        # Pillow would cut 16 bits off at 255.
+        grey = (np.clip(np.asarray(image).astype(np.int64), 0, 0xFFFF) >> 8).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB"), ""
+    profile = image.info.get("icc_profile")
+    if profile:
+        pixels = image if image.mode in ("CMYK", "L") else image.convert("RGB")
+        try:
+            of_image = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            managed = ImageCms.profileToProfile(pixels, of_image, _SRGB, outputMode="RGB")
+            assert managed is not None
+            return managed, " by its ICC profile"
+        except (ImageCms.PyCMSError, OSError):
+            pass  # a profile that is broken, or of another kind of pixels, says nothing
+    return image.convert("RGB"), ""
+
+
+def _to_jpeg(image: Image.Image, quality: int) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "jpeg", quality=quality, subsampling=0, icc_profile=None)
+    return out.getvalue()

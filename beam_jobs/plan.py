@@ -1,12 +1,13 @@
 """The plan of a conversion: which image gets which ID, which place in the order of reading, which shard."""
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from beam_jobs import archives, files
+from beam_jobs import archives, files, images
 
 SPLITS = ("train", "validation")
 WORK = ".building"
@@ -21,19 +22,33 @@ class Plan:
 
     raw: archives.Raw
     output: str
+    work: str
+    """The folder of the workers' reports."""
     name: str
+    version: str
+    """Of the dataset in TFDS."""
     num_shards: Mapping[str, int]
     """By split, at most: no shard is empty."""
-
-    @property
-    def work(self) -> str:
-        """The folder of the workers' reports."""
-        return files.join(self.output, WORK)
+    images: images.Options
+    look_first: bool
+    """Whether images are looked at when they are indexed: those that cannot be read get no ID."""
+    expected: Mapping[str, int] | None
+    """How many images of each split there must be, where that is known."""
+    options: Mapping[str, str | int]
+    """Those of the conversion that change what is written."""
+    tool_version: str
 
     @property
     def rejected(self) -> str:
-        """The file that lists the images that cannot be read, where there are any."""
+        """The file that lists all that is wrong with the raw data, where that is much."""
         return files.join(self.output, f"{self.name}-rejected.txt")
+
+    @property
+    def identity(self) -> str:
+        """A hex digest that differs where a shard could."""
+        raw = self.raw.identity, self.raw.synsets, self.raw.images_per_class
+        rest = self.name, sorted(self.num_shards.items()), self.images, self.look_first, images.CODECS, self.tool_version
+        return hashlib.sha256(repr((raw, rest)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -47,13 +62,12 @@ class SplitPlan:
 
     def shards_of(self, places: np.ndarray) -> np.ndarray:
         """Returns the number of the shard that holds each of `places`: shards cut the order of reading into equal parts."""
-        return places * len(self.shard_files) // self.num_images
+        return places * len(self.shard_files) // max(self.num_images, 1)
 
 
-def make_plan(raw: archives.Raw, output: str, name: str, num_shards: int | None) -> Plan:
-    """Returns the plan for `num_shards` shards a split, or for as many as make them about `SHARD_BYTES`."""
-    archive_bytes = {split: sum(raw.archives[number].size for number in raw.of_split(split)) for split in SPLITS}
-    return Plan(raw, output, name, {split: num_shards or -(-archive_bytes[split] // SHARD_BYTES) for split in SPLITS})
+def shards_for(num_bytes: int) -> int:
+    """Returns the number of shards that have about `SHARD_BYTES`."""
+    return max(-(-num_bytes // SHARD_BYTES), 1)
 
 
 def plan_split(plan: Plan, split: str, counts: Mapping[int, int]) -> SplitPlan:

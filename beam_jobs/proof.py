@@ -5,7 +5,7 @@ runner, so they show what it lost.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,27 +13,44 @@ from typing import Any
 import numpy as np
 
 from beam_jobs import files
+from beam_jobs.archives import Index
 from beam_jobs.plan import SPLITS, Plan, SplitPlan, plan_split, reading_places
-from beam_jobs.shards import FINGERPRINTS, WrittenShard, contents_digest
+from beam_jobs.shards import FINGERPRINTS, WrittenShard, contents_digest, file_crc32c
 from trainer.records import Manifest, Shard, Split, UserError
 
 _SHOWN = 3
 """Problems that an error's one line spells out."""
 _ADVICE = "; nothing was published, run the job again"
 
+Listed = list[dict[str, Any]]
+"""Repaired or rejected images, as `trainer.records.Split` has them."""
+
 
 class LostRecordsError(Exception):
     """The runner did not write exactly what it was given to write; nothing was published."""
 
 
-def report_archive(plan: Plan, number: int, *, num_images: int, problem: str) -> None:
-    """Tells that an archive was indexed, or why it could not be."""
-    _report(plan, _archive_report(number), {"num_images": num_images, "problem": problem})
+class FaultsError(UserError):
+    """The raw data cannot be converted whole; all of it was read, and nothing was published."""
 
 
-def report_shard(plan: Plan, written: WrittenShard, repaired: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
-    """Tells that a shard was written; `repaired` and `rejected` are as `trainer.records.Split` has them."""
-    _report(plan, written.shard.file, {**asdict(written), "repaired": repaired, "rejected": rejected})
+def report_archive(plan: Plan, number: int, index: Index, repaired: Listed) -> None:
+    """Tells what is in an archive; `repaired` are those that will have to be, where the images were looked at."""
+    labels = [image.label for image in index.images]
+    content = {
+        "found": index.found,
+        "labels": labels if len(set(labels)) > 1 else {"label": labels[0] if labels else 0, "count": len(labels)},
+        "bytes": sum(image.size for image in index.images),
+        "problems": index.problems,
+        "rejected": index.rejected,
+        "repaired": repaired,
+    }
+    _report(plan, _archive_report(number), content)
+
+
+def report_shard(plan: Plan, written: WrittenShard, resized: int, repaired: Listed, rejected: Listed) -> None:
+    """Tells that a shard was written."""
+    _report(plan, written.shard.file, {**asdict(written), "resized": resized, "repaired": repaired, "rejected": rejected})
 
 
 def count_reports(plan: Plan) -> int:
@@ -41,62 +58,125 @@ def count_reports(plan: Plan) -> int:
     return len(_report_names(plan))
 
 
-def prove(plan: Plan, tool_version: str) -> Manifest:
+def is_finished(plan: Plan, file: str, image_ids: Iterable[int], labels: Iterable[int]) -> bool:
+    """Returns whether a shard of these images is on disk, every byte of it as it was written."""
+    report_file = files.join(plan.work, f"{file}.json")
+    if not files.find(report_file):
+        return False
+    report = json.loads(files.read(report_file))
+    path = files.join(plan.output, file)
+    return (
+        not report["rejected"]
+        and report["contents"] == contents_digest(image_ids, labels)
+        and files.find(path) is not None
+        and report["shard"]["crc32c"] == file_crc32c(path)
+    )
+
+
+def prove(plan: Plan) -> Manifest:
     """Returns the manifest of what is on disk, having checked that it is exactly what the plan says.
 
     Each archive was indexed; each shard is there in its whole length and holds the images of the plan, each with its ID and
-    label, in their order. So the IDs of a split are 0..N-1, each once. Raises UserError where the input is at fault, for
+    label, in their order. So the IDs of a split are 0..N-1, each once. Raises FaultsError where the input is at fault, for
     all of it that is, and LostRecordsError where the runner is.
     """
     reports = _read_reports(plan)
-    counts = _image_counts(plan, reports)
-    of_splits = {split: plan_split(plan, split, counts) for split in SPLITS}
-    for of_split in of_splits.values():
-        for file in of_split.shard_files:
-            if file not in reports:
-                raise LostRecordsError(f"the runner lost the shard {file}{_ADVICE}")
-    _refuse_rejected(plan, [image for report in reports.values() for image in report.get("rejected", ())])
-    splits = {split: _prove_split(plan, split, of_split, counts, reports) for split, of_split in of_splits.items()}
+    of_archives = archive_reports(plan, reports)
+    refuse_faults(plan, of_archives, reports)
+    labels = [labels_of(report) for report in of_archives]
+    of_splits = {split: plan_split(plan, split, dict(enumerate(map(len, labels)))) for split in SPLITS}
+    splits = {
+        split: _prove_split(plan, of_split, [labels[n] for n in of_split.first_ids], reports)
+        for split, of_split in of_splits.items()
+    }
+    for split in SPLITS:
+        rejected = [image for number in plan.raw.of_split(split) for image in of_archives[number]["rejected"]]
+        splits[split] = replace(splits[split], rejected=tuple(sorted(rejected, key=lambda image: image["source"])))
     fingerprint = sum(reports[file]["fingerprint"] for of_split in of_splits.values() for file in of_split.shard_files)
-    return Manifest(plan.name, f"{fingerprint % FINGERPRINTS:064x}", plan.raw.synsets, splits, tool_version)
+    fingerprint_hex = f"{fingerprint % FINGERPRINTS:064x}"
+    return Manifest(plan.name, fingerprint_hex, plan.raw.synsets, splits, plan.tool_version, plan.options)
 
 
-def _image_counts(plan: Plan, reports: Mapping[str, Any]) -> dict[int, int]:
+def archive_reports(plan: Plan, reports: Mapping[str, Any] | None = None) -> list[Any]:
+    """Returns the reports of all archives, by number. Raises LostRecordsError where one is missing."""
+    reports = _read_reports(plan) if reports is None else reports
     for number, archive in enumerate(plan.raw.archives):
         if _archive_report(number) not in reports:
             raise LostRecordsError(f"the runner lost {archive.name}{_ADVICE}")
-    of_archives = [reports[_archive_report(number)] for number in range(len(plan.raw.archives))]
-    if problems := [report["problem"] for report in of_archives if report["problem"]]:
-        raise UserError(_some(problems))
-    return {number: report["num_images"] for number, report in enumerate(of_archives)}
+    return [reports[_archive_report(number)] for number in range(len(plan.raw.archives))]
 
 
-def _refuse_rejected(plan: Plan, rejected: list[dict[str, Any]]) -> None:
+def labels_of(report: Any) -> list[int]:
+    """Returns the labels of an archive's images in the order of their IDs, from its report."""
+    labels = report["labels"]
+    return labels if isinstance(labels, list) else [labels["label"]] * labels["count"]
+
+
+def faults(plan: Plan, of_archives: list[Any]) -> tuple[list[str], Listed]:
+    """Returns all that is wrong with the raw data as far as indexing shows: problems, and images that cannot be read."""
+    problems = [*plan.raw.problems, *(problem for report in of_archives for problem in report["problems"])]
+    rejected = [image for report in of_archives for image in report["rejected"]]
+    for split in SPLITS:
+        numbers = plan.raw.of_split(split)
+        found = sum(of_archives[number]["found"] for number in numbers)
+        if plan.expected and found != plan.expected[split]:
+            problems.append(
+                f"{split} has {found:,} images where ImageNet has {plan.expected[split]:,} of these {len(plan.raw.synsets)} "
+                "synsets: get what is missing, or allow it with --allow-other-counts"
+            )
+    if not problems and plan.look_first:
+        counts = np.bincount(
+            np.array([label for number in plan.raw.of_split("train") for label in labels_of(of_archives[number])], int),
+            minlength=len(plan.raw.synsets),
+        )
+        problems += [f"no training image of {plan.raw.synsets[label]} can be read" for label in np.flatnonzero(counts == 0)]
+        if not sum(len(labels_of(of_archives[number])) for number in plan.raw.of_split("validation")):
+            problems.append("no validation image can be read")
+    return problems, rejected
+
+
+def refuse_faults(plan: Plan, of_archives: list[Any], reports: Mapping[str, Any]) -> None:
+    """Raises FaultsError for all that is wrong with the raw data, and lists it in a file where that is much."""
+    problems, rejected = faults(plan, of_archives)
+    if plan.look_first:
+        rejected = []  # they are left out
+    rejected += [image for report in reports.values() if "shard" in report for image in report["rejected"]]
+    if not problems and not rejected:
+        return
+    lines = sorted(f"{image['source']} {image['reason']}" for image in rejected)
+    parts = [_some(problems)] if problems else []
     if rejected:
-        lines = sorted(f"{image['source']} {image['reason']}" for image in rejected)
-        with files.open_to_write(plan.rejected) as file:
-            file.write("".join(f"{line}\n" for line in lines).encode())
-        raise UserError(f"{len(lines)} of the images cannot be read: {_some(lines)}; {plan.rejected} lists them all")
+        parts.append(f"{len(lines)} of the images cannot be read: {_some(lines)}")
+    if rejected or len(problems) > _SHOWN:
+        files.write(plan.rejected, "".join(f"{line}\n" for line in (*problems, *lines)).encode())
+        parts.append(f"{plan.rejected} lists them all")
+    raise FaultsError("; ".join(parts))
 
 
-def _prove_split(plan: Plan, split: str, of_split: SplitPlan, counts: Mapping[int, int], reports: Mapping[str, Any]) -> Split:
-    labels = np.concatenate([plan.raw.archives[number].labels_of(counts[number]) for number in of_split.first_ids])
+def _prove_split(plan: Plan, of_split: SplitPlan, labels_by_archive: list[list[int]], reports: Mapping[str, Any]) -> Split:
+    labels = np.concatenate([np.array(labels, np.int64) for labels in labels_by_archive])
     order = np.argsort(reading_places(of_split.num_images))
     cuts = np.flatnonzero(np.diff(of_split.shards_of(np.arange(len(order))))) + 1
     shards, repaired = [], []
+    resized = 0
     for file, image_ids in zip(of_split.shard_files, np.split(order, cuts), strict=True):
-        shard = Shard(**reports[file]["shard"])
+        if file not in reports:
+            raise LostRecordsError(f"the runner lost the shard {file}{_ADVICE}")
+        report = reports[file]
+        shard = Shard(**report["shard"])
         found = files.find(files.join(plan.output, file))
-        if reports[file]["contents"] != contents_digest(image_ids, labels[image_ids]):
+        if report["contents"] != contents_digest(image_ids, labels[image_ids]):
             raise LostRecordsError(
                 f"{file} must hold {len(image_ids)} certain images, and holds {shard.records} that are not those{_ADVICE}"
             )
-        if found is None or found.size_in_bytes != shard.bytes:
+        if found is None or found.size != shard.bytes:
             raise LostRecordsError(f"{file} has not the {shard.bytes} bytes that were written{_ADVICE}")
         shards.append(replace(shard, blocks=tuple(shard.blocks)))
-        repaired += reports[file]["repaired"]
+        repaired += report["repaired"]
+        resized += report["resized"]
     per_class = np.bincount(labels, minlength=len(plan.raw.synsets)).tolist()
-    return Split(of_split.num_images, tuple(per_class), tuple(shards), tuple(sorted(repaired, key=lambda image: image["id"])))
+    in_order = tuple(sorted(repaired, key=lambda image: image["id"]))
+    return Split(of_split.num_images, tuple(per_class), tuple(shards), in_order, resized=resized)
 
 
 def _archive_report(number: int) -> str:
@@ -104,14 +184,12 @@ def _archive_report(number: int) -> str:
 
 
 def _report(plan: Plan, name: str, content: Mapping[str, Any]) -> None:
-    with files.open_to_write(files.join(plan.work, f"{name}.json")) as file:
-        file.write(json.dumps(content).encode())
+    files.write(files.join(plan.work, f"{name}.json"), json.dumps(content).encode())
 
 
 def _read_reports(plan: Plan) -> dict[str, Any]:
     def read(name: str) -> Any:
-        with files.open_to_read(files.join(plan.work, name)) as file:
-            return json.loads(file.read())
+        return json.loads(files.read(files.join(plan.work, name)))
 
     names = _report_names(plan)
     with ThreadPoolExecutor(16) as pool:

@@ -1,5 +1,6 @@
 """One shard: a TFRecord file, with what a manifest and a proof need to know of it."""
 
+import base64
 import hashlib
 import struct
 from collections.abc import Iterable
@@ -9,10 +10,23 @@ import google_crc32c
 import numpy as np
 
 from beam_jobs import files
-from trainer.records import RECORDS_PER_BLOCK, Shard, encode_example
+from trainer.records import RECORDS_PER_BLOCK, Shard, example_head
 
 FINGERPRINTS = 2**256
 """How many there are: sums of fingerprints are modulo this."""
+_PIECE = 2**20
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image with its ID and label, ready to be written."""
+
+    image_id: int
+    label: int
+    framed: tuple[bytes, bytes, bytes]
+    """As TFRecord files hold it, the JPEG in the middle."""
+    fingerprint: int
+    """`fingerprint_term`."""
 
 
 @dataclass(frozen=True)
@@ -23,35 +37,50 @@ class WrittenShard:
     contents: str
     """`contents_digest` of its records."""
     fingerprint: int
-    """Sum of `fingerprint_term` over its records, modulo `FINGERPRINTS`."""
+    """Sum of those of its records, modulo `FINGERPRINTS`."""
 
 
-def write_shard(folder: str, file: str, split: str, images: Iterable[tuple[int, int, bytes]]) -> WrittenShard:
-    """Writes `images`, each (image ID, label, JPEG), to `file` in `folder` in their order; whole or not at all."""
+def make_record(split: str, image_id: int, label: int, encoded: bytes) -> Record:
+    """Returns the record of a JPEG: all the work on it that does not depend on other records."""
+    return Record(image_id, label, frame(encoded, label, image_id), fingerprint_term(split, image_id, label, encoded))
+
+
+def write_shard(folder: str, file: str, records: Iterable[Record]) -> WrittenShard:
+    """Writes `records` to `file` in `folder` in their order; whole or not at all."""
     image_ids: list[int] = []
     labels: list[int] = []
     blocks: list[int] = []
-    size = fingerprint = 0
-    sha256 = hashlib.sha256()
+    size = fingerprint = crc = 0
     with files.open_to_write(files.join(folder, file)) as out:
-        for image_id, label, encoded in images:
+        for record in records:
             if len(image_ids) % RECORDS_PER_BLOCK == 0:
                 blocks.append(size)
-            record = frame(encode_example(encoded, label, image_id))
-            out.write(record)
-            sha256.update(record)
-            size += len(record)
-            fingerprint += fingerprint_term(split, image_id, label, encoded)
-            image_ids.append(image_id)
-            labels.append(label)
-    shard = Shard(file, len(image_ids), size, sha256.hexdigest(), tuple(blocks))
+            for part in record.framed:
+                out.write(part)
+                size += len(part)
+                crc = google_crc32c.extend(crc, part)
+            fingerprint += record.fingerprint
+            image_ids.append(record.image_id)
+            labels.append(record.label)
+    shard = Shard(file, len(image_ids), size, _base64(crc), tuple(blocks))
     return WrittenShard(shard, contents_digest(image_ids, labels), fingerprint % FINGERPRINTS)
 
 
-def frame(record: bytes) -> bytes:
-    """Returns `record` as TFRecord files hold it: length, CRC of the length, the record, CRC of the record, little-endian."""
-    length = struct.pack("<Q", len(record))
-    return b"".join((length, _masked_crc(length), record, _masked_crc(record)))
+def frame(encoded: bytes, label: int, image_id: int) -> tuple[bytes, bytes, bytes]:
+    """Returns a record as TFRecord files hold it: length, CRC of the length, the record, CRC of the record, little-endian."""
+    head = example_head(len(encoded), label, image_id)
+    length = struct.pack("<Q", len(head) + len(encoded))
+    crc = google_crc32c.extend(google_crc32c.value(head), encoded)
+    return length + _masked(google_crc32c.value(length)) + head, encoded, _masked(crc)
+
+
+def file_crc32c(path: str) -> str:
+    """Returns the checksum of a file as `trainer.records.Shard` has it."""
+    crc = 0
+    with files.open_to_read(path) as file:
+        while piece := file.read(_PIECE):
+            crc = google_crc32c.extend(crc, piece)
+    return _base64(crc)
 
 
 def contents_digest(image_ids: Iterable[int], labels: Iterable[int]) -> str:
@@ -65,6 +94,9 @@ def fingerprint_term(split: str, image_id: int, label: int, encoded: bytes) -> i
     return int.from_bytes(hashlib.sha256(f"{split} {image_id} {label} ".encode() + of_bytes).digest())
 
 
-def _masked_crc(data: bytes) -> bytes:
-    crc = google_crc32c.value(data)
+def _base64(crc: int) -> str:
+    return base64.b64encode(struct.pack(">I", crc)).decode()
+
+
+def _masked(crc: int) -> bytes:
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)

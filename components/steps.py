@@ -16,6 +16,7 @@ def build_tfrecords(raw: str, raw_identity: str, code_version: str, dataset: dsl
         code_version: Changes when the code does, so that the cache sees it.
         dataset: A TFDS folder with its manifest.
     """
+    from beam_jobs import inspect
     from beam_jobs.build_tfrecords import build
     from components import tracking
     from trainer.progress import ProgressBars
@@ -32,6 +33,7 @@ def build_tfrecords(raw: str, raw_identity: str, code_version: str, dataset: dsl
             classes=manifest.num_classes,
         )
         run.log_dataset(dataset, "output")
+        run.log_text(inspect.page(dataset.uri), "dataset.html")
         run.log_metrics(
             {
                 "data/train_images": train.records,

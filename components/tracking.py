@@ -200,6 +200,9 @@ class StepRun:
     def log_figure(self, figure: Figure, file: str) -> None:
         self._store.client.log_figure(self.run_id, figure, file, save_kwargs={"dpi": 120})
 
+    def log_text(self, text: str, file: str) -> None:
+        self._store.client.log_text(self.run_id, text, file)
+
     def log_dataset(self, dataset: KfpArtifact, context: str) -> None:
         """Records a dataset as input, in the context "training", "eval" or "output".
 

@@ -75,3 +75,21 @@ def dataset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     write_dataset(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory) -> Path:
+    """What `raw_as_usual` writes: 150 training and 20 validation images of 3 synsets."""
+    from raw_data import raw_as_usual
+
+    return raw_as_usual(tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture(scope="session")
+def built(raw, tmp_path_factory) -> Path:
+    """The dataset of `raw`, in 2 shards a split."""
+    from beam_jobs.build_tfrecords import build
+
+    folder = tmp_path_factory.mktemp("built") / "output"
+    build(str(raw), str(folder), num_shards=2)
+    return folder

@@ -1,0 +1,364 @@
+"""A dataset at a glance: a page with its counts, pictures and sizes, and whether its shards are what its manifest says.
+
+python -m beam_jobs.inspect DIR                 writes DIR's page to dataset.html
+python -m beam_jobs.inspect DIR --full          reads every byte: checksums, IDs, labels, fingerprint
+"""
+
+import argparse
+import base64
+import html
+import io
+import itertools
+import json
+import logging
+import statistics
+import struct
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from beam_jobs import files
+from beam_jobs.images import read_jpeg_header
+from beam_jobs.plan import reading_places
+from beam_jobs.shards import FINGERPRINTS, file_crc32c, fingerprint_term, frame
+from trainer.records import MANIFEST, RECORDS_PER_BLOCK, Manifest, Shard, Split, UserError, decode_example, manifest_from_json
+
+_SAMPLED_BLOCKS = 32
+"""Blocks of each split whose images are measured: about 2,000 images."""
+_SHOWN_CLASSES = 40
+_SHOWN_IMAGES = 8
+"""Of each class."""
+_THUMBNAIL = 72
+"""Pixels."""
+_LISTED = 200
+"""Repaired or rejected images that the page lists."""
+
+
+def ignore(*_: object) -> None:
+    """Does nothing."""
+
+
+class Record(NamedTuple):
+    image_id: int
+    label: int
+    encoded: bytes
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of a sample of the images of a split, or of all: least, median, mean and largest."""
+
+    images: int
+    width: tuple[float, ...]
+    height: tuple[float, ...]
+    kilobytes: tuple[float, ...]
+    grey: float
+    """Part of the images."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found."""
+
+    folder: str
+    full: bool
+    """Whether every byte was read."""
+    problems: tuple[str, ...]
+    """Where the shards are not what the manifest says; none where all is well."""
+    statistics: dict[str, Statistics]
+
+
+def load(folder: str) -> Manifest:
+    """Returns the manifest of a dataset. Raises UserError where there is none."""
+    path = files.join(folder, MANIFEST)
+    if not files.find(path):
+        raise UserError(f"{folder} holds no finished dataset: {MANIFEST} is missing")
+    try:
+        return manifest_from_json(files.read(path).decode(errors="replace"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a manifest of this version ({error!r}); build the dataset again") from error
+
+
+def inspect(folder: str, *, full: bool = False, report: Callable[[int, int], None] = ignore) -> Report:
+    """Checks the shards of a dataset against its manifest, and measures images.
+
+    All files must be there in their length, and TFDS must be told the same counts; `full` reads every record: checksums,
+    that IDs are exactly 0..N-1, labels, fingerprint. `report` is called with how many shards are done and how many there are.
+    """
+    manifest = load(folder)
+    problems: list[str] = []
+    measured = {}
+    fingerprint = done = 0
+    for name, split in manifest.splits.items():
+        found = {shard.file: files.find(files.join(folder, shard.file)) for shard in split.shards}
+        for shard in split.shards:
+            info = found[shard.file]
+            if info is None or info.size != shard.bytes:
+                there = f"has {info.size:,} bytes" if info else "is missing"
+                problems.append(f"{shard.file} {there}, and the manifest says {shard.bytes:,} bytes")
+        if sum(shard.records for shard in split.shards) != split.records or sum(split.records_per_class) != split.records:
+            problems.append(f"{name} has {split.records} records in the manifest, which its shards or classes do not add up to")
+        readable = [shard for shard in split.shards if (info := found[shard.file]) is not None and info.size == shard.bytes]
+        sizes: list[tuple[int, int, int, bool]] = []
+        if full:
+            seen: list[tuple[int, int]] = []
+            for shard in readable:
+                of_shard, wrong = _read_whole(folder, shard)
+                problems += wrong
+                for record in of_shard:
+                    fingerprint += fingerprint_term(name, record.image_id, record.label, record.encoded)
+                    seen.append((record.image_id, record.label))
+                    sizes += _size(record)
+                done += 1
+                report(done, sum(len(one.shards) for one in manifest.splits.values()))
+            problems += _check_records(name, split, seen)
+        else:
+            for shard, block in _evenly([(one, block) for one in readable for block in range(len(one.blocks))]):
+                try:
+                    sizes += [size for record in _read_block(folder, shard, block) for size in _size(record)]
+                except ValueError as error:
+                    problems.append(f"{shard.file} is damaged: {error}")
+        if sizes:
+            measured[name] = _statistics(sizes)
+    if full and not problems and f"{fingerprint % FINGERPRINTS:064x}" != manifest.fingerprint:
+        problems.append(f"the fingerprint of what is there is {fingerprint % FINGERPRINTS:064x}, not the manifest's")
+    problems += _check_tfds(folder, manifest)
+    return Report(folder, full, tuple(problems), measured)
+
+
+def contact_sheet(folder: str, manifest: Manifest, split: str = "train") -> Image.Image:
+    """Returns a picture of images by class, a row each; of many classes, some that lie evenly among them."""
+    counts = manifest.splits[split].records_per_class
+    labels = [label for (label,) in _evenly([(label,) for label in range(len(counts))], _SHOWN_CLASSES)]
+    margin = 90
+    sheet = Image.new("RGB", (margin + _SHOWN_IMAGES * _THUMBNAIL, len(labels) * _THUMBNAIL), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (label, shown) in enumerate(_images_by_class(folder, manifest, split, labels)):
+        draw.text((4, row * _THUMBNAIL + _THUMBNAIL // 2 - 6), manifest.synsets[label], fill="black")
+        for column, encoded in enumerate(shown):
+            try:
+                with Image.open(io.BytesIO(encoded)) as image:
+                    image.draft("RGB", (_THUMBNAIL, _THUMBNAIL))
+                    thumbnail = image.convert("RGB")
+            except (OSError, SyntaxError):  # what --verify=headers let through stays white
+                continue
+            thumbnail.thumbnail((_THUMBNAIL - 4, _THUMBNAIL - 4))
+            left = margin + column * _THUMBNAIL + (_THUMBNAIL - thumbnail.width) // 2
+            sheet.paste(thumbnail, (left, row * _THUMBNAIL + (_THUMBNAIL - thumbnail.height) // 2))
+    return sheet
+
+
+def page(folder: str, *, full: bool = False, report: Callable[[int, int], None] = ignore) -> str:
+    """Returns the page of a dataset as HTML that needs no other file."""
+    return to_html(inspect(folder, full=full, report=report))
+
+
+def to_html(found: Report) -> str:
+    """Returns a report as a page, with the dataset's pictures."""
+    manifest = load(found.folder)
+    splits = manifest.splits
+    checked = "every byte was read" if found.full else "sizes and a sample; --full reads every byte"
+    verdict = (
+        "<ul>" + "".join(f"<li>{html.escape(problem)}</li>" for problem in found.problems) + "</ul>"
+        if found.problems
+        else f"<p>The shards are what the manifest says ({checked}).</p>"
+    )
+    options = ", ".join(f"{name}={value}" for name, value in manifest.options.items()) or "none"
+    counts = [
+        [name, split.records, len(split.shards), f"{sum(shard.bytes for shard in split.shards) / 1e6:,.1f} MB"]
+        for name, split in splits.items()
+    ]
+    for row, split in zip(counts, splits.values(), strict=True):
+        row += [len(split.repaired), len(split.rejected), split.resized]
+    sizes = [
+        [name, what, *(f"{value:,.1f}" for value in getattr(one, field)), f"{one.images:,}", f"{one.grey:.1%}"]
+        for name, one in found.statistics.items()
+        for field, what in (("width", "width, px"), ("height", "height, px"), ("kilobytes", "size, kB"))
+    ]
+    faulty = bool(found.problems)
+    sheet = "" if faulty else f'<img alt="images by class" src="{_data_uri(contact_sheet(found.folder, manifest))}">'
+    treated = [[image["source"], image["done"]] for split in splits.values() for image in split.repaired]
+    left_out = [[image["source"], image["reason"]] for split in splits.values() for image in split.rejected]
+    parts = [
+        f"<h1>{html.escape(manifest.name)}</h1>",
+        f"<p>{manifest.num_classes} classes, fingerprint <code>{manifest.fingerprint}</code>, options: {html.escape(options)}, "
+        f"made by sogclr {html.escape(manifest.tool_version)}</p>",
+        f"<h2>Checks</h2>{verdict}",
+        "<h2>Counts</h2>" + _table(["split", "images", "shards", "bytes", "repaired", "left out", "resized"], counts),
+        "<h2>Images of each class</h2>"
+        + "".join(_histogram(name, split.records_per_class, manifest.synsets) for name, split in splits.items()),
+        "<h2>Sizes</h2>" + _table(["split", "", "least", "median", "mean", "largest", "images measured", "grey"], sizes),
+        f"<h2>Images</h2>{sheet}",
+        "<h2>Repaired</h2>" + _list(treated),
+        "<h2>Left out</h2>" + _list(left_out),
+    ]
+    style = (
+        "body{font:14px sans-serif;margin:2em;max-width:70em}td,th{padding:.2em .8em;text-align:right}"
+        "td:first-child,th:first-child{text-align:left}svg{background:#f4f4f4;display:block;margin:.3em 0 1em}"
+    )
+    title = html.escape(f"{manifest.name} {manifest.fingerprint[:12]}")
+    return f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{style}</style>\n' + "\n".join(parts) + "\n"
+
+
+def _read_whole(folder: str, shard: Shard) -> tuple[Iterator[Record], list[str]]:
+    """Returns the records of a shard, and what is wrong with its bytes; of a damaged one no records."""
+    crc = file_crc32c(files.join(folder, shard.file))
+    if crc != shard.crc32c:
+        return iter(()), [f"{shard.file} has the checksum {crc}, and the manifest says {shard.crc32c}"]
+    blocks = (_read_block(folder, shard, block) for block in range(len(shard.blocks)))
+    return itertools.chain.from_iterable(blocks), []
+
+
+def _read_block(folder: str, shard: Shard, block: int) -> Iterator[Record]:
+    """Yields the records from one of a shard's offsets to the next. Raises ValueError where they are damaged."""
+    start = shard.blocks[block]
+    end = shard.blocks[block + 1] if block + 1 < len(shard.blocks) else shard.bytes
+    data = files.read_range(files.join(folder, shard.file), start, end - start)
+    position = 0
+    while position < len(data):
+        (length,) = struct.unpack_from("<Q", data, position)
+        framed = data[position : position + length + 16]
+        encoded, label, image_id = decode_example(framed[12:-4])
+        if b"".join(frame(encoded, label, image_id)) != framed:
+            raise ValueError(f"the record at byte {start + position} has a wrong checksum")
+        yield Record(image_id, label, encoded)
+        position += len(framed)
+
+
+def _check_records(name: str, split: Split, seen: list[tuple[int, int]]) -> list[str]:
+    problems = []
+    if sorted(image_id for image_id, _ in seen) != list(range(split.records)):
+        problems.append(f"the image IDs of {name} are not exactly 0..{split.records - 1}, each once")
+    counts = np.bincount([label for _, label in seen], minlength=len(split.records_per_class)).tolist()
+    if counts != list(split.records_per_class):
+        problems.append(f"the labels of {name} are not as often there as the manifest says")
+    return problems
+
+
+def _check_tfds(folder: str, manifest: Manifest) -> list[str]:
+    path = files.join(folder, "dataset_info.json")
+    if not files.find(path):
+        return ["dataset_info.json is missing, without which TFDS does not read the dataset"]
+    told = {split["name"]: [int(length) for length in split["shardLengths"]] for split in json.loads(files.read(path))["splits"]}
+    meant = {name: [shard.records for shard in split.shards] for name, split in manifest.splits.items()}
+    return [] if told == meant else ["dataset_info.json tells TFDS of other records than the manifest has"]
+
+
+def _images_by_class(folder: str, manifest: Manifest, split: str, labels: Sequence[int]) -> Iterator[tuple[int, list[bytes]]]:
+    """Yields each label with some of its images, which are found by their IDs: those of `train` are in the order of labels."""
+    of_split = manifest.splits[split]
+    first_ids = np.concatenate([[0], np.cumsum(of_split.records_per_class)])
+    places = reading_places(of_split.records)
+    shard_ends = np.cumsum([shard.records for shard in of_split.shards])
+    for label in labels:
+        shown = []
+        for (image_id,) in _evenly([(image_id,) for image_id in range(first_ids[label], first_ids[label + 1])], _SHOWN_IMAGES):
+            place = int(places[image_id])
+            number = int(np.searchsorted(shard_ends, place, side="right"))
+            within = place - (int(shard_ends[number - 1]) if number else 0)
+            records = _read_block(folder, of_split.shards[number], within // RECORDS_PER_BLOCK)
+            shown.append(next(itertools.islice(records, within % RECORDS_PER_BLOCK, None)).encoded)
+        yield label, shown
+
+
+def _size(record: Record) -> list[tuple[int, int, int, bool]]:
+    header = read_jpeg_header(record.encoded)
+    return [(header.width, header.height, len(record.encoded), header.components == 1)] if header else []
+
+
+def _statistics(sizes: list[tuple[int, int, int, bool]]) -> Statistics:
+    def of(values: list[float]) -> tuple[float, ...]:
+        return min(values), statistics.median(values), statistics.mean(values), max(values)
+
+    widths, heights, num_bytes, grey = zip(*sizes, strict=True)
+    return Statistics(
+        len(sizes), of(list(widths)), of(list(heights)), of([size / 1000 for size in num_bytes]), sum(grey) / len(sizes)
+    )
+
+
+def _evenly(items: list, most: int = _SAMPLED_BLOCKS) -> list:
+    return [items[number * len(items) // most] for number in range(most)] if len(items) > most else items
+
+
+def _histogram(name: str, counts: Sequence[int], synsets: Sequence[str]) -> str:
+    width, height = 900, 120
+    bar, most = width / len(counts), max(counts, default=0) or 1
+    bars = "".join(
+        f'<rect x="{label * bar:.2f}" y="{height - count / most * height:.2f}" width="{max(bar - (bar > 3), 0.5):.2f}" '
+        f'height="{count / most * height:.2f}" fill="#47a"><title>{html.escape(synset)}: {count:,}</title></rect>'
+        for label, (count, synset) in enumerate(zip(counts, synsets, strict=True))
+    )
+    least = f"{min(counts, default=0):,} to {max(counts, default=0):,}"
+    return f'<p>{html.escape(name)}: {least} a class</p><svg width="{width}" height="{height}">{bars}</svg>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    def row(cells: Sequence[object], tag: str) -> str:
+        texts = (f"{cell:,}" if isinstance(cell, int) else html.escape(str(cell)) for cell in cells)
+        return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
+
+    return f"<table>{row(head, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+
+
+def _list(rows: list[list[str]]) -> str:
+    if not rows:
+        return "<p>none</p>"
+    more = f"<p>and {len(rows) - _LISTED:,} more, in {MANIFEST}</p>" if len(rows) > _LISTED else ""
+    return _table(["image", "what"], rows[:_LISTED]) + more
+
+
+def _data_uri(picture: Image.Image) -> str:
+    out = io.BytesIO()
+    picture.save(out, "jpeg", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m beam_jobs.inspect", description="A dataset at a glance, and whether it is whole.", allow_abbrev=False
+    )
+    parser.add_argument("folder", metavar="DIR", help="the dataset, local or gs://")
+    parser.add_argument("--full", action="store_true", help="read every byte: checksums, IDs, labels, fingerprint")
+    parser.add_argument("--output", default="dataset.html", metavar="FILE", help="where the page goes (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print what was found as one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    logging.getLogger().setLevel(logging.CRITICAL)
+    if not args.debug:
+        warnings.simplefilter("ignore")
+
+    def show(done: int, total: int) -> None:
+        print(f"[inspect] {done}/{total}", file=sys.stderr, flush=True)
+
+    try:
+        found = inspect(args.folder, full=args.full, report=show)
+        files.write(args.output, to_html(found).encode())
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps({**asdict(found), "page": args.output}))
+    else:
+        manifest = load(args.folder)
+        for name, split in manifest.splits.items():
+            print(f"{name}: {split.records:,} images in {len(split.shards)} shards, {len(split.repaired)} repaired")
+        print(f"classes: {manifest.num_classes}\nfingerprint: {manifest.fingerprint}\npage: {args.output}")
+        for problem in found.problems:
+            print(f"wrong: {problem}")
+        if not found.problems:
+            print(
+                "whole: "
+                + ("every byte is as it was written" if found.full else "sizes and a sample are right; --full reads all")
+            )
+    return 1 if found.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The last step of a conversion: what is written becomes a dataset, at once, for TFDS and for this project."""
+
+import json
+from typing import Any
+
+from beam_jobs import files, proof
+from beam_jobs.plan import Plan
+from trainer.records import ENCODED, IMAGE_ID, LABEL, MANIFEST, Manifest, manifest_from_json, manifest_to_json
+
+_FEATURES = "tensorflow_datasets.core.features"
+
+
+def publish(plan: Plan) -> Manifest:
+    """Proves the conversion and makes a dataset of it: TFDS's metadata, then the manifest, last of all; returns that.
+
+    Does nothing more where the manifest is there already. Raises what `proof.prove` does.
+    """
+    path = files.join(plan.output, MANIFEST)
+    if files.find(path):
+        manifest = manifest_from_json(files.read(path).decode())
+    else:
+        manifest = proof.prove(plan)
+        for name, text in _tfds_metadata(plan, manifest).items():
+            files.write(files.join(plan.output, name), text.encode())
+        files.delete_temporary(plan.output)
+        files.write(path, manifest_to_json(manifest).encode())
+    files.delete_folder(plan.work)
+    return manifest
+
+
+def _tfds_metadata(plan: Plan, manifest: Manifest) -> dict[str, str]:
+    """Returns by name the files that TFDS keeps beside its records, as its own `folder_dataset.write_metadata` writes them.
+
+    Written here because TFDS imports TensorFlow, for which a worker has neither memory nor use.
+    """
+    splits = [
+        {
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            "name": name,
+            "numBytes": str(sum(shard.bytes for shard in split.shards)),
+            "shardLengths": [str(shard.records) for shard in split.shards],
+        }
+        for name, split in manifest.splits.items()
+    ]
+    info = {
+        "description": f"Made by beam_jobs.build_tfrecords; its fingerprint is {manifest.fingerprint}.",
+        "fileFormat": "tfrecord",
+        "name": manifest.name,
+        "splits": splits,
+        "version": plan.version,
+    }
+    features = {
+        IMAGE_ID: {
+            "pythonClassName": f"{_FEATURES}.tensor_feature.Tensor",
+            "tensor": {"dtype": "int64", "encoding": "none", "shape": {}},
+        },
+        LABEL: {
+            "classLabel": {"numClasses": str(manifest.num_classes)},
+            "pythonClassName": f"{_FEATURES}.class_label_feature.ClassLabel",
+        },
+        ENCODED: {
+            "image": {"dtype": "uint8", "encodingFormat": "jpeg", "shape": {"dimensions": ["-1", "-1", "3"]}},
+            "pythonClassName": f"{_FEATURES}.image_feature.Image",
+        },
+    }
+    of_dict = {"featuresDict": {"features": features}, "pythonClassName": f"{_FEATURES}.features_dict.FeaturesDict"}
+    return {
+        "dataset_info.json": _json(info, 2),
+        "features.json": _json(of_dict, 4),
+        f"{LABEL.replace('/', '.')}.labels.txt": "".join(f"{synset}\n" for synset in manifest.synsets),
+    }
+
+
+def _json(content: Any, indent: int) -> str:
+    return json.dumps(content, indent=indent, sort_keys=True)

@@ -1,0 +1,112 @@
+"""What a conversion would do, without doing it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from beam_jobs import archives, files, images, proof
+from beam_jobs.plan import SPLITS, Plan, plan_split
+from beam_jobs.shards import make_record
+from trainer.records import UserError
+
+_SAMPLE = 256
+"""Images that are prepared to see how long one takes."""
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class SplitSurvey:
+    images: int
+    bytes: int
+    """Of the raw images."""
+    shards: int
+    repaired: tuple[dict[str, Any], ...]
+    """Source of each image that would be repaired, and what would be done."""
+    rejected: tuple[dict[str, Any], ...]
+    """Source of each image that cannot be read, and why."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The plan in figures."""
+
+    output: str
+    name: str
+    classes: int
+    splits: dict[str, SplitSurvey]
+    seconds: float
+    """That the conversion would take on this machine in one process, about."""
+    problems: tuple[str, ...]
+    """Why it would fail."""
+
+
+def looking_plan(plan: Plan, work: str) -> Plan:
+    """Returns the plan of looking only: reports go to the folder `work`."""
+    return replace(plan, work=work, look_first=True)
+
+
+def survey(plan: Plan, of_archives: Sequence[Any]) -> Survey:
+    """Returns what the plan comes to, from the reports of its archives, whose images were looked at."""
+    problems, rejected = proof.faults(plan, list(of_archives))
+    if rejected and not plan.look_first:
+        problems = [*problems, f"{len(rejected)} of the images cannot be read: give --on-bad-image=skip to leave them out"]
+    counts = {number: len(proof.labels_of(report)) for number, report in enumerate(of_archives)}
+    splits = {}
+    for split in SPLITS:
+        numbers = plan.raw.of_split(split)
+        of_split = plan_split(plan, split, counts)
+        splits[split] = SplitSurvey(
+            images=of_split.num_images,
+            bytes=sum(of_archives[number]["bytes"] for number in numbers),
+            shards=len(of_split.shard_files),
+            repaired=tuple(image for number in numbers for image in of_archives[number]["repaired"]),
+            rejected=tuple(image for number in numbers for image in of_archives[number]["rejected"]),
+        )
+    seconds = _seconds_an_image(plan) * sum(split.images for split in splits.values())
+    return Survey(plan.output, plan.name, len(plan.raw.synsets), splits, seconds, tuple(problems))
+
+
+def to_dict(found: Survey) -> dict[str, Any]:
+    return asdict(found)
+
+
+def to_text(found: Survey) -> str:
+    lines = [f"plan for {found.output}: dataset {found.name}, {found.classes} classes"]
+    for name, split in found.splits.items():
+        megabytes = split.bytes / 1e6
+        lines.append(
+            f"{name}: {split.images:,} images, {megabytes:,.1f} MB, {split.shards} shards, "
+            f"{len(split.repaired)} to repair, {len(split.rejected)} that cannot be read"
+        )
+    lines.append(f"time: about {_clock(found.seconds)} on this machine in one process")
+    listed = [f"would repair {image['source']}: {image['done']}" for split in found.splits.values() for image in split.repaired]
+    listed += [f"cannot read {image['source']}: {image['reason']}" for split in found.splits.values() for image in split.rejected]
+    lines += listed[:_SHOWN]
+    if len(listed) > _SHOWN:
+        lines.append(f"and {len(listed) - _SHOWN} more; --json lists them all")
+    lines += [f"would fail: {problem}" for problem in found.problems]
+    return "\n".join(lines)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(max(round(seconds), 1), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _seconds_an_image(plan: Plan) -> float:
+    """Returns how long reading and preparing one image takes, measured on some of one archive of each split."""
+    seconds = []
+    for split in SPLITS:
+        of_split = [plan.raw.archives[number] for number in plan.raw.of_split(split)]
+        sample = archives.index(plan.raw, of_split[len(of_split) // 2]).images[:_SAMPLE]
+        begun = time.perf_counter()
+        for image in sample:
+            try:
+                data = files.read_range(files.join(plan.raw.folder, image.file), image.offset, image.size)
+                make_record(split, 0, image.label, images.prepare(data, plan.images).encoded)
+            except (images.UnreadableImageError, UserError):
+                continue
+        seconds += [(time.perf_counter() - begun) / len(sample)] if sample else []
+    return max(seconds, default=0.0)

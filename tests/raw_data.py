@@ -1,0 +1,97 @@
+"""Raw data in ImageNet's layout, made by the tests of the conversion, and what they read back."""
+
+import io
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from beam_jobs import archives
+from trainer.records import ENCODED, IMAGE_ID, LABEL, read_manifest
+
+CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
+TRAIN, VALIDATION, OF_VALIDATION = archives.TRAIN_ARCHIVE, archives.VALIDATION_ARCHIVE, archives.VALIDATION_LABELS
+SYNSETS = ("n01000001", "n01000002", "n02000001")
+
+
+def picture(seed: int, mode: str = "RGB", kind: str = "jpeg") -> bytes:
+    """A small image of one random colour and some noise."""
+    random = np.random.default_rng(seed)
+    channels = Image.new(mode, (1, 1)).getbands()
+    pixels = random.integers(20, 200, len(channels)) + random.integers(0, 30, (24, 20, len(channels)))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8).squeeze(), mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def tar(members: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def write_raw(
+    folder: Path, train: Mapping[str, Mapping[str, bytes]], validation: Mapping[str, bytes], labels: Sequence[str] | None
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    inner = {f"{synset}.tar": tar(images) for synset, images in train.items()}
+    (folder / archives.TRAIN_ARCHIVE).write_bytes(tar(inner))
+    (folder / archives.VALIDATION_ARCHIVE).write_bytes(tar(validation))
+    if labels is not None:
+        (folder / archives.VALIDATION_LABELS).write_text("".join(f"{label}\n" for label in labels))
+    return folder
+
+
+def train_images(per_class: int = 50) -> dict[str, dict[str, bytes]]:
+    """Some of them grey. The order of numbers is not that of names: _10 comes before _2."""
+    return {
+        synset: {
+            f"{synset}_{number}.JPEG": picture(1000 * label + number, "L" if number % 5 == 0 else "RGB")
+            for number in range(per_class)
+        }
+        for label, synset in enumerate(SYNSETS)
+    }
+
+
+def validation_images(count: int = 20) -> dict[str, bytes]:
+    return {f"ILSVRC2012_val_{number:08d}.JPEG": picture(9000 + number) for number in range(1, count + 1)}
+
+
+LABELS = [SYNSETS[number * 7 % 3] for number in range(20)]
+
+
+def raw_as_usual(folder: Path, **changed) -> Path:
+    return write_raw(folder, **({"train": train_images(), "validation": validation_images(), "labels": LABELS} | changed))
+
+
+def expected(split: str) -> list[tuple[str, bytes]]:
+    """(synset, bytes) of each image, by ID."""
+    if split == "train":
+        return [(synset, content) for synset, images in sorted(train_images().items()) for _, content in sorted(images.items())]
+    return list(zip(LABELS, validation_images().values(), strict=True))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def parse(record: bytes) -> tuple[int, int, bytes]:
+    import tensorflow as tf
+
+    features = tf.train.Example.FromString(record).features.feature
+    assert set(features) == {ENCODED, LABEL, IMAGE_ID}
+    return features[IMAGE_ID].int64_list.value[0], features[LABEL].int64_list.value[0], features[ENCODED].bytes_list.value[0]
+
+
+def read_records(folder: Path, split: str) -> list[tuple[int, int, bytes]]:
+    """(ID, label, bytes) in the order of the shards, by TensorFlow, which checks every CRC."""
+    import tensorflow as tf
+
+    paths = [str(folder / shard.file) for shard in read_manifest(str(folder)).splits[split].shards]
+    return [parse(record) for record in tf.data.TFRecordDataset(paths).as_numpy_iterator()]

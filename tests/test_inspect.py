@@ -1,0 +1,148 @@
+"""The page of a dataset: what it shows, and that it sees what is wrong."""
+
+import base64
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from raw_data import SYNSETS, expected, raw_as_usual, read_records, train_images
+
+from beam_jobs import inspect
+from beam_jobs.build_tfrecords import build
+from trainer.records import UserError, decode_example, read_manifest
+
+
+def test_a_whole_dataset_has_no_problems(built):
+    for full in (False, True):
+        found = inspect.inspect(str(built), full=full)
+        assert found.problems == ()
+        assert found.statistics["train"].images == 150
+        assert found.statistics["train"].width == (20, 20, 20, 20)
+        assert found.statistics["train"].height == (24, 24, 24, 24)
+        assert found.statistics["train"].grey == 0.2
+
+
+def test_the_page_shows_counts_classes_sizes_and_pictures(built):
+    page = inspect.page(str(built))
+    manifest = read_manifest(str(built))
+    assert manifest.fingerprint in page
+    assert "<td>train</td><td>150</td><td>2</td>" in page
+    for synset in SYNSETS:
+        assert f"<title>{synset}: 50</title>" in page
+    encoded = re.search(r"data:image/jpeg;base64,([\w+/=]+)", page)[1]
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as sheet:
+        assert sheet.width > 8 * 20
+    assert "src=" not in page.replace('src="data:', "")  # needs no other file
+
+
+def test_the_contact_sheet_has_each_class_in_its_row(built):
+    manifest = read_manifest(str(built))
+    of_class = {synset: {content for one, content in expected("train") if one == synset} for synset in SYNSETS}
+    for label, shown in inspect._images_by_class(str(built), manifest, "train", range(3)):
+        assert len(shown) == len(set(shown)) == 8
+        assert set(shown) <= of_class[SYNSETS[label]]
+
+
+def test_repaired_and_left_out_images_are_listed(tmp_path):
+    train = train_images(5)
+    out = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(out, "png")
+    train[SYNSETS[0]] |= {"other.JPEG": out.getvalue(), "<gone>.JPEG": b""}
+    build(str(raw_as_usual(tmp_path / "raw", train=train)), str(tmp_path / "output"), on_bad_image="skip")
+    page = inspect.page(str(tmp_path / "output"))
+    assert "n01000001.tar/other.JPEG</td><td>PNG RGB to JPEG RGB" in page
+    assert "n01000001.tar/&lt;gone&gt;.JPEG</td><td>is empty" in page
+
+
+def flip(path, offset):
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def change_manifest(folder, change):
+    content = json.loads((folder / "manifest.json").read_text())
+    change(content)
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+FILE = "images-train.tfrecord-00001-of-00002"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says", "only_full"),
+    [
+        (lambda folder: (folder / FILE).unlink(), f"{FILE} is missing", False),
+        (lambda folder: (folder / FILE).write_bytes(b"short"), f"{FILE} has 5 bytes", False),
+        (lambda folder: flip(folder / FILE, 3000), f"{FILE} has the checksum", True),
+        (lambda folder: flip(folder / FILE, 3000), f"{FILE} is damaged: the record at byte", False),
+        (lambda folder: (folder / "dataset_info.json").unlink(), "dataset_info.json is missing", False),
+        (
+            lambda folder: change_manifest(folder, lambda manifest: manifest.update(fingerprint="0" * 64)),
+            "the fingerprint of what is there is",
+            True,
+        ),
+        (
+            lambda folder: change_manifest(folder, lambda m: m["splits"]["train"].update(records_per_class=[49, 51, 50])),
+            "the labels of train",
+            True,
+        ),
+        (lambda folder: change_manifest(folder, lambda m: m["splits"]["train"].update(records=151)), "do not add up", False),
+    ],
+)
+def test_what_is_wrong_is_seen(spoil, says, only_full, built, tmp_path):
+    folder = tmp_path / "dataset"
+    shutil.copytree(built, folder)
+    spoil(folder)
+    found = inspect.inspect(str(folder), full=only_full)
+    assert any(says in problem for problem in found.problems), found.problems
+    assert says in inspect.to_html(found)
+
+
+def test_the_command_writes_the_page_and_says_whether_all_is_well(built, tmp_path, capsys):
+    assert inspect.main([str(built), "--full", "--output", str(tmp_path / "page.html")]) == 0
+    assert "whole: every byte is as it was written" in capsys.readouterr().out
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    shutil.copytree(built, tmp_path / "dataset")
+    flip(tmp_path / "dataset" / FILE, 3000)
+    assert inspect.main([str(tmp_path / "dataset"), "--full", "--output", str(tmp_path / "page.html"), "--json"]) == 1
+    assert FILE in json.loads(capsys.readouterr().out)["problems"][0]
+    assert inspect.main([str(tmp_path)]) == 2
+    assert "holds no finished dataset" in capsys.readouterr().err
+
+
+def test_records_come_back_as_they_were_encoded(built):
+    image_id, label, encoded = read_records(built, "train")[0]
+    from trainer.records import encode_example
+
+    assert decode_example(encode_example(encoded, label, image_id)) == (encoded, label, image_id)
+    for damaged in (b"", b"\n\x02ab", encode_example(encoded, label, image_id)[:-1]):
+        with pytest.raises(ValueError, match="not a record"):
+            decode_example(damaged)
+
+
+def test_what_is_no_dataset_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no finished dataset"):
+        inspect.inspect(str(tmp_path))
+
+
+def test_the_component_leaves_the_page_in_mlflow(raw, tmp_path, monkeypatch):
+    from kfp import dsl
+    from mlflow import MlflowClient
+
+    from components import steps, tracking
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    store = tracking.open_store(uri, artifacts=str(tmp_path / "artifacts"))
+    run_id = tracking.start_pipeline(store, "run", command=["sogclr"], root=str(tmp_path), code_version="1", params={})
+    for name, value in {"MLFLOW_TRACKING_URI": uri, "MLFLOW_RUN_ID": run_id}.items():
+        monkeypatch.setenv(name, value)
+    dataset = dsl.Dataset(name="dataset", uri=str(tmp_path / "job" / "task" / "dataset"), metadata={})
+    steps.build_tfrecords.python_func(raw=str(raw), raw_identity="1", code_version="1", dataset=dataset)
+    client = MlflowClient(uri)
+    page = client.download_artifacts(dataset.metadata["run_id"], "dataset.html", str(tmp_path))
+    assert dataset.metadata["fingerprint"] in Path(page).read_text()
