@@ -108,7 +108,7 @@ def precision(rounds: int) -> None:
         step = make_train_step(config, create_train_state(config, NUM_IMAGES, 10))
         batch = batch_of(config)
         matrix = tf.cast(tf.random.stateless_normal([size, size], [0, 1]), name)
-        product = tf.function(lambda matrix=matrix: tf.reduce_sum(tf.matmul(matrix, matrix)), autograph=False)
+        product = tf.function(lambda matrix=matrix: tf.matmul(matrix, matrix), autograph=False)
         float(step(batch)["train/contrastive_loss"]), product()
         shares, rates = [], []
         for _ in range(rounds):
@@ -133,25 +133,27 @@ batch = batch_of(config, num_images=images if images < 10**7 else 10**6)
 before = memory("VmRSS")
 state = create_train_state(config, images, 10)
 held = memory("VmRSS") - before
+made = memory("VmRSS")
 step = make_train_step(config, state)
 for _ in range(3):
     step(batch)
+first = memory("VmHWM") - made
 open("/proc/self/clear_refs", "w").write("5")
 resting = memory("VmRSS")
 for _ in range(3):
     step(batch)
-print(held, memory("VmHWM") - resting)
+print(held, first, memory("VmHWM") - resting)
 """
 
 
 def memory() -> None:
     print("ResNet-18 of a sixteenth's width at 32 px; MiB, of one process each")
-    print("          N      B   u itself   state made   beyond it in a step, at most")
+    print("          N      B   u itself   state made   first steps, tracing too   later steps beyond that, at most")
     for images, count in ((10**4, 128), (10**6, 128), (10**7, 128), (10**8, 128), (10**6, 512), (10**6, 2048)):
         arguments = [str(images), str(count), os.path.dirname(__file__)]
         done = subprocess.run([sys.executable, "-c", MEASURE_MEMORY, *arguments], capture_output=True, text=True, check=True)
-        held, beyond = map(float, re.findall(r"[-\d.]+", done.stdout)[-2:])
-        print(f"{images:11} {count:6} {images * 4 / 2**20:10.1f} {held:12.1f} {beyond:10.1f}", flush=True)
+        held, first, later = map(float, re.findall(r"[-\d.]+", done.stdout)[-3:])
+        print(f"{images:11} {count:6} {images * 4 / 2**20:10.1f} {held:12.1f} {first:12.1f} {later:12.1f}", flush=True)
 
 
 def main() -> None:
