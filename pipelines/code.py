@@ -30,29 +30,32 @@ def step_version(component: str, project: Path = PROJECT) -> str:
     tree = ast.parse((project / _STEPS).read_text())
     body = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
     found: set[Path] = set()
-    waiting = _imported(body, project)
+    waiting = _files(_imports(ast.unparse(body)), project)
     while waiting:
         file = waiting.pop()
         if file not in found:
             found.add(file)
-            waiting |= _imported(ast.parse(file.read_text()), project)
+            waiting |= _files(_imports(file.read_text()), project)
     return _digest(project, sorted(found))
 
 
-def _imported(tree: ast.AST, project: Path) -> set[Path]:
-    """Returns the project's files that the code in `tree` imports, wherever in it."""
-    names = set()
-    for node in ast.walk(tree):
+@cache
+def _imports(source: str) -> frozenset[str]:
+    """Returns the names of what `source` imports of the project, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(name for name in names if name.split(".")[0] in _PACKAGES)
+
+
+def _files(names: frozenset[str], project: Path) -> set[Path]:
     files = set()
     for name in names:
-        parts = name.split(".")
-        if parts[0] in _PACKAGES:
-            within = project.joinpath(*parts)
-            files |= {project / parts[0] / "__init__.py", within / "__init__.py", within.with_suffix(".py")}
+        within = project.joinpath(*name.split("."))
+        files |= {project / name.split(".")[0] / "__init__.py", within / "__init__.py", within.with_suffix(".py")}
     return {file for file in files if file.is_file()}
 
 
