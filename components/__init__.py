@@ -10,3 +10,5 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 # Whoever calls it knows how long to wait for a server; MLflow's own retries would hold a call for minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+# It would stand among what commands print for scripts.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")

@@ -8,14 +8,19 @@ out and the answer is lost) or "slow".
 import contextlib
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from google.api import annotations_pb2
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from google.auth.credentials import CredentialsWithRegionalAccessBoundary
 from google.cloud import aiplatform_v1
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
@@ -23,7 +28,40 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 FOLDER = r"/v1/(?P<parent>projects/[^/]+/locations/[^/]+)"
 _STATUS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 409: "ALREADY_EXISTS"}
 _STATUS |= {429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 503: "UNAVAILABLE"}
-assert annotations_pb2
+
+
+KEY = (
+    rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    .private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    .decode()
+)
+
+
+def give_credentials(patch: pytest.MonkeyPatch, folder: Path, project: str, url: str) -> None:
+    """Gives this process a service account whose tokens come from the fake at `url`, and no other way to Google."""
+    key = folder / "key.json"
+    about = {"type": "service_account", "project_id": project, "client_email": f"me@{project}.iam.gserviceaccount.com"}
+    key.write_text(json.dumps({**about, "private_key": KEY, "token_uri": f"{url}/token", "private_key_id": "1"}))
+    patch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(key))
+    # A service account's credentials would ask Google in the background where they may be used.
+    patch.setattr(CredentialsWithRegionalAccessBoundary, "_is_regional_access_boundary_lookup_required", lambda _: False)
+    patch.setattr("google.auth.compute_engine._metadata._NO_GCE_CHECK", True)
+
+
+@contextlib.contextmanager
+def nothing_leaves_this_machine(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails where so much as the name of another machine is looked up."""
+    asked, real = [], socket.getaddrinfo
+
+    def look_up(host: Any, *args: Any, **named: Any) -> Any:
+        if host not in ("localhost", "127.0.0.1", "::1"):
+            asked.append(host)
+            raise socket.gaierror(f"no name but this machine's: {host}")
+        return real(host, *args, **named)
+
+    patch.setattr(socket, "getaddrinfo", look_up)
+    yield
+    assert asked == []
 
 
 class RefusedError(Exception):

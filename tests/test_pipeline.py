@@ -67,8 +67,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("some where")
 
 
-@pytest.fixture(scope="module")
-def raw(folder):
+def raw_archives(folder):
     """ImageNet's layout with 3 synsets of 12 training and 4 validation images."""
     raw, random = folder / "raw", np.random.default_rng(0)
     raw.mkdir()
@@ -85,6 +84,11 @@ def raw(folder):
             add(validation, f"ILSVRC2012_val_{number + 1:08}.JPEG", picture(number % 3, random))
     (raw / "validation_labels.txt").write_text("".join(f"{synsets[number % 3]}\n" for number in range(12)))
     return raw
+
+
+@pytest.fixture(scope="module")
+def raw(folder):
+    return raw_archives(folder)
 
 
 @pytest.fixture(scope="module")

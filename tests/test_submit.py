@@ -2,15 +2,11 @@
 
 import json
 import re
-import socket
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
-from fake_vertex import serving
+from fake_vertex import KEY, give_credentials, nothing_leaves_this_machine, serving
 from gcp_storage_emulator.server import create_server
-from google.auth.credentials import CredentialsWithRegionalAccessBoundary
 from google.cloud import aiplatform_v1, storage
 from google.protobuf import json_format
 
@@ -21,11 +17,6 @@ PROJECT, REGION, TAG = "my-project", "europe-west4", "0123456789ab"
 FOLDER = f"projects/{PROJECT}/locations/{REGION}"
 DIGEST = {"cpu": "sha256:" + "c" * 64, "tpu": "sha256:" + "7" * 64}
 SECRET = "planted-password"
-KEY = (
-    rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    .private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    .decode()
-)
 
 
 @pytest.fixture(scope="module")
@@ -43,32 +34,16 @@ def bucket():
 
 
 @pytest.fixture(autouse=True)
-def nothing_leaves_this_machine(monkeypatch):
-    """Fails a test that so much as looks up the name of another machine."""
-    asked, real = [], socket.getaddrinfo
-
-    def look_up(host, *args, **named):
-        if host not in ("localhost", "127.0.0.1", "::1"):
-            asked.append(host)
-            raise socket.gaierror(f"no name but this machine's: {host}")
-        return real(host, *args, **named)
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    # A service account's credentials would ask Google in the background where they may be used.
-    monkeypatch.setattr(CredentialsWithRegionalAccessBoundary, "_is_regional_access_boundary_lookup_required", lambda _: False)
-    yield
-    assert asked == []
+def alone(monkeypatch):
+    with nothing_leaves_this_machine(monkeypatch):
+        yield
 
 
 @pytest.fixture
 def google(tmp_path, monkeypatch):
     """A loopback Google that has images and jobs, and a machine with credentials for it and nothing else."""
     with serving() as fake:
-        key = tmp_path / "key.json"
-        about = {"type": "service_account", "project_id": PROJECT, "client_email": "me@my-project.iam.gserviceaccount.com"}
-        key.write_text(json.dumps({**about, "private_key": KEY, "token_uri": f"{fake.url}/token", "private_key_id": "1"}))
-        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(key))
-        monkeypatch.setenv("NO_GCE_CHECK", "true")
+        give_credentials(monkeypatch, tmp_path, PROJECT, fake.url)
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "GOOGLE_CLOUD_PROJECT"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
@@ -115,7 +90,6 @@ def test_a_dry_run_shows_the_plan_and_the_checks_and_makes_nothing(google, bucke
 
 def test_a_dry_run_on_a_bare_machine_explains_the_plan_and_what_is_missing(google, monkeypatch, capsys):
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS")
-    monkeypatch.setattr("google.auth.compute_engine._metadata._NO_GCE_CHECK", True)
     monkeypatch.setenv("HOME", str(Path.cwd()))
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(Path.cwd()))
     arguments = [one for one in google.submit if "mlflow" not in one]
