@@ -318,14 +318,17 @@ def _check_bucket(submission: Submission, who: "Credentials") -> str:
     name = submission.pipeline_root.removeprefix("gs://").partition("/")[0]
     with _storage_errors(name):
         bucket = _storage(submission, who).get_bucket(name)
-        allowed = bucket.test_iam_permissions(_NEEDED_OF_BUCKET)
-    missing = [one for one in _NEEDED_OF_BUCKET if one not in allowed]
+        # The steps write as themselves; who only submits need not be allowed to.
+        needed = _NEEDED_OF_BUCKET[-2:] if submission.cluster.service_account else _NEEDED_OF_BUCKET
+        allowed = bucket.test_iam_permissions(needed)
+    missing = [one for one in needed if one not in allowed]
     if missing:
         raise UserError(f"gs://{name}: {', '.join(missing)} may not be done; roles/storage.objectUser on it allows it")
+    what = f"gs://{name} is there" if submission.cluster.service_account else f"gs://{name} can be written"
     place = (bucket.location or "").lower()
     if place and not submission.place.region.startswith(place) and not place.startswith(submission.place.region):
-        return f"gs://{name} can be written; it is in {place}, so reading it from {submission.place.region} may cost transfer"
-    return f"gs://{name} can be written"
+        return f"{what}; it is in {place}, so reading it from {submission.place.region} may cost transfer"
+    return what
 
 
 def _check_raw(submission: Submission) -> tuple[str, str]:

@@ -155,8 +155,10 @@ def test_from_the_linear_eval_run_alone_mlflow_leads_to_the_conversion(folder, r
 
 def test_all_that_is_kept_is_under_the_root_and_nothing_but_progress_is_said(folder, raw, first, second):
     assert sorted(path.name for path in folder.iterdir()) == ["raw", "runs"]
-    assert sorted(path.name for path in (folder / "runs").iterdir()) == ["artifacts", "cache", "kfp", "logs", "mlflow.db"]
-    assert second[0].stderr == ""
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == [
+        *("artifacts", "cache", "checkpoints", "kfp", "logs", "mlflow.db")
+    ]
+    assert second[0].stderr.splitlines() == [f"[{component}] 1/1 reused" for component in COMPONENTS]
 
 
 def test_a_second_run_reuses_every_step_and_says_so(first, second):
