@@ -23,7 +23,7 @@ def locked(name):
     return dict(PACKAGE.findall((REPOSITORY / name).read_text()))
 
 
-def tested():
+def versions_tested_with():
     """Every version of each package: those for one Python differ from those for another."""
     found = {}
     for name, version in PACKAGE.findall((REPOSITORY / "requirements.lock").read_text()):
@@ -32,7 +32,7 @@ def tested():
 
 
 def test_the_images_hold_the_versions_that_the_tests_ran_with():
-    versions = tested()
+    versions = versions_tested_with()
     for build in BUILDS:
         inside = locked(f"requirements-{build}.lock")
         shared = set(inside) & set(versions)
