@@ -156,10 +156,10 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, command, summary in (
         ("status", _status, "Show how a job on Vertex AI stands: its steps, their errors, links to their logs."),
-        ("cancel", _cancel, "End a job on Vertex AI. Its checkpoints stay, and a later job goes on from them."),
+        ("cancel", _cancel, "End a job, or a schedule, on Vertex AI. Checkpoints stay, and a later job goes on from them."),
     ):
         one = add(name, command, summary)
-        one.add_argument("job", metavar="JOB", help="its ID, or projects/P/locations/R/pipelineJobs/ID")
+        one.add_argument("job", metavar="JOB", help="its ID, or projects/P/locations/R/pipelineJobs/ID (or .../schedules/ID)")
         _add_place(one, "of the job")
         one.add_argument("--wait", action="store_true", help="follow it until it has ended")
         _add_json(one)
@@ -676,6 +676,10 @@ def _status(args: argparse.Namespace) -> int:
 def _cancel(args: argparse.Namespace) -> int:
     from pipelines import vertex
 
+    if there := vertex.parse_schedule(args.job, args.endpoint):
+        vertex.Vertex(there, vertex.credentials()[0]).delete_schedule(args.job)
+        print(json.dumps({"schedule": args.job, "state": "DELETED"}) if args.json else f"deleted: {args.job}")
+        return 0
     place, job_id = vertex.parse_job(args.job, args.project, args.region, args.endpoint)
     job = vertex.Vertex(place, vertex.credentials()[0]).cancel(job_id)
     if args.wait and not job.ended:

@@ -230,6 +230,10 @@ class Vertex:
         # Schedules have no ID of ours: before asking again, look whether the lost answer was a yes.
         return self._call(lambda timeout: create(timeout).name, before_again=there), True
 
+    def delete_schedule(self, name: str) -> None:
+        """Ends a schedule, by its resource name. Jobs that it made go on. Raises UserError where there is none."""
+        self._call(lambda timeout: self._schedules.delete_schedule(name=name, timeout=timeout, retry=None))
+
     def follow(self, job_id: str, say: Callable[[str], None]) -> Job:
         """Returns a job once it has ended; calls `say` with a line for each change on the way."""
         said: dict[str, str] = {}
@@ -363,6 +367,12 @@ def parse_job(text: str, project: str, region: str, endpoint: str) -> tuple[Plac
     if missing:
         raise UserError(f"{' and '.join(missing)} must say where job {parts[0]} is")
     return Place(project, region, endpoint), parts[0]
+
+
+def parse_schedule(text: str, endpoint: str) -> Place | None:
+    """Returns the place of a schedule that is named by its whole resource name, or None for anything else."""
+    parts = text.split("/")
+    return Place(parts[1], parts[3], endpoint) if parts[::2] == ["projects", "locations", "schedules"] else None
 
 
 def as_json(job: Job) -> dict[str, Any]:

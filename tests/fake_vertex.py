@@ -110,6 +110,7 @@ class FakeGoogle:
             ("POST", f"{FOLDER}/pipelineJobs/(?P<job>[^/:]+):cancel", self._cancel_job),
             ("GET", f"{FOLDER}/schedules", self._list_schedules),
             ("POST", f"{FOLDER}/schedules", self._create_schedule),
+            ("DELETE", f"{FOLDER}/schedules/(?P<schedule>[^/]+)", self._delete_schedule),
         ]
         for wanted, pattern, handle in routes:
             match = re.fullmatch(pattern, path)
@@ -182,6 +183,11 @@ class FakeGoogle:
         schedule.name, schedule.state = f"{parent}/schedules/{len(self.schedules) + 1}", aiplatform_v1.Schedule.State.ACTIVE
         self.schedules[schedule.name] = schedule
         return aiplatform_v1.Schedule.to_json(schedule)
+
+    def _delete_schedule(self, parent: str, schedule: str, **_: Any) -> str:
+        if self.schedules.pop(f"{parent}/schedules/{schedule}", None) is None:
+            raise RefusedError(404, f"{schedule} was not found")
+        return json.dumps({"name": f"{parent}/operations/1", "done": True})
 
     # ---- Others
 
@@ -264,7 +270,7 @@ def serving() -> Iterator[FakeGoogle]:
                 if self.command != "HEAD":
                     self.wfile.write(answer)
 
-        do_GET = do_POST = do_HEAD = _handle  # noqa: N815
+        do_GET = do_POST = do_HEAD = do_DELETE = _handle  # noqa: N815
 
         def log_message(self, *_: Any) -> None:
             pass

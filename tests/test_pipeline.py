@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from PIL import Image
 from pipelines.cli import main
 
 COMPONENTS = ["build-tfrecords", "pretrain", "linear-eval"]
-TINY = ["image_size=16", "global_batch_size=12", "epochs=1", "warmup_epochs=0", "width_multiplier=0.125"]
+TINY = [
+    *("image_size=16", "global_batch_size=12", "epochs=40", "warmup_epochs=0", "width_multiplier=0.125"),
+    *("log_every_steps=3", "checkpoint_every_epochs=1", "linear_eval.l2_penalties=1e-2"),
+]
 
 
 def sogclr(*arguments, cwd, **environ):
@@ -92,9 +96,22 @@ def raw(folder):
 
 
 @pytest.fixture(scope="module")
-def first(folder, raw):
-    """What the first run answers."""
-    return answer(sogclr("run", "--preset", "demo", "--raw", raw, "--set", *TINY, "--json", cwd=folder))
+def interrupted(folder, raw):
+    """A run that was interrupted in the middle of pretraining: how it ended, and what it said last."""
+    command = process("run", "--preset", "demo", "--raw", raw, "--set", *TINY)
+    with subprocess.Popen(**command, cwd=folder, stderr=subprocess.PIPE) as running:
+        while not list((folder / "runs").glob("checkpoints/*/checkpoint-*.npz")):
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        return running.wait(60), running.stderr.read().splitlines()
+
+
+@pytest.fixture(scope="module")
+def first(folder, raw, interrupted):
+    """What the first run that ends answers, and what it says on the way in `said`."""
+    done = sogclr("run", "--preset", "demo", "--raw", raw, "--set", *TINY, "--json", cwd=folder)
+    return answer(done) | {"said": done.stderr}
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +131,36 @@ def step(result, component):
     return result["components"][component]
 
 
+def test_an_interrupted_run_leaves_no_step_running_and_says_so(folder, interrupted):
+    code, said = interrupted
+    assert code == 130
+    assert said[-1] == "interrupted"
+    killed = client_of(folder).search_runs(["1"], "attributes.status = 'KILLED'")
+    assert {run.data.tags["sogclr.component"] for run in killed} == {"pretrain", "pipeline"}
+    assert client_of(folder).search_runs(["1"], "attributes.status = 'RUNNING'") == []
+
+
+def test_the_run_after_it_reuses_what_was_done_and_goes_on_from_the_newest_checkpoint(folder, interrupted, first):
+    assert "[build-tfrecords] 1/1 reused" in first["said"].splitlines()
+    begun = next(line for line in first["said"].splitlines() if line.startswith("[pretrain]"))
+    assert 0 < int(begun.split()[1].partition("/")[0]) < 121
+    client = client_of(folder)
+    run = client.get_run(step(first, "pretrain")["run_id"])
+    (killed,) = client.search_runs(["1"], "attributes.status = 'KILLED' and tags.`sogclr.component` = 'pretrain'")
+    assert run.data.tags["sogclr.resumed_from"] == killed.info.run_id
+    steps = {point.step for point in client.get_metric_history(run.info.run_id, "train/contrastive_loss")}
+    assert steps == {*range(3, 121, 3), 121}
+    assert len(list((folder / "runs" / "checkpoints").glob("*/result.json"))) == 1
+
+
 def test_a_run_nests_one_run_a_component_and_answers_with_what_they_made(folder, first):
     client = client_of(folder)
     assert client.get_run(first["run_id"]).info.status == "FINISHED"
     for component, output in zip(COMPONENTS, ("dataset", "model", "metrics"), strict=True):
         run = client.get_run(step(first, component)["run_id"])
         assert (run.info.run_name, run.info.status) == (component, "FINISHED")
-        assert run.data.tags["mlflow.parentRunId"] == first["run_id"]
-        assert not step(first, component)["reused"]
+        assert (run.data.tags["mlflow.parentRunId"] == first["run_id"]) == (component != "build-tfrecords")
+        assert step(first, component)["reused"] == (component == "build-tfrecords")
         assert Path(step(first, component)["outputs"][output]["uri"]).is_dir()
     assert 0 <= first["metrics"]["eval/untrained_top_1_accuracy"] <= 1
     assert Image.open(first["lineage"]).size == (1300, 450)
@@ -189,7 +228,7 @@ def test_a_rerun_nests_under_a_run_that_points_back_even_where_steps_came_from_t
     parent, run = client.get_run(rerun["run_id"]), client.get_run(step(rerun, "linear-eval")["run_id"])
     assert run.info.run_id != source
     assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert run.data.params["overrides"] == "linear_eval.holdout_fraction=0.5"
+    assert run.data.params["overrides"] == "linear_eval.l2_penalties=1e-2 linear_eval.holdout_fraction=0.5"
     assert parent.data.tags["sogclr.rerun_of"] == source
     assert f"/runs/{source}" in parent.data.tags["mlflow.note.content"]
     assert f"/runs/{parent.info.run_id}" in client.get_run(source).data.tags["mlflow.note.content"]
@@ -232,16 +271,3 @@ def test_reruns_of_nothing_and_of_other_kinds_are_refused(folder, first):
         (("build-tfrecords", *run, "--set", "epochs=2"), "epochs=2"),
     ):
         assert named in one_line_and_exit_code_2(sogclr("rerun", *arguments, cwd=folder))
-
-
-def test_an_interrupted_run_leaves_no_step_running_and_says_so(folder, raw, first):
-    command = process("run", "--preset", "demo", "--raw", raw, "--set", *TINY, "epochs=100000")
-    with subprocess.Popen(**command, cwd=folder, stderr=subprocess.PIPE) as running:
-        begun = next((line for line in running.stderr if line.startswith("[pretrain]")), None)
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(60) == 130
-        assert running.stderr.read().splitlines()[-1] == "interrupted"
-    assert begun
-    killed = client_of(folder).search_runs(["1"], "attributes.status = 'KILLED'")
-    assert {run.data.tags["sogclr.component"] for run in killed} == {"pretrain", "pipeline"}
-    assert client_of(folder).search_runs(["1"], "attributes.status = 'RUNNING'") == []

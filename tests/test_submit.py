@@ -264,6 +264,10 @@ def test_a_schedule_is_made_once(google, bucket, capsys):
     (schedule,) = google.schedules.values()
     assert (schedule.cron, schedule.max_run_count) == ("TZ=Europe/Berlin 0 3 * * 1", 4)
     assert "was there already" in capsys.readouterr().out
+    assert cli.main(["cancel", schedule.name, "--endpoint", google.url]) == 0
+    assert google.schedules == {}
+    assert cli.main(["cancel", schedule.name, "--endpoint", google.url]) == 2
+    assert "knows nothing of that" in one_error_line(capsys)
 
 
 def test_a_lost_answer_to_a_new_schedule_makes_no_second_one(google, bucket, capsys):
