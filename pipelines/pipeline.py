@@ -242,6 +242,7 @@ def _compiled(cluster: Cluster, function: Callable, name: str, defaults: Mapping
     for executor in spec["deploymentSpec"]["executors"].values():
         if executor.get("container", {}).get("image") == IMAGE:
             executor["container"]["image"] = cluster.images.reference("cpu")
+            executor["container"]["command"] = _without_a_shell(executor["container"]["command"])
     for key, component in spec["components"].items():
         pools = component.get("inputDefinitions", {}).get("parameters", {}).get("worker_pool_specs")
         if pools:
@@ -252,8 +253,16 @@ def _compiled(cluster: Cluster, function: Callable, name: str, defaults: Mapping
             assert accelerator is not None, step
             pool["machine_spec"] = accelerator.machine_spec
             pool["container_spec"]["image_uri"] = cluster.image_of(step)
+            pool["container_spec"]["command"] = _without_a_shell(pool["container_spec"]["command"])
     check(spec)
     return spec
+
+
+def _without_a_shell(command: list[str]) -> list[str]:
+    """Returns KFP's command with Python in the shell's place: the shell keeps to itself the SIGTERM of a machine that goes."""
+    as_child, instead = "_KFP_RUNTIME=true python3 -m", "export _KFP_RUNTIME=true; exec python3 -m"
+    assert sum(as_child in part for part in command) == 1, "KFP starts components in another way than 2.17 does"
+    return [part.replace(as_child, instead) for part in command]
 
 
 def check(spec: Mapping[str, Any]) -> None:

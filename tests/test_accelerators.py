@@ -1,6 +1,7 @@
 """Every accelerator: compiled, parsed strictly into the real protos, and the machine that was asked for."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,19 @@ def test_pretraining_is_a_custom_job_that_finds_its_checkpoints_again_and_starts
     assert task.inputs.parameters["base_output_directory"].component_input_parameter.endswith("base_output_directory")
     assert inputs["restart_job_on_worker_restart"].default_value.bool_value
     assert task.retry_policy.max_retry_count == 3
+
+
+def test_a_machine_that_is_taken_away_tells_the_step_and_not_a_shell(tmp_path):
+    _, pool = compiled("v5e-8")
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\ntrap "exit 75" TERM\necho "$_KFP_RUNTIME $*"\nwhile :; do sleep 0.02; done\n')
+    python.chmod(0o755)
+    command = [*pool.container_spec.command, *pool.container_spec.args]
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as step:
+        assert step.stdout.readline().startswith("true -m kfp.dsl.executor_main")
+        step.terminate()
+        assert step.wait(10) == 75
 
 
 def test_nothing_of_a_step_is_among_what_a_custom_job_takes_for_itself():
