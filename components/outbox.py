@@ -69,7 +69,7 @@ Point = tuple[str, float, int, int]
 
 
 class Outbox:
-    """Metrics on their way to a server: delivered in order by a thread, kept in a file until then.
+    """Metrics on their way to a server: delivered by a thread, kept in a file until then.
 
     `deliver` sends points, and may fail. What is in the file survives the process. Points that are delivered twice, because
     an answer was lost, are the same points to MLflow.
@@ -86,12 +86,13 @@ class Outbox:
         """Whether someone waits for all to be delivered."""
         self._closing = False
         self._over = False
+        """Whether it was given up, since the server refuses."""
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def keep_in(self, folder: str, owner: str) -> str:
-        """Keeps what waits in `folder` from now on, for the run `owner`; what is there already goes first.
+        """Keeps what waits in `folder` from now on, for the run `owner`, and delivers what is there already.
 
         Returns the run that the folder was of before, or nothing.
         """
@@ -99,7 +100,7 @@ class Outbox:
         stored = json.loads(_read(file) or "{}")
         with self._changed:
             self._file, self._owner = file, owner
-            self._waiting = [*map(_point, stored.get("metrics", ())), *self._waiting]
+            self._waiting += map(_point, stored.get("metrics", ()))
             self._write()
         return str(stored.get("run_id", ""))
 
@@ -117,7 +118,8 @@ class Outbox:
             self._changed.wait_for(lambda: not self._waiting or self._over, self._patience)
             if self._waiting:
                 kept = f"; what it lacks is kept in {self._file}" if self._file else ""
-                raise UserError(f"MLflow took no metrics for {self._patience:.0f} s ({self._failure}){kept}") from self._failure
+                what = "refuses metrics" if self._over else f"took no metrics for {self._patience:.0f} s"
+                raise UserError(f"MLflow {what} ({self._failure}){kept}") from self._failure
 
     def close(self, finished: bool = False) -> None:
         """Tries once more to deliver what waits, and ends the thread; what could not be delivered stays in the file.

@@ -171,6 +171,17 @@ class FakeGoogle:
             details[name] = detail
         job.job_detail = aiplatform_v1.PipelineJobDetail(task_details=list(details.values()))
 
+    def leave(self, job_id: str, outputs: dict[str, dict[str, dict[str, Any]]]) -> None:
+        """Lets a job have succeeded, with the artifacts (`uri`, `metadata`) that each task left, by output."""
+        titles = {"dataset": "system.Dataset", "model": "system.Model", "metrics": "system.Metrics"}
+        (job,) = (one for name, one in self.jobs.items() if name.endswith(f"/{job_id}"))
+        self.step_on(job, {"job": "SUCCEEDED", **dict.fromkeys(outputs, "SUCCEEDED")})
+        for detail in job.job_detail.task_details:
+            detail.outputs = {
+                name: {"artifacts": [{"uri": one["uri"], "schema_title": titles[name], "metadata": one["metadata"]}]}
+                for name, one in outputs[detail.task_name].items()
+            }
+
     def _list_schedules(self, parent: str, query: dict, **_: Any) -> str:
         wanted = re.fullmatch('display_name="(.*)"', query["filter"][0])
         assert wanted, query

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import picture
+from fake_vertex import give_credentials, serving
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -271,3 +272,25 @@ def test_reruns_of_nothing_and_of_other_kinds_are_refused(folder, first):
         (("build-tfrecords", *run, "--set", "epochs=2"), "epochs=2"),
     ):
         assert named in one_line_and_exit_code_2(sogclr("rerun", *arguments, cwd=folder))
+
+
+def test_a_step_of_a_job_on_vertex_is_done_again_on_this_machine(folder, first, tmp_path, monkeypatch):
+    with serving() as google:
+        give_credentials(monkeypatch, tmp_path, "my-project", google.url)
+        place = ("--project", "my-project", "--region", "europe-west4", "--endpoint", google.url)
+        job = ("--pipeline-root", "gs://a-bucket/runs", "--raw", "gs://a-bucket/raw", "--accelerator", "v5e-8", "--tag", "abc")
+        job += ("--job-id", "mine", "--skip-check", "options", "region", "mlflow", "vertex", "bucket", "images", "raw")
+        done = sogclr("submit", "--preset", "demo", *place, *job, "--set", "linear_eval.l2_penalties=1e-2", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        left = {name: step(first, name)["outputs"] for name in COMPONENTS[:2]}
+        google.leave("mine", left)
+        arguments = ("linear-eval", "--run", "vertex:mine", *place, "--set", "linear_eval.seed=3", "--json")
+        rerun = answer(sogclr("rerun", *arguments, cwd=tmp_path))
+    # In a store of its own, which knows neither the encoder's run nor the encoder.
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    run = client.get_run(step(rerun, "linear-eval")["run_id"])
+    assert run.data.params["overrides"] == "linear_eval.l2_penalties=1e-2 linear_eval.seed=3"
+    assert run.data.tags["sogclr.encoder_uri"] == step(first, "pretrain")["outputs"]["model"]["uri"]
+    assert run.data.metrics["eval/top_1_accuracy"] == rerun["metrics"]["eval/top_1_accuracy"]
+    command = client.get_run(rerun["run_id"]).data.tags["sogclr.command"]
+    assert "--run vertex:projects/my-project/locations/europe-west4/pipelineJobs/mine" in command
