@@ -51,7 +51,6 @@ def test_help_imports_nothing_heavy(command):
         "mlflow",
         "matplotlib",
         "numpy",
-        "google",
     }
 
 
