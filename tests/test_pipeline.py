@@ -156,7 +156,10 @@ def test_the_run_after_it_reuses_what_was_done_and_goes_on_from_the_newest_check
 
 def test_a_run_nests_one_run_a_component_and_answers_with_what_they_made(folder, first):
     client = client_of(folder)
-    assert client.get_run(first["run_id"]).info.status == "FINISHED"
+    parent = client.get_run(first["run_id"])
+    assert parent.info.status == "FINISHED"
+    # What is shown to others names no folder of this machine but the raw data's.
+    assert not any(str(folder / "runs") in value for key, value in parent.data.tags.items() if key.startswith("sogclr."))
     for component, output in zip(COMPONENTS, ("dataset", "model", "metrics"), strict=True):
         run = client.get_run(step(first, component)["run_id"])
         assert (run.info.run_name, run.info.status) == (component, "FINISHED")
