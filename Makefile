@@ -5,13 +5,16 @@ VENV := .venv
 ROOT := runs
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
+BUILDS := cpu gpu tpu
+BUILDER := $(firstword $(notdir $(shell command -v docker; command -v buildah)))
+COMMIT = $(shell git rev-parse --short=12 HEAD)
 IN := . $(VENV)/bin/activate &&
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format lock clean
+.PHONY: help setup demo test check test-images images format lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready ## virtual environment in .venv, exactly as locked
 
@@ -36,12 +39,31 @@ check: setup ## format, lint, types, import rules, tests: what a commit must pas
 	$(IN) lint-imports
 	$(IN) pytest -n 2 --dist loadfile
 
+test-images: setup ## what the images are made of, slow: TensorFlow for TPUs in an environment of its own, a build
+	$(IN) pytest -n 0 -m slow tests/test_images.py
+
+# IMAGES names the repository, as in REGION-docker.pkg.dev/PROJECT/sogclr; push=yes sends them there.
+images: ## container images of this commit, sogclr-cpu, sogclr-gpu and sogclr-tpu
+	@test -n "$(BUILDER)" || { echo "error: neither docker nor buildah is here"; exit 2; }
+	@test -z "$$(git status --porcelain)" || { echo "error: the sources differ from the commit: commit them first"; exit 2; }
+	@test -z "$(push)" || test -n "$(IMAGES)" || { echo "error: push=yes needs IMAGES=REPOSITORY"; exit 2; }
+	set -e; for build in $(BUILDS); do \
+		name=$(if $(IMAGES),$(IMAGES)/)sogclr-$$build:$(COMMIT); \
+		$(BUILDER) build --build-arg BUILD=$$build --build-arg COMMIT=$$(git rev-parse HEAD) $(BUILD_OPTIONS) --tag $$name .; \
+		$(if $(push),$(BUILDER) push $$name;) echo $$name; \
+	done
+
 format: setup ## format the code and mend what the linter can
 	$(IN) ruff format . && ruff check --fix .
 
-lock: setup ## resolve the dependencies anew into requirements.lock
+lock: setup ## resolve the dependencies anew into requirements.lock and those of the images
 	$(IN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 		--extra cpu --extra dev --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+	set -e; $(IN) for build in $(BUILDS); do \
+		uv pip compile --quiet --python-platform x86_64-manylinux_2_31 --python-version 3.11 --generate-hashes --no-emit-index-url \
+			--no-annotate --extra $$build --extra image --constraint requirements.lock --custom-compile-command "make lock" \
+			--output-file requirements-$$build.lock pyproject.toml; \
+	done
 
 clean: ## remove the virtual environment and caches, never runs
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

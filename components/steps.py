@@ -1,29 +1,42 @@
-"""The three components. KFP ships the body of each as text, so a body imports what it needs itself."""
+"""The components: three steps, and two that keep MLflow's books of a job on a cluster.
+
+KFP ships the body of each as text, so a body imports what it needs itself.
+"""
 
 from kfp import dsl
 
 IMAGE = "sogclr-python"
-"""Placeholder: the local runner uses the current interpreter; `sogclr compile --image` puts a real one in its place."""
+"""Placeholder: the local runner uses the current interpreter, compiling puts real images in its place."""
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def build_tfrecords(raw: str, raw_identity: str, code_version: str, dataset: dsl.Output[dsl.Dataset]) -> None:
+def build_tfrecords(
+    raw: str, raw_identity: str, beam_args: list[str], code_version: str, dataset: dsl.Output[dsl.Dataset]
+) -> None:
     """Turns raw ImageNet archives into TFRecords with image IDs.
 
     Args:
         raw: Folder of the archives.
         raw_identity: Changes when the archives do, so that the cache sees it.
+        beam_args: Beam's own options, such as those of Dataflow; none runs it where this runs.
         code_version: Changes when the code does, so that the cache sees it.
         dataset: A TFDS folder with its manifest.
     """
+    import logging
+    import sys
+
     from beam_jobs import inspect
     from beam_jobs.build_tfrecords import build
     from components import tracking
     from trainer.progress import ProgressBars
 
-    arguments = {"raw": raw, "raw_identity": raw_identity, "code_version": code_version}
+    arguments = {"raw": raw, "raw_identity": raw_identity, "beam_args": beam_args, "code_version": code_version}
     with ProgressBars() as bars, tracking.step("build-tfrecords", arguments, {"dataset": dataset}) as run:
-        manifest = build(raw, dataset.uri, report=lambda done, total: bars("build-tfrecords", done, total))
+        if beam_args:
+            # Dataflow's runner says the job's link, its states and its errors here.
+            logging.basicConfig(stream=sys.stderr, format="%(message)s")
+            logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)
+        manifest = build(raw, dataset.uri, beam_args=beam_args, report=lambda done, total: bars("build-tfrecords", done, total))
         train, validation = manifest.splits["train"], manifest.splits["validation"]
         dataset.metadata.update(
             name=manifest.name,
@@ -56,11 +69,15 @@ def pretrain(
         overrides: key=value for each setting that differs from the preset's; none of the linear eval's.
         code_version: Changes when the code does, so that the cache sees it.
         dataset: What build-tfrecords made.
-        model: A folder of checkpoints with config.json and result.json.
+        model: A folder of checkpoints with config.json and result.json. Where AIP_CHECKPOINT_DIR says where such folders are,
+            it is there, and what an earlier attempt at the same left in it is gone on with.
     """
+    import os
+    import sys
     from dataclasses import asdict
 
-    from components import figures, tracking
+    from components import figures, tracking, workspace
+    from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
     from trainer.presets import resolve
     from trainer.progress import ProgressBars
     from trainer.train import train
@@ -71,15 +88,25 @@ def pretrain(
         settings = {name: value for name, value in asdict(config).items() if name != "linear_eval"}
         run.log_params(settings)
         run.log_dataset(dataset, "training")
-        result = train(
-            config,
-            dataset.uri,
-            model.uri,
-            preset=preset,
-            code_version=code_version,
-            log_metrics=run.log_metrics,
-            report=lambda done, total, text: bars("pretrain", done, total, text),
-        )
+        if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):
+            fingerprint = dataset.metadata["fingerprint"]
+            model.uri = workspace.claim(checkpoints, settings=settings, dataset=fingerprint, code_version=code_version)
+        run.keep_metrics_in(model.uri)
+        try:
+            with sigterm_noted() as should_stop:
+                result = train(
+                    config,
+                    dataset.uri,
+                    model.uri,
+                    preset=preset,
+                    code_version=code_version,
+                    log_metrics=run.log_metrics,
+                    report=lambda done, total, text: bars("pretrain", done, total, text),
+                    should_stop=should_stop,
+                )
+        except PreemptedError as preempted:
+            print(f"preempted: {preempted}", file=sys.stderr)
+            sys.exit(EXIT_CODE)
         run.log_figure(figures.curves(run.history()), "curves.png")
         model.metadata.update(preset=preset, steps=result.steps, state_sha256=result.state_sha256)
         run.log_encoder(
@@ -133,6 +160,36 @@ def linear_eval(
         run.log_figure(figures.confusion(result.confusion, classes), "confusion.png")
         for name, value in result.metrics.items():
             metrics.log_metric(name.removeprefix("eval/"), value)
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def record_lineage(
+    job: str, dataset: dsl.Input[dsl.Dataset], model: dsl.Input[dsl.Model], metrics: dsl.Input[dsl.Metrics]
+) -> None:
+    """Says in MLflow which runs a pipeline job consists of: those that it took from the cache could not.
+
+    Args:
+        job: Name of the pipeline job.
+        dataset: What build-tfrecords made.
+        model: What pretrain made.
+        metrics: What linear-eval made.
+    """
+    from components import tracking
+
+    tracking.join(tracking.open_job_store(), job, [one.metadata.get("run_id", "") for one in (dataset, model, metrics)])
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def end_pipeline(job: str, status: dsl.PipelineTaskFinalStatus) -> None:
+    """Closes the MLflow run of a pipeline job, however the job ended.
+
+    Args:
+        job: Name of the pipeline job.
+        status: How it ended.
+    """
+    from components import tracking
+
+    tracking.end_job(tracking.open_job_store(), job, status.state)
 
 
 COMPONENTS = {"build-tfrecords": build_tfrecords, "pretrain": pretrain, "linear-eval": linear_eval}

@@ -7,6 +7,9 @@ A pipeline run is a parent run, a component's run is nested in it. Beside MLflow
 
 so that one search finds everything that came of a run. The arguments and outputs of a component's run are in its artifact
 `step.json`. Nothing here uses MLflow's notion of an active run: every call names its run.
+
+A server that does not answer stops no job. Metrics wait in a file until they are delivered; all else waits where it is, as
+long as the store's patience lasts.
 """
 
 import json
@@ -14,11 +17,11 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mlflow
 from matplotlib.figure import Figure
@@ -36,8 +39,9 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 
-from components import figures
+from components import figures, variables
 from components.lineage import COMPONENTS, Artifact, Lineage, Step, short
+from components.outbox import Outbox, PatientClient
 from trainer.records import UserError
 
 EXPERIMENT = "sogclr"
@@ -50,7 +54,10 @@ LINEAGE_PICTURE = "lineage.png"
 _COMPONENT = "sogclr.component"
 _RUN_OF = "sogclr.run."
 _JOB = "sogclr.job"
+_JOB_LINK = "sogclr.job_link"
+_IMAGE = "sogclr.image"
 _ROOT = "sogclr.root"
+_RESUMED_FROM = "sogclr.resumed_from"
 _COMMAND = "sogclr.command"
 _RERUN_OF = "sogclr.rerun_of"
 _CODE = "sogclr.code_version"
@@ -65,8 +72,8 @@ _VIEW = "?workflowType=machine_learning"
 """The UI's own word for pages about training; it shows those about agents otherwise."""
 _DIGEST_LENGTH = 36
 """What MLflow has room for."""
-_METRICS_PER_CALL = 500
-_SECONDS_BETWEEN_CALLS = 10.0
+_PATIENCE_OF_STEPS = 3600.0
+"""Seconds that a step waits for a server that is down, before it gives up what it made to the next attempt."""
 
 
 class KfpArtifact(Protocol):
@@ -85,17 +92,57 @@ class Store:
     experiment_id: str
 
 
-def open_store(uri: str, experiment: str = EXPERIMENT, artifacts: str | None = None) -> Store:
+def open_store(uri: str, experiment: str = EXPERIMENT, artifacts: str | None = None, patience: float = 0.0) -> Store:
     """Returns the store at `uri`, with its experiment; where that is new, its artifacts go to the folder `artifacts`.
 
-    Raises UserError for a store that cannot be used.
+    While the store does not answer, a call is made again for `patience` seconds. Raises UserError for a store that cannot
+    be used.
     """
     try:
-        client = MlflowClient(uri)
+        client = cast(MlflowClient, PatientClient(MlflowClient(uri), patience))
         found = client.get_experiment_by_name(experiment)
         return Store(client, found.experiment_id if found else client.create_experiment(experiment, artifacts, _MODEL_TRAINING))
     except MlflowException as error:
-        raise UserError(f"MLflow cannot use {uri}: {_one_line(error)}; mend or unset MLFLOW_TRACKING_URI") from error
+        said = _one_line(error).replace(uri, without_credentials(uri))
+        hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        if error.get_http_status_code() not in (401, 403):
+            hint = "mend or unset MLFLOW_TRACKING_URI"
+        raise UserError(f"MLflow cannot use {without_credentials(uri)}: {said}; {hint}") from error
+
+
+def patient(client: MlflowClient) -> MlflowClient:
+    """Returns a client that waits for a server that is down, as long as a step does."""
+    inner = client.impatient if isinstance(client, PatientClient) else client
+    return cast(MlflowClient, PatientClient(inner, _PATIENCE_OF_STEPS))
+
+
+def without_credentials(uri: str) -> str:
+    """Returns `uri` as it may be shown."""
+    scheme, separator, rest = uri.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}" if scheme.startswith("http") else uri
+
+
+def read_secret(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Puts the secret that `environ` names, if it names one, where MLflow looks for credentials."""
+    name = environ.get(variables.SECRET)
+    if not name:
+        return
+    from google.api_core.exceptions import GoogleAPICallError
+    from google.cloud import secretmanager
+
+    try:
+        answer = secretmanager.SecretManagerServiceClient().access_secret_version(name=name)
+    except GoogleAPICallError as error:
+        raise UserError(
+            f"the secret {name} cannot be read ({error.message}): the service account of the steps needs "
+            "roles/secretmanager.secretAccessor on it"
+        ) from error
+    user, separator, password = answer.payload.data.decode().strip().partition(":")
+    if separator:
+        environ.update(MLFLOW_TRACKING_USERNAME=user, MLFLOW_TRACKING_PASSWORD=password)
+    else:
+        environ["MLFLOW_TRACKING_TOKEN"] = user
 
 
 # ---- The pipeline's run
@@ -112,10 +159,14 @@ def start_pipeline(
     params: Mapping[str, Any],
     rerun_of: str = "",
 ) -> str:
-    """Opens a parent run and returns its ID. `rerun_of` is the run of the component that is done again."""
+    """Opens a parent run and returns its ID.
+
+    `root` is what a later command must be given as --root, empty where that is its default; `rerun_of` is the run of the
+    component that is done again.
+    """
     tags = {
         _COMPONENT: PIPELINE,
-        _COMMAND: shlex.join(command),
+        _COMMAND: shlex.join([*command, *(["--root", root] if root else [])]),
         _ROOT: root,
         _CODE: code_version,
         _COMMIT: git_commit,
@@ -145,14 +196,59 @@ def end_pipeline(store: Store, pipeline_id: str, status: str, run_ids: Iterable[
     return chain
 
 
-def pipeline_of_job(store: Store, output_uri: str) -> str:
-    """Returns the parent run, new if need be, of the pipeline job that writes to `output_uri`, which ends in JOB/TASK/OUTPUT."""
-    job = output_uri.rstrip("/").split("/")[-3]
-    found = store.client.search_runs([store.experiment_id], f"tags.`{_JOB}` = '{job}'")
-    if found:
-        return found[0].info.run_id
-    tags = {_COMPONENT: PIPELINE, _JOB: job}
-    return store.client.create_run(store.experiment_id, run_name=job, tags=tags).info.run_id
+def open_job_store(environ: Mapping[str, str] = os.environ) -> Store:
+    """Returns the store that the variables of a step name, with a step's patience."""
+    if not environ.get("MLFLOW_TRACKING_URI"):
+        raise UserError("MLFLOW_TRACKING_URI is not set: a component records what it does where that says")
+    read_secret()
+    experiment = environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    return open_store(environ["MLFLOW_TRACKING_URI"], experiment, patience=_PATIENCE_OF_STEPS)
+
+
+def job_of(output_uri: str) -> str:
+    """Returns the name of the pipeline job that writes to `output_uri`, which ends in JOB/TASK/OUTPUT."""
+    return output_uri.rstrip("/").split("/")[-3]
+
+
+def find_job(store: Store, job: str) -> str | None:
+    """Returns the parent run of a pipeline job, if there is one: the first of several that began at once."""
+    found = _search(store, _JOB, job)
+    return found[0].info.run_id if found else None
+
+
+def pipeline_of_job(store: Store, job: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Returns the parent run, new if need be, of a pipeline job."""
+    known = find_job(store, job)
+    if known:
+        return known
+    tags = {_COMPONENT: PIPELINE, _JOB: job, _IMAGE: environ.get(variables.IMAGE, "")}
+    tags |= {_RERUN_OF: environ.get(variables.RERUN_OF, "")}
+    tags |= {_COMMIT: environ.get(variables.COMMIT, ""), _JOB_LINK: job_link(environ.get(variables.JOB_FOLDER, ""), job)}
+    run_id = store.client.create_run(store.experiment_id, run_name=job, tags={k: v for k, v in tags.items() if v}).info.run_id
+    # Another step may have done the same meanwhile; whoever looks later finds the first.
+    return find_job(store, job) or run_id
+
+
+def job_link(folder: str, job: str) -> str:
+    """Returns the page of a pipeline job in Google's console; `folder` is projects/PROJECT/locations/REGION, or empty."""
+    if not folder:
+        return ""
+    _, project, _, region = folder.split("/")
+    return f"https://console.cloud.google.com/vertex-ai/locations/{region}/pipelines/runs/{job}?project={project}"
+
+
+def join(store: Store, job: str, run_ids: Iterable[str]) -> None:
+    """Says that a pipeline job consists of the runs `run_ids`, those that it took from the cache included."""
+    pipeline_id = pipeline_of_job(store, job)
+    for run in filter(None, (_find(store, run_id) for run_id in run_ids)):
+        _set_tags(store, pipeline_id, _runs_named_by(run))
+    redraw(store, pipeline_id)
+
+
+def end_job(store: Store, job: str, state: str) -> None:
+    """Closes the parent run of a pipeline job, which ended as KFP says: SUCCEEDED, FAILED or CANCELLED."""
+    status = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED"}.get(state, "FAILED")
+    end_pipeline(store, pipeline_of_job(store, job), status)
 
 
 def knows(store: Store, run_id: str) -> bool:
@@ -170,32 +266,45 @@ class StepRun:
     def __init__(self, store: Store, run_id: str) -> None:
         self.run_id = run_id
         self._store = store
-        self._pending: list[Metric] = []
-        self._last_call = time.monotonic()
+        client = store.client.impatient if isinstance(store.client, PatientClient) else store.client
+        self._outbox = Outbox(
+            lambda points: client.log_batch(run_id, metrics=[Metric(*point) for point in points]), _PATIENCE_OF_STEPS
+        )
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Records parameters; those within others get dotted names."""
         _log_params(self._store, self.run_id, params)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Records metrics, several steps in one call to the store."""
+        """Records metrics, without waiting for the store."""
         now = int(time.time() * 1000)
-        self._pending += [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        if len(self._pending) >= _METRICS_PER_CALL or time.monotonic() - self._last_call >= _SECONDS_BETWEEN_CALLS:
-            self.flush()
+        self._outbox.put([(name, float(value), now, step) for name, value in metrics.items()])
 
     def flush(self) -> None:
-        for start in range(0, len(self._pending), _METRICS_PER_CALL):
-            self._store.client.log_batch(self.run_id, metrics=self._pending[start : start + _METRICS_PER_CALL])
-        self._pending = []
-        self._last_call = time.monotonic()
+        """Waits until every metric is with the store. Raises what stands in the way where there is no hope."""
+        self._outbox.flush()
+
+    def close(self, finished: bool = False) -> None:
+        """Sends what can be sent at once; what cannot stays in the outbox's file, which goes once the step is `finished`."""
+        self._outbox.close(finished)
+
+    def keep_metrics_in(self, folder: str) -> None:
+        """Keeps metrics that were not delivered yet in `folder`, and delivers those that an earlier attempt left there.
+
+        Where the earlier attempt had another run, this one gets that one's history too, and says whose it is.
+        """
+        before = self._outbox.keep_in(folder, self.run_id)
+        if before and before != self.run_id and knows(self._store, before):
+            for name, points in _history(self._store, before).items():
+                self._outbox.put([(name, point.value, point.timestamp, point.step) for point in points])
+            self._store.client.set_tag(self.run_id, _RESUMED_FROM, before)
 
     def history(self) -> dict[str, list[tuple[int, float]]]:
         """Returns all that was recorded of each metric, by name: (step, value), in order."""
         self.flush()
-        client = self._store.client
-        names = client.get_run(self.run_id).data.metrics
-        return {name: sorted((m.step, m.value) for m in client.get_metric_history(self.run_id, name)) for name in names}
+        found = _history(self._store, self.run_id)
+        # A step that was taken again after a restart counts once: its values are the same bits.
+        return {name: sorted({point.step: point.value for point in points}.items()) for name, points in found.items()}
 
     def log_figure(self, figure: Figure, file: str) -> None:
         self._store.client.log_figure(self.run_id, figure, file, save_kwargs={"dpi": 120})
@@ -249,13 +358,25 @@ class StepRun:
         model.metadata.update(model_id=logged.model_id, model_name=ENCODER, model_version=version)
 
     def use_encoder(self, model: KfpArtifact) -> None:
-        """Records an encoder that `log_encoder` logged as this run's input."""
-        self._store.client.log_inputs(self.run_id, models=[LoggedModelInput(model.metadata["model_id"])])
+        """Records an encoder that `log_encoder` logged as this run's input; by its path where another store has it."""
+        if self._has_model(model.metadata["model_id"]):
+            self._store.client.log_inputs(self.run_id, models=[LoggedModelInput(model.metadata["model_id"])])
+        else:
+            self._store.client.set_tag(self.run_id, "sogclr.encoder_uri", model.uri)
 
     def log_final_metrics(self, metrics: Mapping[str, float], model_id: str, dataset: KfpArtifact, step: int) -> None:
-        """Records metrics as those of a model on a dataset."""
+        """Records metrics as those of a model on a dataset; on the dataset alone where another store has the model."""
         about = {f"dataset_{key}": value for key, value in _name_and_digest(dataset).items()}
-        _log_metrics(self._store, self.run_id, metrics, step, model_id=model_id, **about)
+        about |= {"model_id": model_id} if self._has_model(model_id) else {}
+        _log_metrics(self._store, self.run_id, metrics, step, **about)
+
+    def _has_model(self, model_id: str) -> bool:
+        try:
+            return bool(self._store.client.get_logged_model(model_id))
+        except MlflowException as error:
+            if error.get_http_status_code() != 404:
+                raise
+            return False
 
 
 @contextmanager
@@ -269,22 +390,13 @@ def step(
     """Opens the run of `component` under its pipeline's, and closes it as finished, or as failed with the reason.
 
     The store and the pipeline's run are those that MLflow's own variables name; without MLFLOW_RUN_ID the run of the
-    pipeline job is found by its name. Every output's metadata gets `run_id`.
+    pipeline job is found by its name. What an earlier attempt of the same job began is gone on with. Every output's metadata
+    gets `run_id`.
     """
-    if not environ.get("MLFLOW_TRACKING_URI"):
-        raise UserError("MLFLOW_TRACKING_URI is not set: a component records what it does where that says")
-    store = open_store(environ["MLFLOW_TRACKING_URI"], environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
-    pipeline_id = environ.get("MLFLOW_RUN_ID") or pipeline_of_job(store, next(iter(outputs.values())).uri)
-    inherited = store.client.get_run(pipeline_id).data.tags
-    tags = {_COMPONENT: component, _PARENT: pipeline_id, _CODE: str(arguments.get("code_version", ""))}
-    tags |= {key: inherited[key] for key in (_COMMIT, _ROOT) if key in inherited}
-    for artifact in (inputs or {}).values():
-        source = _find(store, str(artifact.metadata.get("run_id", "")))
-        tags |= _runs_named_by(source) if source else {}
-    run_id = store.client.create_run(store.experiment_id, run_name=component, tags=tags).info.run_id
-    again = ["sogclr", "rerun", component, "--run", run_id] + (["--root", tags[_ROOT]] if _ROOT in tags else [])
-    _set_tags(store, run_id, {_RUN_OF + component: run_id, _COMMAND: shlex.join(again)})
-    _set_tags(store, pipeline_id, _runs_named_by(store.client.get_run(run_id)))
+    store = open_job_store(environ)
+    first = next(iter(outputs.values()))
+    pipeline_id = environ.get("MLFLOW_RUN_ID") or pipeline_of_job(store, job_of(first.uri), environ)
+    run_id = _open_run(store, component, pipeline_id, arguments, inputs or {}, environ)
     for artifact in outputs.values():
         artifact.metadata["run_id"] = run_id
 
@@ -296,7 +408,7 @@ def step(
         run.flush()
         _log_step(store, run_id, arguments, outputs)
     except BaseException as error:
-        run.flush()
+        run.close()
         user_error = isinstance(error, UserError)
         text = _one_line(error) if user_error else f"{type(error).__name__}: {_one_line(error)}"
         _set_tags(store, run_id, {_ERROR: text, _USER_ERROR: str(user_error).lower()})
@@ -305,6 +417,37 @@ def step(
         raise
     store.client.set_terminated(run_id, "FINISHED")
     redraw(store, pipeline_id)
+    run.close(finished=True)
+
+
+def _open_run(
+    store: Store,
+    component: str,
+    pipeline_id: str,
+    arguments: Mapping[str, Any],
+    inputs: Mapping[str, KfpArtifact],
+    environ: Mapping[str, str],
+) -> str:
+    """Returns the run of `component` in a pipeline run: the one that an earlier attempt left, else a new one."""
+    earlier = [run for run in _search(store, _PARENT, pipeline_id) if run.data.tags.get(_COMPONENT) == component]
+    if earlier and earlier[-1].info.status != "FINISHED":
+        run_id = earlier[-1].info.run_id
+        store.client.update_run(run_id, status="RUNNING")
+        for tag in {_ERROR, _USER_ERROR} & set(earlier[-1].data.tags):
+            store.client.delete_tag(run_id, tag)
+        return run_id
+    inherited = store.client.get_run(pipeline_id).data.tags
+    tags = {_COMPONENT: component, _PARENT: pipeline_id, _CODE: str(arguments.get("code_version", ""))}
+    tags |= {key: inherited[key] for key in (_COMMIT, _ROOT, _JOB_LINK) if key in inherited}
+    tags |= {_IMAGE: environ[variables.IMAGE]} if environ.get(variables.IMAGE) else {}
+    for artifact in inputs.values():
+        source = _find(store, str(artifact.metadata.get("run_id", "")))
+        tags |= _runs_named_by(source) if source else {}
+    run_id = store.client.create_run(store.experiment_id, run_name=component, tags=tags).info.run_id
+    again = ["sogclr", "rerun", component, "--run", run_id] + (["--root", tags[_ROOT]] if _ROOT in tags else [])
+    _set_tags(store, run_id, {_RUN_OF + component: run_id, _COMMAND: shlex.join(again)})
+    _set_tags(store, pipeline_id, _runs_named_by(store.client.get_run(run_id)))
+    return run_id
 
 
 # ---- What was recorded
@@ -396,6 +539,8 @@ def _pipeline_note(store: Store, chain: Lineage, tags: Mapping[str, str]) -> str
         lines.append(f"- {_link(store, one.run_id, one.component)}{reused}: {_made(one)}")
     if _find(store, tags.get(_RERUN_OF, "")):
         lines.append(f"- Does {_link(store, tags[_RERUN_OF], 'run ' + short(tags[_RERUN_OF]))} again")
+    if _JOB_LINK in tags:
+        lines.append(f"- Vertex AI: [job {tags[_JOB]}]({tags[_JOB_LINK]})")
     if _COMMAND in tags:
         lines.append(f"- Run again: `{tags[_COMMAND]}`")
     return "\n".join([*lines, "", f"![lineage](get-artifact?run_uuid={chain.run_id}&path={LINEAGE_PICTURE})"])
@@ -415,6 +560,8 @@ def _step_note(store: Store, one: Step) -> str:
     for source in (read_step(store, run_id) for run_id in sources if _find(store, run_id)):
         lines.append(f"- From: {_link(store, source.run_id, source.component)}, {_made(source)}")
     lines.append(f"- Made: {_made(one)}")
+    if _find(store, tags.get(_RESUMED_FROM, "")):
+        lines.append(f"- Went on from the checkpoints of {_link(store, tags[_RESUMED_FROM], short(tags[_RESUMED_FROM]))}")
     for title, runs in (("Used by", used_by), ("Reused by", reused_by), ("Done again by", done_again_by)):
         if runs:
             lines.append(f"- {title}: " + ", ".join(_link(store, run.info.run_id, _title(run)) for run in runs))
@@ -464,6 +611,11 @@ def _search(store: Store, tag: str, value: str) -> list[Run]:
 
 def _runs_named_by(run: Run) -> dict[str, str]:
     return {key: value for key, value in run.data.tags.items() if key.startswith(_RUN_OF)}
+
+
+def _history(store: Store, run_id: str) -> dict[str, list[Metric]]:
+    names = store.client.get_run(run_id).data.metrics
+    return {name: list(store.client.get_metric_history(run_id, name)) for name in names}
 
 
 def _set_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `sogclr run | rerun | compile | ui | presets`.
+"""The command line: `sogclr run | rerun | compile | submit | status | cancel | ui | presets | accelerators`.
 
 What is heavy is imported by the command that needs it, so that --help answers at once.
 """
@@ -10,10 +10,12 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.lineage import COMPONENTS, Artifact, Lineage, short
+from pipelines import accelerators
 from trainer.config import split_overrides
 from trainer.presets import PRESETS, describe, resolve
 from trainer.records import UserError
@@ -21,6 +23,9 @@ from trainer.records import UserError
 if TYPE_CHECKING:
     from components.tracking import Store
 
+_ROOT = "runs"
+_CHECKS = ("options", "region", "mlflow", "vertex", "bucket", "images", "raw")
+"""Checks of a submission that can be skipped."""
 _MADE_BY = {"dataset": "build-tfrecords", "model": "pretrain"}
 _NEEDS = {"build-tfrecords": (), "pretrain": ("dataset",), "linear-eval": ("dataset", "model")}
 
@@ -49,63 +54,201 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
+_RUN = """
+examples:
+  sogclr run --preset demo
+  sogclr run --preset demo --set epochs=10 gamma=0.8
+  sogclr run --preset sogclr_imagenet_r50_b512 --raw /data/imagenet --root /data/runs
+
+Run again, it reuses the steps whose code, settings and input did not change; interrupted, pretraining goes on from its
+newest checkpoint. MLFLOW_TRACKING_URI, where it is set, says where the runs are recorded.
+"""
+_RERUN = """
+examples:
+  sogclr rerun linear-eval --run 3fa91c2e --set linear_eval.l2_penalties=1e-2
+  sogclr rerun linear-eval --run vertex:JOB --project P --region R           a job's artifacts, on this machine
+  sogclr rerun pretrain --run vertex:JOB --project P --region R --accelerator v5e-8 --pipeline-root gs://B/sogclr
+                                                                            a job's artifacts, on Vertex AI
+"""
+_COMPILE = """
+examples:
+  sogclr compile --preset demo --output pipeline.yaml                       for any Kubeflow Pipelines
+  sogclr compile --preset sogclr_imagenet_r50_b512 --accelerator v5e-8 \\
+      --images europe-west4-docker.pkg.dev/PROJECT/sogclr --output pipeline.yaml
+"""
+_SUBMIT = """
+examples:
+  sogclr submit --preset sogclr_imagenet_r50_b512 --accelerator v5e-8 --project P --region europe-west4 \\
+      --pipeline-root gs://BUCKET/sogclr --raw gs://BUCKET/imagenet --mlflow-uri https://mlflow.example --dry-run
+
+--dry-run looks at all that can be looked at, prints the plan and what is missing, and makes nothing. Submitted again with the
+same --job-id, there is still one job. docs/vertex.md goes from an empty project to a finished run.
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sogclr", description="SogCLR from raw images to a linear eval, with the lineage of all steps.", allow_abbrev=False
+        prog="sogclr",
+        description="SogCLR from raw images to a linear eval, on this machine or on Vertex AI, with the lineage of all steps.",
+        epilog="sogclr COMMAND --help tells more of each. Exit codes: 0 done, 1 failed, 2 something for you to mend.",
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: Any, summary: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    def add(name: str, command: Any, summary: str, epilog: str = "") -> argparse.ArgumentParser:
+        one = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=epilog.strip("\n"),
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         one.set_defaults(command=command)
         one.add_argument("--debug", action="store_true", help="show tracebacks, and all that the steps print")
         return one
 
-    def add_root(one: argparse.ArgumentParser) -> None:
-        one.add_argument("--root", default="runs", metavar="DIR", help="folder of everything that is kept (default: runs)")
+    run = add("run", _run, "Run the whole pipeline on this machine.", _RUN)
+    _add_preset(run)
+    run.add_argument("--raw", metavar="DIR", help="folder of the raw archives, here or gs://; the demo makes its own")
+    _add_root(run)
+    _add_set(run)
+    _add_json(run)
 
-    def add_set(one: argparse.ArgumentParser) -> None:
-        one.add_argument(
-            "--set",
-            nargs="+",
-            action="extend",
-            default=[],
-            metavar="KEY=VALUE",
-            dest="overrides",
-            help="change a setting of the preset",
-        )
-
-    def add_json(one: argparse.ArgumentParser) -> None:
-        one.add_argument("--json", action="store_true", help="print the result as one JSON object")
-
-    run = add("run", _run, "Run the whole pipeline on this machine.")
-    run.add_argument("--preset", required=True, metavar="NAME", help="the experiment; sogclr presets lists them")
-    run.add_argument("--raw", metavar="DIR", help="folder of the raw archives; the demo makes its own")
-    add_root(run)
-    add_set(run)
-    add_json(run)
-
-    rerun = add("rerun", _rerun, "Run one component again, on what an earlier run left.")
+    rerun = add("rerun", _rerun, "Run one component again, on what an earlier run left.", _RERUN)
     rerun.add_argument("component", metavar="COMPONENT", choices=COMPONENTS, help=f"one of {', '.join(COMPONENTS)}")
-    rerun.add_argument("--run", required=True, metavar="RUN", help="ID of the earlier run, or its first 8 characters or more")
-    add_root(rerun)
-    add_set(rerun)
-    add_json(rerun)
+    rerun.add_argument(
+        "--run", required=True, metavar="RUN", help="the earlier run: its MLflow ID (8 characters do), or vertex:JOB"
+    )
+    _add_root(rerun)
+    _add_set(rerun)
+    _add_json(rerun)
+    _add_place(rerun, "of vertex:JOB")
+    _add_cluster(rerun, "where it is to run on Vertex AI; here, where it is not given", required=False)
+    _add_sending(rerun)
 
-    compile_ = add("compile", _compile, "Write the pipeline as KFP IR YAML.")
-    compile_.add_argument("--preset", required=True, metavar="NAME", help="the experiment; sogclr presets lists them")
+    compile_ = add("compile", _compile, "Write the pipeline as KFP IR YAML.", _COMPILE)
+    _add_preset(compile_)
     compile_.add_argument("--output", required=True, metavar="FILE", help="where to")
     compile_.add_argument("--raw", metavar="DIR", help="default of the pipeline's parameter raw, which is required otherwise")
-    compile_.add_argument("--image", metavar="IMAGE", help="container image of the steps")
-    add_set(compile_)
+    compile_.add_argument("--project", default="", metavar="P", help="project of the Dataflow job")
+    compile_.add_argument("--region", default="", metavar="R", help="region of the Dataflow job")
+    _add_set(compile_)
+    _add_cluster(
+        compile_, "machine of pretraining on Vertex AI; plain containers for any cluster, where it is not given", required=False
+    )
+
+    submit = add("submit", _submit, "Run the whole pipeline on Vertex AI.", _SUBMIT)
+    _add_preset(submit)
+    _add_place(submit, "to run in", required=True)
+    submit.add_argument("--raw", default="", metavar="gs://...", help="folder of the raw archives")
+    _add_set(submit)
+    _add_cluster(submit, "machine of pretraining; sogclr accelerators lists them", required=True)
+    _add_sending(submit)
+    submit.add_argument("--schedule", default="", metavar="CRON", help="make such a job again and again, as in '0 3 * * 1'")
+    submit.add_argument("--max-runs", type=int, default=0, metavar="N", help="end the schedule after so many jobs")
+    _add_json(submit)
+
+    for name, command, summary in (
+        ("status", _status, "Show how a job on Vertex AI stands: its steps, their errors, links to their logs."),
+        ("cancel", _cancel, "End a job, or a schedule, on Vertex AI. Checkpoints stay, and a later job goes on from them."),
+    ):
+        one = add(name, command, summary)
+        one.add_argument("job", metavar="JOB", help="its ID, or projects/P/locations/R/pipelineJobs/ID (or .../schedules/ID)")
+        _add_place(one, "of the job")
+        one.add_argument("--wait", action="store_true", help="follow it until it has ended")
+        _add_json(one)
 
     ui = add("ui", _ui, "Open the MLflow UI on a root.")
-    add_root(ui)
+    _add_root(ui)
     ui.add_argument("--port", type=int, default=5000, help="port on this machine (default: 5000)")
 
-    presets = add("presets", _presets, "List the presets with the published result of each.")
-    add_json(presets)
+    _add_json(add("presets", _presets, "List the presets with the published result of each."))
+    _add_json(add("accelerators", _accelerators, "List the machines that pretraining can be given on Vertex AI."))
     return parser
+
+
+def _add_preset(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--preset", required=True, metavar="NAME", help="the experiment; sogclr presets lists them")
+
+
+def _add_root(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--root", default=_ROOT, metavar="DIR", help=f"folder of everything that is kept (default: {_ROOT})")
+
+
+def _add_set(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a setting of the preset; those of the linear eval begin with linear_eval.",
+    )
+
+
+def _add_json(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def _add_place(one: argparse.ArgumentParser, what: str, required: bool = False) -> None:
+    group = one.add_argument_group("where on Google Cloud")
+    group.add_argument("--project", default="", metavar="P", required=required, help=f"project {what}")
+    group.add_argument("--region", default="", metavar="R", required=required, help=f"region {what}, as in europe-west4")
+    group.add_argument("--endpoint", default="", metavar="URL", help="of the API, where it is not Google's public one")
+
+
+def _add_cluster(one: argparse.ArgumentParser, what: str, required: bool) -> None:
+    group = one.add_argument_group("machines and images")
+    group.add_argument("--accelerator", metavar="NAME", required=required, help=what)
+    group.add_argument("--eval-accelerator", default="cpu", metavar="NAME", help="machine of the linear eval (default: cpu)")
+    group.add_argument("--pipeline-root", default="", metavar="gs://...", required=required, help="folder of all that jobs write")
+    group.add_argument(
+        "--images",
+        default="",
+        metavar="REPOSITORY",
+        help="where make images pushed to (default: REGION-docker.pkg.dev/PROJECT/sogclr)",
+    )
+    group.add_argument("--tag", default="", metavar="TAG", help="of the images (default: the code's commit)")
+    group.add_argument("--spot", action="store_true", help="spot machines: cheaper, and taken away at times")
+    group.add_argument(
+        "--timeout-hours", type=float, default=168, metavar="H", help="end an attempt after so long (default: 168)"
+    )
+    group.add_argument("--retries", type=int, default=3, metavar="N", help="attempts after the first (default: 3)")
+    group.add_argument("--disk-gb", type=int, default=200, metavar="GB", help="boot disk (default: 200)")
+    group.add_argument("--service-account", default="", metavar="EMAIL", help="whom the steps run as")
+    group.add_argument("--network", default="", metavar="NAME", help="VPC network that the steps are peered with")
+    group.add_argument("--encryption-key", default="", metavar="NAME", help="Cloud KMS key of all that the job makes")
+    group.add_argument("--label", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="label of job and machines")
+    group.add_argument("--no-cache", action="store_true", help="run every step, whatever ran before")
+    flow = one.add_argument_group("Dataflow, which runs build-tfrecords")
+    flow.add_argument("--no-dataflow", action="store_true", help="convert in the step's own container instead")
+    flow.add_argument("--dataflow-region", default="", metavar="R", help="(default: --region)")
+    flow.add_argument("--dataflow-workers", type=int, default=16, metavar="N", help="at most (default: 16)")
+    flow.add_argument("--dataflow-machine", default="n2-standard-4", metavar="TYPE", help="(default: n2-standard-4)")
+    flow.add_argument(
+        "--dataflow-arg", action="append", default=[], metavar="=--OPTION=VALUE", help="any other option of Beam or Dataflow"
+    )
+    mlflow = one.add_argument_group("MLflow, where the steps record what they do")
+    mlflow.add_argument(
+        "--mlflow-uri", default="", metavar="URL", help="server that the steps can reach (default: MLFLOW_TRACKING_URI)"
+    )
+    mlflow.add_argument(
+        "--mlflow-secret",
+        default="",
+        metavar="NAME",
+        help="projects/P/secrets/S/versions/V of Secret Manager: a token, or USER:PASSWORD",
+    )
+    mlflow.add_argument("--experiment", default="", metavar="NAME", help="(default: MLFLOW_EXPERIMENT_NAME, or sogclr)")
+
+
+def _add_sending(one: argparse.ArgumentParser) -> None:
+    group = one.add_argument_group("sending")
+    group.add_argument("--dry-run", action="store_true", help="print the plan and what is missing; make nothing")
+    group.add_argument("--wait", action="store_true", help="follow the job until it has ended")
+    group.add_argument("--job-id", default="", metavar="ID", help="the job's name; asked for twice, there is one job")
+    group.add_argument("--skip-check", nargs="+", action="extend", default=[], metavar="NAME", help=f"of {', '.join(_CHECKS)}")
 
 
 # ---- run, rerun
@@ -118,7 +261,6 @@ def _run(args: argparse.Namespace) -> int:
     root = _make_root(args.root)
 
     from beam_jobs.archives import raw_identity
-    from pipelines.pipeline import code_version
 
     raw = _demo_raw(root) if args.raw is None else args.raw if "://" in args.raw else str(_absolute(args.raw))
     overrides, linear_eval_overrides = split_overrides(args.overrides)
@@ -128,7 +270,6 @@ def _run(args: argparse.Namespace) -> int:
         "preset": args.preset,
         "overrides": overrides,
         "linear_eval_overrides": linear_eval_overrides,
-        "code_version": code_version(),
     }
     command = ["sogclr", "run", "--preset", args.preset, *(["--raw", raw] if args.raw else [])]
     return _execute(args, root, args.preset, command, arguments)
@@ -139,10 +280,14 @@ def _rerun(args: argparse.Namespace) -> int:
     for item, (pretraining, linear_eval) in ((item, split_overrides([item])) for item in args.overrides):
         if not {"build-tfrecords": [], "pretrain": pretraining, "linear-eval": linear_eval}[component]:
             raise UserError(f"{item} is no setting of {component}")
+    if args.run.startswith("vertex:"):
+        return _rerun_of_job(args)
+    if args.accelerator:
+        raise UserError("--accelerator repeats a step on Vertex AI, from a job of it: name that with --run vertex:JOB")
+    for option in ("dry_run", "wait", "job_id"):
+        if getattr(args, option):
+            raise UserError(f"--{option.replace('_', '-')} is for a step on Vertex AI: --run vertex:JOB --accelerator NAME")
     root = _absolute(args.root)
-
-    from pipelines.pipeline import code_version
-
     store = _open_store(root, must_exist=True)
     from components import tracking
 
@@ -152,17 +297,50 @@ def _rerun(args: argparse.Namespace) -> int:
     for name, artifact in inputs.items():
         if "://" not in artifact.uri and not Path(artifact.uri).exists():
             raise UserError(f"the {name} of run {short(run_id)} is gone: there is no {artifact.uri}; sogclr run makes it anew")
-    arguments = {**source.arguments, "code_version": code_version()}
-    if component == "build-tfrecords":
-        from beam_jobs.archives import raw_identity
-
-        arguments["raw_identity"] = raw_identity(arguments["raw"])
-    else:
-        arguments["overrides"] = [*source.arguments["overrides"], *args.overrides]
-        resolve(arguments.get("preset", "demo"), arguments["overrides"])
+    arguments = _arguments_again(args, source.arguments)
     command = ["sogclr", "rerun", component, "--run", source.run_id]
     return _execute(
         args, root, f"rerun {component}", command, arguments, component=component, inputs=inputs, rerun_of=source.run_id
+    )
+
+
+def _arguments_again(args: argparse.Namespace, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a component that did it with `before`, changed as `args` says, on this machine."""
+    from pipelines.code import step_version
+
+    arguments = {**before, "code_version": step_version(args.component)}
+    if args.component == "build-tfrecords":
+        from beam_jobs.archives import raw_identity
+
+        arguments |= {"raw_identity": raw_identity(arguments["raw"]), "beam_args": []}
+    else:
+        arguments["overrides"] = [*before["overrides"], *args.overrides]
+        resolve(arguments.get("preset", "demo"), arguments["overrides"])
+    return arguments
+
+
+def _rerun_of_job(args: argparse.Namespace) -> int:
+    """Does a component of a job of Vertex AI again, here or there."""
+    from pipelines import cloud, vertex
+
+    place, job_id = vertex.parse_job(args.run, args.project, args.region, args.endpoint)
+    job = vertex.Vertex(place, vertex.credentials()[0]).get(job_id)
+    inputs = {name: job.task(_MADE_BY[name]).outputs[name] for name in _NEEDS[args.component]}
+    before = job.arguments(args.component)
+    if args.accelerator:
+        return cloud.send_step(args, place, job, before, inputs)
+    done = next((task.outputs for task in job.tasks if task.name == args.component), {})
+    rerun_of = next((str(one.metadata.get("run_id", "")) for one in done.values()), "")
+    command = ["sogclr", "rerun", args.component, "--run", f"vertex:{place.folder}/pipelineJobs/{job_id}"]
+    return _execute(
+        args,
+        _make_root(args.root),
+        f"rerun {args.component}",
+        command,
+        _arguments_again(args, before),
+        component=args.component,
+        inputs=inputs,
+        rerun_of=rerun_of,
     )
 
 
@@ -180,17 +358,19 @@ def _execute(
     """Runs the whole pipeline, or `component`, under a new parent run; says what came out."""
     from components import tracking
     from pipelines import local
-    from pipelines.pipeline import git_commit
+    from pipelines.code import code_version, git_commit
     from trainer.progress import ProgressBars
 
+    # A run that began must be closed, though the server be down when it ends.
     store = _open_store(root)
-    command += ["--root", str(root), *(["--set", *args.overrides] if args.overrides else [])]
+    store = replace(store, client=tracking.patient(store.client))
+    command += ["--set", *args.overrides] if args.overrides else []
     pipeline_id = tracking.start_pipeline(
         store,
         name,
         command=command,
-        root=str(root),
-        code_version=arguments["code_version"],
+        root="" if args.root == _ROOT else args.root,
+        code_version=code_version(),
         git_commit=git_commit(),
         params=arguments,
         rerun_of=rerun_of,
@@ -203,7 +383,13 @@ def _execute(
         with ProgressBars() as bars:
             request = local.Request(str(root), arguments, component, inputs or {})
             echo = (lambda line: print(line, end="", file=sys.stderr)) if args.debug else None
-            made = local.run(request, {**_mlflow_names(root), "MLFLOW_RUN_ID": pipeline_id}, log, bars, echo)
+            environment = {
+                **_mlflow_names(root),
+                "MLFLOW_RUN_ID": pipeline_id,
+                # As on Vertex AI: where a step that was interrupted finds what it did.
+                "AIP_CHECKPOINT_DIR": str(root / "checkpoints"),
+            }
+            made = local.run(request, environment, log, bars, echo)
         status = "FAILED" if made is None else "FINISHED"
     finally:
         chain = tracking.end_pipeline(store, pipeline_id, status, made or [])
@@ -310,7 +496,9 @@ def _ui(args: argparse.Namespace) -> int:
     _check_runs(root)
     uri = _mlflow_names(root)["MLFLOW_TRACKING_URI"]
     if uri.startswith("http"):
-        raise UserError(f"the runs are on a server, as MLFLOW_TRACKING_URI says: open {uri}")
+        from components.tracking import without_credentials
+
+        raise UserError(f"the runs are on a server, as MLFLOW_TRACKING_URI says: open {without_credentials(uri)}")
     log = root / "logs" / "ui.log"
     try:
         serve(uri, str(root / "artifacts"), args.port, log, lambda url: print(f"MLflow: {url} (Ctrl-C ends it)", flush=True))
@@ -319,27 +507,46 @@ def _ui(args: argparse.Namespace) -> int:
     raise RuntimeError(f"the server ended by itself; the log is {_shown(log)}")
 
 
-# ---- compile, presets
+# ---- Vertex AI
 
 
 def _compile(args: argparse.Namespace) -> int:
-    resolve(args.preset, args.overrides)
-    output = _absolute(args.output)
-    if not output.parent.is_dir() or output.is_dir():
-        raise UserError(f"--output {args.output} cannot be written: name a file in a folder that exists")
+    from pipelines import cloud
 
-    from pipelines.pipeline import code_version, compile_to
+    return cloud.compile_(args)
 
-    overrides, linear_eval_overrides = split_overrides(args.overrides)
-    defaults = {
-        "preset": args.preset,
-        "overrides": overrides,
-        "linear_eval_overrides": linear_eval_overrides,
-        "raw_identity": "",
-        "code_version": code_version(),
-    }
-    compile_to(output, defaults | ({"raw": args.raw} if args.raw else {}), args.image)
-    print(_shown(output))
+
+def _submit(args: argparse.Namespace) -> int:
+    from pipelines import cloud
+
+    return cloud.submit(args)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from pipelines import cloud
+
+    return cloud.status(args)
+
+
+def _cancel(args: argparse.Namespace) -> int:
+    from pipelines import cloud
+
+    return cloud.cancel(args)
+
+
+# ---- Lists
+
+
+def _accelerators(args: argparse.Namespace) -> int:
+    known = accelerators.ACCELERATORS.values()
+    if args.json:
+        print(json.dumps([asdict(one) for one in known]))
+        return 0
+    rows = [("accelerator", "image", "machine", "replicas", "regions")]
+    rows += [(one.name, one.build, one.summary, str(one.replicas), ", ".join(one.regions)) for one in known]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[4]]).rstrip())
     return 0
 
 

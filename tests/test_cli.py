@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,10 +18,11 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 from components import tracking
 from components.lineage import COMPONENTS
-from pipelines import cli, local, pipeline
+from pipelines import cli, code, local
 from trainer.presets import PRESETS
 
 REPOSITORY = Path(__file__).parents[1]
+COMMANDS = ("run", "rerun", "compile", "submit", "status", "cancel", "ui", "presets", "accelerators")
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["rerun"], ["compile"], ["ui"], ["presets"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_imports_nothing_heavy(command):
     code = (
         "import sys; from pipelines.cli import main\n"
@@ -41,7 +43,15 @@ def test_help_imports_nothing_heavy(command):
     )
     helped = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert helped.stdout.startswith(f"usage: {' '.join(['sogclr', *command])}")
-    assert not set(helped.stderr.split()) & {"tensorflow", "keras", "apache_beam", "kfp", "mlflow", "matplotlib", "numpy"}
+    assert not set(helped.stderr.split()) & {
+        "tensorflow",
+        "keras",
+        "apache_beam",
+        "kfp",
+        "mlflow",
+        "matplotlib",
+        "numpy",
+    }
 
 
 @pytest.mark.parametrize(
@@ -68,6 +78,18 @@ def test_what_the_user_can_mend_is_one_line_with_exit_code_2(arguments, named, h
     assert said.out == ""
     assert re.fullmatch(r"error: [^\n]+\n", said.err)
     assert named in said.err
+
+
+def test_every_option_of_every_command_says_what_it_is(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        listed = capsys.readouterr().out.partition("\noptions:")[2]
+        lines = listed.splitlines()
+        for number, line in enumerate(lines):
+            if line.startswith("  --"):
+                said = re.split(r"\s{2,}", line.strip())[1:] or lines[number + 1].strip()
+                assert said, f"{command} {line}"
 
 
 def test_debug_shows_the_traceback():
@@ -117,6 +139,10 @@ def compiled(*arguments):
     return spec, json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
 
 
+def steps_of(proto):
+    return proto.components["comp-exit-handler-1"].dag.tasks
+
+
 def test_the_compiled_pipeline_parses_into_the_real_proto():
     _, proto = compiled("--set", "epochs=3", "linear_eval.seed=2")
     inputs = proto.root.input_definitions.parameters
@@ -126,21 +152,31 @@ def test_the_compiled_pipeline_parses_into_the_real_proto():
     assert defaults["preset"] == "demo"
     assert defaults["overrides"] == ["epochs=3"]
     assert defaults["linear_eval_overrides"] == ["linear_eval.seed=2"]
-    assert defaults["code_version"] == pipeline.code_version()
     assert set(inputs) - set(defaults) == {"raw"}
-    assert set(proto.root.dag.tasks) == set(COMPONENTS)
-    assert all(task.caching_options.enable_cache for task in proto.root.dag.tasks.values())
+    tasks = steps_of(proto)
+    assert set(tasks) == {*COMPONENTS, "record-lineage"}
+    assert {name for name, task in tasks.items() if task.caching_options.enable_cache} == set(COMPONENTS)
+    for name in COMPONENTS:
+        assert tasks[name].inputs.parameters["code_version"].runtime_value.constant.string_value == code.step_version(name)
+
+
+def test_however_a_compiled_pipeline_ends_its_mlflow_run_is_closed():
+    _, proto = compiled()
+    assert set(proto.root.dag.tasks) == {"exit-handler-1", "end-pipeline"}
+    end = proto.root.dag.tasks["end-pipeline"]
+    assert end.inputs.parameters["status"].task_final_status.producer_task == "exit-handler-1"
+    assert end.trigger_policy.strategy == end.trigger_policy.ALL_UPSTREAM_TASKS_COMPLETED
 
 
 def test_pretraining_does_not_depend_on_the_settings_of_the_linear_eval():
     _, proto = compiled()
-    inputs = proto.root.dag.tasks["pretrain"].inputs.parameters
+    inputs = steps_of(proto)["pretrain"].inputs.parameters
     assert "linear_eval_overrides" not in {one.component_input_parameter for one in inputs.values()}
 
 
-def test_image_and_raw_data_can_be_given_when_compiling():
-    spec, proto = compiled("--raw", "gs://bucket/raw", "--image", "registry/sogclr@sha256:abc")
-    assert {one["container"]["image"] for one in spec["deploymentSpec"]["executors"].values()} == {"registry/sogclr@sha256:abc"}
+def test_images_and_raw_data_can_be_given_when_compiling():
+    spec, proto = compiled("--raw", "gs://bucket/raw", "--images", "registry/mine", "--tag", "abc")
+    assert {one["container"]["image"] for one in spec["deploymentSpec"]["executors"].values()} == {"registry/mine/sogclr-cpu:abc"}
     assert proto.root.input_definitions.parameters["raw"].default_value.string_value == "gs://bucket/raw"
 
 
@@ -156,14 +192,32 @@ def test_the_code_version_changes_with_names_and_bytes_of_the_sources(tmp_path):
     source = tmp_path / "trainer" / "losses.py"
     source.parent.mkdir()
     source.write_text("a = 1\n")
-    versions = [pipeline.code_version(tmp_path)]
+    versions = [code.code_version(tmp_path)]
     source.write_text("a = 2\n")
-    versions.append(pipeline.code_version(tmp_path))
+    versions.append(code.code_version(tmp_path))
     source.rename(source.with_name("loss.py"))
-    versions.append(pipeline.code_version(tmp_path))
+    versions.append(code.code_version(tmp_path))
     (source.parent / "notes.txt").write_text("not code")
     assert len(set(versions)) == 3
-    assert pipeline.code_version(tmp_path) == versions[-1]
+    assert code.code_version(tmp_path) == versions[-1]
+
+
+def test_a_step_s_version_is_of_the_sources_that_it_imports(tmp_path):
+    for package in ("trainer", "eval", "beam_jobs", "components", "pipelines"):
+        shutil.copytree(REPOSITORY / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def changed_by(file):
+        before = {name: code.step_version(name, tmp_path) for name in COMPONENTS}
+        with (tmp_path / file).open("a") as source:
+            source.write("\n")
+        return {name for name in COMPONENTS if code.step_version(name, tmp_path) != before[name]}
+
+    assert changed_by("eval/linear_eval.py") == {"linear-eval"}
+    assert changed_by("trainer/losses.py") >= {"pretrain"}
+    assert changed_by("trainer/losses.py").isdisjoint({"build-tfrecords"})
+    assert changed_by("beam_jobs/archives.py") == {"build-tfrecords"}
+    assert changed_by("trainer/records.py") == changed_by("components/tracking.py") == set(COMPONENTS)
+    assert changed_by("pipelines/cli.py") == changed_by("trainer/task.py") == set()
 
 
 # ---- where MLflow is

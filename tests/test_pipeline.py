@@ -7,19 +7,24 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import picture
+from fake_vertex import give_credentials, serving
 from mlflow import MlflowClient
 from PIL import Image
 
 from pipelines.cli import main
 
 COMPONENTS = ["build-tfrecords", "pretrain", "linear-eval"]
-TINY = ["image_size=16", "global_batch_size=12", "epochs=1", "warmup_epochs=0", "width_multiplier=0.125"]
+TINY = [
+    *("image_size=16", "global_batch_size=12", "epochs=40", "warmup_epochs=0", "width_multiplier=0.125"),
+    *("log_every_steps=3", "checkpoint_every_epochs=1", "linear_eval.l2_penalties=1e-2"),
+]
 
 
 def sogclr(*arguments, cwd, **environ):
@@ -67,8 +72,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("some where")
 
 
-@pytest.fixture(scope="module")
-def raw(folder):
+def raw_archives(folder):
     """ImageNet's layout with 3 synsets of 12 training and 4 validation images."""
     raw, random = folder / "raw", np.random.default_rng(0)
     raw.mkdir()
@@ -88,9 +92,27 @@ def raw(folder):
 
 
 @pytest.fixture(scope="module")
-def first(folder, raw):
-    """What the first run answers."""
-    return answer(sogclr("run", "--preset", "demo", "--raw", raw, "--set", *TINY, "--json", cwd=folder))
+def raw(folder):
+    return raw_archives(folder)
+
+
+@pytest.fixture(scope="module")
+def interrupted(folder, raw):
+    """A run that was interrupted in the middle of pretraining: how it ended, and what it said last."""
+    command = process("run", "--preset", "demo", "--raw", raw, "--set", *TINY)
+    with subprocess.Popen(**command, cwd=folder, stderr=subprocess.PIPE) as running:
+        while not list((folder / "runs").glob("checkpoints/*/checkpoint-*.npz")):
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        return running.wait(60), running.stderr.read().splitlines()
+
+
+@pytest.fixture(scope="module")
+def first(folder, raw, interrupted):
+    """What the first run that ends answers, and what it says on the way in `said`."""
+    done = sogclr("run", "--preset", "demo", "--raw", raw, "--set", *TINY, "--json", cwd=folder)
+    return answer(done) | {"said": done.stderr}
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +132,39 @@ def step(result, component):
     return result["components"][component]
 
 
+def test_an_interrupted_run_leaves_no_step_running_and_says_so(folder, interrupted):
+    code, said = interrupted
+    assert code == 130
+    assert said[-1] == "interrupted"
+    killed = client_of(folder).search_runs(["1"], "attributes.status = 'KILLED'")
+    assert {run.data.tags["sogclr.component"] for run in killed} == {"pretrain", "pipeline"}
+    assert client_of(folder).search_runs(["1"], "attributes.status = 'RUNNING'") == []
+
+
+def test_the_run_after_it_reuses_what_was_done_and_goes_on_from_the_newest_checkpoint(folder, interrupted, first):
+    assert "[build-tfrecords] 1/1 reused" in first["said"].splitlines()
+    begun = next(line for line in first["said"].splitlines() if line.startswith("[pretrain]"))
+    assert 0 < int(begun.split()[1].partition("/")[0]) < 121
+    client = client_of(folder)
+    run = client.get_run(step(first, "pretrain")["run_id"])
+    (killed,) = client.search_runs(["1"], "attributes.status = 'KILLED' and tags.`sogclr.component` = 'pretrain'")
+    assert run.data.tags["sogclr.resumed_from"] == killed.info.run_id
+    steps = {point.step for point in client.get_metric_history(run.info.run_id, "train/contrastive_loss")}
+    assert steps == {*range(3, 121, 3), 121}
+    assert len(list((folder / "runs" / "checkpoints").glob("*/result.json"))) == 1
+
+
 def test_a_run_nests_one_run_a_component_and_answers_with_what_they_made(folder, first):
     client = client_of(folder)
-    assert client.get_run(first["run_id"]).info.status == "FINISHED"
+    parent = client.get_run(first["run_id"])
+    assert parent.info.status == "FINISHED"
+    # What is shown to others names no folder of this machine but the raw data's.
+    assert not any(str(folder / "runs") in value for key, value in parent.data.tags.items() if key.startswith("sogclr."))
     for component, output in zip(COMPONENTS, ("dataset", "model", "metrics"), strict=True):
         run = client.get_run(step(first, component)["run_id"])
         assert (run.info.run_name, run.info.status) == (component, "FINISHED")
-        assert run.data.tags["mlflow.parentRunId"] == first["run_id"]
-        assert not step(first, component)["reused"]
+        assert (run.data.tags["mlflow.parentRunId"] == first["run_id"]) == (component != "build-tfrecords")
+        assert step(first, component)["reused"] == (component == "build-tfrecords")
         assert Path(step(first, component)["outputs"][output]["uri"]).is_dir()
     assert 0 <= first["metrics"]["eval/untrained_top_1_accuracy"] <= 1
     assert Image.open(first["lineage"]).size == (1300, 450)
@@ -151,8 +198,10 @@ def test_from_the_linear_eval_run_alone_mlflow_leads_to_the_conversion(folder, r
 
 def test_all_that_is_kept_is_under_the_root_and_nothing_but_progress_is_said(folder, raw, first, second):
     assert sorted(path.name for path in folder.iterdir()) == ["raw", "runs"]
-    assert sorted(path.name for path in (folder / "runs").iterdir()) == ["artifacts", "cache", "kfp", "logs", "mlflow.db"]
-    assert second[0].stderr == ""
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == [
+        *("artifacts", "cache", "checkpoints", "kfp", "logs", "mlflow.db")
+    ]
+    assert second[0].stderr.splitlines() == [f"[{component}] 1/1 reused" for component in COMPONENTS]
 
 
 def test_a_second_run_reuses_every_step_and_says_so(first, second):
@@ -183,7 +232,7 @@ def test_a_rerun_nests_under_a_run_that_points_back_even_where_steps_came_from_t
     parent, run = client.get_run(rerun["run_id"]), client.get_run(step(rerun, "linear-eval")["run_id"])
     assert run.info.run_id != source
     assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert run.data.params["overrides"] == "linear_eval.holdout_fraction=0.5"
+    assert run.data.params["overrides"] == "linear_eval.l2_penalties=1e-2 linear_eval.holdout_fraction=0.5"
     assert parent.data.tags["sogclr.rerun_of"] == source
     assert f"/runs/{source}" in parent.data.tags["mlflow.note.content"]
     assert f"/runs/{parent.info.run_id}" in client.get_run(source).data.tags["mlflow.note.content"]
@@ -228,14 +277,23 @@ def test_reruns_of_nothing_and_of_other_kinds_are_refused(folder, first):
         assert named in one_line_and_exit_code_2(sogclr("rerun", *arguments, cwd=folder))
 
 
-def test_an_interrupted_run_leaves_no_step_running_and_says_so(folder, raw, first):
-    command = process("run", "--preset", "demo", "--raw", raw, "--set", *TINY, "epochs=100000")
-    with subprocess.Popen(**command, cwd=folder, stderr=subprocess.PIPE) as running:
-        begun = next((line for line in running.stderr if line.startswith("[pretrain]")), None)
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(60) == 130
-        assert running.stderr.read().splitlines()[-1] == "interrupted"
-    assert begun
-    killed = client_of(folder).search_runs(["1"], "attributes.status = 'KILLED'")
-    assert {run.data.tags["sogclr.component"] for run in killed} == {"pretrain", "pipeline"}
-    assert client_of(folder).search_runs(["1"], "attributes.status = 'RUNNING'") == []
+def test_a_step_of_a_job_on_vertex_is_done_again_on_this_machine(folder, first, tmp_path, monkeypatch):
+    with serving() as google:
+        give_credentials(monkeypatch, tmp_path, "my-project", google.url)
+        place = ("--project", "my-project", "--region", "europe-west4", "--endpoint", google.url)
+        job = ("--pipeline-root", "gs://a-bucket/runs", "--raw", "gs://a-bucket/raw", "--accelerator", "v5e-8", "--tag", "abc")
+        job += ("--job-id", "mine", "--skip-check", "options", "region", "mlflow", "vertex", "bucket", "images", "raw")
+        done = sogclr("submit", "--preset", "demo", *place, *job, "--set", "linear_eval.l2_penalties=1e-2", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        left = {name: step(first, name)["outputs"] for name in COMPONENTS[:2]}
+        google.leave("mine", left)
+        arguments = ("linear-eval", "--run", "vertex:mine", *place, "--set", "linear_eval.seed=3", "--json")
+        rerun = answer(sogclr("rerun", *arguments, cwd=tmp_path))
+    # In a store of its own, which knows neither the encoder's run nor the encoder.
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    run = client.get_run(step(rerun, "linear-eval")["run_id"])
+    assert run.data.params["overrides"] == "linear_eval.l2_penalties=1e-2 linear_eval.seed=3"
+    assert run.data.tags["sogclr.encoder_uri"] == step(first, "pretrain")["outputs"]["model"]["uri"]
+    assert run.data.metrics["eval/top_1_accuracy"] == rerun["metrics"]["eval/top_1_accuracy"]
+    command = client.get_run(rerun["run_id"]).data.tags["sogclr.command"]
+    assert "--run vertex:projects/my-project/locations/europe-west4/pipelineJobs/mine" in command

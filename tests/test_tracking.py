@@ -207,15 +207,16 @@ def test_a_step_that_vanished_is_said_to_be_killed(bench):
 
 
 def test_without_a_parent_in_the_environment_the_job_s_name_finds_it(bench):
-    first = tracking.pipeline_of_job(bench.store, "gs://bucket/root/123/sogclr-20260101/build-tfrecords_7/dataset")
-    second = tracking.pipeline_of_job(bench.store, "gs://bucket/root/123/sogclr-20260101/pretrain_8/model")
-    other = tracking.pipeline_of_job(bench.store, "gs://bucket/root/123/sogclr-20260102/pretrain_8/model")
+    first, second, other = (
+        tracking.pipeline_of_job(bench.store, tracking.job_of(f"gs://bucket/root/123/{output}"))
+        for output in ("sogclr-1/build-tfrecords_7/dataset", "sogclr-1/pretrain_8/model", "sogclr-2/pretrain_8/model")
+    )
     assert first == second != other
     dataset = bench.artifact(dsl.Dataset, "a-job", "build-tfrecords", "dataset")
     with tracking.step("build-tfrecords", {}, {"dataset": dataset}, environ={"MLFLOW_TRACKING_URI": bench.uri}) as run:
         parent = bench.client.get_run(run.run_id).data.tags["mlflow.parentRunId"]
         dataset.metadata.update(fingerprint=FINGERPRINT)
-    assert parent == tracking.pipeline_of_job(bench.store, dataset.uri)
+    assert parent == tracking.pipeline_of_job(bench.store, "a-job")
 
 
 def test_a_run_is_found_by_the_beginning_of_its_id(bench, chain):

@@ -1,0 +1,49 @@
+# Three images of the same code, one for each build of TensorFlow: sogclr-cpu, sogclr-gpu, sogclr-tpu. `make images` builds them.
+#
+# Each can be a step of the pipeline and, on Dataflow, a worker: Beam's own program starts it there, KFP names a command here.
+
+ARG BASE=docker.io/library/debian:bookworm-slim
+ARG BEAM_SDK=docker.io/apache/beam_python3.11_sdk:2.77.0
+FROM ${BEAM_SDK} AS beam
+
+FROM ${BASE} AS python
+RUN apt-get update -qq \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends ca-certificates python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && ln -s /opt/sogclr/bin/python3 /usr/local/bin/python3 && ln -s /opt/sogclr/bin/python3 /usr/local/bin/python
+
+# What is only needed to install stays in this stage.
+FROM python AS installed
+ARG BUILD
+COPY requirements-${BUILD}.lock /tmp/requirements.lock
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
+    python3.11 -m venv --without-pip /opt/sogclr \
+    && python3.11 -m venv /tmp/pip \
+    && /tmp/pip/bin/pip --python /opt/sogclr/bin/python3 install --quiet --no-cache-dir --no-compile --require-hashes --requirement /tmp/requirements.lock
+COPY pyproject.toml README.md LICENSE /tmp/source/
+COPY trainer /tmp/source/trainer
+COPY eval /tmp/source/eval
+COPY beam_jobs /tmp/source/beam_jobs
+COPY components /tmp/source/components
+COPY pipelines /tmp/source/pipelines
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
+    /tmp/pip/bin/pip --python /opt/sogclr/bin/python3 install --quiet --no-cache-dir --no-compile --no-deps --no-build-isolation /tmp/source
+
+FROM python AS image
+ARG BUILD
+ARG COMMIT
+RUN test -n "${COMMIT}" || { echo "error: --build-arg COMMIT=... must say which commit the code is of"; exit 2; } \
+    && useradd --uid 1000 --create-home sogclr
+COPY --from=beam /opt/apache/beam /opt/apache/beam
+COPY --from=installed /opt/sogclr /opt/sogclr
+ENV PATH=/opt/sogclr/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    SOGCLR_COMMIT=${COMMIT} \
+    MLFLOW_DISABLE_TELEMETRY=true \
+    DO_NOT_TRACK=true
+LABEL org.opencontainers.image.title="sogclr-${BUILD}" \
+      org.opencontainers.image.revision="${COMMIT}" \
+      org.opencontainers.image.licenses="Apache-2.0"
+USER sogclr
+WORKDIR /home/sogclr
+ENTRYPOINT ["/opt/apache/beam/boot"]

@@ -1,0 +1,298 @@
+"""The commands that have to do with Vertex AI: compile, submit, status, cancel, and a step done again there."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from components import variables
+from components.lineage import Artifact
+from pipelines import accelerators, pipeline, vertex
+from pipelines import submission as sending
+from pipelines.code import git_commit, step_version, uncommitted
+from pipelines.images import Images
+from pipelines.pipeline import Cluster
+from pipelines.submission import CHECKS, Checked, Submission, base_output_directory, check_options, parse_labels
+from pipelines.vertex import Job, Place, as_json
+from trainer.config import split_overrides
+from trainer.presets import resolve
+from trainer.records import UserError
+
+
+def compile_(args: argparse.Namespace) -> int:
+    config = resolve(args.preset, args.overrides)
+    output = Path(os.path.abspath(args.output))
+    if not output.parent.is_dir() or output.is_dir():
+        raise UserError(f"--output {args.output} cannot be written: name a file in a folder that exists")
+    accelerator = accelerators.get(args.accelerator) if args.accelerator else None
+    if accelerator:
+        accelerators.check(accelerator, config)
+
+    defaults = {"preset": args.preset, **_overrides(args), "raw_identity": ""} | ({"raw": args.raw} if args.raw else {})
+    if accelerator and args.pipeline_root:
+        defaults["base_output_directory"] = base_output_directory(args.pipeline_root)
+    pipeline.write(pipeline.compile_pipeline(_cluster(args), defaults), output)
+    print(args.output)
+    return 0
+
+
+def submit(args: argparse.Namespace) -> int:
+    accelerators.check(accelerators.get(args.accelerator), resolve(args.preset, args.overrides))
+    if not args.raw:
+        raise UserError(f"--preset {args.preset} needs --raw gs://..., the folder of the raw archives")
+    if args.max_runs and not args.schedule:
+        raise UserError(f"--max-runs {args.max_runs} is for --schedule")
+
+    parameters = {
+        "raw": args.raw.rstrip("/"),
+        "raw_identity": "",
+        "preset": args.preset,
+        **_overrides(args),
+        "base_output_directory": base_output_directory(args.pipeline_root),
+    }
+    cluster = _cluster(args)
+    return _send(
+        args,
+        Submission(
+            place=Place(args.project, args.region, args.endpoint),
+            # A schedule has no time of its own: asked for twice, it is one.
+            job_id=args.job_id or _job_id(args.preset, "" if args.schedule else time.strftime("-%Y%m%d-%H%M%S")),
+            title=f"{args.preset}, the whole pipeline",
+            cluster=cluster,
+            pipeline_root=args.pipeline_root.rstrip("/"),
+            raw=parameters["raw"],
+            compile=lambda cluster: pipeline.compile_pipeline(cluster, {}),
+            parameters=parameters,
+            schedule=args.schedule,
+            max_runs=args.max_runs,
+        ),
+    )
+
+
+def send_step(args: argparse.Namespace, place: Place, job: Job, before: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> int:
+    """Does a component of `job` again on Vertex AI."""
+    component = args.component
+    root = (args.pipeline_root or job.pipeline_root).rstrip("/")
+    args.project, args.region, args.pipeline_root = place.project, place.region, root
+    arguments = {**before, "code_version": step_version(component)}
+    for name in ("job", "base_output_directory"):
+        arguments.pop(name, None)
+    if component == "pretrain":
+        arguments["overrides"] = [*before["overrides"], *args.overrides]
+        accelerators.check(accelerators.get(args.accelerator), resolve(arguments["preset"], arguments["overrides"]))
+    elif component == "linear-eval":
+        arguments["overrides"] = [*before["overrides"], *args.overrides]
+        args.eval_accelerator = args.accelerator
+    cluster = _cluster(args)
+    if component == "build-tfrecords":
+        arguments["beam_args"] = list(cluster.beam_args)
+    done = next((task.outputs for task in job.tasks if task.name == component), {})
+    source = next((str(one.metadata.get("run_id", "")) for one in done.values()), "")
+    cluster = replace(cluster, environment={**cluster.environment, **({variables.RERUN_OF: source} if source else {})})
+    return _send(
+        args,
+        Submission(
+            place=place,
+            job_id=args.job_id or _job_id(f"rerun-{component}", time.strftime("-%Y%m%d-%H%M%S")),
+            title=f"{component} of job {job.job_id} again",
+            cluster=cluster,
+            pipeline_root=root,
+            raw="",
+            compile=lambda cluster: pipeline.compile_step(cluster, component, arguments, inputs, base_output_directory(root)),
+            parameters={},
+        ),
+    )
+
+
+def _send(args: argparse.Namespace, submission: Submission) -> int:
+    unknown = set(args.skip_check) - set(CHECKS)
+    if unknown:
+        raise UserError(f"--skip-check {min(unknown)} is no check; there are {', '.join(CHECKS)}")
+    checked = sending.look(submission, args.skip_check)
+    said = sys.stderr if args.json else sys.stdout
+    width = max(len(name) for name, _ in checked.submission.lines())
+    for name, text in checked.submission.lines():
+        print(f"{name:<{width}}  {text}", file=said)
+    print(file=said)
+    for finding in checked.findings:
+        mark = "ok" if finding.ok and finding.looked else "missing" if finding.looked else "?"
+        print(f"{mark:<7}  {finding.name}: {finding.text}", file=said)
+    said.flush()
+    if args.dry_run:
+        print("\nnothing was submitted: this was a dry run", file=said)
+        if args.json:
+            print(json.dumps(_plan_as_json(checked)))
+    if checked.problems:
+        named = ", ".join(one.name for one in checked.problems)
+        raise UserError(f"{'it would not work' if args.dry_run else 'nothing was submitted'}: {named} must be mended first")
+    if args.dry_run:
+        return 0
+    job, name, made = sending.submit(checked)
+    if job is None:
+        print(
+            json.dumps({"schedule": name}) if args.json else f"\n{'schedule' if made else 'schedule was there already'}: {name}"
+        )
+        return 0
+    print(f"\n{'submitted' if made else 'was there already'}: {name}\n{job.link}", file=said)
+    if args.wait:
+        return _follow(args, submission.place, name)
+    if args.json:
+        _print_job(args, job)
+    elif not job.ended:
+        print(f"follow it: sogclr status {name} --project {args.project} --region {args.region} --wait")
+    return _exit_code(job)
+
+
+def _plan_as_json(checked: Checked) -> dict[str, Any]:
+    return {
+        "plan": dict(checked.submission.lines()),
+        "checks": {one.name: {"ok": one.ok, "looked": one.looked, "text": one.text} for one in checked.findings},
+    }
+
+
+def status(args: argparse.Namespace) -> int:
+    place, job_id = vertex.parse_job(args.job, args.project, args.region, args.endpoint)
+    if args.wait:
+        return _follow(args, place, job_id)
+    job = vertex.Vertex(place, vertex.credentials()[0]).get(job_id)
+    _print_job(args, job)
+    return _exit_code(job)
+
+
+def cancel(args: argparse.Namespace) -> int:
+    if there := vertex.parse_schedule(args.job, args.endpoint):
+        vertex.Vertex(there, vertex.credentials()[0]).delete_schedule(args.job)
+        print(json.dumps({"schedule": args.job, "state": "DELETED"}) if args.json else f"deleted: {args.job}")
+        return 0
+    place, job_id = vertex.parse_job(args.job, args.project, args.region, args.endpoint)
+    job = vertex.Vertex(place, vertex.credentials()[0]).cancel(job_id)
+    if args.wait and not job.ended:
+        _follow(args, place, job_id)
+        return 0
+    _print_job(args, job)
+    return 0
+
+
+def _follow(args: argparse.Namespace, place: Place, job_id: str) -> int:
+    try:
+        job = vertex.Vertex(place, vertex.credentials()[0]).follow(
+            job_id, lambda line: print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+        )
+    except KeyboardInterrupt:
+        where = f"{job_id} --project {place.project} --region {place.region}"
+        print(f"\nthe job goes on; sogclr status {where} shows it, sogclr cancel {where} ends it", file=sys.stderr)
+        raise
+    _print_job(args, job)
+    return _exit_code(job)
+
+
+def _print_job(args: argparse.Namespace, job: Job) -> None:
+    if args.json:
+        print(json.dumps(as_json(job)))
+        return
+    print(f"{job.job_id}: {job.state.lower()}{f': {job.error}' if job.error else ''}\n{job.link}")
+    for task in job.tasks:
+        reused = {"SKIPPED": "reused from the cache"}.get(task.state, task.state.lower())
+        print(f"  {task.name:<16} {reused}{f': {task.error}' if task.error else ''}")
+        if task.logs:
+            print(f"  {'':<16} {task.logs}")
+
+
+def _exit_code(job: Job) -> int:
+    if job.state in ("FAILED", "CANCELLED"):
+        failed = next((task for task in job.tasks if task.state == "FAILED"), None)
+        what = f"{failed.name} failed: {failed.error or 'its logs say why'}" if failed else job.error or job.state.lower()
+        print(f"error: job {job.job_id} {job.state.lower()}: {what}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _job_id(name: str, when: str) -> str:
+    return f"sogclr-{name.replace('_', '-').removeprefix('sogclr-')}{when}"
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, list[str]]:
+    overrides, linear_eval_overrides = split_overrides(args.overrides)
+    return {"overrides": overrides, "linear_eval_overrides": linear_eval_overrides}
+
+
+def _cluster(args: argparse.Namespace) -> Cluster:
+    """Returns what the options say of machines and images. Raises UserError for what is not written as it must be."""
+    uri = args.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    check_options(
+        {
+            "--project": args.project,
+            "--region": args.region,
+            "--pipeline-root": args.pipeline_root,
+            "--raw": getattr(args, "raw", "") or "" if args.accelerator else "",
+            "--job-id": getattr(args, "job_id", ""),
+            "--service-account": args.service_account,
+            "--network": args.network,
+            "--encryption-key": args.encryption_key,
+            "--mlflow-uri": uri if uri.startswith("http") or args.mlflow_uri else "",
+            "--mlflow-secret": args.mlflow_secret,
+            "--schedule": getattr(args, "schedule", ""),
+        }
+    )
+    for name, value in (("--timeout-hours", args.timeout_hours), ("--dataflow-workers", args.dataflow_workers)):
+        if value <= 0:
+            raise UserError(f"{name} {value} makes no sense: it must be above 0")
+    if args.retries < 0 or args.disk_gb < 100:
+        raise UserError("--retries must be 0 or more, --disk-gb at least 100")
+    environment = {
+        "MLFLOW_TRACKING_URI": uri if uri.startswith("http") else "",
+        "MLFLOW_EXPERIMENT_NAME": args.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", ""),
+        variables.SECRET: args.mlflow_secret,
+        variables.JOB_FOLDER: f"projects/{args.project}/locations/{args.region}" if args.project and args.region else "",
+    }
+    images = _images(args)
+    return Cluster(
+        images=images,
+        accelerator=accelerators.get(args.accelerator) if args.accelerator else None,
+        eval_accelerator=accelerators.get(args.eval_accelerator),
+        environment={name: value for name, value in environment.items() if value},
+        beam_args=_beam_args(args, images.reference("cpu")),
+        timeout_hours=args.timeout_hours,
+        retries=args.retries,
+        spot=args.spot,
+        disk_gb=args.disk_gb,
+        service_account=args.service_account,
+        network=args.network,
+        encryption_key=args.encryption_key,
+        labels=parse_labels(args.label),
+        caching=not args.no_cache,
+    )
+
+
+def _images(args: argparse.Namespace) -> Images:
+    if args.accelerator and not args.tag and uncommitted():
+        raise UserError("sources differ from the commit, so its images lack something: commit, or name the images with --tag")
+    google = f"{args.region}-docker.pkg.dev/{args.project}/sogclr" if args.project and args.region else ""
+    return Images(args.images.rstrip("/") or google, args.tag or git_commit()[:12])
+
+
+def _beam_args(args: argparse.Namespace, image: str) -> tuple[str, ...]:
+    """Returns Beam's options for Dataflow, none where it is not to be used or nothing says where it would be."""
+    if args.no_dataflow or not (args.accelerator and args.project and args.region and args.pipeline_root):
+        return ()
+    region, root = args.dataflow_region or args.region, f"{args.pipeline_root.rstrip('/')}/dataflow"
+    return (
+        "--runner=DataflowRunner",
+        f"--project={args.project}",
+        f"--region={region}",
+        f"--temp_location={root}/temp",
+        f"--staging_location={root}/staging",
+        f"--sdk_container_image={image}",
+        "--sdk_location=container",
+        f"--max_num_workers={args.dataflow_workers}",
+        f"--worker_machine_type={args.dataflow_machine}",
+        *([f"--service_account_email={args.service_account}"] if args.service_account else []),
+        *([f"--dataflow_kms_key={args.encryption_key}"] if args.encryption_key else []),
+        *(f"--labels={label}" for label in args.label),
+        *args.dataflow_arg,
+    )

@@ -1,0 +1,87 @@
+"""What identifies the code that a step runs."""
+
+import ast
+import hashlib
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from components import variables
+
+PROJECT = Path(__file__).absolute().parents[1]
+"""The folder that the project's packages are in."""
+
+_PACKAGES = ("beam_jobs", "components", "eval", "pipelines", "trainer")
+_STEPS = "components/steps.py"
+
+
+def code_version(project: Path = PROJECT) -> str:
+    """Returns a short digest of all of the project's own sources."""
+    return _digest(project, [file for package in _PACKAGES for file in sorted((project / package).rglob("*.py"))])
+
+
+def step_version(component: str, project: Path = PROJECT) -> str:
+    """Returns a short digest of the sources that the body of a component imports, directly or not.
+
+    KFP's cache sees the body itself, and nothing that it imports.
+    """
+    name = component.replace("-", "_")
+    tree = ast.parse((project / _STEPS).read_text())
+    body = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    found: set[Path] = set()
+    waiting = _files(_imports(ast.unparse(body)), project)
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            waiting |= _files(_imports(file.read_text()), project)
+    return _digest(project, sorted(found))
+
+
+@cache
+def _imports(source: str) -> frozenset[str]:
+    """Returns the names of what `source` imports of the project, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(name for name in names if name.split(".")[0] in _PACKAGES)
+
+
+def _files(names: frozenset[str], project: Path) -> set[Path]:
+    files = set()
+    for name in names:
+        within = project.joinpath(*name.split("."))
+        files |= {project / name.split(".")[0] / "__init__.py", within / "__init__.py", within.with_suffix(".py")}
+    return {file for file in files if file.is_file()}
+
+
+def _digest(project: Path, files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest.update(f"{file.relative_to(project).as_posix()} {content}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def git_commit() -> str:
+    """Returns the commit that the sources are of, or nothing where that is not known."""
+    return os.environ.get(variables.COMMIT) or _git("rev-parse", "HEAD")
+
+
+def uncommitted() -> bool:
+    """Returns whether sources differ from the commit, so that an image of the commit would lack something."""
+    return bool(_git("status", "--porcelain", "--", *_PACKAGES, "pyproject.toml", "Dockerfile"))
+
+
+def _git(*arguments: str) -> str:
+    if not (PROJECT / ".git").exists():
+        return ""
+    try:
+        return subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,394 @@
+"""Vertex AI: its pipeline jobs as this project asks for them, follows them and reads what they left.
+
+Every call goes over REST, is made again while the service is overloaded or out of reach, and fails in one line for the
+person who can mend it. A job is created under an ID of ours, so that asking again never makes a second one.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import requests
+from google.api_core import exceptions
+from google.auth import exceptions as auth_exceptions
+from google.cloud import aiplatform_v1
+from google.protobuf import json_format
+
+from components.lineage import COMPONENTS, Artifact
+from trainer.records import UserError
+
+if TYPE_CHECKING:
+    from google.auth.credentials import Credentials
+
+T = TypeVar("T")
+
+CONSOLE = "https://console.cloud.google.com"
+PLAN_LABEL = "sogclr-plan"
+"""Label with a digest of all that was asked for: a job that has it is the same job."""
+
+_SECONDS_FOR_A_CALL = 30.0
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0
+_PATIENCE = 120.0
+"""Seconds that a call is made again while it fails in a way that may pass."""
+_PATIENCE_OF_FOLLOWING = 1800.0
+_SECONDS_BETWEEN_LOOKS = 15.0
+_ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "PAUSED")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A project's part of Vertex AI in one region."""
+
+    project: str
+    region: str
+    endpoint: str = ""
+    """Of the API, where it is not Google's public one, as with Private Service Connect."""
+
+    @property
+    def folder(self) -> str:
+        return f"projects/{self.project}/locations/{self.region}"
+
+    def job_link(self, job_id: str) -> str:
+        return f"{CONSOLE}/vertex-ai/locations/{self.region}/pipelines/runs/{job_id}?project={self.project}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step of a job as it stands."""
+
+    name: str
+    state: str
+    """PENDING, RUNNING, SUCCEEDED, SKIPPED (taken from the cache), CANCELLED, FAILED, ..."""
+    error: str
+    logs: str
+    """Link to its logs; empty before it has any."""
+    outputs: Mapping[str, Artifact]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pipeline job as it stands."""
+
+    job_id: str
+    state: str
+    """QUEUED, PENDING, RUNNING, SUCCEEDED, FAILED, CANCELLING, CANCELLED, PAUSED"""
+    error: str
+    link: str
+    plan: str
+    """What `PLAN_LABEL` says."""
+    tasks: tuple[Task, ...]
+    """Of the pipeline's components, in their order."""
+    spec: Mapping[str, Any]
+    parameters: Mapping[str, Any]
+    pipeline_root: str
+
+    @property
+    def ended(self) -> bool:
+        return self.state in _ENDED
+
+    def task(self, component: str) -> Task:
+        """Raises UserError where the job has none that got so far."""
+        found = next((task for task in self.tasks if task.name == component), None)
+        if found is None or not found.outputs:
+            state = f"it is {found.state}" if found else "it has no such step"
+            raise UserError(f"job {self.job_id} has nothing of {component} to go on from: {state}")
+        return found
+
+    def arguments(self, component: str) -> dict[str, Any]:
+        """Returns the arguments that the job gave to a component."""
+        for dag in _dags(self.spec):
+            if component in dag.get("tasks", {}):
+                given = dag["tasks"][component].get("inputs", {}).get("parameters", {})
+                return {name: self._value(one) for name, one in given.items()}
+        raise UserError(f"job {self.job_id} has no step {component}")
+
+    def _value(self, given: Mapping[str, Any]) -> Any:
+        if "runtimeValue" in given:
+            return given["runtimeValue"].get("constant")
+        # Through the exit handler, which passes parameters on under another name.
+        name = given["componentInputParameter"].removeprefix("pipelinechannel--")
+        known = self.spec["root"].get("inputDefinitions", {}).get("parameters", {})
+        return self.parameters.get(name, known.get(name, {}).get("defaultValue"))
+
+
+def _dags(spec: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield spec["root"].get("dag", {})
+    for component in spec.get("components", {}).values():
+        yield component.get("dag", {})
+
+
+def credentials() -> "tuple[Credentials, str]":
+    """Returns the credentials of this machine and the project they name. Raises UserError saying how to get some."""
+    import google.auth
+
+    try:
+        found, project = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
+    except auth_exceptions.GoogleAuthError as error:
+        raise UserError(
+            "there are no Google Cloud credentials on this machine: gcloud auth application-default login makes them, or "
+            "GOOGLE_APPLICATION_CREDENTIALS names a key file"
+        ) from error
+    return found, project or ""
+
+
+class Vertex:
+    """The pipeline jobs of one place."""
+
+    def __init__(self, place: Place, credentials: "Credentials") -> None:
+        self.place = place
+        options = {"api_endpoint": place.endpoint or f"https://{place.region}-aiplatform.googleapis.com"}
+        self._jobs = aiplatform_v1.PipelineServiceClient(transport="rest", client_options=options, credentials=credentials)
+        self._schedules = aiplatform_v1.ScheduleServiceClient(transport="rest", client_options=options, credentials=credentials)
+
+    def check(self) -> None:
+        """Raises UserError where jobs of this place cannot be seen."""
+        request = aiplatform_v1.ListPipelineJobsRequest(parent=self.place.folder, page_size=1)
+        self._call(lambda timeout: self._jobs.list_pipeline_jobs(request, timeout=timeout, retry=None))
+
+    def find(self, job_id: str, patience: float | None = None) -> Job | None:
+        """Returns a job as it stands, or None where there is none of that ID."""
+        try:
+            name = f"{self.place.folder}/pipelineJobs/{job_id}"
+            return self._job(
+                self._call(lambda timeout: self._jobs.get_pipeline_job(name=name, timeout=timeout, retry=None), patience)
+            )
+        except _NotThereError:
+            return None
+
+    def get(self, job_id: str, patience: float | None = None) -> Job:
+        job = self.find(job_id, patience)
+        if job is None:
+            raise UserError(f"there is no job {job_id} in {self.place.folder}")
+        return job
+
+    def create(self, job_id: str, job: aiplatform_v1.PipelineJob) -> tuple[Job, bool]:
+        """Returns the job `job_id`, and whether this call made it: one that was asked for alike before is taken as it is.
+
+        Raises UserError where the ID is another job's.
+        """
+        plan = job.labels[PLAN_LABEL]
+        if (there := self.find(job_id)) is None:
+            try:
+                made = self._call(
+                    lambda timeout: self._jobs.create_pipeline_job(
+                        parent=self.place.folder, pipeline_job=job, pipeline_job_id=job_id, timeout=timeout, retry=None
+                    )
+                )
+                return self._job(made), True
+            except _AlreadyThereError:
+                # Either an answer was lost and the call was made again, or somebody was faster: the plan tells.
+                there = self.get(job_id)
+                if there.plan == plan:
+                    return there, True
+        if there.plan != plan:
+            raise UserError(
+                f"there is a job {job_id} already, and it is another one ({there.state}): give another --job-id, or look at it "
+                f"with sogclr status {job_id}"
+            )
+        return there, False
+
+    def cancel(self, job_id: str) -> Job:
+        """Asks for the end of a job; nothing happens to one that has ended."""
+        job = self.get(job_id)
+        if not job.ended:
+            name = f"{self.place.folder}/pipelineJobs/{job_id}"
+            self._call(lambda timeout: self._jobs.cancel_pipeline_job(name=name, timeout=timeout, retry=None))
+        return self.get(job_id)
+
+    def schedule(self, name: str, cron: str, job: aiplatform_v1.PipelineJob, max_runs: int) -> tuple[str, bool]:
+        """Returns the resource name of a schedule that makes `job` again and again, and whether this call made it.
+
+        One of the same name and plan that is active is taken as it is.
+        """
+        plan = job.labels[PLAN_LABEL]
+        listing = aiplatform_v1.ListSchedulesRequest(parent=self.place.folder, filter=f'display_name="{name}"')
+
+        def there() -> str:
+            found = self._call(lambda timeout: list(self._schedules.list_schedules(listing, timeout=timeout, retry=None)))
+            for one in found:
+                same = one.create_pipeline_job_request.pipeline_job.labels.get(PLAN_LABEL) == plan
+                if same and one.cron == cron and one.state == aiplatform_v1.Schedule.State.ACTIVE:
+                    return str(one.name)
+            return ""
+
+        if found := there():
+            return found, False
+        schedule = aiplatform_v1.Schedule(
+            display_name=name,
+            cron=cron,
+            max_concurrent_run_count=1,
+            max_run_count=max_runs or None,
+            create_pipeline_job_request=aiplatform_v1.CreatePipelineJobRequest(parent=self.place.folder, pipeline_job=job),
+        )
+
+        def create(timeout: float) -> aiplatform_v1.Schedule:
+            return self._schedules.create_schedule(parent=self.place.folder, schedule=schedule, timeout=timeout, retry=None)
+
+        # Schedules have no ID of ours: before asking again, look whether the lost answer was a yes.
+        return self._call(lambda timeout: create(timeout).name, before_again=there), True
+
+    def delete_schedule(self, name: str) -> None:
+        """Ends a schedule, by its resource name. Jobs that it made go on. Raises UserError where there is none."""
+        self._call(lambda timeout: self._schedules.delete_schedule(name=name, timeout=timeout, retry=None))
+
+    def follow(self, job_id: str, say: Callable[[str], None]) -> Job:
+        """Returns a job once it has ended; calls `say` with a line for each change on the way."""
+        said: dict[str, str] = {}
+
+        def tell(name: str, state: str, more: str) -> None:
+            if state and said.get(name) != state:
+                said[name] = state
+                say(f"[{name}] {state.lower()}{more}")
+
+        while True:
+            job = self.get(job_id, _PATIENCE_OF_FOLLOWING)
+            tell("job", job.state, "")
+            for task in job.tasks:
+                reason = f": {task.error}" if task.error else ""
+                tell(task.name, task.state, f"{reason}{f'  {task.logs}' if task.logs else ''}")
+            if job.ended:
+                return job
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    def _call(
+        self, call: Callable[[float], T], patience: float | None = None, before_again: Callable[[], T | None] = lambda: None
+    ) -> T:
+        """Returns what `call(timeout)` returns; calls again while it fails in a way that may pass."""
+        until, wait = time.monotonic() + (_PATIENCE if patience is None else patience), _FIRST_WAIT
+        told = False
+        while True:
+            try:
+                return call(_SECONDS_FOR_A_CALL)
+            except (exceptions.GoogleAPICallError, requests.RequestException, auth_exceptions.GoogleAuthError) as error:
+                if not _may_pass(error) or time.monotonic() + wait > until:
+                    raise self._in_words(error) from error
+                if not told:
+                    print(f"Vertex AI: {_short(error)}; trying again", file=sys.stderr, flush=True)
+                    told = True
+            time.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT)
+            if (known := before_again()) is not None and known:
+                return known
+
+    def _in_words(self, error: Exception) -> UserError:
+        where = self.place.folder
+        match error:
+            case exceptions.NotFound():
+                return _NotThereError(f"Vertex AI knows nothing of that in {where}: {_short(error)}")
+            case exceptions.AlreadyExists() | exceptions.Conflict():
+                return _AlreadyThereError(_short(error))
+            case exceptions.Unauthorized() | auth_exceptions.GoogleAuthError():
+                return UserError(
+                    f"the credentials do not hold ({_short(error)}): gcloud auth application-default login renews them"
+                )
+            case exceptions.Forbidden():
+                return UserError(
+                    f"not allowed in {where} ({_short(error)}): docs/vertex.md lists the roles and APIs that are needed"
+                )
+            case exceptions.TooManyRequests():
+                return UserError(f"Vertex AI is out of quota in {where} ({_short(error)}): wait, or ask for more quota")
+            case exceptions.ClientError():
+                return UserError(f"Vertex AI refuses: {_short(error)}")
+            case exceptions.GoogleAPICallError():
+                return UserError(f"Vertex AI in {self.place.region} is not itself ({_short(error)}): try again later")
+        return UserError(f"Vertex AI in {self.place.region} cannot be reached ({_short(error)}): try again later")
+
+    def _job(self, found: aiplatform_v1.PipelineJob) -> Job:
+        # As JSON is what KFP's own names are in.
+        spec = json_format.MessageToDict(aiplatform_v1.PipelineJob.pb(found).pipeline_spec)
+        parameters = json_format.MessageToDict(aiplatform_v1.PipelineJob.pb(found).runtime_config).get("parameterValues", {})
+        job_id = found.name.rpartition("/")[2]
+        order = {name: number for number, name in enumerate((*COMPONENTS, "record-lineage", "end-pipeline"))}
+        tasks = [self._task(one) for one in found.job_detail.task_details if one.task_name in order]
+        return Job(
+            job_id=job_id,
+            state=found.state.name.removeprefix("PIPELINE_STATE_"),
+            error=" ".join(found.error.message.split()) if found.error.code else "",
+            link=self.place.job_link(job_id),
+            plan=found.labels.get(PLAN_LABEL, ""),
+            tasks=tuple(sorted(tasks, key=lambda task: order[task.name])),
+            spec=spec,
+            parameters=parameters,
+            pipeline_root=found.runtime_config.gcs_output_directory,
+        )
+
+    def _task(self, found: aiplatform_v1.PipelineTaskDetail) -> Task:
+        detail = found.executor_detail
+        resource = detail.custom_job_detail.job or detail.container_detail.main_job
+        query = f"resource.labels.job_id%3D%22{resource.rpartition('/')[2]}%22"
+        return Task(
+            name=found.task_name,
+            state=found.state.name if found.state else "",
+            error=" ".join(found.error.message.split()) if found.error.code else "",
+            logs=f"{CONSOLE}/logs/query;query={query}?project={self.place.project}" if resource else "",
+            outputs={
+                name: Artifact(one.artifacts[0].schema_title, one.artifacts[0].uri, _plain(one.artifacts[0]))
+                for name, one in found.outputs.items()
+                if one.artifacts
+            },
+        )
+
+
+def _plain(artifact: aiplatform_v1.Artifact) -> dict[str, Any]:
+    return dict(json_format.MessageToDict(aiplatform_v1.Artifact.pb(artifact).metadata))
+
+
+class _NotThereError(UserError):
+    pass
+
+
+class _AlreadyThereError(UserError):
+    pass
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, exceptions.GoogleAPICallError):
+        return isinstance(error, exceptions.TooManyRequests | exceptions.ServerError)
+    return isinstance(error, requests.ConnectionError | requests.Timeout | auth_exceptions.TransportError)
+
+
+def _short(error: Exception) -> str:
+    said = error.message if isinstance(error, exceptions.GoogleAPICallError) else str(error)
+    code = f"{error.code} " if isinstance(error, exceptions.GoogleAPICallError) else f"{type(error).__name__}: "
+    return f"{code}{' '.join(str(said).split())}"[:300]
+
+
+def parse_job(text: str, project: str, region: str, endpoint: str) -> tuple[Place, str]:
+    """Returns place and ID of a job that is named by its ID or by its whole resource name. Raises UserError."""
+    parts = text.removeprefix("vertex:").split("/")
+    if len(parts) == 6 and parts[::2] == ["projects", "locations", "pipelineJobs"]:
+        return Place(parts[1], parts[3], endpoint), parts[5]
+    if len(parts) != 1 or not parts[0]:
+        raise UserError(f"{text} names no job: give its ID, or projects/PROJECT/locations/REGION/pipelineJobs/ID")
+    missing = [option for option, value in (("--project", project), ("--region", region)) if not value]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must say where job {parts[0]} is")
+    return Place(project, region, endpoint), parts[0]
+
+
+def parse_schedule(text: str, endpoint: str) -> Place | None:
+    """Returns the place of a schedule that is named by its whole resource name, or None for anything else."""
+    parts = text.split("/")
+    return Place(parts[1], parts[3], endpoint) if parts[::2] == ["projects", "locations", "schedules"] else None
+
+
+def as_json(job: Job) -> dict[str, Any]:
+    """Returns what scripts want of a job."""
+    return {
+        "job_id": job.job_id,
+        "state": job.state,
+        "error": job.error,
+        "link": job.link,
+        "tasks": {
+            task.name: {
+                "state": task.state,
+                "error": task.error,
+                "logs": task.logs,
+                "outputs": {name: dataclasses.asdict(one) for name, one in task.outputs.items()},
+            }
+            for task in job.tasks
+        },
+    }

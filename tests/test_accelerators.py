@@ -1,0 +1,171 @@
+"""Every accelerator: compiled, parsed strictly into the real protos, and the machine that was asked for."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from google.cloud import aiplatform_v1
+from google.protobuf import json_format
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from pipelines import accelerators, cli, pipeline
+from pipelines.images import Images
+from trainer.config import Config
+from trainer.presets import resolve
+from trainer.records import UserError
+
+REPOSITORY = Path(__file__).parents[1]
+CUSTOM_JOB = "europe-west4-docker.pkg.dev/p/sogclr"
+
+# Machine type, accelerator, count, topology, replicas, image: as Google's pages have them.
+MACHINES = {
+    "cpu": ("n2-standard-16", "ACCELERATOR_TYPE_UNSPECIFIED", 0, "", 1, "cpu"),
+    "t4-1": ("n1-standard-8", "NVIDIA_TESLA_T4", 1, "", 1, "gpu"),
+    "l4-4": ("g2-standard-48", "NVIDIA_L4", 4, "", 4, "gpu"),
+    "a100-8": ("a2-highgpu-8g", "NVIDIA_TESLA_A100", 8, "", 8, "gpu"),
+    "h100-8": ("a3-highgpu-8g", "NVIDIA_H100_80GB", 8, "", 8, "gpu"),
+    "v2-8": ("cloud-tpu", "TPU_V2", 8, "", 8, "tpu"),
+    "v3-8": ("cloud-tpu", "TPU_V3", 8, "", 8, "tpu"),
+    "v3-32": ("cloud-tpu", "TPU_V3", 32, "", 32, "tpu"),
+    "v4-8": ("cloud-tpu", "TPU_V4_POD", 8, "", 4, "tpu"),
+    "v5e-1": ("ct5lp-hightpu-1t", "ACCELERATOR_TYPE_UNSPECIFIED", 0, "1x1", 1, "tpu"),
+    "v5e-4": ("ct5lp-hightpu-4t", "ACCELERATOR_TYPE_UNSPECIFIED", 0, "2x2", 4, "tpu"),
+    "v5e-8": ("ct5lp-hightpu-8t", "ACCELERATOR_TYPE_UNSPECIFIED", 0, "2x4", 8, "tpu"),
+    "v5e-16": ("ct5lp-hightpu-4t", "ACCELERATOR_TYPE_UNSPECIFIED", 0, "4x4", 16, "tpu"),
+    "v5e-256": ("ct5lp-hightpu-4t", "ACCELERATOR_TYPE_UNSPECIFIED", 0, "16x16", 256, "tpu"),
+}
+
+
+def compiled(name):
+    """Returns the IR as the real proto, and the one worker pool of pretraining."""
+    cluster = pipeline.Cluster(
+        Images(CUSTOM_JOB, "abc"), accelerators.get(name), environment={"MLFLOW_TRACKING_URI": "https://m"}
+    )
+    proto = json_format.ParseDict(pipeline.compile_pipeline(cluster, {}), pipeline_spec_pb2.PipelineSpec())
+    default = proto.components["comp-pretrain"].input_definitions.parameters["worker_pool_specs"].default_value
+    (pool,) = json_format.MessageToDict(default)
+    parsed = aiplatform_v1.WorkerPoolSpec()
+    json_format.ParseDict(pool, aiplatform_v1.WorkerPoolSpec.pb(parsed))
+    return proto, parsed
+
+
+@pytest.mark.parametrize("name", accelerators.ACCELERATORS)
+def test_each_accelerator_compiles_into_the_machine_that_it_is(name):
+    accelerator = accelerators.get(name)
+    _, pool = compiled(name)
+    machine = pool.machine_spec
+    found = (machine.machine_type, machine.accelerator_type.name, machine.accelerator_count, machine.tpu_topology)
+    assert found == MACHINES.get(name, found)[:4]
+    assert (accelerator.replicas, accelerator.build) == MACHINES.get(name, (0, 0, 0, 0, accelerator.replicas, accelerator.build))[
+        4:
+    ]
+    assert pool.replica_count == 1
+    assert pool.disk_spec.boot_disk_size_gb == 200
+    assert pool.container_spec.image_uri == f"{CUSTOM_JOB}/sogclr-{accelerator.build}:abc"
+    environ = {variable.name: variable.value for variable in pool.container_spec.env}
+    assert environ == {"MLFLOW_TRACKING_URI": "https://m", "SOGCLR_IMAGE": pool.container_spec.image_uri}
+    # A topology says how many chips there are.
+    if machine.tpu_topology:
+        rows, columns = map(int, machine.tpu_topology.split("x"))
+        assert rows * columns == accelerator.replicas
+
+
+def test_pretraining_is_a_custom_job_that_finds_its_checkpoints_again_and_starts_again():
+    proto, _ = compiled("v5e-8")
+    inputs = proto.components["comp-pretrain"].input_definitions.parameters
+    launcher = proto.deployment_spec["executors"]["exec-pretrain"]["container"]
+    assert launcher["image"].startswith("gcr.io/ml-pipeline/google-cloud-pipeline-components:2.")
+    task = proto.components["comp-exit-handler-1"].dag.tasks["pretrain"]
+    assert task.inputs.parameters["base_output_directory"].component_input_parameter.endswith("base_output_directory")
+    assert inputs["restart_job_on_worker_restart"].default_value.bool_value
+    assert task.retry_policy.max_retry_count == 3
+
+
+def test_a_machine_that_is_taken_away_tells_the_step_and_not_a_shell(tmp_path):
+    _, pool = compiled("v5e-8")
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\ntrap "exit 75" TERM\necho "$_KFP_RUNTIME $*"\nwhile :; do sleep 0.02; done\n')
+    python.chmod(0o755)
+    command = [*pool.container_spec.command, *pool.container_spec.args]
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as step:
+        assert step.stdout.readline().startswith("true -m kfp.dsl.executor_main")
+        step.terminate()
+        assert step.wait(10) == 75
+
+
+def test_nothing_of_a_step_is_among_what_a_custom_job_takes_for_itself():
+    from google_cloud_pipeline_components.v1.custom_job import CustomTrainingJobOp
+
+    from components.steps import linear_eval, pretrain
+
+    for component in (pretrain, linear_eval):
+        assert not set(component.component_spec.inputs) & set(CustomTrainingJobOp.component_spec.inputs)
+
+
+def test_every_image_is_named_by_commit_or_digest():
+    for images, ending in (
+        (Images("r", "abc"), ":abc"),
+        (Images("r", "abc", {"cpu": "sha256:1", "tpu": "sha256:1"}), "@sha256:1"),
+    ):
+        spec = pipeline.compile_pipeline(pipeline.Cluster(images, accelerators.get("v3-8")), {})
+        named = re.findall(r"image(?:_uri)?': '([^']+)'", str(spec))
+        assert len(named) >= 7
+        for image in named:
+            assert image.endswith(ending) or re.fullmatch(r"gcr\.io/ml-pipeline/[\w-]+:\d+\.\d+\.\d+", image), image
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("v6e-8", "runs no TensorFlow"),
+        ("v5p-8", "runs no TensorFlow"),
+        ("tpu7x-8", "runs no TensorFlow"),
+        ("v3-7", "there is no v3 of size 7, only 8, 32"),
+        ("l4-3", "there is no l4 of size 3, only 1, 2, 4, 8"),
+        ("a1000-1", "did you mean a100-1"),
+        ("", "there is no accelerator"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_with_a_reason(name, named):
+    with pytest.raises(UserError, match=re.escape(named)):
+        accelerators.get(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "near"),
+    [("v5e-8", 500, "496 or global_batch_size=504"), ("v3-32", 16, "32"), ("a100-8", 250, "248"), ("v4-8", 510, "508")],
+)
+def test_a_global_batch_that_does_not_divide_is_refused_with_one_that_does(name, batch, near):
+    with pytest.raises(UserError, match=near.split(" ")[0]):
+        accelerators.check(accelerators.get(name), Config(global_batch_size=batch))
+
+
+def test_every_imagenet_preset_divides_on_every_common_slice():
+    for preset in ("sogclr_imagenet_r50_b512", "sogclr_imagenet_s_r50_b256"):
+        for name in ("cpu", "a100-8", "v2-8", "v3-8", "v3-32", "v4-32", "v5e-16", "v5e-256"):
+            accelerators.check(accelerators.get(name), resolve(preset))
+
+
+def test_the_table_in_the_docs_is_this_one(capsys):
+    assert cli.main(["accelerators"]) == 0
+    table = (REPOSITORY / "docs" / "vertex.md").read_text()
+    for one in accelerators.ACCELERATORS.values():
+        topology = one.tpu_topology or "-"
+        count = f"{one.accelerator_type} x {one.accelerator_count}" if one.accelerator_type else "-"
+        row = f"| {one.name} | {one.machine_type} | {count} | {topology} | {one.replicas} | sogclr-{one.build} |"
+        assert row in table, row
+    assert "v5e-8" in capsys.readouterr().out
+
+
+def test_compiling_for_a_tpu_knows_where_checkpoints_go(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    command = "compile --preset sogclr_imagenet_r50_b512 --accelerator v5e-8 --output p.yaml --tag abc --pipeline-root gs://bkt/r"
+    assert cli.main(command.split()) == 0
+    spec = yaml.safe_load(Path("p.yaml").read_text())
+    parameters = spec["root"]["inputDefinitions"]["parameters"]
+    assert parameters["base_output_directory"]["defaultValue"] == "gs://bkt/r/custom-jobs"
+    assert capsys.readouterr().out == "p.yaml\n"

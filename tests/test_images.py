@@ -1,0 +1,149 @@
+"""The container images: what they are made of and how they are built. The slow ones install and build for real."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from fake_vertex import serving
+
+from pipelines.images import Images
+from trainer.records import UserError
+
+REPOSITORY = Path(__file__).parents[1]
+DOCKERFILE = (REPOSITORY / "Dockerfile").read_text()
+BUILDS = ("cpu", "gpu", "tpu")
+PACKAGE = re.compile(r"^([a-z0-9-]+)==(\S+)", re.MULTILINE)
+
+
+def locked(name):
+    return dict(PACKAGE.findall((REPOSITORY / name).read_text()))
+
+
+def versions_tested_with():
+    """Every version of each package: those for one Python differ from those for another."""
+    found = {}
+    for name, version in PACKAGE.findall((REPOSITORY / "requirements.lock").read_text()):
+        found.setdefault(name, set()).add(version)
+    return found
+
+
+def test_the_images_hold_the_versions_that_the_tests_ran_with():
+    versions = versions_tested_with()
+    for build in BUILDS:
+        inside = locked(f"requirements-{build}.lock")
+        shared = set(inside) & set(versions)
+        assert len(shared) > 150
+        assert {name: inside[name] for name in shared if inside[name] not in versions[name]} == {}
+        assert not {"pytest", "ruff", "mypy", "gcp-storage-emulator"} & set(inside)
+    assert locked("requirements-tpu.lock")["libtpu"] == "0.0.30"
+    for build, name in {"cpu": "tensorflow-cpu", "gpu": "tensorflow", "tpu": "tensorflow-tpu"}.items():
+        assert locked(f"requirements-{build}.lock")[name] == "2.20.0"
+
+
+def test_an_image_runs_as_nobody_in_particular_and_says_its_commit():
+    last = DOCKERFILE.rpartition("\nFROM ")[2]
+    assert re.search(r"^USER sogclr$", last, re.MULTILINE)
+    assert "org.opencontainers.image.revision" in last
+    assert "SOGCLR_COMMIT=${COMMIT}" in last
+    assert ":latest" not in DOCKERFILE
+
+
+def test_beam_s_worker_is_of_the_version_that_the_image_has():
+    assert f"beam_python3.11_sdk:{locked('requirements-cpu.lock')['apache-beam']}" in DOCKERFILE
+
+
+def test_what_is_copied_is_there_and_nothing_else_is_sent():
+    copied = re.findall(r"^COPY (?!--from)([^$\n]+) \S+$", DOCKERFILE, re.MULTILINE)
+    names = {name for line in copied for name in line.split()}
+    assert names >= {"trainer", "eval", "beam_jobs", "components", "pipelines", "pyproject.toml"}
+    allowed = {line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert names <= allowed
+    assert all((REPOSITORY / name).exists() for name in names)
+
+
+def test_a_registry_s_digest_is_what_names_an_image():
+    with serving() as google:
+        repository = f"{google.url.removeprefix('http://')}/p/sogclr"
+        google.images = {f"p/sogclr/sogclr-{build}:abc": f"sha256:{number}" for number, build in enumerate(BUILDS)}
+        found = Images(repository, "abc").resolved("token", BUILDS)
+        assert [found.reference(build) for build in BUILDS] == [
+            f"{repository}/sogclr-{b}@sha256:{n}" for n, b in enumerate(BUILDS)
+        ]
+        for fault, named in ((404, "make images"), (403, "artifactregistry.reader"), (500, "answers 500"), ("cut", "be reached")):
+            google.fail(fault, path="manifests")
+            with pytest.raises(UserError, match=named):
+                Images(repository, "abc").resolved("token", ("cpu",))
+
+
+def run(*command, **more):
+    done = subprocess.run([str(one) for one in command], capture_output=True, text=True, **more)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def online():
+    ask = [shutil.which("uv"), "pip", "install", "--dry-run", "--quiet", "--no-deps", "--target", "nowhere", "libtpu==0.0.30"]
+    return subprocess.run(ask, capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+def test_tensorflow_for_tpus_imports_in_an_environment_of_nothing_but_its_lock(tmp_path):
+    if not online():
+        pytest.skip("no package index")
+    uv, python = shutil.which("uv"), tmp_path / "env" / "bin" / "python"
+    run(uv, "venv", "--quiet", "--python", "3.11", tmp_path / "env")
+    lock = REPOSITORY / "requirements-tpu.lock"
+    run(uv, "pip", "install", "--quiet", "--python", python, "--require-hashes", "--requirement", lock)
+    code = "import tensorflow, trainer.train, eval.linear_eval, components.tracking; print(tensorflow.__version__)"
+    environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TPU_SKIP_MDS_QUERY": "1"}
+    assert run(python, "-c", code, cwd=REPOSITORY, env=environ).strip() == "2.20.0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", ["cpu", "tpu"])
+def test_the_dockerfile_builds(tmp_path, build):
+    """With buildah on a Debian made here, since that needs no registry of images; Beam's worker is a stub."""
+    if shutil.which("buildah") is None or shutil.which("debootstrap") is None or os.geteuid() != 0 or not online():
+        pytest.skip("that needs buildah, debootstrap, root and a package index")
+    sources = "\n".join(path.read_text() for path in Path("/etc/apt").rglob("*.sources"))
+    mirror = re.search(r"^URIs: (\S+)", sources, re.MULTILINE)
+    run("debootstrap", "--variant=minbase", "bookworm", tmp_path / "debian", *([mirror[1]] if mirror else []))
+    boot = tmp_path / "beam" / "opt" / "apache" / "beam" / "boot"
+    boot.parent.mkdir(parents=True)
+    boot.write_text("#!/bin/sh\n")
+    boot.chmod(0o755)
+    buildah = ["buildah", "--root", tmp_path / "store", "--runroot", tmp_path / "runroot"]
+    for folder, name in (("debian", "localhost/base:bookworm"), ("beam", "localhost/beam:stub")):
+        container = run(*buildah, "from", "scratch").strip()
+        run(*buildah, "add", container, tmp_path / folder, "/")
+        run(*buildah, "commit", "--quiet", "--rm", container, name)
+    # Where packages come through a proxy with a certificate of its own, pip must know that in the build too.
+    options = ["--isolation", "chroot", "--network", "host", "--build-arg", "BASE=localhost/base:bookworm"]
+    options += [
+        "--build-arg",
+        "BEAM_SDK=localhost/beam:stub",
+        "--build-arg",
+        f"BUILD={build}",
+        "--build-arg",
+        f"COMMIT={'0' * 40}",
+    ]
+    if bundle := os.environ.get("PIP_CERT"):
+        (tmp_path / "pip.conf").write_text("[global]\ncert = /mnt/certificates/bundle.crt\n")
+        (tmp_path / "certificates").mkdir()
+        shutil.copy(bundle, tmp_path / "certificates" / "bundle.crt")
+        options += [
+            "--secret",
+            f"id=pip,src={tmp_path / 'pip.conf'}",
+            "--volume",
+            f"{tmp_path / 'certificates'}:/mnt/certificates:ro",
+        ]
+    run(*buildah, "build", *options, "--tag", "sogclr", REPOSITORY)
+    container = run(*buildah, "from", "sogclr").strip()
+    code = "import tensorflow, components.steps, beam_jobs.build_tfrecords, pipelines.code; print(pipelines.code.git_commit())"
+    inside = [*buildah, "run", "--isolation", "chroot", "--env", "TPU_SKIP_MDS_QUERY=1", container, "--"]
+    assert run(*inside, "id", "-un").strip() == "sogclr"
+    assert run(*inside, "python3", "-c", code).strip() == "0" * 40
+    run(*buildah, "rm", "--all")

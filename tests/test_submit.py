@@ -1,0 +1,427 @@
+"""Jobs on Vertex AI: checked, submitted, followed, ended and done again, with Google's real clients against a loopback Google."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from fake_vertex import KEY, give_credentials, nothing_leaves_this_machine, serving
+from gcp_storage_emulator.server import create_server
+from google.cloud import aiplatform_v1, storage
+from google.protobuf import json_format
+
+from beam_jobs.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
+from pipelines import cli, vertex
+
+PROJECT, REGION, TAG = "my-project", "europe-west4", "0123456789ab"
+FOLDER = f"projects/{PROJECT}/locations/{REGION}"
+DIGEST = {"cpu": "sha256:" + "c" * 64, "tpu": "sha256:" + "7" * 64}
+SECRET = "planted-password"
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A bucket with raw archives."""
+    server = create_server("localhost", 0, in_memory=True, default_bucket="a-bucket")
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{server._api._httpd.server_port}")
+        bucket = storage.Client(project=PROJECT).bucket("a-bucket")
+        for name in (TRAIN_ARCHIVE, VALIDATION_ARCHIVE):
+            bucket.blob(f"raw/{name}").upload_from_string(b"tar")
+        yield bucket
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    with nothing_leaves_this_machine(monkeypatch):
+        yield
+
+
+@pytest.fixture
+def google(tmp_path, monkeypatch):
+    """A loopback Google that has images and jobs, and a machine with credentials for it and nothing else."""
+    with serving() as fake:
+        give_credentials(monkeypatch, tmp_path, PROJECT, fake.url)
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "GOOGLE_CLOUD_PROJECT"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+        for name, seconds in {"_FIRST_WAIT": 0.01, "_LONGEST_WAIT": 0.05, "_PATIENCE": 1.5}.items():
+            monkeypatch.setattr(vertex, name, seconds)
+        monkeypatch.setattr(vertex, "_SECONDS_BETWEEN_LOOKS", 0.01)
+        monkeypatch.setattr(vertex, "_SECONDS_FOR_A_CALL", 1.0)
+        monkeypatch.chdir(tmp_path)
+        repository = fake.url.removeprefix("http://") + "/my-project/sogclr"
+        fake.images = {f"my-project/sogclr/sogclr-{build}:{TAG}": digest for build, digest in DIGEST.items()}
+        fake.options = ["--project", PROJECT, "--region", REGION, "--endpoint", fake.url]
+        fake.submit = [
+            *("submit", "--preset", "sogclr_imagenet_r50_b512", "--accelerator", "v5e-8", *fake.options),
+            *("--pipeline-root", "gs://a-bucket/runs", "--raw", "gs://a-bucket/raw", "--images", repository, "--tag", TAG),
+            *("--mlflow-uri", "https://mlflow.example", "--mlflow-secret", "projects/my-project/secrets/mlflow/versions/1"),
+        ]
+        fake.quick = [*fake.submit, "--job-id", "mine", "--skip-check", "options", "vertex", "bucket", "images", "raw"]
+        yield fake
+
+
+def jobs_made(google):
+    return google.sent("POST", "/pipelineJobs")
+
+
+def one_error_line(capsys):
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, said.err
+    assert "Traceback" not in said.err + said.out
+    return lines[0]
+
+
+# ---- Before
+
+
+def test_a_dry_run_shows_the_plan_and_the_checks_and_makes_nothing(google, bucket, capsys):
+    assert cli.main([*google.submit, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for text in ("v5e-8: ct5lp-hightpu-8t (2x4), 8 replicas", DIGEST["tpu"], DIGEST["cpu"], "Dataflow", "gs://a-bucket/runs"):
+        assert text in said
+    assert "missing" not in said
+    assert jobs_made(google) == []
+
+
+def test_a_dry_run_on_a_bare_machine_explains_the_plan_and_what_is_missing(google, monkeypatch, capsys):
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS")
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(Path.cwd()))
+    arguments = [one for one in google.submit if "mlflow" not in one]
+    assert cli.main([*arguments, "--dry-run"]) == 2
+    said = capsys.readouterr()
+    assert "v5e-8: ct5lp-hightpu-8t (2x4), 8 replicas" in said.out
+    assert "gcloud auth application-default login" in said.out
+    assert "--mlflow-uri" in said.out
+    assert re.fullmatch(r"error: it would not work: mlflow, credentials, .* must be mended first\n", said.err)
+    assert google.requests == []
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--accelerator", "v6e-8"], "runs no TensorFlow"),
+        (["--accelerator", "v5e-7"], "no v5e of size 7"),
+        (["--accelerator", "v5-8"], "did you mean v"),
+        (["--set", "global_batch_size=500"], "does not divide among the 8 replicas"),
+        (["--set", "global_batch_size=4"], "take --set global_batch_size=8"),
+        (["--pipeline-root", "/tmp/runs"], "--pipeline-root"),
+        (["--raw", "/data"], "--raw"),
+        (["--project", "My Project"], "--project"),
+        (["--region", "europe"], "--region"),
+        (["--job-id", "My_Job"], "--job-id"),
+        (["--label", "Team=A"], "--label Team=A"),
+        (["--service-account", "me"], "--service-account"),
+        (["--network", "default"], "--network"),
+        (["--encryption-key", "key"], "--encryption-key"),
+        (["--schedule", "every day"], "--schedule"),
+        (["--tag", "latest"], "another image tomorrow"),
+        (["--mlflow-uri", "https://me:planted-password@mlflow.example"], "without credentials"),
+        (["--mlflow-secret", "planted"], "--mlflow-secret"),
+        (["--timeout-hours", "0"], "--timeout-hours"),
+        (["--skip-check", "all"], "--skip-check all"),
+        (["--max-runs", "3"], "--schedule"),
+        (["--preset", "sogclr_imagenet"], "did you mean"),
+    ],
+)
+def test_what_cannot_work_is_refused_without_a_request(google, capsys, change, named):
+    assert cli.main([*google.submit, *change]) == 2
+    line = one_error_line(capsys)
+    assert named in line
+    assert SECRET not in line
+    assert google.requests == []
+
+
+@pytest.mark.parametrize(
+    ("change", "break_it", "named"),
+    [
+        (["--region", "us-east1"], None, "region us-east1 has no v5e-8"),
+        (["--tag", "fedcba987654"], None, "there is no image"),
+        (["--pipeline-root", "gs://b-bucket/runs"], None, "there is no bucket gs://b-bucket"),
+        (["--raw", "gs://a-bucket/other"], None, "lacks ILSVRC2012_img_train.tar"),
+        ([], lambda google: google.fail(*[403] * 9), "docs/vertex.md lists the roles"),
+        ([], lambda google: setattr(google, "token_ok", False), "the credentials do not hold"),
+        ([], lambda google: google.fail(401, path="/v2/"), "roles/artifactregistry.reader"),
+        ([], lambda google: google.fail(500, path="/v2/"), "answers 500"),
+    ],
+)
+def test_what_is_missing_is_named_and_nothing_is_submitted(google, bucket, capsys, change, break_it, named):
+    if break_it:
+        break_it(google)
+    assert cli.main([*google.submit, *change]) == 2
+    said = capsys.readouterr()
+    assert named in said.out
+    assert said.err.startswith("error: nothing was submitted: ")
+    assert jobs_made(google) == []
+
+
+def test_a_check_can_be_skipped(google, bucket, capsys):
+    assert cli.main([*google.submit, "--region", "us-east1", "--skip-check", "region", "images", "--tag", "fedcba987654"]) == 0
+    assert "sogclr-tpu:fedcba987654" in jobs_made(google)[0]
+
+
+# ---- Sending
+
+
+def the_job(google):
+    (job,) = google.jobs.values()
+    return json_format.MessageToDict(aiplatform_v1.PipelineJob.pb(job))
+
+
+def test_a_submitted_job_is_what_was_asked_for(google, bucket, capsys):
+    options = [
+        *("--job-id", "mine", "--label", "team=vision", "cost=a1", "--service-account", "s@my-project.iam.gserviceaccount.com"),
+        *("--network", "projects/12/global/networks/net", "--spot", "--no-cache", "--timeout-hours", "2", "--retries", "5"),
+        *("--encryption-key", "projects/p/locations/r/keyRings/k/cryptoKeys/c", "--dataflow-workers", "3"),
+        *(
+            "--dataflow-machine",
+            "n2-standard-8",
+            "--dataflow-arg=--no_use_public_ips",
+            "--set",
+            "epochs=30",
+            "linear_eval.seed=2",
+        ),
+    ]
+    assert cli.main([*google.submit, *options]) == 0
+    said = capsys.readouterr().out
+    assert f"https://console.cloud.google.com/vertex-ai/locations/{REGION}/pipelines/runs/mine?project={PROJECT}" in said
+    job = the_job(google)
+    assert job["labels"].items() >= {"team": "vision", "cost": "a1"}.items()
+    assert job["serviceAccount"] == "s@my-project.iam.gserviceaccount.com"
+    assert job["network"] == "projects/12/global/networks/net"
+    assert job["encryptionSpec"]["kmsKeyName"].endswith("/cryptoKeys/c")
+    assert job["runtimeConfig"]["gcsOutputDirectory"] == "gs://a-bucket/runs"
+    values = job["runtimeConfig"]["parameterValues"]
+    assert values["overrides"] == ["epochs=30"]
+    assert values["linear_eval_overrides"] == ["linear_eval.seed=2"]
+    assert len(values["raw_identity"]) == 16
+    spec = job["pipelineSpec"]
+    tasks = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    assert not any(task["cachingOptions"].get("enableCache") for task in tasks.values())
+    assert tasks["pretrain"]["retryPolicy"]["maxRetryCount"] == 5
+    pretrain = spec["components"]["comp-pretrain"]["inputDefinitions"]["parameters"]
+    assert pretrain["strategy"]["defaultValue"] == "SPOT"
+    assert pretrain["timeout"]["defaultValue"] == "7200s"
+    assert pretrain["restart_job_on_worker_restart"]["defaultValue"] is True
+    (pool,) = pretrain["worker_pool_specs"]["defaultValue"]
+    assert pool["container_spec"]["image_uri"].endswith(DIGEST["tpu"])
+    beam = tasks["build-tfrecords"]["inputs"]["parameters"]["beam_args"]["runtimeValue"]["constant"]
+    assert {"--runner=DataflowRunner", "--max_num_workers=3", "--worker_machine_type=n2-standard-8", "--no_use_public_ips"} < set(
+        beam
+    )
+    (image,) = (one for one in beam if one.startswith("--sdk_container_image="))
+    assert image.endswith(DIGEST["cpu"])
+
+
+def test_no_secret_is_in_the_job_or_said(google, bucket, capsys):
+    assert cli.main([*google.submit, "--debug"]) == 0
+    said = capsys.readouterr()
+    for text in (said.out, said.err, *jobs_made(google)):
+        for secret in (SECRET, "planted-access-token", KEY.splitlines()[2]):
+            assert secret not in text
+    assert "projects/my-project/secrets/mlflow/versions/1" in jobs_made(google)[0]
+
+
+@pytest.mark.parametrize("faults", [["lost"], ["cut"], [429, 429], [500], [503, "cut", "lost"], ["slow"]], ids=str)
+def test_faults_that_pass_end_in_one_job(google, bucket, capsys, faults):
+    google.fail(*faults, path="pipelineJobs?pipelineJobId=")
+    assert cli.main(google.quick) == 0
+    assert "submitted: mine" in capsys.readouterr().out
+    assert len(google.jobs) == 1
+    assert google.faults == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [(429, "out of quota"), (500, "is not itself"), (403, "not allowed"), ("cut", "cannot be reached"), (400, "refuses")],
+)
+def test_a_fault_that_stays_is_one_line_and_no_job(google, bucket, capsys, fault, named):
+    google.fail(*[fault] * 1000, path="pipelineJobs?pipelineJobId=")
+    assert cli.main(google.quick) == 2
+    assert named in one_error_line(capsys)
+    assert google.jobs == {}
+
+
+def test_the_same_submission_twice_is_one_job_and_another_of_its_name_is_refused(google, bucket, capsys):
+    arguments = google.quick
+    assert cli.main(arguments) == cli.main(arguments) == 0
+    assert "was there already: mine" in capsys.readouterr().out
+    assert cli.main([*arguments, "--set", "gamma=0.7"]) == 2
+    assert "give another --job-id" in one_error_line(capsys)
+    assert len(jobs_made(google)) == 1
+
+
+def test_a_schedule_is_made_once(google, bucket, capsys):
+    arguments = [*google.submit, "--schedule", "TZ=Europe/Berlin 0 3 * * 1", "--max-runs", "4"]
+    google.fail("lost", path="schedules")
+    assert cli.main(arguments) == 0
+    assert cli.main(arguments) == 0
+    (schedule,) = google.schedules.values()
+    assert (schedule.cron, schedule.max_run_count) == ("TZ=Europe/Berlin 0 3 * * 1", 4)
+    assert "was there already" in capsys.readouterr().out
+    assert cli.main(["cancel", schedule.name, "--endpoint", google.url]) == 0
+    assert google.schedules == {}
+    assert cli.main(["cancel", schedule.name, "--endpoint", google.url]) == 2
+    assert "knows nothing of that" in one_error_line(capsys)
+
+
+def test_a_lost_answer_to_a_new_schedule_makes_no_second_one(google, bucket, capsys):
+    # The first request to schedules lists them, the second makes one.
+    google.fail("", "lost", path="schedules")
+    assert cli.main([*google.submit, "--schedule", "0 3 * * 1"]) == 0
+    assert len(google.schedules) == 1
+
+
+# ---- Following
+
+
+HAPPY = [
+    {"job": "RUNNING", "build-tfrecords": "RUNNING"},
+    {"build-tfrecords": "SUCCEEDED", "pretrain": "RUNNING"},
+    {"pretrain": "SUCCEEDED", "linear-eval": "RUNNING"},
+    {"linear-eval": "SUCCEEDED", "record-lineage": "SUCCEEDED", "end-pipeline": "SUCCEEDED", "job": "SUCCEEDED"},
+]
+
+
+def test_waiting_shows_the_states_of_the_steps_and_links_to_their_logs(google, bucket, capsys):
+    google.script = [{}, *HAPPY]
+    assert cli.main([*google.quick, "--wait"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    states = [line.split("  ")[0] for line in said if line.startswith("[")]
+    assert states == [
+        "[job] pending",
+        "[job] running",
+        "[build-tfrecords] running",
+        "[build-tfrecords] succeeded",
+        "[pretrain] running",
+        "[pretrain] succeeded",
+        "[linear-eval] running",
+        "[job] succeeded",
+        "[linear-eval] succeeded",
+        "[record-lineage] succeeded",
+        "[end-pipeline] succeeded",
+    ]
+    assert any(line.startswith("[pretrain] running") and "console.cloud.google.com/logs" in line for line in said)
+
+
+@pytest.mark.parametrize("component", ["build-tfrecords", "pretrain", "linear-eval"])
+def test_a_step_that_fails_ends_the_wait_with_its_reason(google, bucket, capsys, component):
+    google.script = [{"job": "RUNNING", component: "RUNNING"}, {component: "FAILED: the disk is full", "job": "FAILED"}]
+    assert cli.main([*google.quick, "--wait"]) == 1
+    assert f"{component} failed: the disk is full" in one_error_line(capsys)
+
+
+@pytest.mark.parametrize("fault", ["cut", 429, 500, 503, "slow"])
+def test_a_fault_while_waiting_is_waited_out(google, capsys, fault):
+    assert cli.main(google.quick) == 0
+    google.script = list(HAPPY)
+    google.fail(fault, fault, path="pipelineJobs/mine")
+    assert cli.main(["status", "mine", *google.options, "--wait"]) == 0
+    assert "mine: succeeded" in capsys.readouterr().out
+
+
+def test_a_step_from_the_cache_and_a_step_that_is_tried_again_are_shown_as_such(google, bucket, capsys):
+    google.script = [
+        {"job": "RUNNING", "build-tfrecords": "SKIPPED", "pretrain": "RUNNING"},
+        {"pretrain": "PENDING"},
+        {"pretrain": "RUNNING"},
+        {"pretrain": "SUCCEEDED", "job": "SUCCEEDED"},
+    ]
+    assert cli.main([*google.quick, "--wait"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("[pretrain] running") == 2
+    assert "build-tfrecords  reused from the cache" in said
+
+
+def test_cancelling_ends_a_job_once(google, bucket, capsys):
+    assert cli.main(google.quick) == 0
+    for _ in range(2):
+        assert cli.main(["cancel", "mine", *google.options]) == 0
+    assert "mine: cancelled" in capsys.readouterr().out
+    assert len(google.sent("POST", ":cancel")) == 1
+    assert cli.main(["status", "mine", *google.options]) == 1
+    assert "job mine cancelled" in one_error_line(capsys)
+
+
+def test_status_names_what_is_not_there(google, capsys):
+    for arguments, named in (
+        (["nothing", *google.options], "there is no job nothing"),
+        (["nothing"], "--project and --region must say where"),
+        (["projects/p/jobs/x"], "names no job"),
+    ):
+        assert cli.main(["status", *arguments]) == 2
+        assert named in one_error_line(capsys)
+
+
+def test_status_as_json_is_for_scripts(google, bucket, capsys):
+    assert cli.main([*google.quick, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["job_id"] == "mine"
+    google.script = [{"job": "RUNNING", "pretrain": "RUNNING"}]
+    name = f"{FOLDER}/pipelineJobs/mine"
+    assert cli.main(["status", name, "--endpoint", google.url, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["tasks"]["pretrain"]["state"]) == ("RUNNING", "RUNNING")
+
+
+def test_an_interrupt_leaves_the_job_running_and_says_how_to_go_on(google, bucket, capsys, monkeypatch):
+    assert cli.main(google.quick) == 0
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vertex.time, "sleep", interrupted)
+    assert cli.main(["status", "mine", *google.options, "--wait"]) == 130
+    assert "the job goes on; sogclr status mine" in capsys.readouterr().err
+    assert google.sent("POST", ":cancel") == []
+
+
+# ---- Doing a step again
+
+
+def leave(google, bucket, states):
+    """Makes a job whose steps left artifacts."""
+    assert cli.main([*google.quick, "--set", "epochs=70"]) == 0
+    (job,) = google.jobs.values()
+    google.step_on(job, states)
+    made = {
+        "build-tfrecords": ("dataset", "system.Dataset", {"fingerprint": "f" * 64, "run_id": "1" * 32}),
+        "pretrain": ("model", "system.Model", {"steps": 9, "run_id": "2" * 32}),
+        "linear-eval": ("metrics", "system.Metrics", {"top_1_accuracy": 0.5, "run_id": "3" * 32}),
+    }
+    for detail in job.job_detail.task_details:
+        if detail.task_name in made and detail.state.name in ("SUCCEEDED", "SKIPPED"):
+            name, title, metadata = made[detail.task_name]
+            artifact = aiplatform_v1.Artifact(uri=f"gs://a-bucket/runs/{name}", schema_title=title, metadata=metadata)
+            detail.outputs = {name: aiplatform_v1.PipelineTaskDetail.ArtifactList(artifacts=[artifact])}
+
+
+def test_a_step_is_done_again_on_vertex_from_what_a_job_left(google, bucket, capsys):
+    leave(google, bucket, {"build-tfrecords": "SKIPPED", "pretrain": "SUCCEEDED", "job": "SUCCEEDED"})
+    images = google.submit[google.submit.index("--images") :]
+    arguments = ["rerun", "pretrain", "--run", "vertex:mine", *google.options, "--accelerator", "v3-8", *images]
+    assert cli.main([*arguments, "--set", "gamma=0.8", "--job-id", "again"]) == 0
+    job = json_format.MessageToDict(aiplatform_v1.PipelineJob.pb(google.jobs[f"{FOLDER}/pipelineJobs/again"]))
+    spec = job["pipelineSpec"]
+    tasks = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    assert set(tasks) == {"importer", "pretrain"}
+    given = {name: one["runtimeValue"]["constant"] for name, one in tasks["pretrain"]["inputs"]["parameters"].items()}
+    assert given["overrides"] == ["epochs=70", "gamma=0.8"]
+    assert given["preset"] == "sogclr_imagenet_r50_b512"
+    assert given["base_output_directory"] == "gs://a-bucket/runs/custom-jobs"
+    importer = spec["deploymentSpec"]["executors"]["exec-importer"]["importer"]
+    assert importer["artifactUri"]["constant"] == "gs://a-bucket/runs/dataset"
+    (pool,) = spec["components"]["comp-pretrain"]["inputDefinitions"]["parameters"]["worker_pool_specs"]["defaultValue"]
+    assert pool["machine_spec"] == {"machine_type": "cloud-tpu", "accelerator_type": "TPU_V3", "accelerator_count": 8}
+    assert {"name": "SOGCLR_RERUN_OF", "value": "2" * 32} in pool["container_spec"]["env"]
+
+
+def test_a_step_without_what_it_needs_is_not_done_again(google, bucket, capsys):
+    leave(google, bucket, {"build-tfrecords": "SUCCEEDED", "pretrain": "FAILED: no", "job": "FAILED"})
+    capsys.readouterr()
+    assert cli.main(["rerun", "linear-eval", "--run", "vertex:mine", *google.options]) == 2
+    assert "nothing of pretrain to go on from: it is FAILED" in one_error_line(capsys)

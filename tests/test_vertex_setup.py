@@ -1,0 +1,96 @@
+"""The script that makes a project ready: it prints what it would do, does that and no more, and can be run again."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "vertex-setup.sh"
+DOCS = SCRIPT.with_name("vertex.md")
+OPTIONS = [
+    "--project",
+    "my-project",
+    "--region",
+    "europe-west4",
+    "--bucket",
+    "b",
+    "--user",
+    "me@example.com",
+    "--raw-bucket",
+    "r",
+]
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs the script with a gcloud that only writes down how it was called; nothing is there unless `there`."""
+    called = tmp_path / "called"
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text(f'#!/bin/bash\nprintf "%q " gcloud "$@" >>{called}; echo >>{called}\n[[ $* != *describe* || -n $THERE ]]\n')
+    gcloud.chmod(0o755)
+
+    def run(*options, there=False):
+        called.write_text("")
+        environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "THERE": "yes" if there else ""}
+        done = subprocess.run([SCRIPT, *options], env=environ, capture_output=True, text=True)
+        return done, [shlex.split(line) for line in called.read_text().splitlines()]
+
+    return run
+
+
+def commands(text):
+    return [shlex.split(line) for line in text.splitlines() if line.startswith("gcloud")]
+
+
+@pytest.mark.parametrize("more", [[], ["--delete"]])
+def test_it_prints_and_does_nothing_unless_told_to(script, more):
+    done, called = script(*OPTIONS, *more)
+    assert (done.returncode, called) == (0, [])
+    assert "# nothing was done: --apply does it" in done.stdout
+    planned = commands(done.stdout)
+    done, called = script(*OPTIONS, *more, "--apply")
+    assert done.returncode == 0
+    assert [one for one in called if "describe" not in one] == planned
+
+
+def test_run_again_it_makes_nothing_twice(script):
+    _, called = script(*OPTIONS, "--apply", there=True)
+    assert not any("create" in one for one in called)
+
+
+def test_what_is_missing_is_one_line(script):
+    for options, named in (
+        (OPTIONS[2:], "--project is missing"),
+        ([*OPTIONS, "--aply"], "no option --aply"),
+        (["--user"], "value"),
+    ):
+        done, called = script(*options)
+        assert (done.returncode, called, done.stdout) == (2, [], "")
+        assert re.fullmatch(rf"error: .*{named}.*\n", done.stderr)
+
+
+def test_no_role_is_wider_than_it_must_be_and_the_docs_list_each(script):
+    done, _ = script(*OPTIONS)
+    roles = set(re.findall(r"--role=(roles/\S+)", done.stdout))
+    assert not roles & {"roles/owner", "roles/editor", "roles/storage.admin", "roles/aiplatform.admin"}
+    documented = set(re.findall(r"roles/[\w.]+", DOCS.read_text()))
+    assert roles <= documented
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud itself says whether it takes a command")
+def test_gcloud_takes_every_command(script, tmp_path):
+    planned = commands(script(*OPTIONS)[0].stdout) + commands(script(*OPTIONS, "--delete")[0].stdout)
+    quiet = {"CLOUDSDK_CONFIG": str(tmp_path), "CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "1"}
+    kinds = {tuple(word.partition("=")[0] for word in one if "@" not in word and "://" not in word): one for one in planned}
+    for one in kinds.values():
+        # Parsed, and not carried out.
+        lint = ["gcloud", "meta", "lint-gcloud-commands", f"--command-string={shlex.join(one)}"]
+        done = subprocess.run(lint, env={**os.environ, **quiet}, capture_output=True, text=True)
+        (said,) = json.loads(done.stdout)
+        assert said["success"], said["error_message"]
