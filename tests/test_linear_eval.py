@@ -18,7 +18,7 @@ from trainer.presets import resolve
 from trainer.records import UserError, read_manifest
 from trainer.train import train
 
-TINY = ["width_multiplier=0.0625", "global_batch_size=24", "epochs=2"]
+TINY = ["width_multiplier=0.0625", "global_batch_size=24", "epochs=1", "warmup_epochs=0", "base_learning_rate=1"]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import stripes
 from fake_vertex import give_credentials, serving
 from mlflow import MlflowClient
 from PIL import Image
@@ -82,11 +82,11 @@ def raw_archives(folder):
             inner = io.BytesIO()
             with tarfile.open(fileobj=inner, mode="w") as archive:
                 for number in range(12):
-                    add(archive, f"{synset}_{number}.JPEG", picture(label, random))
+                    add(archive, f"{synset}_{number}.JPEG", stripes(label, random))
             add(train, f"{synset}.tar", inner.getvalue())
     with tarfile.open(raw / "ILSVRC2012_img_val.tar", "w") as validation:
         for number in range(12):
-            add(validation, f"ILSVRC2012_val_{number + 1:08}.JPEG", picture(number % 3, random))
+            add(validation, f"ILSVRC2012_val_{number + 1:08}.JPEG", stripes(number % 3, random))
     (raw / "validation_labels.txt").write_text("".join(f"{synsets[number % 3]}\n" for number in range(12)))
     return raw
 
