@@ -142,7 +142,7 @@ def test_the_component_leaves_the_page_in_mlflow(raw, tmp_path, monkeypatch):
     for name, value in {"MLFLOW_TRACKING_URI": uri, "MLFLOW_RUN_ID": run_id}.items():
         monkeypatch.setenv(name, value)
     dataset = dsl.Dataset(name="dataset", uri=str(tmp_path / "job" / "task" / "dataset"), metadata={})
-    steps.build_tfrecords.python_func(raw=str(raw), raw_identity="1", code_version="1", dataset=dataset)
+    steps.build_tfrecords.python_func(raw=str(raw), raw_identity="1", beam_args=[], code_version="1", dataset=dataset)
     client = MlflowClient(uri)
     page = client.download_artifacts(dataset.metadata["run_id"], "dataset.html", str(tmp_path))
     assert dataset.metadata["fingerprint"] in Path(page).read_text()
