@@ -19,7 +19,7 @@ COPY requirements-${BUILD}.lock /tmp/requirements.lock
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
     python3.11 -m venv --without-pip /opt/sogclr \
     && python3.11 -m venv /tmp/pip \
-    && /tmp/pip/bin/pip --python /opt/sogclr/bin/python3 install --quiet --no-cache-dir --no-compile --require-hashes --requirement /tmp/requirements.lock
+    && /tmp/pip/bin/pip --python /opt/sogclr/bin/python3 install --quiet --no-cache-dir --no-compile --no-deps --require-hashes --requirement /tmp/requirements.lock
 COPY pyproject.toml README.md LICENSE /tmp/source/
 COPY trainer /tmp/source/trainer
 COPY eval /tmp/source/eval
