@@ -50,7 +50,7 @@ class Accelerator:
         return f"{self.machine_type}{f' ({what})' if what else ''}"
 
 
-# Google's page "TPU regions and zones", as of 2026-11.
+# Regions come and go: docs.cloud.google.com/tpu/docs/regions-zones has the list of the day, and `--skip-check region` goes by it.
 _V2 = ("us-central1", "europe-west4", "asia-east1")
 _V3 = ("us-central1", "europe-west4")
 _V3_POD = ("europe-west4",)

@@ -128,8 +128,11 @@ def _send(args: argparse.Namespace, submission: Submission) -> int:
         if args.json:
             print(json.dumps(_plan_as_json(checked)))
     if checked.problems:
-        named = ", ".join(one.name for one in checked.problems)
-        raise UserError(f"{'it would not work' if args.dry_run else 'nothing was submitted'}: {named} must be mended first")
+        missing, waiting = ([one.name for one in checked.problems if one.looked is looked] for looked in (True, False))
+        named = f"{', '.join(missing)} must be mended first" + (
+            f"; {', '.join(waiting)} can be looked at then" if waiting else ""
+        )
+        raise UserError(f"{'it would not work' if args.dry_run else 'nothing was submitted'}: {named}")
     if args.dry_run:
         return 0
     job, name, made = sending.submit(checked)

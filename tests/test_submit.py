@@ -98,7 +98,9 @@ def test_a_dry_run_on_a_bare_machine_explains_the_plan_and_what_is_missing(googl
     assert "v5e-8: ct5lp-hightpu-8t (2x4), 8 replicas" in said.out
     assert "gcloud auth application-default login" in said.out
     assert "--mlflow-uri" in said.out
-    assert re.fullmatch(r"error: it would not work: mlflow, credentials, .* must be mended first\n", said.err)
+    assert re.fullmatch(
+        r"error: it would not work: mlflow, credentials must be mended first; vertex, .* can be looked at then\n", said.err
+    )
     assert google.requests == []
 
 
