@@ -11,7 +11,7 @@ COMMIT = $(shell git rev-parse --short=12 HEAD)
 IN := . $(VENV)/bin/activate &&
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check test-images images format lock clean
+.PHONY: help setup tpu-check demo test check test-images images format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,13 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
 	$(IN) pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements.lock
 	$(IN) pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+tpu-check: .venv-tpu/.ready ## the TPU's compiler, for sogclr plan, in an environment of its own
+
+.venv-tpu/.ready: requirements-tpu-check.lock
+	$(PYTHON) -m venv --clear .venv-tpu
+	. .venv-tpu/bin/activate && pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-tpu-check.lock
 	@touch $@
 
 demo: setup ## the whole pipeline on photographs, about five minutes on two cores
@@ -64,6 +71,8 @@ lock: setup ## resolve the dependencies anew into requirements.lock and those of
 			--no-annotate --extra $$build --extra image --constraint requirements.lock --custom-compile-command "make lock" \
 			--output-file requirements-$$build.lock pyproject.toml; \
 	done
+	$(IN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+		--group tpu-check --custom-compile-command "make lock" --output-file requirements-tpu-check.lock
 
 clean: ## remove the virtual environment and caches, never runs
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-tpu build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -450,6 +450,17 @@ def _open_run(
     return run_id
 
 
+def log_plan(store: Store, name: str, plan: Mapping[str, Any]) -> str:
+    """Records a plan, as of `pipelines/plan.py`, as a run of its own and returns the run's ID."""
+    run_id = store.client.create_run(store.experiment_id, run_name=name, tags={_COMPONENT: "plan"}).info.run_id
+    store.client.log_dict(run_id, dict(plan), "plan.json")
+    numbers = {key: value for key, value in plan.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    _log_metrics(store, run_id, {f"plan/{key}": value for key, value in numbers.items()})
+    _log_params(store, run_id, {key: plan[key] for key in ("preset", "accelerator", "fits", "bound_by") if key in plan})
+    store.client.set_terminated(run_id)
+    return run_id
+
+
 # ---- What was recorded
 
 

@@ -1,4 +1,4 @@
-"""The command line: `sogclr run | rerun | compile | submit | status | cancel | ui | presets | accelerators`.
+"""The command line: `sogclr run | rerun | plan | compile | submit | status | cancel | ui | presets | accelerators`.
 
 What is heavy is imported by the command that needs it, so that --help answers at once.
 """
@@ -85,6 +85,14 @@ examples:
 same --job-id, there is still one job. docs/vertex.md goes from an empty project to a finished run.
 """
 
+_PLAN = """
+examples:
+  sogclr plan --preset sogclr_imagenet_r50_b512 --accelerator v5e-8
+  sogclr plan --preset sogclr_imagenet_r50_b2048 --accelerator v3-32 --price 1.0 --json
+
+The step is compiled by the TPU's own compiler, without a TPU: some minutes the first time, which make tpu-check prepares.
+"""
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -158,6 +166,26 @@ def _parser() -> argparse.ArgumentParser:
         _add_place(one, "of the job")
         one.add_argument("--wait", action="store_true", help="follow it until it has ended")
         _add_json(one)
+
+    plan = add("plan", _plan, "Say what a run will need before it is paid for: memory, time, money, and what binds it.", _PLAN)
+    _add_preset(plan)
+    plan.add_argument(
+        "--accelerator", required=True, metavar="NAME", help="machine of pretraining; sogclr accelerators lists them"
+    )
+    plan.add_argument(
+        "--data", metavar="DIR", help="the dataset, for its counts; those of the preset's dataset where it is not given"
+    )
+    plan.add_argument(
+        "--price", type=float, metavar="DOLLARS", help="of a device (a TPU core of v2 and v3, else a chip) and hour"
+    )
+    plan.add_argument(
+        "--images-per-core", type=float, metavar="N", help="what tests/benchmarks/input_pipeline.py measures on a core"
+    )
+    plan.add_argument("--listing", metavar="FILE", help="where to write the compiled program: its buffers and fusions")
+    plan.add_argument("--log", action="store_true", help="record the plan as a run in MLflow")
+    _add_root(plan)
+    _add_set(plan)
+    _add_json(plan)
 
     ui = add("ui", _ui, "Open the MLflow UI on a root.")
     _add_root(ui)
@@ -547,6 +575,51 @@ def _accelerators(args: argparse.Namespace) -> int:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[4]]).rstrip())
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from pipelines import plan as planning
+    from pipelines.code import PROJECT, plan_version
+    from trainer.records import read_manifest
+
+    config = resolve(args.preset, args.overrides)
+    accelerator = accelerators.get(args.accelerator)
+    root = _make_root(args.root)
+    assumed = planning.assumptions(args.preset, accelerator, read_manifest(args.data) if args.data else None, args.price)
+    if args.images_per_core:
+        assumed = replace(assumed, images_a_core=args.images_per_core)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    plan = planning.make_plan(
+        args.preset,
+        config,
+        accelerator,
+        assumed,
+        python=planning.tpu_python(PROJECT),
+        cache=root / "plans",
+        version=plan_version(),
+        listing=Path(args.listing) if args.listing else None,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if args.log:
+        from components import tracking
+
+        run_id = tracking.log_plan(_open_store(root), f"plan {plan.preset} {plan.accelerator}", plan.as_json())
+        print(f"recorded as run {short(run_id)}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(plan.as_json()))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", f"{plan.preset} on {plan.accelerator}", "", box=None)
+    for row in planning.as_lines(plan):
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    for note in plan.notes:
+        print(f"note: {note}")
+    if "price" in plan.values and args.price is None:
+        print(f"note: prices are {planning.PRICES}")
     return 0
 
 

@@ -21,6 +21,12 @@ def code_version(project: Path = PROJECT) -> str:
     return _digest(project, [file for package in _PACKAGES for file in sorted((project / package).rglob("*.py"))])
 
 
+def plan_version(project: Path = PROJECT) -> str:
+    """Returns a short digest of what a plan's compiled figures follow from besides the config: the step and its compiler."""
+    files = _reached({project / "trainer" / "lowering.py"}, project)
+    return _digest(project, sorted(files | {project / "pipelines" / "xla_program.py", project / "requirements-tpu-check.lock"}))
+
+
 def step_version(component: str, project: Path = PROJECT) -> str:
     """Returns a short digest of the sources that the body of a component imports, directly or not.
 
@@ -29,14 +35,19 @@ def step_version(component: str, project: Path = PROJECT) -> str:
     name = component.replace("-", "_")
     tree = ast.parse((project / _STEPS).read_text())
     body = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return _digest(project, sorted(_reached(_files(_imports(ast.unparse(body)), project), project)))
+
+
+def _reached(files: set[Path], project: Path) -> set[Path]:
+    """Returns `files` with all of the project's files that they import, directly or not."""
     found: set[Path] = set()
-    waiting = _files(_imports(ast.unparse(body)), project)
+    waiting = set(files)
     while waiting:
         file = waiting.pop()
         if file not in found:
             found.add(file)
             waiting |= _files(_imports(file.read_text()), project)
-    return _digest(project, sorted(found))
+    return found
 
 
 @cache

@@ -20,14 +20,14 @@ CASES = {
     "pt_official, LARS": (2, ["variant=pt_official", "optimizer=lars"]),
     "isogclr": (2, ["variant=isogclr"]),
     "nt_xent": (2, ["loss=nt_xent"]),
+    "gradients as on a TPU": ("2:fuses", ["depth=50"]),
 }
 
 
-def five_steps(data: Path, folder: Path, replicas: int, overrides: list[str]) -> dict[str, np.ndarray]:
+def five_steps(data: Path, output: Path, replicas: int | str, begun: Path | str, overrides: list[str]) -> dict[str, np.ndarray]:
     """Returns the metrics and the state after each step, as `tests/replicas.py` keeps them."""
-    output = folder / f"{replicas}.npz"
     script = Path(__file__).parent / "replicas.py"
-    subprocess.run([sys.executable, str(script), str(data), str(replicas), str(output), *TINY, *overrides], check=True)
+    subprocess.run([sys.executable, script, data, str(replicas), output, begun, *TINY, *overrides], check=True)
     with np.load(output) as stored:
         return {name: stored[name] for name in stored.files}
 
@@ -36,25 +36,31 @@ def five_steps(data: Path, folder: Path, replicas: int, overrides: list[str]) ->
 def test_replicas_do_what_one_does_with_the_whole_batch(dataset, tmp_path, case):
     """Loss, gradients (in the optimizer's slots), u, BN's statistics and weights; and all replicas hold the same bits.
 
-    After one step all agree to float32's accuracy. After five a ReLU that rounding turned the other way shows in single numbers,
-    so there it is the whole of each kind that has to agree.
+    After one step all agree to float32's accuracy. Each later step begins with the state that one replica had, since a ReLU that
+    rounding turned the other way grows from step to step. In this small network one such, in the step itself, can be some per
+    cent of the gradient, and where it happens depends on the machine: so of five steps one may be beyond the bound.
     """
     replicas, overrides = CASES[case]
-    expected = five_steps(dataset, tmp_path, 1, overrides)
-    found = five_steps(dataset, tmp_path, replicas, overrides)
+    expected = five_steps(dataset, tmp_path / "one.npz", 1, "-", overrides)
+    found = five_steps(dataset, tmp_path / "several.npz", replicas, tmp_path / "one.npz", overrides)
     assert set(found) == set(expected)
     for name in (name for name in expected if name.startswith("0 ")):
         scale = np.abs(expected[name]).max() + 1e-6
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-3 * scale, err_msg=name)
+    kinds = {name.removeprefix("0 ").split("/")[0] for name in expected if name.startswith("0 state")}
+    apart: dict[str, list[float]] = {kind: [] for kind in kinds}
     for step in range(5):
         loss = f"{step} metric train/contrastive_loss"
         np.testing.assert_allclose(found[loss], expected[loss], rtol=1e-4)
-    for kind in {name.split("/")[0] for name in expected if name.startswith("4 state")}:
-        ours, theirs = (
-            np.concatenate([values[name].ravel().astype(np.float64) for name in expected if name.split("/")[0] == kind])
-            for values in (found, expected)
-        )
-        assert np.linalg.norm(ours - theirs) <= 1e-2 * np.linalg.norm(theirs), kind
+        for kind in kinds:
+            ours, theirs = (
+                np.concatenate([values[n].ravel().astype(np.float64) for n in expected if n.split("/")[0] == f"{step} {kind}"])
+                for values in (found, expected)
+            )
+            apart[kind].append(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+    for kind, distances in apart.items():
+        assert sorted(distances)[-2] <= 1e-3, (kind, distances)
+        assert kind == "state momentum" or max(distances) <= 1e-2, (kind, distances)
 
 
 def test_a_batch_that_does_not_divide_says_what_would():

@@ -26,6 +26,9 @@ class Draws(NamedTuple):
     sigma: int = 12
 
 
+Planes = list[tf.Tensor]
+"""The three channels of a batch of images, [n, S, S] float32 each. Apart, for joining them costs a pass through memory."""
+
 DRAWS = Draws()
 NUM_DRAWS = 13
 
@@ -96,18 +99,18 @@ def augment(views: tf.Tensor, draws: tf.Tensor, strength: float, blur: bool) -> 
     probability .5, jittered with .8, grey with .2 and, where `blur`, blurred with .5. Compiled as one, on a CPU too: its many
     small operations then run in a single pass over the pixels.
     """
-    images = tf.cast(views, tf.float32) / 255.0
-    images = _where(draws[:, DRAWS.flip] < 0.5, images[:, :, ::-1], images)
-    images = _where(draws[:, DRAWS.jitter] < 0.8, jitter(images, draws, strength), images)
-    images = _where(draws[:, DRAWS.grey] < 0.2, tf.image.rgb_to_grayscale(images), images)
+    flipped = tf.where(_per_image(draws[:, DRAWS.flip] < 0.5)[..., None], views[:, :, ::-1], views)
+    planes = [tf.cast(flipped[..., channel], tf.float32) / 255.0 for channel in range(3)]
+    planes = _where(draws[:, DRAWS.jitter] < 0.8, jitter(planes, draws, strength), planes)
+    planes = _where(draws[:, DRAWS.grey] < 0.2, 3 * [_grey(planes)], planes)
+    images = tf.stack(planes, axis=-1)
     if blur:
-        side = views.shape[1]
         sigma = 0.1 + 1.9 * draws[:, DRAWS.sigma]
-        images = _where(draws[:, DRAWS.blur] < 0.5, gaussian_blur(images, side // 10, sigma), images)
+        images = gaussian_blur(images, views.shape[1] // 10, sigma, draws[:, DRAWS.blur] < 0.5)
     return tf.clip_by_value(images, 0.0, 1.0)
 
 
-def jitter(images: tf.Tensor, draws: tf.Tensor, strength: float) -> tf.Tensor:
+def jitter(planes: Planes, draws: tf.Tensor, strength: float) -> Planes:
     """Scales brightness, contrast and saturation and turns the hue, in an order of each image's own; as `augment`."""
     low, high = max(1.0 - 0.8 * strength, 0.0), 1.0 + 0.8 * strength
     brightness, contrast, saturation = (
@@ -115,26 +118,58 @@ def jitter(images: tf.Tensor, draws: tf.Tensor, strength: float) -> tf.Tensor:
     )
     turn = _per_image(0.2 * strength * (2.0 * draws[:, DRAWS.hue] - 1.0))
     order = tf.argsort(draws[:, DRAWS.order : DRAWS.order + 4], axis=1)
-    for stage in range(4):
-        operation = order[:, stage]
-        brighter = images * brightness
-        mean = tf.reduce_mean(images, axis=[1, 2], keepdims=True)
-        contrasted = mean + (images - mean) * contrast
-        linear = _where(operation == 0, brighter, _where(operation == 1, contrasted, images))
-        hsv = tf.image.rgb_to_hsv(images)
-        hue, colour, value = tf.split(hsv, 3, axis=-1)
-        turned = tf.concat([tf.math.floormod(hue + turn, 1.0), colour, value], axis=-1)
-        saturated = tf.concat([hue, tf.minimum(colour * saturation, 1.0), value], axis=-1)
-        coloured = tf.image.hsv_to_rgb(_where(operation == 2, saturated, turned))
-        images = tf.clip_by_value(_where(operation < 2, linear, coloured), 0.0, 1.0)
-    return images
+    when_contrast = tf.argmax(order == 1, axis=1, output_type=tf.int32)
+
+    def stage(planes: Planes, operation: tf.Tensor, means: Planes) -> Planes:
+        brighter = [plane * brightness for plane in planes]
+        contrasted = [mean + (plane - mean) * contrast for plane, mean in zip(planes, means, strict=True)]
+        linear = _where(operation == 0, brighter, contrasted)
+        hue, colour, value = _rgb_to_hsv(planes)
+        turns = _per_image(operation == 3)
+        turned = tf.where(turns, tf.math.floormod(hue + turn, 1.0), hue)
+        scaled = tf.where(turns, colour, tf.minimum(colour * saturation, 1.0))
+        changed = _where(operation < 2, linear, _hsv_to_rgb([turned, scaled, value]))
+        return [tf.clip_by_value(plane, 0.0, 1.0) for plane in changed]
+
+    # Contrast needs the means of what came before it. Going so far twice leaves two passes over the pixels, not one a stage.
+    before = planes
+    for number in range(4):
+        before = _where(number < when_contrast, stage(before, order[:, number], before), before)
+    means = [tf.reduce_mean(plane, axis=[1, 2], keepdims=True) for plane in before]
+    for number in range(4):
+        planes = stage(planes, order[:, number], means)
+    return planes
 
 
-def gaussian_blur(images: tf.Tensor, kernel_size: int, sigma: tf.Tensor) -> tf.Tensor:
-    """Blurs each image, [n, S, S', 3] float32, by its own `sigma`, [n] float32 in pixels; zeros beyond the edges.
+def _grey(planes: Planes) -> tf.Tensor:
+    return sum(weight * plane for weight, plane in zip((0.2989, 0.5870, 0.1140), planes, strict=True))
 
-    The kernel reaches `kernel_size` // 2 pixels to each side. A blur along an axis is a product with a banded matrix, which an
-    accelerator's matrix unit does in passing.
+
+def _rgb_to_hsv(planes: Planes) -> Planes:
+    red, green, blue = planes
+    value = tf.maximum(tf.maximum(red, green), blue)
+    spread = value - tf.minimum(tf.minimum(red, green), blue)
+    sixth = tf.math.divide_no_nan(1.0, 6.0 * spread)
+    hue = tf.where(
+        red == value,
+        sixth * (green - blue),
+        tf.where(green == value, sixth * (blue - red) + 1 / 3, sixth * (red - green) + 2 / 3),
+    )
+    hue = tf.where(spread > 0.0, tf.where(hue < 0.0, hue + 1.0, hue), 0.0)
+    return [hue, tf.math.divide_no_nan(spread, value), value]
+
+
+def _hsv_to_rgb(planes: Planes) -> Planes:
+    hue, colour, value = planes
+    shares = tf.abs(6.0 * hue - 3.0) - 1.0, 2.0 - tf.abs(6.0 * hue - 2.0), 2.0 - tf.abs(6.0 * hue - 4.0)
+    return [(1.0 - colour + colour * tf.clip_by_value(share, 0.0, 1.0)) * value for share in shares]
+
+
+def gaussian_blur(images: tf.Tensor, kernel_size: int, sigma: tf.Tensor, chosen: tf.Tensor) -> tf.Tensor:
+    """Blurs each image, [n, S, S', 3] float32, that is `chosen`, [n] bool, by its own `sigma`, [n] float32 in pixels.
+
+    Beyond the edges there are zeros. The kernel reaches `kernel_size` // 2 pixels to each side. A blur along an axis is a product
+    with a banded matrix, which an accelerator's matrix unit does in passing; an image that is not chosen has the identity.
     """
 
     def band(side: int) -> tf.Tensor:
@@ -144,15 +179,16 @@ def gaussian_blur(images: tf.Tensor, kernel_size: int, sigma: tf.Tensor) -> tf.T
         offsets = tf.range(-reach, reach + 1, dtype=tf.float32)
         halved = -0.5 / sigma**2
         total = tf.reduce_sum(tf.exp(halved[:, None] * offsets**2), axis=1)
-        return tf.where(distance <= reach, tf.exp(halved[:, None, None] * squares), 0.0) / total[:, None, None]
+        weights = tf.where(distance <= reach, tf.exp(halved[:, None, None] * squares), 0.0) / total[:, None, None]
+        return tf.where(chosen[:, None, None], weights, tf.eye(side))
 
     along_rows = tf.einsum("nij,njwc->niwc", band(images.shape[1]), images)
     return tf.einsum("nij,nhjc->nhic", band(images.shape[2]), along_rows)
 
 
 def _per_image(values: tf.Tensor) -> tf.Tensor:
-    return values[:, None, None, None]
+    return values[:, None, None]
 
 
-def _where(chosen: tf.Tensor, yes: tf.Tensor, no: tf.Tensor) -> tf.Tensor:
-    return tf.where(_per_image(chosen), yes, no)
+def _where(chosen: tf.Tensor, yes: Planes, no: Planes) -> Planes:
+    return [tf.where(_per_image(chosen), one, other) for one, other in zip(yes, no, strict=True)]

@@ -1,6 +1,7 @@
 """Replicas: one train step on a CPU, on one GPU or several, on a TPU or a slice of them."""
 
 import os
+from typing import Any
 
 import tensorflow as tf
 
@@ -18,6 +19,45 @@ def make_strategy() -> tf.distribute.Strategy:
     if len(tf.config.list_physical_devices("GPU")) > 1:
         return tf.distribute.MirroredStrategy()
     return tf.distribute.get_strategy()
+
+
+class Replicas:
+    """The replicas that a step runs on, seen from one of them: those of tf.distribute, or one alone.
+
+    Every replica has to make the same calls in the same order. Gradients flow through all of them.
+    """
+
+    @property
+    def fuses(self) -> bool:
+        """Whether XLA compiles the step for a device where a layer had better compute a thing again than keep it: a TPU."""
+        return isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
+
+    @property
+    def count(self) -> int:
+        context = tf.distribute.get_replica_context()
+        return 1 if context is None else context.num_replicas_in_sync
+
+    def index(self) -> tf.Tensor | int:
+        """Returns which of them this one is, an int32 scalar."""
+        return tf.distribute.get_replica_context().replica_id_in_sync_group
+
+    def gather(self, values: tf.Tensor) -> tf.Tensor:
+        """Returns the [b, ...] of every replica, one after another: [count * b, ...]."""
+        if self.count == 1:
+            return values
+        gathered = tf.distribute.get_replica_context().all_gather(values, axis=0)
+        return tf.ensure_shape(gathered, [self.count * values.shape[0], *values.shape[1:]])
+
+    def sum(self, values: Any) -> Any:
+        """Returns the sum over replicas of a tensor, or of each in a list."""
+        return self._reduced(values, tf.distribute.ReduceOp.SUM)
+
+    def mean(self, values: Any) -> Any:
+        """Returns the mean over replicas of a tensor, or of each in a list."""
+        return self._reduced(values, tf.distribute.ReduceOp.MEAN)
+
+    def _reduced(self, values: Any, how: tf.distribute.ReduceOp) -> Any:
+        return values if self.count == 1 else tf.distribute.get_replica_context().all_reduce(how, values)
 
 
 def check_divides(global_batch_size: int, replicas: int) -> None:

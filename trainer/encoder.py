@@ -6,21 +6,22 @@ import keras
 import tensorflow as tf
 
 from trainer.config import Config
-from trainer.layers import BatchNorm, initializer
+from trainer.distribution import Replicas
+from trainer.layers import BatchNorm, PointwiseNorm, initializer
 
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
 _SMALLEST_SQUEEZE = 32
 """Channels that the attention of a selective kernel passes through, at least."""
 
 
-def make_encoder(config: Config) -> keras.Model:
+def make_encoder(config: Config, replicas: Replicas | None = None) -> keras.Model:
     """Returns a model from images, [B, S, S, 3] float32 in [0, 1], to features, [B, F] float32.
 
     F is 512 (depth 18, 34) or 2048, times `config.width_multiplier`. Initial weights depend on `config.seed` and on nothing
-    else. Convolutions compute in `config.precision`.
+    else. Convolutions compute in `config.precision`. BN is over `replicas`, those of tf.distribute where it is not given.
     """
     dtype = "float32" if config.precision == "float32" else "mixed_bfloat16"
-    build = _Builder(config.seed, config.selective_kernel_ratio, dtype)
+    build = _Builder(config.seed, config.selective_kernel_ratio, dtype, replicas)
     images = keras.Input((config.image_size, config.image_size, 3), name="images")
     width = int(64 * config.width_multiplier)
     x = build.stem(images, width, config.cifar_stem)
@@ -41,17 +42,18 @@ class _Builder:
     selective_kernel_ratio: float
     dtype: str
     """Keras's policy."""
+    replicas: Replicas | None
 
     def stem(self, images: tf.Tensor, width: int, small: bool) -> tf.Tensor:
         """`small` keeps the size of the image; else it is quartered."""
         if small or self.selective_kernel_ratio == 0:
             x = self.conv(images, width, 3 if small else 7, 1 if small else 2, "stem_conv")
-            x = self.relu(self.norm(x, "stem_norm"))
+            x = self.norm(x, "stem_norm", relu=True)
         else:
             x = images
             for number, filters in enumerate((width // 2, width // 2, width), 1):
                 x = self.conv(x, filters, 3, 2 if number == 1 else 1, f"stem_conv{number}")
-                x = self.relu(self.norm(x, f"stem_norm{number}"))
+                x = self.norm(x, f"stem_norm{number}", relu=True)
         if small:
             return x
         return keras.layers.MaxPooling2D(3, strides=2, padding="same", name="stem_pool", dtype=self.dtype)(x)
@@ -59,19 +61,19 @@ class _Builder:
     def basic_block(self, x: tf.Tensor, width: int, stride: int, projected: bool, name: str) -> tf.Tensor:
         """Two 3x3 convolutions; the stride is in the first."""
         shortcut = self.shortcut(x, width, stride, name) if projected else x
-        x = self.relu(self.norm(self.conv(x, width, 3, stride, f"{name}_conv1"), f"{name}_norm1"))
+        x = self.norm(self.conv(x, width, 3, stride, f"{name}_conv1"), f"{name}_norm1", relu=True)
         x = self.norm(self.conv(x, width, 3, 1, f"{name}_conv2"), f"{name}_norm2", zero_scale=True)
         return self.joined(x, shortcut, name)
 
     def bottleneck_block(self, x: tf.Tensor, width: int, stride: int, projected: bool, name: str) -> tf.Tensor:
         """Convolutions of 1x1, 3x3 and 1x1, the last four times as wide; the stride is in the 3x3."""
         shortcut = self.shortcut(x, 4 * width, stride, name) if projected else x
-        x = self.relu(self.norm(self.conv(x, width, 1, 1, f"{name}_conv1"), f"{name}_norm1"))
+        x = self.norm(self.conv(x, width, 1, 1, f"{name}_conv1"), f"{name}_norm1", relu=True)
         if self.selective_kernel_ratio > 0:
             x = self.selective_kernel(x, width, stride, name)
         else:
-            x = self.relu(self.norm(self.conv(x, width, 3, stride, f"{name}_conv2"), f"{name}_norm2"))
-        x = self.norm(self.conv(x, 4 * width, 1, 1, f"{name}_conv3"), f"{name}_norm3", zero_scale=True)
+            x = self.norm(self.conv(x, width, 3, stride, f"{name}_conv2"), f"{name}_norm2", relu=True)
+        x = self.pointwise_norm(x, 4 * width, f"{name}_conv3", zero_scale=True)
         return self.joined(x, shortcut, name)
 
     def shortcut(self, x: tf.Tensor, filters: int, stride: int, name: str) -> tf.Tensor:
@@ -81,7 +83,7 @@ class _Builder:
             padding = "same" if stride == 1 else "valid"
             x = keras.layers.AveragePooling2D(2, stride, padding, name=f"{name}_shortcut_pool", dtype=self.dtype)(x)
             stride = 1
-        return self.norm(self.conv(x, filters, 1, stride, f"{name}_shortcut_conv"), f"{name}_shortcut_norm")
+        return self.pointwise_norm(x[:, ::stride, ::stride] if stride > 1 else x, filters, f"{name}_shortcut")
 
     def joined(self, x: tf.Tensor, shortcut: tf.Tensor, name: str) -> tf.Tensor:
         return self.relu(keras.layers.Add(name=f"{name}_add", dtype=self.dtype)([x, shortcut]))
@@ -89,10 +91,10 @@ class _Builder:
     def selective_kernel(self, x: tf.Tensor, width: int, stride: int, name: str) -> tf.Tensor:
         """Two 3x3 paths, weighed a channel against each other by what the whole image shows."""
         squeeze = max(int(width * self.selective_kernel_ratio), _SMALLEST_SQUEEZE)
-        x = self.relu(self.norm(self.conv(x, 2 * width, 3, stride, f"{name}_conv2"), f"{name}_norm2"))
+        x = self.norm(self.conv(x, 2 * width, 3, stride, f"{name}_conv2"), f"{name}_norm2", relu=True)
         paths = keras.layers.Reshape((x.shape[1], x.shape[2], 2, width), name=f"{name}_paths", dtype=self.dtype)(x)
         seen = keras.ops.mean(keras.ops.sum(paths, axis=3), axis=(1, 2), keepdims=True)
-        seen = self.relu(self.norm(self.conv(seen, squeeze, 1, 1, f"{name}_squeeze"), f"{name}_squeeze_norm"))
+        seen = self.norm(self.conv(seen, squeeze, 1, 1, f"{name}_squeeze"), f"{name}_squeeze_norm", relu=True)
         logits = self.conv(seen, 2 * width, 1, 1, f"{name}_attend")
         logits = keras.layers.Reshape((1, 1, 2, width), name=f"{name}_logits", dtype=self.dtype)(logits)
         return keras.ops.sum(paths * keras.ops.softmax(logits, axis=3), axis=3)
@@ -114,8 +116,18 @@ class _Builder:
             dtype=self.dtype,
         )(x)
 
-    def norm(self, x: tf.Tensor, name: str, zero_scale: bool = False) -> tf.Tensor:
-        return BatchNorm(zero_scale=zero_scale, name=name, dtype=self.dtype)(x)
+    def norm(self, x: tf.Tensor, name: str, zero_scale: bool = False, relu: bool = False) -> tf.Tensor:
+        return BatchNorm(zero_scale=zero_scale, relu=relu, replicas=self.replicas, name=name, dtype=self.dtype)(x)
+
+    def pointwise_norm(self, x: tf.Tensor, filters: int, name: str, zero_scale: bool = False) -> tf.Tensor:
+        return PointwiseNorm(
+            filters,
+            kernel_initializer=initializer("kernel", self.seed, name),
+            zero_scale=zero_scale,
+            replicas=self.replicas,
+            name=name,
+            dtype=self.dtype,
+        )(x)
 
     def relu(self, x: tf.Tensor) -> tf.Tensor:
         return keras.layers.ReLU(dtype=self.dtype)(x)

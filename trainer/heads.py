@@ -2,13 +2,15 @@
 
 import keras
 
+from trainer.distribution import Replicas
 from trainer.layers import BatchNorm, initializer
 
 
-def make_projection(feature_dim: int, layers: int, out_dim: int, seed: int = 0) -> keras.Model:
+def make_projection(feature_dim: int, layers: int, out_dim: int, seed: int = 0, replicas: Replicas | None = None) -> keras.Model:
     """Returns SimCLR's projection head, from features, [B, F] float32, to projections, [B, out_dim] float32, not normalised.
 
     Hidden layers are as wide as the features; BN on every layer, ReLU between, no offset in the last one's BN.
+    BN is over `replicas`, those of tf.distribute where it is not given.
     """
     features = keras.Input((feature_dim,), name="features")
     x = features
@@ -21,9 +23,7 @@ def make_projection(feature_dim: int, layers: int, out_dim: int, seed: int = 0) 
             kernel_initializer=initializer("head", seed, f"projection/{name}"),
             name=name,
         )(x)
-        x = BatchNorm(center=not last, name=f"norm{layer}")(x)
-        if not last:
-            x = keras.layers.ReLU()(x)
+        x = BatchNorm(center=not last, relu=not last, replicas=replicas, name=f"norm{layer}")(x)
     return keras.Model(features, x, name="projection")
 
 

@@ -93,11 +93,11 @@ _IMAGENET = {
 
 
 def _imagenet(method: str, batch: int) -> Config:
-    return Config(loss=_LOSSES[method], global_batch_size=batch)
+    return Config(loss=_LOSSES[method], global_batch_size=batch, precision="bfloat16")
 
 
 def _imagenet_s(method: str) -> Config:
-    return Config(loss=_LOSSES[method], global_batch_size=256, epochs=400)
+    return Config(loss=_LOSSES[method], global_batch_size=256, epochs=400, precision="bfloat16")
 
 
 def _cifar10(method: str) -> Config:

@@ -20,7 +20,7 @@ import tensorflow as tf
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import augment
 from trainer.config import Config, config_from_dict
-from trainer.distribution import check_divides, jit_compile, make_strategy
+from trainer.distribution import Replicas, check_divides, jit_compile, make_strategy
 from trainer.encoder import make_encoder
 from trainer.heads import make_classifier, make_projection
 from trainer.input_pipeline import Batch, first_wrong_record, training_batches, training_split
@@ -99,11 +99,11 @@ class TrainResult:
     """Path of the final checkpoint."""
 
 
-def create_train_state(config: Config, num_images: int, num_classes: int) -> TrainState:
+def create_train_state(config: Config, num_images: int, num_classes: int, replicas: Replicas | None = None) -> TrainState:
     """Returns the state before the first step, a function of its arguments; made in a strategy's scope, on all its replicas."""
-    encoder = make_encoder(config)
+    encoder = make_encoder(config, replicas)
     features = encoder.output_shape[-1]
-    projection = make_projection(features, config.projection_layers, config.projection_dim, config.seed)
+    projection = make_projection(features, config.projection_layers, config.projection_dim, config.seed, replicas)
     classifier = make_classifier(features, num_classes, config.seed)
     contrastive = [v.value for v in (*encoder.trainable_variables, *projection.trainable_variables)]
     supervised = [v.value for v in classifier.trainable_variables]
@@ -129,29 +129,33 @@ def make_train_step(
 ) -> Callable[[Batch], dict[str, tf.Tensor]]:
     """Returns the function that moves `state` by one batch of `training_batches` and returns scalars by metric name.
 
-    On R replicas of `strategy` (TensorFlow's default is one) it takes a batch for each, an R-th of the global batch. Negatives
-    are those of all replicas, and the gradient goes through them. `compiled` has XLA compile the whole step.
+    On R replicas of `strategy` (TensorFlow's default is one) it takes a batch for each, an R-th of the global batch. `compiled`
+    has XLA compile the whole step.
     """
     strategy = strategy or tf.distribute.get_strategy()
-    replicas = strategy.num_replicas_in_sync
-    per_replica = config.global_batch_size // replicas
+    replica_step = make_replica_step(config, state, Replicas())
+
+    @tf.function(autograph=False, jit_compile=compiled or None)
+    def train_step(batch: Batch) -> dict[str, tf.Tensor]:
+        metrics = strategy.run(replica_step, args=(batch,))
+        return {name: strategy.experimental_local_results(value)[0] for name, value in metrics.items()}
+
+    return train_step
+
+
+def make_replica_step(config: Config, state: TrainState, replicas: Replicas) -> Callable[[Batch], dict[str, tf.Tensor]]:
+    """Returns what one of `replicas` does in a step, with its part of a global batch.
+
+    Negatives are those of all replicas, and the gradient goes through them.
+    """
     num_images = state.u.shape[0]
     variant = VARIANTS[config.variant]
-
-    def of_all_replicas(values: tf.Tensor) -> tf.Tensor:
-        if replicas == 1:
-            return values
-        gathered = tf.distribute.get_replica_context().all_gather(values, axis=0)
-        return tf.ensure_shape(gathered, [config.global_batch_size, *values.shape[1:]])
-
-    def reduced(values: Any, how: tf.distribute.ReduceOp) -> Any:
-        return values if replicas == 1 else tf.distribute.get_replica_context().all_reduce(how, values)
 
     def global_loss(
         z1: tf.Tensor, z2: tf.Tensor, all_z1: tf.Tensor, all_z2: tf.Tensor, positions: tf.Tensor, image_id: tf.Tensor
     ) -> tf.Tensor:
         # Every replica reads and writes the entries of the whole batch, so that u is the same on all.
-        every_id = of_all_replicas(image_id)
+        every_id = replicas.gather(image_id)
         every_u = _entries(state.u, every_id)
         gamma = tf.gather(gamma_of_visit(every_u, config.gamma, variant), positions)
         temperature: tf.Tensor | float = config.temperature
@@ -163,14 +167,14 @@ def make_train_step(
             velocity = _entries(state.by_image["temperature_velocity"], image_id)
             temperature, velocity = next_temperature(temperature, velocity, result.temperature_gradient, config)
             updates |= {"temperature": temperature, "temperature_velocity": velocity}
-        every_update = of_all_replicas(tf.stack(list(updates.values()), axis=1))
+        every_update = replicas.gather(tf.stack(list(updates.values()), axis=1))
         for name, values in zip(updates, tf.unstack(every_update, axis=1), strict=True):
             state.by_image[name].scatter_update(tf.IndexedSlices(values, every_id))
         return result.loss
 
     def replica_step(batch: Batch) -> dict[str, tf.Tensor]:
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        positions = replica * per_replica + tf.range(per_replica)
+        per_replica = config.global_batch_size // replicas.count
+        positions = replicas.index() * per_replica + tf.range(per_replica)
         both = tf.concat([batch["views"][:, 0], batch["views"][:, 1]], axis=0)
         draws = tf.concat([batch["draws"][:, 0], batch["draws"][:, 1]], axis=0)
         labels = tf.tile(batch["label"], [2])
@@ -180,7 +184,7 @@ def make_train_step(
             features = state.encoder(images, training=True)
             projected = tf.math.l2_normalize(state.projection(features, training=True), axis=1)
             z1, z2 = tf.split(projected, 2)
-            all_z1, all_z2 = tf.unstack(of_all_replicas(tf.stack([z1, z2], axis=1)), axis=1)
+            all_z1, all_z2 = tf.unstack(replicas.gather(tf.stack([z1, z2], axis=1)), axis=1)
             if config.loss == "global_contrastive":
                 contrastive = global_loss(z1, z2, all_z1, all_z2, positions, tf.cast(batch["image_id"], tf.int32))
             else:
@@ -189,8 +193,8 @@ def make_train_step(
             supervised = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
             kernel_decay = config.weight_decay * tf.nn.l2_loss(state.classifier.trainable_variables[0].value)
             # Each replica has its part of the mean; their gradients are summed.
-            loss = (contrastive + supervised + kernel_decay) / replicas
-        gradients = reduced(tape.gradient(loss, state.trainable), tf.distribute.ReduceOp.SUM)
+            loss = (contrastive + supervised + kernel_decay) / replicas.count
+        gradients = replicas.sum(tape.gradient(loss, state.trainable))
         state.optimizer.apply(gradients, rate, state.step)
         state.step.assign_add(1)
         means = {
@@ -200,7 +204,7 @@ def make_train_step(
             "train/alignment": alignment(z1, z2),
             "train/uniformity": uniformity_kernel(z1, all_z1, positions),
         }
-        values = tf.unstack(reduced(tf.stack(list(means.values())), tf.distribute.ReduceOp.MEAN))
+        values = tf.unstack(replicas.mean(tf.stack(list(means.values()))))
         metrics = dict(zip(means, values, strict=True))
         return metrics | {
             "train/uniformity": tf.math.log(metrics["train/uniformity"]),
@@ -208,12 +212,7 @@ def make_train_step(
             "train/gradient_norm": tf.linalg.global_norm(gradients),
         }
 
-    @tf.function(autograph=False, jit_compile=compiled or None)
-    def train_step(batch: Batch) -> dict[str, tf.Tensor]:
-        metrics = strategy.run(replica_step, args=(batch,))
-        return {name: strategy.experimental_local_results(value)[0] for name, value in metrics.items()}
-
-    return train_step
+    return replica_step
 
 
 def train(

@@ -1,0 +1,157 @@
+"""What XLA says of a program, and what its runtimes do with it. Run by an interpreter of its own, with JAX and nothing of ours:
+
+    python xla_program.py compile PROGRAM.hlo --topology v5e:2x4 [--chip-config megacore] [--quick] [--listing FILE]
+    python xla_program.py run PROGRAM.hlo --arguments ARGUMENTS.npz --results FILE.npz [--steps N] [--repeat N]
+
+`compile` needs no TPU: libtpu's compiler runs on any machine. It prints what the compiled program needs, as one JSON object.
+`run` executes it on the first device that JAX has, a CPU or a GPU, `--steps` times, each on the state that the last one left; it
+writes the results of the last, and prints which argument each is the next value of. Both read a serialized HloModuleProto.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# Asked of libtpu's compiler alone, it looks for no TPU, no other host and no metadata server.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import numpy as np
+from jax._src import compiler
+from jax._src.interpreters import mlir
+from jax._src.lib import xla_client
+from jax._src.lib.mlir import ir
+from jax.experimental import topologies
+
+
+def read(path: Path) -> str:
+    """Returns the program of a serialized HloModuleProto as StableHLO, in text."""
+    computation = xla_client.XlaComputation(path.read_bytes())
+    text = xla_client._xla.mlir.xla_computation_to_mlir_module(computation)
+    # A copy, which the importer knows no operation for, keeps a value apart from others; so does a barrier.
+    return re.sub(r"\bmhlo\.copy\b", "stablehlo.optimization_barrier", text if isinstance(text, str) else text.decode())
+
+
+def aliases(text: str) -> dict[int, int]:
+    """Returns which argument each result is the next value of, by number."""
+    pairs = re.findall(r"parameter_number = (\d+) : i64\}, output_index = array<i64: (\d+)>", text)
+    return {int(result): int(argument) for argument, result in pairs}
+
+
+def compile_for(text: str, topology: str, chip_config: str, quick: bool) -> tuple[Any, float]:
+    """Returns the executable of a program for one device of a TPU slice, and how many seconds compiling took.
+
+    `quick` optimises little: what comes out says that the program compiles, and no more.
+    """
+    more = {"chip_config_name": chip_config} if chip_config else {}
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices[0]
+    options = compiler.get_compile_options(
+        num_replicas=1, num_partitions=1, device_assignment=np.array([[device.id]]), backend=device.client
+    )
+    if quick:
+        options.executable_build_options.exec_time_optimization_effort = -1.0
+        options.executable_build_options.memory_fitting_effort = -1.0
+        options.executable_build_options.optimization_level = 1
+    with mlir.make_ir_context():
+        module = ir.Module.parse(text)
+        begun = time.perf_counter()
+        executable = device.client.compile(module, xla_client.DeviceList((device,)), options)
+    return executable, time.perf_counter() - begun
+
+
+def needs(executable: Any) -> dict[str, float]:
+    """Returns what a compiled program needs: bytes of memory by what they hold, and FLOPs and bytes moved in one run."""
+    memory = executable.get_compiled_memory_stats()
+    cost = executable.cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    return {
+        "arguments_bytes": memory.argument_size_in_bytes,
+        "results_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "flops": cost["flops"],
+        "bytes_accessed": cost["bytes accessed"],
+    }
+
+
+def run(text: str, arguments: list[np.ndarray], steps: int, repeat: int) -> tuple[list[np.ndarray], float]:
+    """Returns the results of the last of `steps` runs in a row, and the seconds of one, the best of `repeat` more; 0 without."""
+    jax.config.update("jax_enable_x64", True)  # or int64 becomes int32
+    device = jax.devices()[0]
+    options = compiler.get_compile_options(num_replicas=1, num_partitions=1, backend=device.client)
+    with mlir.make_ir_context():
+        module = ir.Module.parse(text)
+        executable = device.client.compile_and_load(module, xla_client.DeviceList((device,)), options)
+    next_of = aliases(text)
+    held = [jax.device_put(value, device) for value in arguments]
+
+    def once() -> list[Any]:
+        results = executable.execute(held)
+        for result, argument in next_of.items():
+            held[argument] = results[result]
+        jax.block_until_ready(results)
+        return list(results)
+
+    results: list[Any] = []
+    for _ in range(steps):
+        results = once()
+    kept = [np.asarray(one) for one in results]
+    seconds = []
+    for _ in range(repeat):
+        begun = time.perf_counter()
+        once()
+        seconds.append(time.perf_counter() - begun)
+    return kept, min(seconds, default=0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("compile")
+    one.add_argument("program", type=Path)
+    one.add_argument("--topology", required=True)
+    one.add_argument("--chip-config", default="")
+    one.add_argument("--quick", action="store_true", help="optimise little: to see that it compiles")
+    one.add_argument("--listing", type=Path, help="where to write the compiled program, with its buffers and fusions")
+    one = commands.add_parser("run")
+    one.add_argument("program", type=Path)
+    one.add_argument("--arguments", type=Path, required=True, help="an .npz of arrays in the order of the program's arguments")
+    one.add_argument("--results", type=Path, help="where to write an .npz of the last run's results, arr_0, arr_1, ...")
+    one.add_argument("--steps", type=int, default=1)
+    one.add_argument("--repeat", type=int, default=0, help="more runs, to be timed")
+    args = parser.parse_args()
+    text = read(args.program)
+    if args.command == "compile":
+        try:
+            if found := re.search(r"tensor<\?|stablehlo\.bounds", text):
+                raise ValueError(f"a shape is known only at run time: {text[found.start() - 120 : found.end() + 40]}")
+            executable, seconds = compile_for(text, args.topology, args.chip_config, args.quick)
+        except Exception as error:
+            print(" ".join(str(error).split())[:2000], file=sys.stderr)
+            sys.exit(1)
+        if args.listing:
+            args.listing.write_text(executable.hlo_modules()[0].to_string())
+        print(json.dumps({"compiler": f"libtpu {version('libtpu')}", "compile_seconds": seconds, **needs(executable)}))
+        return
+    with np.load(args.arguments) as stored:
+        arguments = [stored[name] for name in stored.files]
+    results, seconds = run(text, arguments, args.steps, args.repeat)
+    if args.results:
+        np.savez(args.results, *results)
+    device = jax.devices()[0]
+    said = {"platform": device.platform, "device": device.device_kind, "step_seconds": seconds, "next_of": aliases(text)}
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The table of plans: ImageNet presets on TPUs, and what each lever does to the step's memory traffic.
+
+    python tests/benchmarks/plans.py run  [--root DIR] [--only TEXT]    compiles what is missing of docs/plans.jsonl, a line each
+    python tests/benchmarks/plans.py page                               puts the tables into docs/plan.md
+
+A row takes a core five to ten minutes, once. Needs `make tpu-check`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from pipelines import accelerators, plan
+from pipelines.code import PROJECT
+from trainer.presets import resolve
+
+RESULTS = PROJECT / "docs" / "plans.jsonl"
+PAGE = PROJECT / "docs" / "plan.md"
+MARKS = "<!-- plans: begin -->", "<!-- plans: end -->"
+MACHINES = ("v5e-8", "v3-8", "v4-8", "v5e-32")
+BATCHES = (512, 256, 2048, 8192, 1024, 4096, 128)
+LEVER_BATCH = 1024
+"""On v5e-8, 128 samples a chip: what the official step's figure is for."""
+LEVERS = {
+    "all of them": {},
+    "BN by the layers' own operations": {"fuses": False},
+    "float32": {"precision": "float32"},
+}
+
+
+def rows() -> Iterator[tuple[str, list[str]]]:
+    """Yields each row's name and the arguments of the `sogclr plan` that makes it."""
+    for batch in BATCHES:
+        for machine in MACHINES:
+            preset = f"sogclr_imagenet_r50_b{batch}"
+            yield f"{preset} {machine}", ["--preset", preset, "--accelerator", machine]
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return {line["row"]: line for line in map(json.loads, lines)}
+
+
+def record(row: str, result: dict[str, Any]) -> None:
+    code = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=PROJECT).stdout.strip()
+    with RESULTS.open("a") as file:
+        file.write(json.dumps({"row": row, "code": code, **result}) + "\n")
+    print(row, {key: result.get(key) for key in ("fits", "bytes_per_sample", "temp_bytes", "compile_seconds")}, flush=True)
+
+
+def run(root: str, only: str) -> None:
+    done = recorded()
+    for lever, changes in LEVERS.items():
+        row = f"lever: {lever}"
+        if row not in done and only in row:
+            record(row, lever_result(changes))
+    for row, arguments in rows():
+        if row not in done and only in row:
+            command = [sys.executable, "-m", "pipelines.cli", "plan", *arguments, "--root", root, "--json"]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                record(row, {"refused": result.stderr.strip().splitlines()[-1].removeprefix("error: ")})
+            else:
+                record(row, json.loads(result.stdout))
+
+
+def lever_result(changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the step of `LEVER_BATCH` on v5e-8 needs with one lever undone."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from trainer.lowering import OneOfMany, lower_step
+    from trainer.train import create_train_state
+
+    machine = accelerators.get("v5e-8")
+    config = resolve(f"sogclr_imagenet_r50_b{LEVER_BATCH}")
+    config = replace(config, **{key: value for key, value in changes.items() if key != "fuses"})
+    one = OneOfMany(machine.replicas, fuses=changes.get("fuses", True))
+    program = lower_step(config, create_train_state(config, 1_281_167, 1000, one), one)
+    python = plan.tpu_python(PROJECT)
+    assert python is not None, "make tpu-check first"
+    compiled = plan.compile_program(program.hlo, plan.DEVICES["v5e"], python)
+    if compiled["fits"]:
+        compiled["bytes_per_sample"] = compiled["bytes_accessed"] * machine.replicas / LEVER_BATCH
+    return compiled
+
+
+def page() -> None:
+    done = recorded()
+    titles = ("preset", "machine", "images a device", "memory, GB", "traffic a sample", "of the official", "step", "samples/s")
+    lines = ["| " + " | ".join((*titles, "bound by", "hours", "price")) + " |", "|" + "---|" * 11]
+    for row, _ in rows():
+        if row not in done:
+            continue
+        preset, machine = row.split()
+        one = done[row]
+        if "refused" in one:
+            lines.append(f"| {preset} | {machine} | refused: {one['refused']} |" + " |" * 8)
+            continue
+        memory = f"{one['used_bytes'] / 1e9:.1f} of {one['memory_bytes'] / 1e9:.1f}"
+        if not one["fits"]:
+            lines.append(f"| {preset} | {machine} | {one['batch_per_replica']} | {memory}: does not fit |" + " |" * 7)
+            continue
+        lines.append(
+            f"| {preset} | {machine} | {one['batch_per_replica']} | {memory} | {one['bytes_per_sample'] / 1e6:.0f} MB "
+            f"| {one['bytes_per_sample'] / plan.OFFICIAL_BYTES_PER_SAMPLE:.2f} | {1e3 * one['step_seconds']:.0f} ms "
+            f"| {one['samples_per_second']:,.0f} | {one['bound_by']} | {one['total_hours']:,.0f} | ${one['price']:,.0f} |"
+        )
+    titles = ("step at 128 samples a chip of a v5e-8", "traffic a sample", "of the official", "temporaries", "of the official")
+    lines += ["", "| " + " | ".join(titles) + " |", "|" + "---|" * 5]
+    lines.append("| official, float32, without augmentation (as measured by others) | 1,198 MB | 1 | 14.7 GB | 1 |")
+    for lever in LEVERS:
+        one = done.get(f"lever: {lever}")
+        if one and one["fits"]:
+            lines.append(
+                f"| {'ours' if lever == 'all of them' else f'ours, but {lever}'} | {one['bytes_per_sample'] / 1e6:.0f} MB "
+                f"| {one['bytes_per_sample'] / plan.OFFICIAL_BYTES_PER_SAMPLE:.3f} | {one['temp_bytes'] / 1e9:.1f} GB "
+                f"| {one['temp_bytes'] / 14.7e9:.2f} |"
+            )
+        elif one:
+            lines.append(f"| ours, but {lever} | does not fit: {one['used_bytes'] / 1e9:.1f} GB | | | |")
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    PAGE.write_text(before + "\n".join([MARKS[0], *lines, MARKS[1]]) + rest.partition(MARKS[1])[2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run")
+    one.add_argument("--root", default="runs")
+    one.add_argument("--only", default="", help="rows whose name has this in it")
+    commands.add_parser("page")
+    args = parser.parse_args()
+    if args.command == "run":
+        run(args.root, args.only)
+    else:
+        page()
+
+
+if __name__ == "__main__":
+    main()
