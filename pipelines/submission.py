@@ -44,6 +44,8 @@ _PATTERNS = {
     ),
 }
 _LABEL = re.compile(r"[a-z][-_a-z0-9]{0,62}=[-_a-z0-9]{0,63}")
+_PATIENCE = 120.0
+"""Seconds that Cloud Storage is asked again while it fails in a way that may pass."""
 _NEEDED_OF_BUCKET = ["storage.objects.create", "storage.objects.delete", "storage.objects.get", "storage.objects.list"]
 
 
@@ -52,7 +54,9 @@ def check_options(options: Mapping[str, str]) -> None:
     for name, value in options.items():
         pattern, right = _PATTERNS[name]
         if value and not re.fullmatch(pattern, value):
-            raise UserError(f"{name} {_without_secret(value)} is none: it must be {right}")
+            # What stands in a secret's place may be the secret.
+            shown = "VALUE" if name == "--mlflow-secret" else _without_secret(value)
+            raise UserError(f"{name} {shown} is none: it must be {right}")
 
 
 def parse_labels(items: Iterable[str]) -> dict[str, str]:
@@ -104,7 +108,8 @@ class Submission:
                 hosts = f", {accelerator.hosts} hosts" if accelerator.hosts > 1 else ""
                 yield (
                     component,
-                    f"{accelerator.name}: {accelerator.summary}, {accelerator.replicas} replicas{hosts}, "
+                    f"{accelerator.name}: {accelerator.summary}, {accelerator.replicas} replica{'s' * (accelerator.replicas > 1)}"
+                    f"{hosts}, "
                     f"{'spot' if cluster.spot else 'on demand'}, {cluster.disk_gb} GB disk, at most {cluster.timeout_hours:g} h "
                     f"an attempt, {cluster.retries} more attempts",
                 )
@@ -114,7 +119,7 @@ class Submission:
         yield "writes", self.pipeline_root
         yield (
             "checkpoints",
-            f"{base_output_directory(self.pipeline_root)}/checkpoints, gone on with by whoever does the same again",
+            f"{base_output_directory(self.pipeline_root)}/checkpoints; a job that does the same again goes on from there",
         )
         yield "MLflow", _mlflow_in_words(cluster.environment)
         yield "cache", "steps that did the same before are reused" if cluster.caching else "off: every step runs"
@@ -268,7 +273,8 @@ def look(submission: Submission, skip: Iterable[str] = ()) -> Checked:
     return Checked(checked, tuple(findings), found[0])
 
 
-CHECKS = ("options", "region", "mlflow", "credentials", "vertex", "bucket", "images", "raw")
+CHECKS = ("options", "region", "mlflow", "vertex", "bucket", "images", "raw")
+"""Those that can be skipped: all but the one for credentials, without which nothing can be sent."""
 _NEED_CREDENTIALS = ("vertex", "bucket", "images", "raw")
 
 
@@ -315,12 +321,15 @@ def _storage(submission: Submission, who: "Credentials") -> Any:
 
 
 def _check_bucket(submission: Submission, who: "Credentials") -> str:
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
     name = submission.pipeline_root.removeprefix("gs://").partition("/")[0]
     with _storage_errors(name):
-        bucket = _storage(submission, who).get_bucket(name)
+        patience = DEFAULT_RETRY.with_timeout(_PATIENCE)
+        bucket = _storage(submission, who).get_bucket(name, retry=patience)
         # The steps write as themselves; who only submits need not be allowed to.
         needed = _NEEDED_OF_BUCKET[-2:] if submission.cluster.service_account else _NEEDED_OF_BUCKET
-        allowed = bucket.test_iam_permissions(needed)
+        allowed = bucket.test_iam_permissions(needed, retry=patience)
     missing = [one for one in needed if one not in allowed]
     if missing:
         raise UserError(f"gs://{name}: {', '.join(missing)} may not be done; roles/storage.objectUser on it allows it")

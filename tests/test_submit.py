@@ -11,7 +11,7 @@ from google.cloud import aiplatform_v1, storage
 from google.protobuf import json_format
 
 from beam_jobs.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
-from pipelines import cli, vertex
+from pipelines import cli, submission, vertex
 
 PROJECT, REGION, TAG = "my-project", "europe-west4", "0123456789ab"
 FOLDER = f"projects/{PROJECT}/locations/{REGION}"
@@ -124,9 +124,13 @@ def test_a_dry_run_on_a_bare_machine_explains_the_plan_and_what_is_missing(googl
         (["--schedule", "every day"], "--schedule"),
         (["--tag", "latest"], "another image tomorrow"),
         (["--mlflow-uri", "https://me:planted-password@mlflow.example"], "without credentials"),
-        (["--mlflow-secret", "planted"], "--mlflow-secret"),
+        (["--mlflow-secret", SECRET], "--mlflow-secret"),
         (["--timeout-hours", "0"], "--timeout-hours"),
         (["--skip-check", "all"], "--skip-check all"),
+        (["--skip-check", "credentials"], "--skip-check credentials"),
+        (["--project", ""], "--project is empty"),
+        (["--pipeline-root", ""], "--pipeline-root is empty"),
+        (["--raw", ""], "--raw is empty"),
         (["--max-runs", "3"], "--schedule"),
         (["--preset", "sogclr_imagenet"], "did you mean"),
     ],
@@ -162,7 +166,25 @@ def test_what_is_missing_is_named_and_nothing_is_submitted(google, bucket, capsy
     assert jobs_made(google) == []
 
 
+def test_the_bucket_s_faults_are_one_line_each(google, monkeypatch, capsys):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", google.url)
+    monkeypatch.setattr(submission, "_PATIENCE", 0.2)
+    arguments = [*google.quick[:-5], "options", "vertex", "images", "raw", "--dry-run"]
+    for fault, named in (
+        (403, "roles/storage.objectUser"),
+        (429, "does not answer"),
+        (500, "does not answer"),
+        ("cut", "answer"),
+    ):
+        google.fail(*[fault] * 1000, path="/storage/")
+        assert cli.main(arguments) == 2
+        said = capsys.readouterr()
+        assert re.search(rf"^missing  bucket: .*{named}", said.out, re.MULTILINE), said.out
+        assert said.err == "error: it would not work: bucket must be mended first\n"
+
+
 def test_a_check_can_be_skipped(google, bucket, capsys):
+    assert cli._CHECKS == submission.CHECKS
     assert cli.main([*google.submit, "--region", "us-east1", "--skip-check", "region", "images", "--tag", "fedcba987654"]) == 0
     assert "sogclr-tpu:fedcba987654" in jobs_made(google)[0]
 
@@ -249,6 +271,49 @@ def test_a_fault_that_stays_is_one_line_and_no_job(google, bucket, capsys, fault
     assert google.jobs == {}
 
 
+@pytest.mark.parametrize("fault", ["slow", "lost"])
+def test_a_job_that_may_have_been_made_is_still_one_when_it_is_submitted_again(google, bucket, capsys, monkeypatch, fault):
+    monkeypatch.setattr(vertex, "_SECONDS_FOR_A_CALL", 0.2)
+    monkeypatch.setattr(vertex, "_PATIENCE", 0.3)
+    google.slow_seconds = 0.5
+    google.fail(*[fault] * 1000, path="pipelineJobs?pipelineJobId=")
+    assert cli.main(google.quick) == 2
+    assert "job mine may have been made" in one_error_line(capsys)
+    google.fail()
+    monkeypatch.setattr(vertex, "_SECONDS_FOR_A_CALL", 5.0)
+    assert cli.main(google.quick) == 0
+    assert len(google.jobs) == 1
+
+
+SCHEDULE = f"{FOLDER}/schedules/1"
+
+
+@pytest.mark.parametrize(
+    ("command", "path"),
+    [
+        (["status", "mine"], "pipelineJobs/mine"),
+        (["status", "mine", "--wait"], "pipelineJobs/mine"),
+        (["cancel", "mine"], ":cancel"),
+        (["cancel", SCHEDULE], "schedules/1"),
+        (["rerun", "pretrain", "--run", "vertex:mine"], "pipelineJobs/mine"),
+        (["submit", "--schedule", "0 3 * * 1"], "schedules"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_every_fault_that_stays_is_one_line_whatever_was_asked(google, capsys, monkeypatch, command, path):
+    name = f"{FOLDER}/pipelineJobs/mine"
+    google.jobs[name] = aiplatform_v1.PipelineJob(name=name, state="PIPELINE_STATE_RUNNING")
+    for name in ("_PATIENCE", "_PATIENCE_OF_FOLLOWING", "_SECONDS_FOR_A_CALL"):
+        monkeypatch.setattr(vertex, name, 0.1)
+    google.slow_seconds = 0.3
+    arguments = [*google.quick, *command[1:]] if command[0] == "submit" else [*command, *google.options]
+    for fault in (429, 500, 403, "cut", "slow"):
+        google.fail(*[fault] * 1000, path=path)
+        assert cli.main(arguments) == 2
+        assert re.search("quota|itself|allowed|reached", one_error_line(capsys))
+        assert google.schedules == {}
+
+
 def test_the_same_submission_twice_is_one_job_and_another_of_its_name_is_refused(google, bucket, capsys):
     arguments = google.quick
     assert cli.main(arguments) == cli.main(arguments) == 0
@@ -311,11 +376,18 @@ def test_waiting_shows_the_states_of_the_steps_and_links_to_their_logs(google, b
     assert any(line.startswith("[pretrain] running") and "console.cloud.google.com/logs" in line for line in said)
 
 
-@pytest.mark.parametrize("component", ["build-tfrecords", "pretrain", "linear-eval"])
+@pytest.mark.parametrize("component", ["build-tfrecords", "pretrain", "linear-eval", "record-lineage", "end-pipeline"])
 def test_a_step_that_fails_ends_the_wait_with_its_reason(google, bucket, capsys, component):
     google.script = [{"job": "RUNNING", component: "RUNNING"}, {component: "FAILED: the disk is full", "job": "FAILED"}]
     assert cli.main([*google.quick, "--wait"]) == 1
     assert f"{component} failed: the disk is full" in one_error_line(capsys)
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "PAUSED"])
+def test_a_job_that_somebody_else_ended_ends_the_wait_as_failed(google, bucket, capsys, state):
+    google.script = [{"job": "RUNNING", "pretrain": "RUNNING"}, {"job": state, "pretrain": "CANCELLED"}]
+    assert cli.main([*google.quick, "--wait"]) == 1
+    assert f"job mine {state.lower()}" in one_error_line(capsys)
 
 
 @pytest.mark.parametrize("fault", ["cut", 429, 500, 503, "slow"])
@@ -342,10 +414,13 @@ def test_a_step_from_the_cache_and_a_step_that_is_tried_again_are_shown_as_such(
 
 def test_cancelling_ends_a_job_once(google, bucket, capsys):
     assert cli.main(google.quick) == 0
+    google.fail(429, "cut", 500, path=":cancel")
     for _ in range(2):
-        assert cli.main(["cancel", "mine", *google.options]) == 0
-    assert "mine: cancelled" in capsys.readouterr().out
-    assert len(google.sent("POST", ":cancel")) == 1
+        assert cli.main(["cancel", "mine", *google.options, "--wait"]) == 0
+    said = capsys.readouterr()
+    assert "mine: cancelled" in said.out
+    assert "error" not in said.err
+    assert len(google.sent("POST", ":cancel")) == 4
     assert cli.main(["status", "mine", *google.options]) == 1
     assert "job mine cancelled" in one_error_line(capsys)
 
