@@ -324,7 +324,7 @@ def _check_bucket(submission: Submission, who: "Credentials") -> str:
     from google.cloud.storage.retry import DEFAULT_RETRY
 
     name = submission.pipeline_root.removeprefix("gs://").partition("/")[0]
-    with _storage_errors(name):
+    with _storage_errors(name, "roles/storage.objectUser and roles/storage.legacyBucketReader on it allow it"):
         patience = DEFAULT_RETRY.with_timeout(_PATIENCE)
         bucket = _storage(submission, who).get_bucket(name, retry=patience)
         # The steps write as themselves; who only submits need not be allowed to.
@@ -346,10 +346,13 @@ def _check_raw(submission: Submission) -> tuple[str, str]:
 
     from beam_jobs.archives import raw_identity
 
-    with _storage_errors(submission.raw.removeprefix("gs://").partition("/")[0]):
+    bucket = submission.raw.removeprefix("gs://").partition("/")[0]
+    with _storage_errors(bucket, "roles/storage.objectViewer on it allows it"):
         try:
             identity = raw_identity(submission.raw)
         except BeamIOError as error:
+            if "NotFound" in str(error):
+                raise UserError(f"there is no bucket gs://{bucket}: --raw must name the folder of the raw archives") from error
             raise UserError(f"{submission.raw} cannot be read: {' '.join(str(error).split())[:200]}") from error
     return identity, f"{submission.raw} can be read, identity {identity}"
 
@@ -357,8 +360,8 @@ def _check_raw(submission: Submission) -> tuple[str, str]:
 class _storage_errors:  # noqa: N801  it is used as a function is
     """Says in words what Cloud Storage says of a bucket."""
 
-    def __init__(self, bucket: str) -> None:
-        self._bucket = bucket
+    def __init__(self, bucket: str, remedy: str) -> None:
+        self._bucket, self._remedy = bucket, remedy
 
     def __enter__(self) -> None:
         pass
@@ -370,11 +373,11 @@ class _storage_errors:  # noqa: N801  it is used as a function is
             case exceptions.NotFound():
                 raise UserError(f"there is no bucket gs://{self._bucket}; docs/vertex.md makes it") from error
             case exceptions.Forbidden():
-                raise UserError(f"gs://{self._bucket} may not be read: roles/storage.objectUser on it allows it") from error
+                raise UserError(f"gs://{self._bucket} may not be read: {self._remedy}") from error
+            case exceptions.Unauthorized() | auth_exceptions.GoogleAuthError():
+                raise UserError("the credentials do not hold: gcloud auth application-default login renews them") from error
             case exceptions.GoogleAPICallError() | requests.RequestException() | exceptions.RetryError():
                 raise UserError(f"Cloud Storage does not answer for gs://{self._bucket}: {type(error).__name__}") from error
-            case auth_exceptions.GoogleAuthError():
-                raise UserError("the credentials do not hold: gcloud auth application-default login renews them") from error
 
 
 def _token(who: "Credentials") -> str:

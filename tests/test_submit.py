@@ -169,18 +169,18 @@ def test_what_is_missing_is_named_and_nothing_is_submitted(google, bucket, capsy
 def test_the_bucket_s_faults_are_one_line_each(google, monkeypatch, capsys):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", google.url)
     monkeypatch.setattr(submission, "_PATIENCE", 0.2)
-    arguments = [*google.quick[:-5], "options", "vertex", "images", "raw", "--dry-run"]
-    for fault, named in (
-        (403, "roles/storage.objectUser"),
-        (429, "does not answer"),
-        (500, "does not answer"),
-        ("cut", "answer"),
-    ):
+    arguments = [*google.quick[:-5], "options", "vertex", "images", "--dry-run"]
+    named = {403: "roles/storage.legacyBucketReader", 401: "login", 429: "not answer", 500: "not answer", "cut": "not answer"}
+    for fault, text in named.items():
+        google.fail(*[fault] * 1000, path="/storage/")
+        assert cli.main([*arguments, "--skip-check", "raw"]) == 2
+        said = capsys.readouterr()
+        assert re.search(rf"^missing  bucket: .*{text}", said.out, re.MULTILINE), said.out
+        assert said.err == "error: it would not work: bucket must be mended first\n"
+    for fault, text in {403: "roles/storage.objectViewer", 404: "there is no bucket gs://a-bucket"}.items():
         google.fail(*[fault] * 1000, path="/storage/")
         assert cli.main(arguments) == 2
-        said = capsys.readouterr()
-        assert re.search(rf"^missing  bucket: .*{named}", said.out, re.MULTILINE), said.out
-        assert said.err == "error: it would not work: bucket must be mended first\n"
+        assert re.search(rf"^missing  raw: .*{text}", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_check_can_be_skipped(google, bucket, capsys):
