@@ -5,6 +5,7 @@ person who can mend it. A job is created under an ID of ours, so that asking aga
 """
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -127,6 +128,10 @@ def credentials() -> "tuple[Credentials, str]":
     try:
         found, project = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
     except auth_exceptions.GoogleAuthError as error:
+        if named := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+            raise UserError(
+                f"GOOGLE_APPLICATION_CREDENTIALS names {named}, which holds no credentials: mend or unset it"
+            ) from error
         raise UserError(
             "there are no Google Cloud credentials on this machine: gcloud auth application-default login makes them, or "
             "GOOGLE_APPLICATION_CREDENTIALS names a key file"

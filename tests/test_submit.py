@@ -104,6 +104,13 @@ def test_a_dry_run_on_a_bare_machine_explains_the_plan_and_what_is_missing(googl
     assert google.requests == []
 
 
+def test_a_key_file_that_is_none_is_named(google, monkeypatch, capsys):
+    for path in ("nothing.json", __file__):
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", path)
+        assert cli.main(["status", "mine", *google.options]) == 2
+        assert f"GOOGLE_APPLICATION_CREDENTIALS names {path}" in one_error_line(capsys)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
