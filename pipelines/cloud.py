@@ -90,22 +90,26 @@ def send_step(args: argparse.Namespace, place: Place, job: Job, before: Mapping[
         arguments["overrides"] = [*before["overrides"], *args.overrides]
         args.eval_accelerator = args.accelerator
     cluster = _cluster(args)
-    if component == "build-tfrecords":
-        arguments["beam_args"] = list(cluster.beam_args)
     done = next((task.outputs for task in job.tasks if task.name == component), {})
     source = next((str(one.metadata.get("run_id", "")) for one in done.values()), "")
-    cluster = replace(cluster, environment={**cluster.environment, **({variables.RERUN_OF: source} if source else {})})
+    environment = {**cluster.environment, **({variables.RERUN_OF: source} if source else {})}
+
+    def compiled(cluster: Cluster) -> dict[str, Any]:
+        beam = {"beam_args": list(cluster.beam_args)} if component == "build-tfrecords" else {}
+        return pipeline.compile_step(cluster, component, {**arguments, **beam}, inputs, base_output_directory(root))
+
     return _send(
         args,
         Submission(
             place=place,
             job_id=args.job_id or _job_id(f"rerun-{component}", time.strftime("-%Y%m%d-%H%M%S")),
             title=f"{component} of job {job.job_id} again",
-            cluster=cluster,
+            cluster=replace(cluster, environment=environment, caching=False),
             pipeline_root=root,
-            raw="",
-            compile=lambda cluster: pipeline.compile_step(cluster, component, arguments, inputs, base_output_directory(root)),
+            raw=arguments.get("raw", ""),
+            compile=compiled,
             parameters={},
+            components=(component,),
         ),
     )
 

@@ -15,6 +15,7 @@ from google.auth import exceptions as auth_exceptions
 from google.cloud import aiplatform_v1
 from google.protobuf import json_format
 
+from components.lineage import COMPONENTS
 from pipelines import accelerators
 from pipelines.images import Images
 from pipelines.pipeline import Cluster
@@ -84,6 +85,8 @@ class Submission:
     """Folder of the raw archives that the job reads; empty where it reads none."""
     compile: Callable[[Cluster], dict[str, Any]]
     parameters: Mapping[str, Any]
+    components: tuple[str, ...] = COMPONENTS
+    """Those that it runs."""
     schedule: str = ""
     max_runs: int = 0
 
@@ -102,8 +105,9 @@ class Submission:
         yield "where", f"project {place.project}, region {place.region}{f', API at {place.endpoint}' if place.endpoint else ''}"
         yield "who", cluster.service_account or "the project's default service account of Compute Engine"
         beam = [one for one in cluster.beam_args if one.startswith(("--region", "--max_num_workers", "--worker_machine_type"))]
-        yield "build-tfrecords", f"Dataflow: {' '.join(beam)}" if cluster.beam_args else "in its own container, without Dataflow"
-        for component in ("pretrain", "linear-eval"):
+        for component in self.components:
+            if component == "build-tfrecords":
+                yield component, f"Dataflow: {' '.join(beam)}" if cluster.beam_args else "in its own container, without Dataflow"
             if accelerator := cluster.accelerator_of(component):
                 hosts = f", {accelerator.hosts} hosts" if accelerator.hosts > 1 else ""
                 yield (
@@ -117,10 +121,11 @@ class Submission:
             yield f"image, {build}", cluster.images.reference(build)
         yield "reads", self.raw or "what an earlier job left"
         yield "writes", self.pipeline_root
-        yield (
-            "checkpoints",
-            f"{base_output_directory(self.pipeline_root)}/checkpoints; a job that does the same again goes on from there",
-        )
+        if "pretrain" in self.components:
+            yield (
+                "checkpoints",
+                f"{base_output_directory(self.pipeline_root)}/checkpoints; a job that does the same again goes on from there",
+            )
         yield "MLflow", _mlflow_in_words(cluster.environment)
         yield "cache", "steps that did the same before are reused" if cluster.caching else "off: every step runs"
         for name, value in (("network", cluster.network), ("encryption key", cluster.encryption_key)):
@@ -268,7 +273,7 @@ def look(submission: Submission, skip: Iterable[str] = ()) -> Checked:
         checked = replace(
             checked, cluster=replace(checked.cluster, images=images, beam_args=_with_image(checked.cluster, images))
         )
-    if identity:
+    if "raw_identity" in submission.parameters and identity:
         checked = replace(checked, parameters={**checked.parameters, "raw_identity": identity})
     return Checked(checked, tuple(findings), found[0])
 
@@ -290,15 +295,13 @@ def _check_spec(submission: Submission) -> str:
 
 
 def _check_region(submission: Submission) -> str:
-    region, known = submission.place.region, []
-    for component in ("pretrain", "linear-eval"):
-        accelerator = submission.cluster.accelerator_of(component)
-        if accelerator:
-            accelerators.check_region(accelerator, region)
-            known += [accelerator.name] if accelerator.regions else []
-    if known:
+    region = submission.place.region
+    used = {one for component in submission.components if (one := submission.cluster.accelerator_of(component))}
+    for accelerator in used:
+        accelerators.check_region(accelerator, region)
+    if known := sorted(one.name for one in used if one.regions):
         return f"{region} has {', '.join(known)}, as Google's list says; quota is the project's own"
-    return f"no list of regions is kept for {submission.cluster.accelerator.name if submission.cluster.accelerator else 'this'}"
+    return "no list of regions is kept but for TPUs"
 
 
 def _check_mlflow(submission: Submission) -> str:

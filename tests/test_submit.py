@@ -504,6 +504,27 @@ def test_a_step_is_done_again_on_vertex_from_what_a_job_left(google, bucket, cap
     assert {"name": "SOGCLR_RERUN_OF", "value": "2" * 32} in pool["container_spec"]["env"]
 
 
+@pytest.mark.parametrize(("component", "machine"), [("build-tfrecords", "cpu"), ("linear-eval", "v5e-4")])
+def test_the_other_steps_are_done_again_on_vertex_too_and_the_plan_is_of_them_alone(google, bucket, capsys, component, machine):
+    leave(google, bucket, dict.fromkeys(("build-tfrecords", "pretrain", "linear-eval", "job"), "SUCCEEDED"))
+    capsys.readouterr()
+    images = google.submit[google.submit.index("--images") :]
+    arguments = ["rerun", component, "--run", "vertex:mine", *google.options, "--accelerator", machine, *images]
+    assert cli.main([*arguments, "--job-id", "again"]) == 0
+    said = capsys.readouterr().out
+    assert {name for name in ("build-tfrecords", "pretrain", "linear-eval") if re.search(f"^{name} ", said, re.M)} == {component}
+    assert "off: every step runs" in said
+    assert ("gs://a-bucket/raw can be read" in said) == (component == "build-tfrecords")
+    job = json_format.MessageToDict(aiplatform_v1.PipelineJob.pb(google.jobs[f"{FOLDER}/pipelineJobs/again"]))
+    tasks = job["pipelineSpec"]["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    assert {name for name in tasks if "importer" not in name} == {component}
+    given = {name: one["runtimeValue"]["constant"] for name, one in tasks[component]["inputs"]["parameters"].items()}
+    if component == "build-tfrecords":
+        assert f"--sdk_container_image={google.url[7:]}/my-project/sogclr/sogclr-cpu@{DIGEST['cpu']}" in given["beam_args"]
+    else:
+        assert set(tasks[component]["inputs"]["artifacts"]) == {"dataset", "model"}
+
+
 def test_a_step_without_what_it_needs_is_not_done_again(google, bucket, capsys):
     leave(google, bucket, {"build-tfrecords": "SUCCEEDED", "pretrain": "FAILED: no", "job": "FAILED"})
     capsys.readouterr()
