@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 from matplotlib.figure import Figure
@@ -120,7 +121,18 @@ def without_credentials(uri: str) -> str:
     """Returns `uri` as it may be shown."""
     scheme, separator, rest = uri.partition("://")
     host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}" if scheme.startswith("http") else uri
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+
+
+def move_credentials(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Moves a password in the address of a server to MLflow's own variables: MLflow repeats the address in its errors."""
+    uri = urlsplit(environ.get("MLFLOW_TRACKING_URI", ""))
+    if uri.scheme.startswith("http") and uri.password is not None:
+        environ["MLFLOW_TRACKING_URI"] = without_credentials(uri.geturl())
+        environ["MLFLOW_TRACKING_USERNAME"], environ["MLFLOW_TRACKING_PASSWORD"] = (
+            unquote(uri.username or ""),
+            unquote(uri.password),
+        )
 
 
 def read_secret(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -198,6 +210,7 @@ def end_pipeline(store: Store, pipeline_id: str, status: str, run_ids: Iterable[
 
 def open_job_store(environ: Mapping[str, str] = os.environ) -> Store:
     """Returns the store that the variables of a step name, with a step's patience."""
+    move_credentials()
     if not environ.get("MLFLOW_TRACKING_URI"):
         raise UserError("MLFLOW_TRACKING_URI is not set: a component records what it does where that says")
     read_secret()

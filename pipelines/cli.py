@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from components.lineage import COMPONENTS, Artifact, Lineage, short
 from pipelines import accelerators
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _ROOT = "runs"
 _CHECKS = ("options", "region", "mlflow", "vertex", "bucket", "images", "raw")
-"""Checks of a submission that can be skipped."""
+"""Checks of a submission that can be skipped, as `submission.CHECKS` has them."""
 _MADE_BY = {"dataset": "build-tfrecords", "model": "pretrain"}
 _NEEDS = {"build-tfrecords": (), "pretrain": ("dataset",), "linear-eval": ("dataset", "model")}
 
@@ -94,8 +94,15 @@ The step is compiled by the TPU's own compiler, without a TPU: some minutes the 
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, where argparse would print all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help says how\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sogclr",
         description="SogCLR from raw images to a linear eval, on this machine or on Vertex AI, with the lineage of all steps.",
         epilog="sogclr COMMAND --help tells more of each. Exit codes: 0 done, 1 failed, 2 something for you to mend.",
@@ -149,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     submit = add("submit", _submit, "Run the whole pipeline on Vertex AI.", _SUBMIT)
     _add_preset(submit)
     _add_place(submit, "to run in", required=True)
-    submit.add_argument("--raw", default="", metavar="gs://...", help="folder of the raw archives")
+    submit.add_argument("--raw", required=True, metavar="gs://...", help="folder of the raw archives")
     _add_set(submit)
     _add_cluster(submit, "machine of pretraining; sogclr accelerators lists them", required=True)
     _add_sending(submit)
@@ -157,12 +164,17 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--max-runs", type=int, default=0, metavar="N", help="end the schedule after so many jobs")
     _add_json(submit)
 
-    for name, command, summary in (
-        ("status", _status, "Show how a job on Vertex AI stands: its steps, their errors, links to their logs."),
-        ("cancel", _cancel, "End a job, or a schedule, on Vertex AI. Checkpoints stay, and a later job goes on from them."),
+    for name, command, or_schedule, summary in (
+        ("status", _status, "", "Show how a job on Vertex AI stands: its steps, their errors, links to their logs."),
+        (
+            "cancel",
+            _cancel,
+            ", or of a schedule .../schedules/ID",
+            "End a job, or a schedule, on Vertex AI. Checkpoints stay, and a later job goes on from them.",
+        ),
     ):
         one = add(name, command, summary)
-        one.add_argument("job", metavar="JOB", help="its ID, or projects/P/locations/R/pipelineJobs/ID (or .../schedules/ID)")
+        one.add_argument("job", metavar="JOB", help=f"its ID, or projects/P/locations/R/pipelineJobs/ID{or_schedule}")
         _add_place(one, "of the job")
         one.add_argument("--wait", action="store_true", help="follow it until it has ended")
         _add_json(one)
@@ -503,8 +515,9 @@ def _mlflow_names(root: Path) -> dict[str, str]:
 def _open_store(root: Path, must_exist: bool = False) -> "Store":
     if must_exist:
         _check_runs(root)
-    from components.tracking import open_store
+    from components.tracking import move_credentials, open_store
 
+    move_credentials()
     names = _mlflow_names(root)
     uri = names["MLFLOW_TRACKING_URI"]
     # A server says itself where artifacts go.

@@ -43,8 +43,9 @@ def compile_(args: argparse.Namespace) -> int:
 
 def submit(args: argparse.Namespace) -> int:
     accelerators.check(accelerators.get(args.accelerator), resolve(args.preset, args.overrides))
-    if not args.raw:
-        raise UserError(f"--preset {args.preset} needs --raw gs://..., the folder of the raw archives")
+    for name in ("project", "region", "pipeline_root", "raw"):
+        if not getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} is empty; sogclr submit --help says what it must be")
     if args.max_runs and not args.schedule:
         raise UserError(f"--max-runs {args.max_runs} is for --schedule")
 
@@ -89,22 +90,26 @@ def send_step(args: argparse.Namespace, place: Place, job: Job, before: Mapping[
         arguments["overrides"] = [*before["overrides"], *args.overrides]
         args.eval_accelerator = args.accelerator
     cluster = _cluster(args)
-    if component == "build-tfrecords":
-        arguments["beam_args"] = list(cluster.beam_args)
     done = next((task.outputs for task in job.tasks if task.name == component), {})
     source = next((str(one.metadata.get("run_id", "")) for one in done.values()), "")
-    cluster = replace(cluster, environment={**cluster.environment, **({variables.RERUN_OF: source} if source else {})})
+    environment = {**cluster.environment, **({variables.RERUN_OF: source} if source else {})}
+
+    def compiled(cluster: Cluster) -> dict[str, Any]:
+        beam = {"beam_args": list(cluster.beam_args)} if component == "build-tfrecords" else {}
+        return pipeline.compile_step(cluster, component, {**arguments, **beam}, inputs, base_output_directory(root))
+
     return _send(
         args,
         Submission(
             place=place,
             job_id=args.job_id or _job_id(f"rerun-{component}", time.strftime("-%Y%m%d-%H%M%S")),
             title=f"{component} of job {job.job_id} again",
-            cluster=cluster,
+            cluster=replace(cluster, environment=environment, caching=False),
             pipeline_root=root,
-            raw="",
-            compile=lambda cluster: pipeline.compile_step(cluster, component, arguments, inputs, base_output_directory(root)),
+            raw=arguments.get("raw", ""),
+            compile=compiled,
             parameters={},
+            components=(component,),
         ),
     )
 
@@ -124,7 +129,10 @@ def _send(args: argparse.Namespace, submission: Submission) -> int:
         print(f"{mark:<7}  {finding.name}: {finding.text}", file=said)
     said.flush()
     if args.dry_run:
-        print("\nnothing was submitted: this was a dry run", file=said)
+        print(
+            f"\nnothing was submitted: this was a dry run{'' if checked.problems else '; without --dry-run it is sent'}",
+            file=said,
+        )
         if args.json:
             print(json.dumps(_plan_as_json(checked)))
     if checked.problems:
@@ -136,10 +144,10 @@ def _send(args: argparse.Namespace, submission: Submission) -> int:
     if args.dry_run:
         return 0
     job, name, made = sending.submit(checked)
+    where = f" --endpoint {args.endpoint}" if args.endpoint else ""
     if job is None:
-        print(
-            json.dumps({"schedule": name}) if args.json else f"\n{'schedule' if made else 'schedule was there already'}: {name}"
-        )
+        there = f"\n{'schedule' if made else 'schedule was there already'}: {name}\nend it: sogclr cancel {name}{where}"
+        print(json.dumps({"schedule": name}) if args.json else there)
         return 0
     print(f"\n{'submitted' if made else 'was there already'}: {name}\n{job.link}", file=said)
     if args.wait:
@@ -147,7 +155,7 @@ def _send(args: argparse.Namespace, submission: Submission) -> int:
     if args.json:
         _print_job(args, job)
     elif not job.ended:
-        print(f"follow it: sogclr status {name} --project {args.project} --region {args.region} --wait")
+        print(f"follow it: sogclr status {name} --project {args.project} --region {args.region}{where} --wait")
     return _exit_code(job)
 
 
@@ -175,23 +183,27 @@ def cancel(args: argparse.Namespace) -> int:
     place, job_id = vertex.parse_job(args.job, args.project, args.region, args.endpoint)
     job = vertex.Vertex(place, vertex.credentials()[0]).cancel(job_id)
     if args.wait and not job.ended:
-        _follow(args, place, job_id)
-        return 0
+        job = _followed(args, place, job_id)
     _print_job(args, job)
     return 0
 
 
 def _follow(args: argparse.Namespace, place: Place, job_id: str) -> int:
+    job = _followed(args, place, job_id)
+    _print_job(args, job)
+    return _exit_code(job)
+
+
+def _followed(args: argparse.Namespace, place: Place, job_id: str) -> Job:
+    """Returns a job once it has ended."""
     try:
-        job = vertex.Vertex(place, vertex.credentials()[0]).follow(
+        return vertex.Vertex(place, vertex.credentials()[0]).follow(
             job_id, lambda line: print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
         )
     except KeyboardInterrupt:
         where = f"{job_id} --project {place.project} --region {place.region}"
         print(f"\nthe job goes on; sogclr status {where} shows it, sogclr cancel {where} ends it", file=sys.stderr)
         raise
-    _print_job(args, job)
-    return _exit_code(job)
 
 
 def _print_job(args: argparse.Namespace, job: Job) -> None:
@@ -207,7 +219,7 @@ def _print_job(args: argparse.Namespace, job: Job) -> None:
 
 
 def _exit_code(job: Job) -> int:
-    if job.state in ("FAILED", "CANCELLED"):
+    if job.state in ("FAILED", "CANCELLED", "PAUSED"):
         failed = next((task for task in job.tasks if task.state == "FAILED"), None)
         what = f"{failed.name} failed: {failed.error or 'its logs say why'}" if failed else job.error or job.state.lower()
         print(f"error: job {job.job_id} {job.state.lower()}: {what}", file=sys.stderr)

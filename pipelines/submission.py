@@ -15,6 +15,7 @@ from google.auth import exceptions as auth_exceptions
 from google.cloud import aiplatform_v1
 from google.protobuf import json_format
 
+from components.lineage import COMPONENTS
 from pipelines import accelerators
 from pipelines.images import Images
 from pipelines.pipeline import Cluster
@@ -44,6 +45,8 @@ _PATTERNS = {
     ),
 }
 _LABEL = re.compile(r"[a-z][-_a-z0-9]{0,62}=[-_a-z0-9]{0,63}")
+_PATIENCE = 120.0
+"""Seconds that Cloud Storage is asked again while it fails in a way that may pass."""
 _NEEDED_OF_BUCKET = ["storage.objects.create", "storage.objects.delete", "storage.objects.get", "storage.objects.list"]
 
 
@@ -52,7 +55,9 @@ def check_options(options: Mapping[str, str]) -> None:
     for name, value in options.items():
         pattern, right = _PATTERNS[name]
         if value and not re.fullmatch(pattern, value):
-            raise UserError(f"{name} {_without_secret(value)} is none: it must be {right}")
+            # What stands in a secret's place may be the secret.
+            shown = "VALUE" if name == "--mlflow-secret" else _without_secret(value)
+            raise UserError(f"{name} {shown} is none: it must be {right}")
 
 
 def parse_labels(items: Iterable[str]) -> dict[str, str]:
@@ -80,6 +85,8 @@ class Submission:
     """Folder of the raw archives that the job reads; empty where it reads none."""
     compile: Callable[[Cluster], dict[str, Any]]
     parameters: Mapping[str, Any]
+    components: tuple[str, ...] = COMPONENTS
+    """Those that it runs."""
     schedule: str = ""
     max_runs: int = 0
 
@@ -98,13 +105,15 @@ class Submission:
         yield "where", f"project {place.project}, region {place.region}{f', API at {place.endpoint}' if place.endpoint else ''}"
         yield "who", cluster.service_account or "the project's default service account of Compute Engine"
         beam = [one for one in cluster.beam_args if one.startswith(("--region", "--max_num_workers", "--worker_machine_type"))]
-        yield "build-tfrecords", f"Dataflow: {' '.join(beam)}" if cluster.beam_args else "in its own container, without Dataflow"
-        for component in ("pretrain", "linear-eval"):
+        for component in self.components:
+            if component == "build-tfrecords":
+                yield component, f"Dataflow: {' '.join(beam)}" if cluster.beam_args else "in its own container, without Dataflow"
             if accelerator := cluster.accelerator_of(component):
                 hosts = f", {accelerator.hosts} hosts" if accelerator.hosts > 1 else ""
                 yield (
                     component,
-                    f"{accelerator.name}: {accelerator.summary}, {accelerator.replicas} replicas{hosts}, "
+                    f"{accelerator.name}: {accelerator.summary}, {accelerator.replicas} replica{'s' * (accelerator.replicas > 1)}"
+                    f"{hosts}, "
                     f"{'spot' if cluster.spot else 'on demand'}, {cluster.disk_gb} GB disk, at most {cluster.timeout_hours:g} h "
                     f"an attempt, {cluster.retries} more attempts",
                 )
@@ -112,10 +121,11 @@ class Submission:
             yield f"image, {build}", cluster.images.reference(build)
         yield "reads", self.raw or "what an earlier job left"
         yield "writes", self.pipeline_root
-        yield (
-            "checkpoints",
-            f"{base_output_directory(self.pipeline_root)}/checkpoints, gone on with by whoever does the same again",
-        )
+        if "pretrain" in self.components:
+            yield (
+                "checkpoints",
+                f"{base_output_directory(self.pipeline_root)}/checkpoints; a job that does the same again goes on from there",
+            )
         yield "MLflow", _mlflow_in_words(cluster.environment)
         yield "cache", "steps that did the same before are reused" if cluster.caching else "off: every step runs"
         for name, value in (("network", cluster.network), ("encryption key", cluster.encryption_key)):
@@ -263,12 +273,13 @@ def look(submission: Submission, skip: Iterable[str] = ()) -> Checked:
         checked = replace(
             checked, cluster=replace(checked.cluster, images=images, beam_args=_with_image(checked.cluster, images))
         )
-    if identity:
+    if "raw_identity" in submission.parameters and identity:
         checked = replace(checked, parameters={**checked.parameters, "raw_identity": identity})
     return Checked(checked, tuple(findings), found[0])
 
 
-CHECKS = ("options", "region", "mlflow", "credentials", "vertex", "bucket", "images", "raw")
+CHECKS = ("options", "region", "mlflow", "vertex", "bucket", "images", "raw")
+"""Those that can be skipped: all but the one for credentials, without which nothing can be sent."""
 _NEED_CREDENTIALS = ("vertex", "bucket", "images", "raw")
 
 
@@ -284,15 +295,13 @@ def _check_spec(submission: Submission) -> str:
 
 
 def _check_region(submission: Submission) -> str:
-    region, known = submission.place.region, []
-    for component in ("pretrain", "linear-eval"):
-        accelerator = submission.cluster.accelerator_of(component)
-        if accelerator:
-            accelerators.check_region(accelerator, region)
-            known += [accelerator.name] if accelerator.regions else []
-    if known:
+    region = submission.place.region
+    used = {one for component in submission.components if (one := submission.cluster.accelerator_of(component))}
+    for accelerator in used:
+        accelerators.check_region(accelerator, region)
+    if known := sorted(one.name for one in used if one.regions):
         return f"{region} has {', '.join(known)}, as Google's list says; quota is the project's own"
-    return f"no list of regions is kept for {submission.cluster.accelerator.name if submission.cluster.accelerator else 'this'}"
+    return "no list of regions is kept but for TPUs"
 
 
 def _check_mlflow(submission: Submission) -> str:
@@ -315,12 +324,15 @@ def _storage(submission: Submission, who: "Credentials") -> Any:
 
 
 def _check_bucket(submission: Submission, who: "Credentials") -> str:
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
     name = submission.pipeline_root.removeprefix("gs://").partition("/")[0]
-    with _storage_errors(name):
-        bucket = _storage(submission, who).get_bucket(name)
+    with _storage_errors(name, "roles/storage.objectUser and roles/storage.legacyBucketReader on it allow it"):
+        patience = DEFAULT_RETRY.with_timeout(_PATIENCE)
+        bucket = _storage(submission, who).get_bucket(name, retry=patience)
         # The steps write as themselves; who only submits need not be allowed to.
         needed = _NEEDED_OF_BUCKET[-2:] if submission.cluster.service_account else _NEEDED_OF_BUCKET
-        allowed = bucket.test_iam_permissions(needed)
+        allowed = bucket.test_iam_permissions(needed, retry=patience)
     missing = [one for one in needed if one not in allowed]
     if missing:
         raise UserError(f"gs://{name}: {', '.join(missing)} may not be done; roles/storage.objectUser on it allows it")
@@ -337,10 +349,13 @@ def _check_raw(submission: Submission) -> tuple[str, str]:
 
     from beam_jobs.archives import raw_identity
 
-    with _storage_errors(submission.raw.removeprefix("gs://").partition("/")[0]):
+    bucket = submission.raw.removeprefix("gs://").partition("/")[0]
+    with _storage_errors(bucket, "roles/storage.objectViewer on it allows it"):
         try:
             identity = raw_identity(submission.raw)
         except BeamIOError as error:
+            if "NotFound" in str(error):
+                raise UserError(f"there is no bucket gs://{bucket}: --raw must name the folder of the raw archives") from error
             raise UserError(f"{submission.raw} cannot be read: {' '.join(str(error).split())[:200]}") from error
     return identity, f"{submission.raw} can be read, identity {identity}"
 
@@ -348,8 +363,8 @@ def _check_raw(submission: Submission) -> tuple[str, str]:
 class _storage_errors:  # noqa: N801  it is used as a function is
     """Says in words what Cloud Storage says of a bucket."""
 
-    def __init__(self, bucket: str) -> None:
-        self._bucket = bucket
+    def __init__(self, bucket: str, remedy: str) -> None:
+        self._bucket, self._remedy = bucket, remedy
 
     def __enter__(self) -> None:
         pass
@@ -361,11 +376,11 @@ class _storage_errors:  # noqa: N801  it is used as a function is
             case exceptions.NotFound():
                 raise UserError(f"there is no bucket gs://{self._bucket}; docs/vertex.md makes it") from error
             case exceptions.Forbidden():
-                raise UserError(f"gs://{self._bucket} may not be read: roles/storage.objectUser on it allows it") from error
+                raise UserError(f"gs://{self._bucket} may not be read: {self._remedy}") from error
+            case exceptions.Unauthorized() | auth_exceptions.GoogleAuthError():
+                raise UserError("the credentials do not hold: gcloud auth application-default login renews them") from error
             case exceptions.GoogleAPICallError() | requests.RequestException() | exceptions.RetryError():
                 raise UserError(f"Cloud Storage does not answer for gs://{self._bucket}: {type(error).__name__}") from error
-            case auth_exceptions.GoogleAuthError():
-                raise UserError("the credentials do not hold: gcloud auth application-default login renews them") from error
 
 
 def _token(who: "Credentials") -> str:

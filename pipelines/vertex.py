@@ -5,6 +5,7 @@ person who can mend it. A job is created under an ID of ours, so that asking aga
 """
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -127,6 +128,10 @@ def credentials() -> "tuple[Credentials, str]":
     try:
         found, project = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
     except auth_exceptions.GoogleAuthError as error:
+        if named := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+            raise UserError(
+                f"GOOGLE_APPLICATION_CREDENTIALS names {named}, which holds no credentials: mend or unset it"
+            ) from error
         raise UserError(
             "there are no Google Cloud credentials on this machine: gcloud auth application-default login makes them, or "
             "GOOGLE_APPLICATION_CREDENTIALS names a key file"
@@ -167,7 +172,7 @@ class Vertex:
     def create(self, job_id: str, job: aiplatform_v1.PipelineJob) -> tuple[Job, bool]:
         """Returns the job `job_id`, and whether this call made it: one that was asked for alike before is taken as it is.
 
-        Raises UserError where the ID is another job's.
+        Raises UserError where the ID is another job's, and where no answer came: the job may be there then.
         """
         plan = job.labels[PLAN_LABEL]
         if (there := self.find(job_id)) is None:
@@ -183,6 +188,11 @@ class Vertex:
                 there = self.get(job_id)
                 if there.plan == plan:
                     return there, True
+            except _NoAnswerError as error:
+                raise UserError(
+                    f"{error}; job {job_id} may have been made: sogclr status {job_id} says so, and submitted again with "
+                    f"--job-id {job_id} there is still one"
+                ) from error
         if there.plan != plan:
             raise UserError(
                 f"there is a job {job_id} already, and it is another one ({there.state}): give another --job-id, or look at it "
@@ -293,8 +303,8 @@ class Vertex:
             case exceptions.ClientError():
                 return UserError(f"Vertex AI refuses: {_short(error)}")
             case exceptions.GoogleAPICallError():
-                return UserError(f"Vertex AI in {self.place.region} is not itself ({_short(error)}): try again later")
-        return UserError(f"Vertex AI in {self.place.region} cannot be reached ({_short(error)}): try again later")
+                return _NoAnswerError(f"Vertex AI in {self.place.region} is not itself ({_short(error)}): try again later")
+        return _NoAnswerError(f"Vertex AI in {self.place.region} cannot be reached ({_short(error)}): try again later")
 
     def _job(self, found: aiplatform_v1.PipelineJob) -> Job:
         # As JSON is what KFP's own names are in.
@@ -341,6 +351,10 @@ class _NotThereError(UserError):
 
 
 class _AlreadyThereError(UserError):
+    pass
+
+
+class _NoAnswerError(UserError):
     pass
 
 

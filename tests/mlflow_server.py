@@ -49,7 +49,7 @@ class MlflowServer:
             self._process = subprocess.Popen(
                 command, env=environ, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while not self._answers():
             assert self._process.poll() is None, (self.folder / "server.log").read_text()
             assert time.monotonic() < until, "the server did not start"
@@ -73,8 +73,8 @@ class MlflowServer:
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[MlflowServer]:
     server = MlflowServer(folder)
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         server.kill()

@@ -80,6 +80,26 @@ def test_what_the_user_can_mend_is_one_line_with_exit_code_2(arguments, named, h
     assert named in said.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("", "COMMAND; sogclr --help says how"),
+        ("sbumit", "'submit'"),
+        ("submit --preset demo", "--project, --region, --raw, --accelerator, --pipeline-root; sogclr submit --help says how"),
+        ("run --preset demo --rot x", "--rot x; sogclr --help says how"),
+        ("submit --retries many", "--retries: invalid int value: 'many'"),
+    ],
+)
+def test_a_line_that_is_no_command_is_one_line_with_exit_code_2(arguments, named, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments.split())
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(r"error: [^\n]+\n", said.err)
+    assert named in said.err
+
+
 def test_every_option_of_every_command_says_what_it_is(capsys):
     for command in COMMANDS:
         with pytest.raises(SystemExit):
@@ -186,6 +206,22 @@ def test_a_compiled_pipeline_knows_nothing_of_this_machine(here):
     assert str(REPOSITORY) not in text
     assert str(here) not in text
     assert [path.name for path in here.iterdir()] == ["p.yaml"]
+
+
+def test_no_secret_of_the_environment_is_in_a_compiled_pipeline(here, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
+    for name in ("USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", f"planted-{name}")
+    for machines in ((), ("--accelerator", "v5e-8", "--tag", "abc")):
+        compiled(*machines)
+        text = (here / "p.yaml").read_text()
+        assert "https://mlflow.example" in text
+        assert "planted" not in text
+    (here / "p.yaml").unlink()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:planted@mlflow.example")
+    assert cli.main(["compile", "--preset", "demo", "--output", "p.yaml"]) == 2
+    assert "planted" not in capsys.readouterr().err
+    assert list(here.iterdir()) == []
 
 
 def test_the_code_version_changes_with_names_and_bytes_of_the_sources(tmp_path):

@@ -84,19 +84,20 @@ def run(*command, **more):
     return done.stdout
 
 
-def online():
-    ask = [shutil.which("uv"), "pip", "install", "--dry-run", "--quiet", "--no-deps", "--target", "nowhere", "libtpu==0.0.30"]
+def online(folder):
+    ask = [shutil.which("uv"), "pip", "install", "--dry-run", "--quiet", "--no-deps", "--target", folder, "libtpu==0.0.30"]
     return subprocess.run(ask, capture_output=True).returncode == 0
 
 
 @pytest.mark.slow
 def test_tensorflow_for_tpus_imports_in_an_environment_of_nothing_but_its_lock(tmp_path):
-    if not online():
+    if not online(tmp_path / "asked"):
         pytest.skip("no package index")
     uv, python = shutil.which("uv"), tmp_path / "env" / "bin" / "python"
     run(uv, "venv", "--quiet", "--python", "3.11", tmp_path / "env")
     lock = REPOSITORY / "requirements-tpu.lock"
-    run(uv, "pip", "install", "--quiet", "--python", python, "--require-hashes", "--requirement", lock)
+    run(uv, "pip", "install", "--quiet", "--python", python, "--no-deps", "--require-hashes", "--requirement", lock)
+    run(uv, "pip", "check", "--python", python)
     code = "import tensorflow, trainer.train, eval.linear_eval, components.tracking; print(tensorflow.__version__)"
     environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TPU_SKIP_MDS_QUERY": "1"}
     assert run(python, "-c", code, cwd=REPOSITORY, env=environ).strip() == "2.20.0"
@@ -106,7 +107,12 @@ def test_tensorflow_for_tpus_imports_in_an_environment_of_nothing_but_its_lock(t
 @pytest.mark.parametrize("build", ["cpu", "tpu"])
 def test_the_dockerfile_builds(tmp_path, build):
     """With buildah on a Debian made here, since that needs no registry of images; Beam's worker is a stub."""
-    if shutil.which("buildah") is None or shutil.which("debootstrap") is None or os.geteuid() != 0 or not online():
+    if (
+        shutil.which("buildah") is None
+        or shutil.which("debootstrap") is None
+        or os.geteuid() != 0
+        or not online(tmp_path / "asked")
+    ):
         pytest.skip("that needs buildah, debootstrap, root and a package index")
     sources = "\n".join(path.read_text() for path in Path("/etc/apt").rglob("*.sources"))
     mirror = re.search(r"^URIs: (\S+)", sources, re.MULTILINE)

@@ -8,6 +8,7 @@ import threading
 import time
 from base64 import b64encode
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from fake_vertex import serving as serving_google
@@ -24,6 +25,7 @@ from trainer.records import UserError
 REPOSITORY = Path(__file__).parents[1]
 SECONDS_DOWN = float(os.environ.get("SOGCLR_TEST_SECONDS_DOWN", "10"))
 """How long the server is down in the middle of a run."""
+TOKEN = "planted-mlflow-token"
 STEPS, EVERY = 360, 12
 """Of pretraining, which takes one more than whole epochs have."""
 
@@ -60,6 +62,16 @@ def test_a_password_in_the_address_is_not_repeated(server):
     with pytest.raises(UserError) as raised:
         tracking.open_store(uri)
     assert "planted-wrong-password" not in str(raised.value)
+
+
+def test_a_password_in_the_address_goes_where_mlflow_repeats_it_in_no_error(server, monkeypatch):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri.replace("http://", f"http://{USER}:{quote(PASSWORD, safe='')}@"))
+    store = tracking.open_job_store()
+    assert store.client.get_experiment(store.experiment_id).name == tracking.EXPERIMENT
+    assert os.environ["MLFLOW_TRACKING_URI"] == server.uri
+    assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == (USER, PASSWORD)
 
 
 @pytest.mark.parametrize("secret", [f"{USER}:{PASSWORD}\n", "token-1"])
@@ -189,7 +201,8 @@ def test_a_server_that_is_killed_in_the_middle_of_a_run_loses_no_metric_and_no_s
     settings = ["image_size=16", "global_batch_size=12", f"epochs={STEPS // 3}", "warmup_epochs=0", "width_multiplier=0.125"]
     settings += [f"log_every_steps={EVERY}", "checkpoint_every_epochs=40", "linear_eval.l2_penalties=1e-2"]
     command = [sys.executable, "-m", "pipelines.cli", "run", "--preset", "demo", "--raw", str(raw), "--json", "--set", *settings]
-    run_environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    # Beside a password, MLflow leaves a token alone.
+    run_environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MLFLOW_TRACKING_TOKEN": TOKEN}
     with subprocess.Popen(
         command, cwd=tmp_path, env=run_environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
@@ -227,9 +240,9 @@ def test_a_server_that_is_killed_in_the_middle_of_a_run_loses_no_metric_and_no_s
         assert {point.step for point in history} == {*range(EVERY, STEPS + 1, EVERY), STEPS + 1}
     assert {file.path for file in client.list_artifacts(runs["pretrain"].info.run_id)} == {"step.json", "curves.png"}
 
-    planted = (PASSWORD.encode(), b64encode(f"{USER}:{PASSWORD}".encode()))
+    planted = (PASSWORD.encode(), TOKEN.encode(), b64encode(f"{USER}:{PASSWORD}".encode()))
     kept = [path for root in (tmp_path, server.folder / "artifacts") for path in root.rglob("*") if path.is_file()]
     assert len(kept) > 20
     for path in [*kept, server.folder / "mlflow.db", server.folder / "server.log"]:
         assert not any(secret in path.read_bytes() for secret in planted), path
-    assert PASSWORD not in "".join(lines) + answered
+    assert not any(secret in "".join(lines) + answered for secret in (PASSWORD, TOKEN))

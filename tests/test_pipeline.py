@@ -26,6 +26,9 @@ TINY = [
     *("log_every_steps=3", "checkpoint_every_epochs=1", "linear_eval.l2_penalties=1e-2"),
 ]
 
+SECRETS = {f"MLFLOW_TRACKING_{name}": f"planted-{name.lower()}" for name in ("USERNAME", "PASSWORD", "TOKEN")}
+"""What the environment of a run holds that nothing it leaves may hold."""
+
 
 def sogclr(*arguments, cwd, **environ):
     """Runs the command line here."""
@@ -111,7 +114,7 @@ def interrupted(folder, raw):
 @pytest.fixture(scope="module")
 def first(folder, raw, interrupted):
     """What the first run that ends answers, and what it says on the way in `said`."""
-    done = sogclr("run", "--preset", "demo", "--raw", raw, "--set", *TINY, "--json", cwd=folder)
+    done = sogclr("run", "--preset", "demo", "--raw", raw, "--set", *TINY, "--json", cwd=folder, **SECRETS)
     return answer(done) | {"said": done.stderr}
 
 
@@ -202,6 +205,13 @@ def test_all_that_is_kept_is_under_the_root_and_nothing_but_progress_is_said(fol
         *("artifacts", "cache", "checkpoints", "kfp", "logs", "mlflow.db")
     ]
     assert second[0].stderr.splitlines() == [f"[{component}] 1/1 reused" for component in COMPONENTS]
+
+
+def test_no_secret_of_the_environment_is_in_what_a_run_leaves_or_says(folder, first):
+    kept = {path.relative_to(folder / "runs") for path in (folder / "runs").rglob("*") if path.is_file()}
+    assert {path.parts[0] for path in kept} == {"artifacts", "cache", "checkpoints", "kfp", "logs", "mlflow.db"}
+    assert [path for path in kept if b"planted-" in (folder / "runs" / path).read_bytes()] == []
+    assert "planted-" not in json.dumps(first)
 
 
 def test_a_second_run_reuses_every_step_and_says_so(first, second):

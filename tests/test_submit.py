@@ -11,7 +11,7 @@ from google.cloud import aiplatform_v1, storage
 from google.protobuf import json_format
 
 from beam_jobs.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
-from pipelines import cli, vertex
+from pipelines import cli, submission, vertex
 
 PROJECT, REGION, TAG = "my-project", "europe-west4", "0123456789ab"
 FOLDER = f"projects/{PROJECT}/locations/{REGION}"
@@ -104,6 +104,13 @@ def test_a_dry_run_on_a_bare_machine_explains_the_plan_and_what_is_missing(googl
     assert google.requests == []
 
 
+def test_a_key_file_that_is_none_is_named(google, monkeypatch, capsys):
+    for path in ("nothing.json", __file__):
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", path)
+        assert cli.main(["status", "mine", *google.options]) == 2
+        assert f"GOOGLE_APPLICATION_CREDENTIALS names {path}" in one_error_line(capsys)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -124,9 +131,13 @@ def test_a_dry_run_on_a_bare_machine_explains_the_plan_and_what_is_missing(googl
         (["--schedule", "every day"], "--schedule"),
         (["--tag", "latest"], "another image tomorrow"),
         (["--mlflow-uri", "https://me:planted-password@mlflow.example"], "without credentials"),
-        (["--mlflow-secret", "planted"], "--mlflow-secret"),
+        (["--mlflow-secret", SECRET], "--mlflow-secret"),
         (["--timeout-hours", "0"], "--timeout-hours"),
         (["--skip-check", "all"], "--skip-check all"),
+        (["--skip-check", "credentials"], "--skip-check credentials"),
+        (["--project", ""], "--project is empty"),
+        (["--pipeline-root", ""], "--pipeline-root is empty"),
+        (["--raw", ""], "--raw is empty"),
         (["--max-runs", "3"], "--schedule"),
         (["--preset", "sogclr_imagenet"], "did you mean"),
     ],
@@ -162,7 +173,25 @@ def test_what_is_missing_is_named_and_nothing_is_submitted(google, bucket, capsy
     assert jobs_made(google) == []
 
 
+def test_the_bucket_s_faults_are_one_line_each(google, monkeypatch, capsys):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", google.url)
+    monkeypatch.setattr(submission, "_PATIENCE", 0.2)
+    arguments = [*google.quick[:-5], "options", "vertex", "images", "--dry-run"]
+    named = {403: "roles/storage.legacyBucketReader", 401: "login", 429: "not answer", 500: "not answer", "cut": "not answer"}
+    for fault, text in named.items():
+        google.fail(*[fault] * 1000, path="/storage/")
+        assert cli.main([*arguments, "--skip-check", "raw"]) == 2
+        said = capsys.readouterr()
+        assert re.search(rf"^missing  bucket: .*{text}", said.out, re.MULTILINE), said.out
+        assert said.err == "error: it would not work: bucket must be mended first\n"
+    for fault, text in {403: "roles/storage.objectViewer", 404: "there is no bucket gs://a-bucket"}.items():
+        google.fail(*[fault] * 1000, path="/storage/")
+        assert cli.main(arguments) == 2
+        assert re.search(rf"^missing  raw: .*{text}", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_a_check_can_be_skipped(google, bucket, capsys):
+    assert cli._CHECKS == submission.CHECKS
     assert cli.main([*google.submit, "--region", "us-east1", "--skip-check", "region", "images", "--tag", "fedcba987654"]) == 0
     assert "sogclr-tpu:fedcba987654" in jobs_made(google)[0]
 
@@ -249,6 +278,49 @@ def test_a_fault_that_stays_is_one_line_and_no_job(google, bucket, capsys, fault
     assert google.jobs == {}
 
 
+@pytest.mark.parametrize("fault", ["slow", "lost"])
+def test_a_job_that_may_have_been_made_is_still_one_when_it_is_submitted_again(google, bucket, capsys, monkeypatch, fault):
+    monkeypatch.setattr(vertex, "_SECONDS_FOR_A_CALL", 0.2)
+    monkeypatch.setattr(vertex, "_PATIENCE", 0.3)
+    google.slow_seconds = 0.5
+    google.fail(*[fault] * 1000, path="pipelineJobs?pipelineJobId=")
+    assert cli.main(google.quick) == 2
+    assert "job mine may have been made" in one_error_line(capsys)
+    google.fail()
+    monkeypatch.setattr(vertex, "_SECONDS_FOR_A_CALL", 5.0)
+    assert cli.main(google.quick) == 0
+    assert len(google.jobs) == 1
+
+
+SCHEDULE = f"{FOLDER}/schedules/1"
+
+
+@pytest.mark.parametrize(
+    ("command", "path"),
+    [
+        (["status", "mine"], "pipelineJobs/mine"),
+        (["status", "mine", "--wait"], "pipelineJobs/mine"),
+        (["cancel", "mine"], ":cancel"),
+        (["cancel", SCHEDULE], "schedules/1"),
+        (["rerun", "pretrain", "--run", "vertex:mine"], "pipelineJobs/mine"),
+        (["submit", "--schedule", "0 3 * * 1"], "schedules"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_every_fault_that_stays_is_one_line_whatever_was_asked(google, capsys, monkeypatch, command, path):
+    name = f"{FOLDER}/pipelineJobs/mine"
+    google.jobs[name] = aiplatform_v1.PipelineJob(name=name, state="PIPELINE_STATE_RUNNING")
+    for name in ("_PATIENCE", "_PATIENCE_OF_FOLLOWING", "_SECONDS_FOR_A_CALL"):
+        monkeypatch.setattr(vertex, name, 0.1)
+    google.slow_seconds = 0.3
+    arguments = [*google.quick, *command[1:]] if command[0] == "submit" else [*command, *google.options]
+    for fault in (429, 500, 403, "cut", "slow"):
+        google.fail(*[fault] * 1000, path=path)
+        assert cli.main(arguments) == 2
+        assert re.search("quota|itself|allowed|reached", one_error_line(capsys))
+        assert google.schedules == {}
+
+
 def test_the_same_submission_twice_is_one_job_and_another_of_its_name_is_refused(google, bucket, capsys):
     arguments = google.quick
     assert cli.main(arguments) == cli.main(arguments) == 0
@@ -311,11 +383,18 @@ def test_waiting_shows_the_states_of_the_steps_and_links_to_their_logs(google, b
     assert any(line.startswith("[pretrain] running") and "console.cloud.google.com/logs" in line for line in said)
 
 
-@pytest.mark.parametrize("component", ["build-tfrecords", "pretrain", "linear-eval"])
+@pytest.mark.parametrize("component", ["build-tfrecords", "pretrain", "linear-eval", "record-lineage", "end-pipeline"])
 def test_a_step_that_fails_ends_the_wait_with_its_reason(google, bucket, capsys, component):
     google.script = [{"job": "RUNNING", component: "RUNNING"}, {component: "FAILED: the disk is full", "job": "FAILED"}]
     assert cli.main([*google.quick, "--wait"]) == 1
     assert f"{component} failed: the disk is full" in one_error_line(capsys)
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "PAUSED"])
+def test_a_job_that_somebody_else_ended_ends_the_wait_as_failed(google, bucket, capsys, state):
+    google.script = [{"job": "RUNNING", "pretrain": "RUNNING"}, {"job": state, "pretrain": "CANCELLED"}]
+    assert cli.main([*google.quick, "--wait"]) == 1
+    assert f"job mine {state.lower()}" in one_error_line(capsys)
 
 
 @pytest.mark.parametrize("fault", ["cut", 429, 500, 503, "slow"])
@@ -342,10 +421,13 @@ def test_a_step_from_the_cache_and_a_step_that_is_tried_again_are_shown_as_such(
 
 def test_cancelling_ends_a_job_once(google, bucket, capsys):
     assert cli.main(google.quick) == 0
+    google.fail(429, "cut", 500, path=":cancel")
     for _ in range(2):
-        assert cli.main(["cancel", "mine", *google.options]) == 0
-    assert "mine: cancelled" in capsys.readouterr().out
-    assert len(google.sent("POST", ":cancel")) == 1
+        assert cli.main(["cancel", "mine", *google.options, "--wait"]) == 0
+    said = capsys.readouterr()
+    assert "mine: cancelled" in said.out
+    assert "error" not in said.err
+    assert len(google.sent("POST", ":cancel")) == 4
     assert cli.main(["status", "mine", *google.options]) == 1
     assert "job mine cancelled" in one_error_line(capsys)
 
@@ -420,6 +502,27 @@ def test_a_step_is_done_again_on_vertex_from_what_a_job_left(google, bucket, cap
     (pool,) = spec["components"]["comp-pretrain"]["inputDefinitions"]["parameters"]["worker_pool_specs"]["defaultValue"]
     assert pool["machine_spec"] == {"machine_type": "cloud-tpu", "accelerator_type": "TPU_V3", "accelerator_count": 8}
     assert {"name": "SOGCLR_RERUN_OF", "value": "2" * 32} in pool["container_spec"]["env"]
+
+
+@pytest.mark.parametrize(("component", "machine"), [("build-tfrecords", "cpu"), ("linear-eval", "v5e-4")])
+def test_the_other_steps_are_done_again_on_vertex_too_and_the_plan_is_of_them_alone(google, bucket, capsys, component, machine):
+    leave(google, bucket, dict.fromkeys(("build-tfrecords", "pretrain", "linear-eval", "job"), "SUCCEEDED"))
+    capsys.readouterr()
+    images = google.submit[google.submit.index("--images") :]
+    arguments = ["rerun", component, "--run", "vertex:mine", *google.options, "--accelerator", machine, *images]
+    assert cli.main([*arguments, "--job-id", "again"]) == 0
+    said = capsys.readouterr().out
+    assert {name for name in ("build-tfrecords", "pretrain", "linear-eval") if re.search(f"^{name} ", said, re.M)} == {component}
+    assert "off: every step runs" in said
+    assert ("gs://a-bucket/raw can be read" in said) == (component == "build-tfrecords")
+    job = json_format.MessageToDict(aiplatform_v1.PipelineJob.pb(google.jobs[f"{FOLDER}/pipelineJobs/again"]))
+    tasks = job["pipelineSpec"]["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    assert {name for name in tasks if "importer" not in name} == {component}
+    given = {name: one["runtimeValue"]["constant"] for name, one in tasks[component]["inputs"]["parameters"].items()}
+    if component == "build-tfrecords":
+        assert f"--sdk_container_image={google.url[7:]}/my-project/sogclr/sogclr-cpu@{DIGEST['cpu']}" in given["beam_args"]
+    else:
+        assert set(tasks[component]["inputs"]["artifacts"]) == {"dataset", "model"}
 
 
 def test_a_step_without_what_it_needs_is_not_done_again(google, bucket, capsys):
