@@ -144,8 +144,9 @@ def linear_eval(
 
     if "knn" in settings.protocols:
         begun = time.perf_counter() - sum(seconds.values())
-        used = {"k": min(settings.knn_k, images["train"]), "temperature": settings.knn_temperature}
-        scores.add("knn", knn_scores(train, validation.values, manifest.num_classes, **used), used, begun)
+        k, temperature = min(settings.knn_k, images["train"]), settings.knn_temperature
+        votes = knn_scores(train, validation.values, manifest.num_classes, k, temperature)
+        scores.add("knn", votes, {"k": k, "temperature": temperature}, begun)
     if "online" in settings.protocols:
         begun = time.perf_counter() - seconds["validation"]
         online = make_classifier(encoder.output_shape[-1], manifest.num_classes)
@@ -220,7 +221,7 @@ class _Scores:
         self.predictions[protocol if encoder == "pretrained" else f"{encoder}_{protocol}"] = predicted
 
     def metrics(self) -> dict[str, float]:
-        metrics = {}
+        metrics: dict[str, float] = {}
         for one in self.accuracies:
             low, high = one.top_1_interval
             metrics |= {one.metric: one.top_1, one.metric.replace("top_1", "top_5"): one.top_5}
