@@ -155,6 +155,7 @@ def linear_eval(
             report=lambda done, total, text: bars("linear-eval", done, total, text),
         )
         run.log_final_metrics(result.metrics, model.metadata["model_id"], dataset, int(model.metadata["steps"]))
+        run.log_features(dataset, result.features)
         classes = read_manifest(dataset.uri).synsets
         run.log_figure(figures.per_class_accuracy(result.per_class_accuracy, classes), "per_class_accuracy.png")
         run.log_figure(figures.confusion(result.confusion, classes), "confusion.png")
