@@ -49,6 +49,7 @@ ENCODER = "sogclr-encoder"
 """Name of the registered model."""
 
 PIPELINE = "pipeline"
+REPORT = "report.html"
 LINEAGE_PICTURE = "lineage.png"
 
 _COMPONENT = "sogclr.component"
@@ -302,9 +303,17 @@ class StepRun:
     def history(self) -> dict[str, list[tuple[int, float]]]:
         """Returns all that was recorded of each metric, by name: (step, value), in order."""
         self.flush()
-        found = _history(self._store, self.run_id)
-        # A step that was taken again after a restart counts once: its values are the same bits.
-        return {name: sorted({point.step: point.value for point in points}.items()) for name, points in found.items()}
+        return history(self._store, self.run_id)
+
+    def history_of(self, made: KfpArtifact) -> dict[str, list[tuple[int, float]]]:
+        """Returns the same of the run that made an artifact; nothing where this store does not know it."""
+        run_id = str(made.metadata.get("run_id", ""))
+        return history(self._store, run_id) if knows(self._store, run_id) else {}
+
+    def sources(self) -> dict[str, str]:
+        """Returns the runs, by component, that this one follows from, and itself."""
+        named = _runs_named_by(self._store.client.get_run(self.run_id))
+        return {name: named[_RUN_OF + name] for name in COMPONENTS if _RUN_OF + name in named}
 
     def log_figure(self, figure: Figure, file: str) -> None:
         self._store.client.log_figure(self.run_id, figure, file, save_kwargs={"dpi": 120})
@@ -504,6 +513,13 @@ def read_step(store: Store, run_id: str) -> Step:
     )
 
 
+def history(store: Store, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """Returns all that a run recorded of each metric, by name: (step, value), in order."""
+    found = _history(store, run_id)
+    # A step that was taken again after a restart counts once: its values are the same bits.
+    return {name: sorted({point.step: point.value for point in points}.items()) for name, points in found.items()}
+
+
 def lineage(store: Store, pipeline_id: str) -> Lineage:
     """Returns what led to what in a pipeline run."""
     run = store.client.get_run(pipeline_id)
@@ -560,6 +576,8 @@ def _step_note(store: Store, one: Step) -> str:
     for source in (read_step(store, run_id) for run_id in sources if _find(store, run_id)):
         lines.append(f"- From: {_link(store, source.run_id, source.component)}, {_made(source)}")
     lines.append(f"- Made: {_made(one)}")
+    if "report" in one.outputs:
+        lines.append(f"- Report: [{REPORT}](#/experiments/{store.experiment_id}/runs/{one.run_id}/artifacts/{REPORT})")
     if _find(store, tags.get(_RESUMED_FROM, "")):
         lines.append(f"- Went on from the checkpoints of {_link(store, tags[_RESUMED_FROM], short(tags[_RESUMED_FROM]))}")
     for title, runs in (("Used by", used_by), ("Reused by", reused_by), ("Done again by", done_again_by)):
