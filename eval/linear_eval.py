@@ -1,55 +1,77 @@
-"""Linear eval: how well a linear classifier on the frozen encoder's features tells the classes apart.
+"""The evaluation of a checkpoint: one forward pass over the data, and every protocol that was asked for on what came of it.
 
-Features are computed once; the classifier is the exact optimum of a convex problem (logistic regression), whose one free number
-is chosen on held-out training images. An untrained encoder of the same architecture goes through the same and stands beside it.
+An untrained encoder of the same architecture goes through the protocol `cached` too and stands beside.
 """
 
+import io
 import json
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import keras
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tensorflow as tf
-from scipy.optimize import minimize
 
-from eval.features import Features, extract, load_encoder
+from eval.cached import fit_with_choice, top_k_accuracy
+from eval.features import Features, digest_of, extract, load_encoder, read_features, write_features
+from eval.knn import knn_scores
+from eval.statistics import bootstrap_interval
 from trainer import checkpoint as checkpoints
-from trainer.config import LINEAR_EVAL, Config, LinearEval, override
+from trainer.config import LINEAR_EVAL, Config, override
 from trainer.encoder import make_encoder
-from trainer.records import UserError, read_manifest
-from trainer.train import read_config
+from trainer.heads import make_classifier
+from trainer.records import Manifest, UserError, read_manifest
+from trainer.train import model_variables, read_config
 
 RESULT = "result.json"
-_ROWS_AT_ONCE = 1 << 16
+PREDICTIONS = "predictions.parquet"
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What one protocol says of one encoder, on all validation images."""
+
+    protocol: str
+    encoder: str
+    """`pretrained` or `untrained`."""
+    top_1: float
+    top_1_interval: tuple[float, float]
+    """95%, bootstrap over images."""
+    top_5: float
+    settings: Mapping[str, Any]
+    """What the protocol used."""
+    seconds: float
+    """All that it takes by itself: with the forward pass, where it stands on features that were computed now."""
+
+    @property
+    def metric(self) -> str:
+        """Name of its top-1 in MLflow; `cached` is what goes without saying."""
+        words = {"cached": ""}.get(self.protocol, f"{self.protocol.replace('-', '_')}_")
+        return f"eval/{'untrained_' if self.encoder == 'untrained' else ''}{words}top_1_accuracy"
 
 
 @dataclass(frozen=True)
 class LinearEvalResult:
     metrics: Mapping[str, float]
-    """`eval/top_1_accuracy` and the like, fractions in [0, 1]; the control's have `untrained_` before their name."""
+    """By MLflow's names, as `eval/top_1_accuracy`; fractions in [0, 1]."""
+    accuracies: tuple[Accuracy, ...]
     per_class_accuracy: tuple[float, ...]
-    """By label; of a class without validation images, nan."""
+    """By label, of the protocol `cached`."""
     confusion: np.ndarray
-    """[C, C] int64: validation images by label (row) and prediction (column)."""
+    """[C, C] int64: validation images by label (row) and prediction of `cached` (column)."""
     num_images: int
     """Validation images, all of them."""
 
 
-@dataclass(frozen=True)
-class LinearClassifier:
-    """Logits are (features - mean) / deviation @ weights + bias."""
-
-    mean: np.ndarray
-    deviation: np.ndarray
-    weights: np.ndarray
-    """[F, C] float32."""
-    bias: np.ndarray
-    l2_penalty: float
-
-    def logits(self, features: np.ndarray) -> np.ndarray:
-        """Returns [n, C] float32 for [n, F] float32."""
-        return (features - self.mean) / self.deviation @ self.weights + self.bias
+def features_path(output: str, split: str) -> str:
+    """Returns where `linear_eval` leaves the pretrained encoder's features of `split` in the folder `output`."""
+    return f"{output.rstrip('/')}/features-{split}.parquet"
 
 
 def linear_eval(
@@ -63,62 +85,162 @@ def linear_eval(
 ) -> LinearEvalResult:
     """Evaluates the encoder in `checkpoint`, a folder (the newest in it) or one file, on the dataset in `data_dir`.
 
-    `overrides` are `linear_eval.` settings. Writes result.json and classifier.npz into `output`, calls `log_metrics` once with
-    the step of the checkpoint, `report(images done, images in all, text)` as it goes. Raises UserError for what it cannot use.
+    `overrides` are `linear_eval.` settings. Writes features, predictions.parquet, classifier.npz and, last, result.json into
+    `output`; features that are there already, of the same encoder and images, are used. Calls `log_metrics` once with the step
+    of the checkpoint, `report(images done, images in all, text)` as it goes. Raises UserError for what it cannot use.
     """
     folder = checkpoint.rpartition("/")[0] or "." if checkpoint.endswith(".npz") else checkpoint.rstrip("/")
     pretraining, about = read_config(folder)
     config = _with_settings(pretraining, overrides)
+    settings = config.linear_eval
     stored = checkpoints.load(checkpoint) if checkpoint.endswith(".npz") else checkpoints.load_latest(folder)
     if stored is None:
         raise UserError(f"{folder} holds no whole checkpoint: pretraining has not come so far")
     manifest = read_manifest(data_dir)
-    trained = load_encoder(config, stored)
+    _require_every_class(data_dir, manifest)
+    same_classes = _has_classes_of(about, manifest)
+    if not same_classes and "online" in settings.protocols:
+        raise UserError(
+            f"{data_dir} has other classes than the dataset that {folder} was pretrained on, which the online classifier "
+            f"knows: take linear_eval.protocols={','.join(one for one in settings.protocols if one != 'online')}"
+        )
+    if not same_classes:
+        print(f"note: {data_dir} has other classes than the dataset that {folder} was pretrained on", file=sys.stderr)
+    encoder = load_encoder(config, stored)
+    tf.io.gfile.makedirs(output)
 
-    images = sum(split.records for split in manifest.splits.values())
+    images = sum(manifest.splits[split].records for split in SPLITS)
+    work = _Work(2 * images, report)
+    begun = time.perf_counter()
+    features = {split: _stored_features(encoder, config, data_dir, manifest, split, output, work) for split in SPLITS}
+    features_seconds = time.perf_counter() - begun
+    train, validation = features["train"], features["validation"]
+    labels = validation.labels
+    accuracies: list[Accuracy] = []
+    predictions: dict[str, np.ndarray] = {}
 
-    def evaluate(encoder: keras.Model, name: str, begun: int) -> tuple[LinearClassifier, np.ndarray, Features]:
-        def progress(done: int) -> None:
-            report(begun + done, 2 * images, f"features, {name}")
+    def measured(protocol: str, logits: np.ndarray, used: Mapping[str, Any], begun: float, who: str = "pretrained") -> None:
+        correct = logits.argmax(axis=1) == labels
+        top_1, top_5 = (top_k_accuracy(logits, labels, k) for k in (1, 5))
+        seconds = time.perf_counter() - begun
+        accuracies.append(Accuracy(protocol, who, top_1, bootstrap_interval(correct), top_5, used, seconds))
+        predictions[protocol if who == "pretrained" else f"{who}_{protocol}"] = logits.argmax(axis=1)
 
-        train = extract(encoder, config, data_dir, manifest, "train", progress)
-        begun += len(train.labels)
-        validation = extract(encoder, config, data_dir, manifest, "validation", progress)
-        classifier = fit_with_choice(train, manifest.num_classes, config.linear_eval)
-        return classifier, classifier.logits(validation.values), validation
+    begun = time.perf_counter() - features_seconds
+    classifier = fit_with_choice(train, manifest.num_classes, settings)
+    measured("cached", classifier.logits(validation.values), {"l2_penalty": classifier.l2_penalty}, begun)
 
-    classifier, logits, validation = evaluate(trained, "trained", 0)
-    _, control_logits, _ = evaluate(make_encoder(config), "untrained", images)
+    begun = time.perf_counter()
+    control = make_encoder(config)
+    own_train, own_validation = (
+        extract(control, config, data_dir, manifest, split, work.part("features, untrained")) for split in SPLITS
+    )
+    untrained = fit_with_choice(own_train, manifest.num_classes, settings)
+    measured("cached", untrained.logits(own_validation.values), {"l2_penalty": untrained.l2_penalty}, begun, "untrained")
 
-    metrics = {
-        "eval/top_1_accuracy": top_k_accuracy(logits, validation.labels, 1),
-        "eval/top_5_accuracy": top_k_accuracy(logits, validation.labels, 5),
-        "eval/untrained_top_1_accuracy": top_k_accuracy(control_logits, validation.labels, 1),
-        "eval/untrained_top_5_accuracy": top_k_accuracy(control_logits, validation.labels, 5),
-        "eval/l2_penalty": classifier.l2_penalty,
-    }
+    for protocol in dict.fromkeys(settings.protocols):
+        begun = time.perf_counter()
+        match protocol:
+            case "knn":
+                k = min(settings.knn_k, len(train.labels))
+                scores = knn_scores(train, validation.values, manifest.num_classes, k, settings.knn_temperature)
+                used = {"k": k, "temperature": settings.knn_temperature}
+                measured("knn", scores, used, begun - features_seconds)
+            case "online":
+                online = make_classifier(encoder.output_shape[-1], manifest.num_classes)
+                checkpoints.restore(model_variables("classifier", online), stored)
+                measured("online", online(validation.values).numpy(), {}, begun - features_seconds)
+
+    metrics = {"eval/l2_penalty": classifier.l2_penalty}
+    for one in accuracies:
+        low, high = one.top_1_interval
+        metrics |= {one.metric: one.top_1, one.metric.replace("top_1", "top_5"): one.top_5}
+        metrics |= {f"{one.metric}_low": low, f"{one.metric}_high": high}
     log_metrics(metrics, stored.step)
     confusion = np.zeros((manifest.num_classes, manifest.num_classes), np.int64)
-    np.add.at(confusion, (validation.labels, logits.argmax(axis=1)), 1)
-    per_label = confusion.sum(axis=1)
-    per_class = np.where(per_label > 0, np.diag(confusion) / np.maximum(per_label, 1), np.nan)
-    result = LinearEvalResult(metrics, tuple(per_class.tolist()), confusion, len(validation.labels))
+    np.add.at(confusion, (labels, predictions["cached"]), 1)
+    per_class = np.diag(confusion) / confusion.sum(axis=1)
+    result = LinearEvalResult(metrics, tuple(accuracies), tuple(per_class.tolist()), confusion, len(labels))
 
-    tf.io.gfile.makedirs(output)
     written = {
         "metrics": metrics,
+        "accuracies": [asdict(one) for one in accuracies],
         "num_images": result.num_images,
-        "per_class_accuracy": [None if np.isnan(value) else value for value in result.per_class_accuracy],
+        "per_class_accuracy": result.per_class_accuracy,
         "synsets": manifest.synsets,
-        "linear_eval": asdict(config.linear_eval),
+        "linear_eval": asdict(settings),
         "checkpoint": stored.path,
         "step": stored.step,
         "dataset_fingerprint": manifest.fingerprint,
         "pretraining_dataset_fingerprint": about["dataset_fingerprint"],
+        "classes_of_pretraining": same_classes,
     }
+    _write_predictions(f"{output}/{PREDICTIONS}", labels, predictions)
     checkpoints.write_arrays(f"{output}/classifier.npz", asdict(classifier))
     checkpoints.write_whole(f"{output}/{RESULT}", (json.dumps(written, indent=1, sort_keys=True) + "\n").encode())
     return result
+
+
+@dataclass
+class _Work:
+    """How much is done of all that there is to do, in images."""
+
+    total: int
+    report: Callable[[int, int, str], None]
+    done: int = field(default=0)
+
+    def part(self, text: str) -> Callable[[int], None]:
+        """Returns what a part of the work calls with the images it has done; it begins where the part before ended."""
+        begun = self.done
+
+        def report(done: int) -> None:
+            self.done = begun + done
+            self.report(self.done, self.total, text)
+
+        return report
+
+
+def _stored_features(
+    encoder: keras.Model, config: Config, data_dir: str, manifest: Manifest, split: str, output: str, work: _Work
+) -> Features:
+    """Returns the features of `split` that lie in `output`, where they are these, or computes and writes them."""
+    path, digest = features_path(output, split), digest_of(encoder, config, manifest, split)
+    progress = work.part("features")
+    if tf.io.gfile.exists(path):
+        try:
+            features = read_features(path, digest)
+            progress(len(features.labels))
+            return features
+        except UserError as error:
+            print(f"note: {error}; computing them again", file=sys.stderr)
+    features = extract(encoder, config, data_dir, manifest, split, progress)
+    write_features(path, features, digest)
+    return features
+
+
+def _require_every_class(data_dir: str, manifest: Manifest) -> None:
+    for name in SPLITS:
+        per_class = manifest.splits[name].records_per_class if name in manifest.splits else (0,) * manifest.num_classes
+        empty = [manifest.synsets[label] for label, count in enumerate(per_class) if count == 0]
+        if empty:
+            more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+            raise UserError(
+                f"class {empty[0]}{more} of {data_dir} has no {name} images: an accuracy over its classes needs some of each; "
+                "build the dataset with them, or without the class"
+            )
+
+
+def _has_classes_of(pretraining: Mapping[str, Any], manifest: Manifest) -> bool:
+    """Whether the dataset has the classes that `pretraining`, what config.json says, was given."""
+    if "synsets" in pretraining:
+        return tuple(pretraining["synsets"]) == manifest.synsets
+    return pretraining["dataset_fingerprint"] == manifest.fingerprint
+
+
+def _write_predictions(path: str, labels: np.ndarray, predictions: Mapping[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image_id": np.arange(len(labels)), "label": labels, **predictions}), buffer)
+    checkpoints.write_whole(path, buffer.getvalue())
 
 
 def _with_settings(config: Config, overrides: Iterable[str]) -> Config:
@@ -129,68 +251,3 @@ def _with_settings(config: Config, overrides: Iterable[str]) -> Config:
                 f"{item} cannot be set here: pretraining is over, only settings that begin with {LINEAR_EVAL} are left"
             )
     return override(config, items)
-
-
-def fit_with_choice(train: Features, num_classes: int, settings: LinearEval) -> LinearClassifier:
-    """Returns the classifier fitted on all of `train`, with the penalty that is best on a held-out part of it."""
-    count = len(train.labels)
-    random = np.random.Generator(np.random.Philox(key=[settings.seed, 0]))
-    order = random.permutation(count)
-    held_out = max(1, round(count * settings.holdout_fraction))
-    kept, out = order[held_out:], order[:held_out]
-    penalties = sorted(settings.l2_penalties, reverse=True)
-    if len(penalties) == 1:
-        return fit(train.values, train.labels, num_classes, penalties)[0]
-    candidates = fit(train.values[kept], train.labels[kept], num_classes, penalties)
-    accuracies = [top_k_accuracy(one.logits(train.values[out]), train.labels[out], 1) for one in candidates]
-    best = int(np.argmax(accuracies))
-    return fit(train.values, train.labels, num_classes, penalties[: best + 1])[-1]
-
-
-def fit(values: np.ndarray, labels: np.ndarray, num_classes: int, l2_penalties: Iterable[float]) -> list[LinearClassifier]:
-    """Minimises mean cross-entropy + penalty/2 |W|^2 on standardised features, once a penalty, each started from the one before.
-
-    `values` is [n, F] float32, `labels` [n] int64. For a penalty above 0 the optimum is unique.
-    """
-    mean = values.mean(axis=0)
-    deviation = np.maximum(values.std(axis=0), 1e-6)
-    count, dim = values.shape
-    standard = (values - mean) / deviation
-
-    @tf.function(autograph=False, reduce_retracing=True)
-    def sums(weights: tf.Tensor, bias: tf.Tensor, rows: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        logits = tf.matmul(rows, weights) + bias
-        wrong = tf.nn.softmax(logits) - tf.one_hot(targets, num_classes)
-        loss = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
-        return tf.reduce_sum(loss), tf.matmul(rows, wrong, transpose_a=True), tf.reduce_sum(wrong, axis=0)
-
-    chunks = [
-        (tf.constant(standard[start : start + _ROWS_AT_ONCE]), tf.constant(labels[start : start + _ROWS_AT_ONCE]))
-        for start in range(0, count, _ROWS_AT_ONCE)
-    ]
-
-    def objective(flat: np.ndarray, penalty: float) -> tuple[float, np.ndarray]:
-        weights, bias = np.split(flat, [dim * num_classes])
-        weights = weights.reshape(dim, num_classes)
-        loss, by_weights, by_bias = 0.0, np.zeros_like(weights), np.zeros_like(bias)
-        for rows, targets in chunks:
-            parts = sums(tf.constant(weights, tf.float32), tf.constant(bias, tf.float32), rows, targets)
-            loss, by_weights, by_bias = (
-                total + part.numpy() for total, part in zip((loss, by_weights, by_bias), parts, strict=True)
-            )
-        gradient = np.concatenate([(by_weights / count + penalty * weights).ravel(), by_bias / count])
-        return float(loss / count + penalty / 2 * np.sum(weights**2)), gradient
-
-    solution = np.zeros(dim * num_classes + num_classes)
-    classifiers = []
-    for penalty in l2_penalties:
-        solution = minimize(objective, solution, (penalty,), "L-BFGS-B", jac=True, options={"maxiter": 1000, "gtol": 1e-5}).x
-        weights, bias = np.split(solution.astype(np.float32), [dim * num_classes])
-        classifiers.append(LinearClassifier(mean, deviation, weights.reshape(dim, num_classes), bias, float(penalty)))
-    return classifiers
-
-
-def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Returns the part of images whose label is among the `k` largest logits; ties count against it."""
-    own = logits[np.arange(len(labels)), labels][:, None]
-    return float(np.mean(np.sum(logits >= own, axis=1) <= k))

@@ -51,6 +51,7 @@ def test_overrides_reach_every_type_of_field():
         ("warmup_epochs=41", "warmup_epochs=41.0 makes no sense: it must be between 0 and epochs=40"),
         ("global_batch_size=1", "global_batch_size=1 makes no sense"),
         ("linear_eval.holdout_fraction=1", "linear_eval.holdout_fraction=1.0 makes no sense"),
+        ("linear_eval.protocols=cached,onlin", "linear_eval.protocols=onlin is not one of cached, "),
         ("epochs", "'epochs' is not an override: write key=value, as in epochs=100"),
     ],
 )
@@ -81,6 +82,12 @@ def test_a_config_of_another_version_is_refused():
     stored["gone"] = stored.pop("gamma")
     with pytest.raises(UserError, match="gamma, gone"):
         config_from_dict(stored)
+
+
+def test_a_config_from_before_a_setting_of_the_linear_eval_is_read():
+    stored = json.loads(config_to_json(Config()))
+    del stored["linear_eval"]["knn_k"]
+    assert config_from_dict(stored) == Config()
 
 
 def test_overrides_divide_into_pretrainings_and_linear_evals():

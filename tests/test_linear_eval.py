@@ -1,16 +1,22 @@
 """Linear eval: the fit against scikit-learn, the metrics against counting, the whole against a real checkpoint."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import write_dataset
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 
-from eval.features import Features, extract, load_encoder
-from eval.linear_eval import fit, fit_with_choice, linear_eval, top_k_accuracy
+from eval import knn
+from eval.cached import fit, fit_with_choice, top_k_accuracy
+from eval.features import Features, digest_of, extract, load_encoder, read_features, write_features
+from eval.linear_eval import features_path, linear_eval
 from trainer import checkpoint as checkpoints
 from trainer.config import LinearEval
 from trainer.encoder import make_encoder
@@ -19,6 +25,7 @@ from trainer.records import UserError, read_manifest
 from trainer.train import train
 
 TINY = ["width_multiplier=0.0625", "global_batch_size=24", "epochs=1", "warmup_epochs=0", "base_learning_rate=1"]
+QUICK = ["linear_eval.l2_penalties=1e-2"]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,47 @@ def test_top_k_counts_labels_among_the_largest_and_ties_against():
     assert top_k_accuracy(logits, labels, 3) == 1.0
 
 
+@pytest.mark.parametrize("k", [1, 7, 300])
+def test_neighbours_vote_as_scikit_learn_has_them_vote(k, monkeypatch):
+    """In pieces too small to hold all of them."""
+    monkeypatch.setattr(knn, "_NEIGHBOURS_AT_ONCE", 64)
+    monkeypatch.setattr(knn, "_QUERIES_AT_ONCE", 30)
+    values, labels = blobs(300, 0)
+    queries, _ = blobs(100, 1)
+    scores = knn.knn_scores(Features(values, labels), queries, 4, k, 0.07)
+    theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    expected = theirs.fit(values.astype(np.float64), labels).predict_proba(queries.astype(np.float64))
+    np.testing.assert_allclose(scores / scores.sum(1, keepdims=True), expected, atol=1e-4)
+
+
+def test_a_small_temperature_does_not_overflow():
+    values, labels = blobs(300, 0)
+    scores = knn.knn_scores(Features(values, labels), values, 4, 20, 0.001)
+    np.testing.assert_array_equal(scores.argmax(1), labels)
+
+
+def test_features_come_back_from_their_file_as_they_were(tmp_path):
+    values, labels = blobs(40_000, 0)
+    path = str(tmp_path / "features.parquet")
+    write_features(path, Features(values, labels), "a digest")
+    stored = read_features(path, "a digest")
+    np.testing.assert_array_equal(stored.values, values)
+    np.testing.assert_array_equal(stored.labels, labels)
+    table = pq.read_table(path)
+    assert table["image_id"].to_pylist() == list(range(40_000))
+    assert str(table.schema.field("features").type) == "fixed_size_list<element: float>[10]"
+    with pytest.raises(UserError, match="of another encoder or of other images"):
+        read_features(path, "another")
+
+
+def test_what_holds_no_features_is_refused(tmp_path):
+    (tmp_path / "features.parquet").write_bytes(b"something else")
+    pq.write_table(pa.table({"image_id": [1]}), tmp_path / "other.parquet")
+    for name in ("features.parquet", "other.parquet", "none.parquet"):
+        with pytest.raises(UserError, match="is not a file of features"):
+            read_features(str(tmp_path / name))
+
+
 def test_features_are_of_every_image_in_the_order_of_ids(dataset, checkpoint):
     config = resolve("demo", [*TINY, "linear_eval.batch_size=7"])
     manifest = read_manifest(str(dataset))
@@ -75,18 +123,68 @@ def test_features_are_of_every_image_in_the_order_of_ids(dataset, checkpoint):
     np.testing.assert_allclose(features.values, whole.values, rtol=1e-4, atol=1e-5)
 
 
-def test_the_whole_validation_split_counts_and_the_control_stands_beside(dataset, checkpoint, tmp_path):
+@pytest.fixture(scope="module")
+def evaluated(dataset, checkpoint, tmp_path_factory):
     logged = []
-    result = linear_eval(str(dataset), str(checkpoint), str(tmp_path), log_metrics=lambda m, step: logged.append((m, step)))
+    folder = tmp_path_factory.mktemp("evaluated")
+    result = linear_eval(
+        str(dataset), str(checkpoint), str(folder), QUICK, log_metrics=lambda metrics, step: logged.append((metrics, step))
+    )
+    return result, folder, logged
+
+
+def test_the_whole_validation_split_counts_and_the_control_stands_beside(evaluated):
+    result, folder, logged = evaluated
     assert result.num_images == result.confusion.sum() == 17
     assert result.metrics["eval/top_1_accuracy"] == pytest.approx(np.trace(result.confusion) / 17)
-    names = {"eval/top_1_accuracy", "eval/top_5_accuracy", "eval/untrained_top_1_accuracy", "eval/untrained_top_5_accuracy"}
-    assert names <= set(result.metrics)
     assert logged == [(result.metrics, 3)]
-    written = json.loads((tmp_path / "result.json").read_text())
+    written = json.loads((folder / "result.json").read_text())
     assert written["metrics"] == result.metrics
-    with np.load(tmp_path / "classifier.npz") as stored:
+    rows = [(row["protocol"], row["encoder"]) for row in written["accuracies"]]
+    assert rows == [("cached", "pretrained"), ("cached", "untrained"), ("knn", "pretrained"), ("online", "pretrained")]
+    for row, name in zip(written["accuracies"], ("", "untrained_", "knn_", "online_"), strict=True):
+        assert row["top_1"] == result.metrics[f"eval/{name}top_1_accuracy"]
+        low, high = row["top_1_interval"]
+        assert low <= row["top_1"] <= high
+        assert (low, high) == tuple(result.metrics[f"eval/{name}top_1_accuracy_{end}"] for end in ("low", "high"))
+    assert written["accuracies"][2]["settings"] == {"k": 48, "temperature": 0.07}
+    with np.load(folder / "classifier.npz") as stored:
         assert stored["weights"].shape == (32, 6)
+
+
+def test_every_prediction_is_written_and_is_what_the_accuracies_count(evaluated):
+    result, folder, _ = evaluated
+    table = pq.read_table(folder / "predictions.parquet")
+    assert table.column_names == ["image_id", "label", "cached", "untrained_cached", "knn", "online"]
+    assert table["image_id"].to_pylist() == list(range(17))
+    correct = np.mean(table["online"].to_numpy() == table["label"].to_numpy())
+    assert correct == pytest.approx(result.metrics["eval/online_top_1_accuracy"])
+
+
+def test_the_online_classifier_is_the_one_that_the_checkpoint_holds(evaluated, checkpoint):
+    _, folder, _ = evaluated
+    arrays = checkpoints.load_latest(str(checkpoint)).arrays
+    features = read_features(features_path(str(folder), "validation"))
+    logits = features.values @ arrays["classifier/dense/kernel"] + arrays["classifier/dense/bias"]
+    np.testing.assert_array_equal(pq.read_table(folder / "predictions.parquet")["online"].to_numpy(), logits.argmax(axis=1))
+
+
+def test_features_that_are_there_are_not_computed_again(evaluated, dataset, checkpoint, tmp_path):
+    """Those of another encoder are; a trace of the stored ones shows in what is made of them."""
+    result, folder, _ = evaluated
+    shutil.copytree(folder, tmp_path / "out")
+    config, manifest = resolve("demo", TINY), read_manifest(str(dataset))
+    encoder = load_encoder(config, checkpoints.load_latest(str(checkpoint)))
+    path = features_path(str(tmp_path / "out"), "validation")
+    kept = read_features(path)
+    turned = Features(kept.values[::-1].copy(), kept.labels)
+    write_features(path, turned, digest_of(encoder, config, manifest, "validation"))
+    again = linear_eval(str(dataset), str(checkpoint), str(tmp_path / "out"), QUICK)
+    assert again.metrics["eval/knn_top_1_accuracy"] != result.metrics["eval/knn_top_1_accuracy"]
+    np.testing.assert_array_equal(read_features(path).values, turned.values)
+    write_features(path, turned, "of another encoder")
+    assert linear_eval(str(dataset), str(checkpoint), str(tmp_path / "out"), QUICK).metrics == result.metrics
+    np.testing.assert_array_equal(read_features(path).values, kept.values)
 
 
 def test_the_encoder_that_is_evaluated_is_the_checkpoints(checkpoint):

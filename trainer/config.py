@@ -16,18 +16,29 @@ from typing import Any, Literal
 
 from trainer.records import UserError
 
+Protocol = Literal["cached", "knn", "online"]
+"""Ways to measure an encoder; docs/evaluation.md tells them apart."""
+
 
 @dataclass(frozen=True)
 class LinearEval:
-    """A linear classifier on the frozen encoder: features once, then an exact convex fit."""
+    """How a pretrained encoder is measured."""
 
+    protocols: tuple[Protocol, ...] = ("cached", "knn", "online")
+    """What is measured; `cached` always is, for the untrained control and the classifier are its."""
     batch_size: int = 256
     """Images per forward pass; changes no result."""
+    seed: int = 0
+
     l2_penalties: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     """Candidates for lambda in mean cross-entropy + lambda/2 |W|^2; the best on held-out training images is taken."""
     holdout_fraction: float = 0.1
     """Part of the training images, chosen by image ID, that the choice of lambda is made on. The final fit uses all."""
-    seed: int = 0
+
+    knn_k: int = 200
+    """Neighbours that vote; all training images where there are fewer."""
+    knn_temperature: float = 0.07
+    """A neighbour of cosine s weighs exp(s / temperature)."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,8 @@ def _check(config: Config) -> None:
         (bool(config.linear_eval.l2_penalties), "linear_eval.l2_penalties", "at least one number, as in 1e-2,1e-3"),
         (all(x >= 0 for x in config.linear_eval.l2_penalties), "linear_eval.l2_penalties", "0 or more, each"),
         (0 < config.linear_eval.holdout_fraction < 1, "linear_eval.holdout_fraction", "in (0, 1)"),
+        (config.linear_eval.knn_k >= 1, "linear_eval.knn_k", "at least 1"),
+        (config.linear_eval.knn_temperature > 0, "linear_eval.knn_temperature", "above 0"),
     ]
     for holds, name, allowed in rules:
         if not holds:
@@ -208,7 +221,8 @@ def _coerce(key: str, text: str, kind: Any) -> Any:
                 raise UserError(f"{key}={text} is not one of {', '.join(choices)}{nearest(text, choices)}")
             return text
         if typing.get_origin(kind) is tuple:
-            return tuple(_number(part, typing.get_args(kind)[0]) for part in text.strip("()[]").split(",") if part.strip())
+            parts = [part.strip() for part in text.strip("()[]").split(",")]
+            return tuple(_coerce(key, part, typing.get_args(kind)[0]) for part in parts if part)
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return _number(text, kind)
@@ -240,10 +254,14 @@ def config_to_json(config: Config) -> str:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
-    """Reads what `config_to_json` wrote, parsed. Raises UserError where a setting is missing or unknown."""
+    """Reads what `config_to_json` wrote, parsed. Raises UserError where a setting is missing or unknown.
+
+    A setting of the linear eval may be missing, and has its default then: it is chosen anew at every evaluation.
+    """
     flat = {key: value for key, value in values.items() if key != "linear_eval"}
     flat |= {LINEAR_EVAL + key: value for key, value in dict(values.get("linear_eval", {})).items()}
-    unlike = set(flat) ^ set(field_types())
+    known = set(field_types())
+    unlike = (set(flat) - known) | {key for key in known - set(flat) if not key.startswith(LINEAR_EVAL)}
     if unlike:
         raise UserError(f"the stored config is of another version: it differs from this one's in {', '.join(sorted(unlike))}")
     texts = (f"{key}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}" for key, value in flat.items())

@@ -247,7 +247,8 @@ def train(
     with strategy.scope():
         state = create_train_state(config, num_images, manifest.num_classes)
     origin = {"dataset_fingerprint": manifest.fingerprint, "num_images": num_images, "num_classes": manifest.num_classes}
-    run = _claim(checkpoint_dir, config, origin, {"preset": preset, "code_version": code_version})
+    about = {"preset": preset, "code_version": code_version, "synsets": manifest.synsets}
+    run = _claim(checkpoint_dir, config, origin, about)
 
     def of_this_run(checkpoint: checkpoints.Checkpoint) -> None:
         if checkpoint.run != run:
@@ -293,7 +294,7 @@ def read_config(checkpoint_dir: str) -> tuple[Config, dict[str, Any]]:
     return config_from_dict(stored["config"]), stored
 
 
-def _claim(checkpoint_dir: str, config: Config, origin: Mapping[str, Any], about: Mapping[str, str]) -> str:
+def _claim(checkpoint_dir: str, config: Config, origin: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """Writes config.json into `checkpoint_dir`, or proves that the run already there is this one; returns the run's name."""
     path = f"{checkpoint_dir}/{CONFIG}"
     now = {name: value for name, value in {**asdict(config), **origin}.items() if name not in BOOKKEEPING}

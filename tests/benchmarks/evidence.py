@@ -120,8 +120,8 @@ def run_one(run: Run, work: Path) -> dict:
     """Trains and evaluates one run, and returns what is to be recorded of it."""
     import numpy as np
 
+    from eval.cached import fit_with_choice, top_k_accuracy
     from eval.features import extract, load_encoder
-    from eval.linear_eval import fit_with_choice, top_k_accuracy
     from trainer import checkpoint as checkpoints
     from trainer.encoder import make_encoder
     from trainer.preemption import PreemptedError

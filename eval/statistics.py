@@ -1,0 +1,83 @@
+"""How sure an accuracy is: intervals by bootstrap, two models on the same images, several seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+_RESAMPLES = 10_000
+_NUMBERS_AT_ONCE = 1 << 24
+
+
+def bootstrap_interval(
+    values: np.ndarray, confidence: float = CONFIDENCE, resamples: int = _RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """Returns the percentile interval of the mean of `values` over resampled images (Efron & Tibshirani 1993, chapter 13).
+
+    `values` is [n], a number an image: whether it is classified rightly, or the difference of two models. The interval is a
+    function of the arguments. Raises ValueError where there are no values.
+    """
+    if len(values) == 0:
+        raise ValueError("there is no interval of no values")
+    # How often each distinct value is drawn follows a multinomial law: equal values need not be told apart.
+    distinct, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
+    random = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    rows = max(1, _NUMBERS_AT_ONCE // len(distinct))
+    means = [
+        random.multinomial(len(values), counts / len(values), size=min(rows, resamples - begun)) @ distinct / len(values)
+        for begun in range(0, resamples, rows)
+    ]
+    low, high = np.quantile(np.concatenate(means), ((1 - confidence) / 2, (1 + confidence) / 2))
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two models on the same images."""
+
+    difference: float
+    """Accuracy of a less that of b."""
+    interval: tuple[float, float]
+    """95% of the difference, bootstrap over images."""
+    p_value: float
+    """Of McNemar's exact test that both are right equally often, two-sided."""
+
+
+def paired_test(correct_a: np.ndarray, correct_b: np.ndarray) -> PairedTest:
+    """Compares two models by the images that one of them classifies rightly and the other does not (McNemar 1947).
+
+    Both are [n] bool, of the same images in the same order. Raises ValueError where their lengths differ.
+    """
+    if correct_a.shape != correct_b.shape:
+        raise ValueError(f"{correct_a.shape} and {correct_b.shape} are not of the same images")
+    differences = correct_a.astype(np.int64) - correct_b.astype(np.int64)
+    only_a, only_b = int(np.sum(differences > 0)), int(np.sum(differences < 0))
+    p_value = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return PairedTest(float(differences.mean()), bootstrap_interval(differences), p_value)
+
+
+@dataclass(frozen=True)
+class MeanAndSpread:
+    """What several seeds of the same experiment came to."""
+
+    mean: float
+    deviation: float
+    """Sample standard deviation; nan for a single seed."""
+    interval: tuple[float, float]
+    """95% of the mean by Student's t; nan for a single seed."""
+    count: int
+
+
+def mean_and_spread(values: Sequence[float]) -> MeanAndSpread:
+    """Returns mean, spread and interval over seeds. Raises ValueError where there are none."""
+    count = len(values)
+    if count == 0:
+        raise ValueError("there is no mean of no values")
+    mean = float(np.mean(values))
+    if count == 1:
+        return MeanAndSpread(mean, float("nan"), (float("nan"), float("nan")), 1)
+    deviation = float(np.std(values, ddof=1))
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation / count**0.5
+    return MeanAndSpread(mean, deviation, (mean - reach, mean + reach), count)
