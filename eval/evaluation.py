@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import tensorflow as tf
 
+from eval.linear_eval import PREDICTIONS, RESULT, Accuracy
 from trainer.records import UserError
 
 PROTOCOLS = {
@@ -24,29 +25,9 @@ PROTOCOLS = {
 """What each protocol does, in words; accuracies of different ones are not comparable."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """The accuracy of one encoder by one protocol, between 0 and 1."""
-
-    protocol: str
-    encoder: str
-    """pretrained or untrained."""
-    top_1: float
-    low: float
-    high: float
-    """Of the 95% interval."""
-    top_5: float | None
-    settings: Mapping[str, Any]
-    seconds: float
-
-    @property
-    def pretrained(self) -> bool:
-        return self.encoder == "pretrained"
-
-    @property
-    def key(self) -> str:
-        """Names the column of predictions."""
-        return self.protocol if self.pretrained else f"untrained_{self.protocol}"
+def column_of(row: Accuracy) -> str:
+    """Returns the name that the predictions of an encoder by a protocol have."""
+    return row.protocol if row.encoder == "pretrained" else f"{row.encoder}_{row.protocol}"
 
 
 @dataclass(frozen=True)
@@ -54,11 +35,11 @@ class Evaluation:
     folder: str
     result: Mapping[str, Any]
     """result.json."""
-    rows: tuple[Row, ...]
+    rows: tuple[Accuracy, ...]
     labels: np.ndarray
     """[n] int64, of the validation images, by ID."""
     predictions: Mapping[str, np.ndarray]
-    """By `Row.key`: [n] int64."""
+    """By `column_of` its row: [n] int64."""
 
     @property
     def fingerprint(self) -> str:
@@ -71,12 +52,13 @@ class Evaluation:
         return list(self.result["synsets"])
 
     @property
-    def best_known(self) -> Row:
-        """Returns the row that stands for the run: `cached`, else the first there is."""
-        ours = [row for row in self.rows if row.pretrained]
-        return next((row for row in ours if row.protocol == "cached"), ours[0])
+    def headline(self) -> Accuracy:
+        """Returns the row that stands for the run."""
+        row = self.row("cached")
+        assert row is not None, "every evaluation has it"
+        return row
 
-    def row(self, protocol: str, encoder: str = "pretrained") -> Row | None:
+    def row(self, protocol: str, encoder: str = "pretrained") -> Accuracy | None:
         return next((row for row in self.rows if (row.protocol, row.encoder) == (protocol, encoder)), None)
 
     def correct(self, key: str) -> np.ndarray:
@@ -93,33 +75,18 @@ class Evaluation:
 def read_evaluation(folder: str) -> Evaluation:
     """Reads what an evaluation wrote. Raises UserError where the folder holds none, or one of an older version."""
     folder = folder.rstrip("/")
-    path = f"{folder}/result.json"
+    path = f"{folder}/{RESULT}"
     if not tf.io.gfile.exists(path):
-        raise UserError(f"{folder} holds no finished evaluation: result.json is missing")
+        raise UserError(f"{folder} holds no finished evaluation: {RESULT} is missing")
     with tf.io.gfile.GFile(path) as file:
         result = json.loads(file.read())
-    if "accuracies" not in result or not tf.io.gfile.exists(f"{folder}/predictions.parquet"):
-        raise UserError(
-            f"{folder} holds an evaluation of an older version, without predictions: sogclr rerun linear-eval makes it anew"
-        )
-    with tf.io.gfile.GFile(f"{folder}/predictions.parquet", "rb") as file:
+    if "accuracies" not in result or not tf.io.gfile.exists(f"{folder}/{PREDICTIONS}"):
+        raise UserError(f"{folder} holds an evaluation of an older version: sogclr rerun linear-eval makes it anew")
+    with tf.io.gfile.GFile(f"{folder}/{PREDICTIONS}", "rb") as file:
         stored = parquet.read_table(io.BytesIO(file.read()))
-    columns = {name: stored[name].to_numpy() for name in stored.column_names}
+    columns = {name: stored[name].to_numpy() for name in stored.column_names if name != "image_id"}
     labels = columns.pop("label")
-    columns.pop("image_id")
-    rows = tuple(
-        Row(
-            protocol=row["protocol"],
-            encoder=row["encoder"],
-            top_1=row["top_1"],
-            low=row["top_1_interval"][0],
-            high=row["top_1_interval"][1],
-            top_5=row["top_5"],
-            settings=row["settings"],
-            seconds=row["seconds"],
-        )
-        for row in result["accuracies"]
-    )
+    rows = tuple(Accuracy(**{**row, "top_1_interval": tuple(row["top_1_interval"])}) for row in result["accuracies"])
     return Evaluation(folder, result, rows, labels, columns)
 
 

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from eval import figures, page, pictures
-from eval.evaluation import PROTOCOLS, Evaluation, Row, read_evaluation, settings_in_words
+from eval.evaluation import PROTOCOLS, Evaluation, column_of, read_evaluation, settings_in_words
 from eval.features import Features, read_features
 from eval.figures import History, Interval
+from eval.linear_eval import Accuracy, features_path
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
@@ -78,8 +79,9 @@ def write_report(
 ) -> Report:
     """Writes the report on what an evaluation left in the folder `evaluation` as one HTML file, `path`.
 
-        `data_dir` is the dataset it was made on; the checkpoint is the one that the evaluation names. `history` is what was recorded
-    XX UserError where evaluation, dataset or checkpoint are not there.
+    `data_dir` is the dataset it was made on; the checkpoint is the one that the evaluation names. `history` is what was recorded
+    while pretraining, `runs` the ID of each component's run. Raises UserError where evaluation, dataset or checkpoint are not
+    there.
     """
     found = read_evaluation(evaluation)
     checkpoint = checkpoints.load(found.result["checkpoint"])
@@ -95,7 +97,7 @@ def write_report(
         _classes(run, drawn),
         _provenance(run),
     ]
-    row = found.best_known
+    row = found.headline
     title = f"{about.get('preset') or 'encoder'}: {page.percent(row.top_1)} top-1 ({row.protocol})"
     text = page.page(title, _header(run), [one for one in sections if one is not None], "Made by sogclr.")
     checkpoints.write_whole(path, text.encode())
@@ -107,18 +109,18 @@ def write_report(
 
 def _header(run: _Run) -> str:
     found = run.evaluation
-    row = found.best_known
+    row = found.headline
     control = found.row(row.protocol, "untrained")
     preset = run.preset
     stats = [
         ("Protocol", page.text(row.protocol), PROTOCOLS.get(row.protocol, "")),
-        ("95% interval", page.between(row.low, row.high), f"bootstrap over the {len(found.labels):,} validation images"),
+        ("95% interval", page.between(*row.top_1_interval), f"bootstrap over the {len(found.labels):,} validation images"),
     ]
     if control:
         key = '<span class="key control"></span>'
-        stats.append(("Untrained control", key + page.percent(control.top_1), page.between(control.low, control.high)))
+        stats.append(("Untrained control", key + page.percent(control.top_1), page.between(*control.top_1_interval)))
     if knn := found.row("knn"):
-        stats.append(("k-NN", page.percent(knn.top_1), page.between(knn.low, knn.high)))
+        stats.append(("k-NN", page.percent(knn.top_1), page.between(*knn.top_1_interval)))
     if preset in PRESETS:
         published = describe(preset)
         value, _, rest = published["published"].partition(" ")
@@ -138,7 +140,7 @@ def _header(run: _Run) -> str:
     )
 
 
-def _scale(row: Row, control: Row | None, num_classes: int) -> str:
+def _scale(row: Accuracy, control: Accuracy | None, num_classes: int) -> str:
     """Returns 0 to 100% as a bar with the result, its control and chance on it."""
     chance = 1 / num_classes
     marks = f'<u style="left:{100 * chance:.2f}%" title="chance, {page.percent(chance)}"></u>'
@@ -146,8 +148,8 @@ def _scale(row: Row, control: Row | None, num_classes: int) -> str:
     for one, kind in ((control, "control"), (row, "ours")):
         if one is not None:
             said.insert(0, f"{one.encoder} {page.percent(one.top_1)}")
-            left, width = 100 * one.low, 100 * (one.high - one.low)
-            marks += f'<i class="{kind}" style="left:{left:.2f}%;width:{width:.2f}%"></i>'
+            low, high = one.top_1_interval
+            marks += f'<i class="{kind}" style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></i>'
             marks += f'<b class="{kind}" style="left:{100 * one.top_1:.2f}%" title="{said[0]}"></b>'
     label = f"top-1: {', '.join(said)}"
     return f'<div class="scale" role="img" aria-label="{label}">{marks}<span>0</span><span>100%</span></div>'
@@ -157,10 +159,11 @@ def _accuracies(run: _Run, drawn: dict[str, Figure]) -> page.Section:
     found = run.evaluation
     cells = [
         [
-            page.text(row.protocol) + (f"<small>{page.text(PROTOCOLS.get(row.protocol, ''))}</small>" if row.pretrained else ""),
+            page.text(row.protocol)
+            + (f"<small>{page.text(PROTOCOLS.get(row.protocol, ''))}</small>" if row.encoder == "pretrained" else ""),
             row.encoder,
             f"<b>{page.percent(row.top_1)}</b>",
-            page.between(row.low, row.high),
+            page.between(*row.top_1_interval),
             page.percent(row.top_5) if row.top_5 is not None else "",
             f"<small>{page.text(settings_in_words(row.settings))}</small>",
             f"{row.seconds:,.0f} s",
@@ -174,13 +177,13 @@ def _accuracies(run: _Run, drawn: dict[str, Figure]) -> page.Section:
         note = f"Published for {preset}: {published['published']} ({published['source']})."
     drawn["accuracies.png"] = figures.intervals(
         [
-            Interval(row.protocol, row.top_1, row.low, row.high)
-            if row.pretrained
-            else Interval(f"{row.protocol}, untrained", row.top_1, row.low, row.high, figures.GREY)
+            Interval(row.protocol, row.top_1, *row.top_1_interval)
+            if row.encoder == "pretrained"
+            else Interval(f"{row.protocol}, untrained", row.top_1, *row.top_1_interval, figures.GREY)
             for row in found.rows
         ]
     )
-    said = "; ".join(f"{row.key} {page.percent(row.top_1)}" for row in found.rows)
+    said = "; ".join(f"{column_of(row)} {page.percent(row.top_1)}" for row in found.rows)
     return page.Section(
         "accuracies",
         "Accuracies",
@@ -267,7 +270,7 @@ def _views(run: _Run) -> page.Section:
 
 def _of_features(run: _Run) -> list[page.Section | None]:
     folder = run.evaluation.folder
-    paths = [f"{folder}/features-{split}.parquet" for split in ("train", "validation")]
+    paths = [features_path(folder, split) for split in ("train", "validation")]
     if not all(tf.io.gfile.exists(path) for path in paths):
         return []
     train, validation = (read_features(path) for path in paths)
@@ -308,7 +311,7 @@ def _map(run: _Run, validation: Features) -> page.Section | None:
     if len(chosen) < 10:
         return None
     classes, labels = run.evaluation.classes, validation.labels[chosen]
-    correct = run.evaluation.correct(run.evaluation.best_known.key)[chosen]
+    correct = run.evaluation.correct(column_of(run.evaluation.headline))[chosen]
     titles = [
         f"{classes[label]}, image {image_id}, told {'right' if right else 'wrong'}"
         for label, image_id, right in zip(labels, chosen, correct, strict=True)
@@ -359,7 +362,7 @@ def _colours(count: int) -> list[str]:
 
 def _classes(run: _Run, drawn: dict[str, Figure]) -> page.Section | None:
     found = run.evaluation
-    key = found.best_known.key
+    key = column_of(found.headline)
     if key not in found.predictions or len(found.classes) < 2:
         return None
     matrix, classes = found.confusion(key), found.classes
@@ -392,7 +395,7 @@ def _classes(run: _Run, drawn: dict[str, Figure]) -> page.Section | None:
         )
         + confused
     )
-    return page.Section("classes", "Classes", f"Protocol {found.best_known.protocol}.", body)
+    return page.Section("classes", "Classes", f"Protocol {found.headline.protocol}.", body)
 
 
 # ---- Where it came from
