@@ -305,10 +305,9 @@ class StepRun:
         self.flush()
         return history(self._store, self.run_id)
 
-    def history_of(self, made: KfpArtifact) -> dict[str, list[tuple[int, float]]]:
-        """Returns the same of the run that made an artifact; nothing where this store does not know it."""
-        run_id = str(made.metadata.get("run_id", ""))
-        return history(self._store, run_id) if knows(self._store, run_id) else {}
+    def history_behind(self, component: str) -> dict[str, list[tuple[int, float]]]:
+        """Returns the same of the run of `component` that this one follows from; nothing where the store does not know it."""
+        return history_behind(self._store, self.run_id, component)
 
     def sources(self) -> dict[str, str]:
         """Returns the runs, by component, that this one follows from, and itself."""
@@ -465,13 +464,13 @@ def _open_run(
 def find_run(store: Store, prefix: str) -> str:
     """Returns the ID of the one run that begins with `prefix`. Raises UserError where there is none, or several."""
     if len(prefix) < 8:
-        raise UserError(f"--run {prefix} is too short: give at least the first 8 characters of a run ID")
+        raise UserError(f"run {prefix} is too short: give at least the first 8 characters of a run ID")
     runs = store.client.search_runs([store.experiment_id], max_results=50000)
     matches = [run.info.run_id for run in runs if run.info.run_id.startswith(prefix)]
     if not matches:
         raise UserError(f"there is no run {prefix}; sogclr ui shows those there are")
     if len(matches) > 1:
-        raise UserError(f"--run {prefix} could be any of {', '.join(matches)}: give more of it")
+        raise UserError(f"run {prefix} could be any of {', '.join(matches)}: give more of it")
     return matches[0]
 
 
@@ -518,6 +517,12 @@ def history(store: Store, run_id: str) -> dict[str, list[tuple[int, float]]]:
     found = _history(store, run_id)
     # A step that was taken again after a restart counts once: its values are the same bits.
     return {name: sorted({point.step: point.value for point in points}.items()) for name, points in found.items()}
+
+
+def history_behind(store: Store, run_id: str, component: str) -> dict[str, list[tuple[int, float]]]:
+    """Returns the same of the run of `component` that `run_id` follows from; nothing where this store does not know it."""
+    source = _find(store, store.client.get_run(run_id).data.tags.get(_RUN_OF + component, ""))
+    return history(store, source.info.run_id) if source else {}
 
 
 def lineage(store: Store, pipeline_id: str) -> Lineage:

@@ -71,8 +71,8 @@ def curves(runs: Mapping[str, History]) -> Figure | None:
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     top = 0.35 if len(runs) > 1 else 0.0
-    figure = Figure(figsize=(3.5 * columns, 2.3 * rows + top), layout="constrained", facecolor=PAPER)
-    figure.get_layout_engine().set(hspace=0.06, wspace=0.04)
+    figure = Figure(figsize=(3.5 * columns, 2.3 * rows + top), facecolor=PAPER)
+    figure.set_layout_engine("constrained", hspace=0.06, wspace=0.04)
     for number, (key, title) in enumerate(shown):
         axes = figure.add_subplot(rows, columns, number + 1)
         for (name, history), colour in zip(runs.items(), SERIES * len(runs), strict=False):

@@ -91,7 +91,7 @@ def views(jpegs: Sequence[tuple[int, bytes]], config: Config, epoch: int) -> np.
 
 def from_array(pixels: np.ndarray) -> Image.Image:
     """Returns a picture of [H, W, 3] float32 in [0, 1]."""
-    return Image.fromarray(np.uint8(np.round(255 * pixels)))
+    return Image.fromarray(np.round(255 * pixels).astype(np.uint8))
 
 
 def sheet(thumbnails: Mapping[int, Image.Image], side: int, columns: int) -> Image.Image:

@@ -1,0 +1,114 @@
+"""A headless Chromium that tells all that a page asked for, over the pipe of the DevTools protocol."""
+
+import fcntl
+import json
+import os
+import shutil
+import socketserver
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+
+
+class Browser:
+    """A running browser; what it tries to reach in the network goes to `asked`, and nowhere else."""
+
+    def __init__(self, send: int, receive: int, asked: list[str]) -> None:
+        self.asked = asked
+        self.requests: list[str] = []
+        """URLs that the page wanted, its own included."""
+        self.complaints: list[str] = []
+        """What came on the console."""
+        self._send, self._receive = os.fdopen(send, "wb", buffering=0), os.fdopen(receive, "rb")
+        self._rest = b""
+        self._number = 0
+        self._session: dict[str, str] = {}
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters) -> dict:
+        """Calls a method of the protocol and returns its result."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters, **self._session}
+        self._send.write(json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != self._number:
+            pass
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def open(self, page: Path) -> None:
+        """Opens a file and waits until it, and all that it shows, is loaded."""
+        self.requests.clear()
+        self.complaints.clear()
+        self._loaded = False
+        self.call("Page.navigate", url=page.as_uri())
+        while not self._loaded:
+            self._next()
+
+    def evaluate(self, expression: str):
+        """Returns the value of a JavaScript expression, of a promise what it comes to."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def _next(self) -> dict:
+        while b"\0" not in self._rest:
+            read = self._receive.read1(1 << 20)
+            assert read, "the browser ended"
+            self._rest += read
+        line, _, self._rest = self._rest.partition(b"\0")
+        message = json.loads(line)
+        match message.get("method"):
+            case "Network.requestWillBeSent":
+                self.requests.append(message["params"]["request"]["url"])
+            case "Page.loadEventFired":
+                self._loaded = True
+            case "Log.entryAdded":
+                self.complaints.append(message["params"]["entry"]["text"])
+            case "Runtime.consoleAPICalled" | "Runtime.exceptionThrown":
+                self.complaints.append(json.dumps(message["params"])[:500])
+        return message
+
+
+@contextmanager
+def browsing(folder: Path) -> Iterator[Browser]:
+    """Starts a browser that keeps its files in `folder`, with a proxy that writes down and refuses."""
+    asked: list[str] = []
+
+    class Refuse(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            asked.append(self.rfile.readline().decode(errors="replace").strip())
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Refuse) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        # 3 and 4 are the browser's own ends.
+        pairs = [[fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in os.pipe()] for _ in range(2)]
+        (theirs, send), (receive, theirs_too) = pairs
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+        flags += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
+        flags += [f"--user-data-dir={folder}", "--remote-debugging-pipe", "--window-size=1280,900"]
+        flags += [f"--proxy-server=127.0.0.1:{proxy.server_address[1]}", "--proxy-bypass-list=<-loopback>"]
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", f'exec "$@" 3<&{theirs} 4>&{theirs_too}', "sh", CHROMIUM, *flags],
+            pass_fds=(theirs, theirs_too),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for end in (theirs, theirs_too):
+            os.close(end)
+        try:
+            yield Browser(send, receive, asked)
+        finally:
+            process.terminate()
+            process.wait(30)
+            proxy.shutdown()
