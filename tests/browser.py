@@ -90,15 +90,13 @@ def browsing(folder: Path) -> Iterator[Browser]:
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Refuse) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        # 3 and 4 are the browser's own ends.
-        pairs = [[fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in os.pipe()] for _ in range(2)]
-        (theirs, send), (receive, theirs_too) = pairs
+        (theirs, send), (receive, theirs_too) = _pipe(), _pipe()
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
         flags += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
         flags += [f"--user-data-dir={folder}", "--remote-debugging-pipe", "--window-size=1280,900"]
         flags += [f"--proxy-server=127.0.0.1:{proxy.server_address[1]}", "--proxy-bypass-list=<-loopback>"]
         process = subprocess.Popen(
-            ["/bin/sh", "-c", f'exec "$@" 3<&{theirs} 4>&{theirs_too}', "sh", CHROMIUM, *flags],
+            ["bash", "-c", f'exec "$@" 3<&{theirs} 4>&{theirs_too}', "bash", CHROMIUM, *flags],
             pass_fds=(theirs, theirs_too),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -112,3 +110,12 @@ def browsing(folder: Path) -> Iterator[Browser]:
             process.terminate()
             process.wait(30)
             proxy.shutdown()
+
+
+def _pipe() -> list[int]:
+    """Returns the ends of a pipe, with numbers beyond 3 and 4, which the browser has for its own."""
+    low = os.pipe()
+    high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in low]
+    for end in low:
+        os.close(end)
+    return high
