@@ -219,7 +219,7 @@ text-overflow:ellipsis;white-space:nowrap}
 .picture.right img{box-shadow:0 0 0 2px var(--paper),0 0 0 4px var(--good)}
 .picture.wrong img{box-shadow:0 0 0 2px var(--paper),0 0 0 4px var(--bad)}
 b.right{color:var(--good)}b.wrong{color:var(--bad)}
-.neighbours{display:grid;grid-template-columns:5.4rem repeat(var(--columns),minmax(0,1fr));gap:1rem .8rem;max-width:52rem}
+.neighbours{display:grid;grid-template-columns:repeat(var(--columns),minmax(0,1fr));gap:1rem .8rem;max-width:52rem}
 .neighbours .head{font-size:.78rem;color:var(--muted);align-self:end}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.1rem 1.8rem}
 .cards>div{display:grid;grid-template-columns:repeat(3,1fr);gap:.45rem}

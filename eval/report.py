@@ -187,7 +187,8 @@ def _accuracies(run: _Run, drawn: dict[str, Figure]) -> page.Section:
     return page.Section(
         "accuracies",
         "Accuracies",
-        f"On all {len(found.labels):,} validation images, after the last epoch. Compare only what has the same protocol.",
+        f"On all {len(found.labels):,} validation images, of the checkpoint at step {run.checkpoint.step:,}. Compare only what "
+        "has the same protocol.",
         page.chart(figures.svg(drawn["accuracies.png"], f"top-1 with intervals: {said}"))
         + page.table(head, cells, numbers=(2, 3, 4, 6))
         + page.note(note),
@@ -206,8 +207,8 @@ def _training(run: _Run, drawn: dict[str, Figure]) -> page.Section | None:
     return page.Section(
         "training",
         "Pretraining",
-        "What was recorded, each point the mean since the one before. The loss is a surrogate, with the gradient of the global "
-        "objective.",
+        "What was recorded; a point is the mean since the one before it."
+        + (" The loss is a surrogate that has the objective's gradient." if run.config.loss == "global_contrastive" else ""),
         page.chart(figures.svg(figure, f"curves of pretraining; at the end {last}"), wide=True),
     )
 
@@ -301,7 +302,7 @@ def _neighbours(run: _Run, train: Features, validation: Features) -> page.Sectio
         "Nearest neighbours",
         f"Validation images drawn by chance, and the training images whose features are nearest by cosine (the number). ✓ is of "
         f"the same class, ✗ of another; {right:.0%} of those shown are right.",
-        f'<div class="neighbours" style="--columns:{count}">{"".join(cells)}</div>',
+        f'<div class="neighbours" style="--columns:{count + 1}">{"".join(cells)}</div>',
     )
 
 

@@ -19,10 +19,10 @@ sys.path.insert(0, str(PROJECT / "tests"))
 
 from browser import browsing  # noqa: E402
 
-_WIDTH = 1200
+_WIDTH = 1080
 _SHOWN = """
     nav, footer, section:not(#u):not(#neighbours):not(#map), #u .chart, .legend { display: none !important }
-    .neighbours > :nth-child(n + 27), .row > :nth-child(n + 11) { display: none !important }
+    .neighbours > :nth-child(n + 19), .row > :nth-child(n + 9) { display: none !important }
     header { padding-top: 1.6rem; border: 0 } section { padding: 1.5rem 0 } header .stats { margin-bottom: 1.2rem }
     #u { border-top: 1px solid var(--line) } main { padding-bottom: .6rem }
 """
@@ -46,7 +46,7 @@ def main() -> None:
         height = browser.evaluate("document.querySelector('main').getBoundingClientRect().bottom")
         clip = {"x": 0, "y": 0, "width": _WIDTH, "height": height, "scale": 1}
         taken = browser.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)["data"]
-    picture = Image.open(io.BytesIO(base64.b64decode(taken))).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    picture = Image.open(io.BytesIO(base64.b64decode(taken))).convert("RGB")
     picture.save(args.output, optimize=True)
     print(f"{args.output}: {picture.width}x{picture.height}, {Path(args.output).stat().st_size / 1000:.0f} kB")
 
