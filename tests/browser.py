@@ -16,11 +16,15 @@ import pytest
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 
+_OF_ITS_OWN = ("CONNECT www.google.com:443",)
+"""What Chromium asks for whatever it shows: it gets a connection to its search engine ready. A page that asked for the same would
+be found out by `Browser.requests`."""
+
 
 class Browser:
-    """A running browser; what it tries to reach in the network goes to `asked`, and nowhere else."""
+    """A running browser with one page; what that tries to reach in the network is written to `asked` by a proxy that refuses."""
 
-    def __init__(self, send: int, receive: int, asked: list[str]) -> None:
+    def __init__(self, send: int, receive: int, proxy: str, asked: list[str]) -> None:
         self.asked = asked
         self.requests: list[str] = []
         """URLs that the page wanted, its own included."""
@@ -30,7 +34,8 @@ class Browser:
         self._rest = b""
         self._number = 0
         self._session: dict[str, str] = {}
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        context = self.call("Target.createBrowserContext", proxyServer=proxy, proxyBypassList="<-loopback>")["browserContextId"]
+        target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
@@ -86,15 +91,21 @@ def browsing(folder: Path) -> Iterator[Browser]:
 
     class Refuse(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            asked.append(self.rfile.readline().decode(errors="replace").strip())
+            line = self.rfile.readline().decode(errors="replace").strip()
+            if line and not line.startswith(_OF_ITS_OWN):
+                asked.append(line)
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Refuse) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         (theirs, send), (receive, theirs_too) = _pipe(), _pipe()
+        # No connection ahead of a search that nobody makes.
+        (folder / "Default").mkdir(parents=True)
+        (folder / "Default" / "Preferences").write_text(json.dumps({"net": {"network_prediction_options": 2}}))
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
         flags += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
         flags += [f"--user-data-dir={folder}", "--remote-debugging-pipe", "--window-size=1280,900"]
-        flags += [f"--proxy-server=127.0.0.1:{proxy.server_address[1]}", "--proxy-bypass-list=<-loopback>"]
+        # What the browser asks for itself, the time or its makers' services, goes nowhere: port 9 discards.
+        flags += ["--proxy-server=127.0.0.1:9", "--disable-features=PreconnectToSearch"]
         process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" 3<&{theirs} 4>&{theirs_too}', "bash", CHROMIUM, *flags],
             pass_fds=(theirs, theirs_too),
@@ -105,7 +116,7 @@ def browsing(folder: Path) -> Iterator[Browser]:
         for end in (theirs, theirs_too):
             os.close(end)
         try:
-            yield Browser(send, receive, asked)
+            yield Browser(send, receive, f"127.0.0.1:{proxy.server_address[1]}", asked)
         finally:
             process.terminate()
             process.wait(30)
