@@ -26,7 +26,7 @@ from trainer.train import read_config
 
 _SIDE = 96
 """Pixels of a picture, at most."""
-_EXTREMES = 14
+_EXTREMES = 10
 _QUERIES = 8
 _NEIGHBOURS = 7
 _AUGMENTED = 9
