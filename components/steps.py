@@ -159,6 +159,7 @@ def linear_eval(
             report=lambda done, total, text: bars("linear-eval", done, total, text),
         )
         run.log_final_metrics(result.metrics, model.metadata["model_id"], dataset, int(model.metadata["steps"]))
+        run.log_features(dataset, result.features)
         history, runs = run.history_behind("pretrain"), run.sources()
         page = write_report(report.uri, metrics.uri, dataset.uri, history=history, runs=runs)
         run.log_text(page.html, tracking.REPORT)
