@@ -204,13 +204,19 @@ def _accuracies(found: Comparison, protocol: str) -> page.Section:
                 page.between(*row.top_1_interval),
                 page.percent(row.top_5) if row.top_5 is not None else "",
                 page.percent(control.top_1) if control else "",
-                f"<small>{page.text(settings_in_words(row.settings))}</small>",
+                f"<small>{page.text(settings_in_words(row.settings))}</small>" if row.settings else "",
             ]
         )
         intervals.append(Interval(name, row.top_1, *row.top_1_interval, colours[name]))
     said = "; ".join(f"{one.label} {page.percent(one.value)}" for one in intervals)
     body = page.chart(figures.svg(figures.intervals(intervals), f"top-1 by {protocol} with intervals: {said}"))
-    body += page.table(["run", "top-1", "95% interval", "top-5", "untrained", "settings"], rows, numbers=(1, 2, 3, 4))
+    head = ["run", "top-1", "95% interval", "top-5", "untrained", "settings"]
+    shown = [column for column in range(len(head)) if any(row[column] for row in rows)]
+    body += page.table(
+        [head[column] for column in shown],
+        [[row[column] for column in shown] for row in rows],
+        numbers=[number for number, column in enumerate(shown) if 1 <= column <= 4],
+    )
     tests = [
         [
             page.text(pair.first),
