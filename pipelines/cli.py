@@ -327,6 +327,7 @@ def _compare(args: argparse.Namespace) -> int:
         if step.status != "FINISHED":
             raise UserError(f"the linear-eval {short(step.run_id)} has not finished: it is {step.status.lower()}")
 
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from eval.comparison import as_dict, as_text, compare, read_candidate, to_html
     from trainer.checkpoint import write_whole
 
