@@ -21,9 +21,10 @@ import apache_beam as beam
 from apache_beam.metrics.metric import Metrics
 
 from beam_jobs import archives, files, images, proof
-from beam_jobs.plan import Plan, plan_split, reading_places
+from beam_jobs.plan import Plan, plan_split
 from beam_jobs.publish import publish
 from beam_jobs.shards import Record, make_record, write_shard
+from trainer.records import reading_places
 
 _BATCH = 32
 """Images that a thread takes at a time."""

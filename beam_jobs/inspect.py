@@ -24,9 +24,18 @@ from PIL import Image, ImageDraw
 
 from beam_jobs import files
 from beam_jobs.images import read_jpeg_header
-from beam_jobs.plan import reading_places
 from beam_jobs.shards import FINGERPRINTS, file_crc32c, fingerprint_term, frame
-from trainer.records import MANIFEST, RECORDS_PER_BLOCK, Manifest, Shard, Split, UserError, decode_example, manifest_from_json
+from trainer.records import (
+    MANIFEST,
+    RECORDS_PER_BLOCK,
+    Manifest,
+    Shard,
+    Split,
+    UserError,
+    decode_example,
+    manifest_from_json,
+    reading_places,
+)
 
 _SAMPLED_BLOCKS = 32
 """Blocks of each split whose images are measured: about 2,000 images."""

@@ -1,6 +1,5 @@
 """The plan of a conversion: which image gets which ID, which place in the order of reading, which shard."""
 
-import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,16 +78,3 @@ def plan_split(plan: Plan, split: str, counts: Mapping[int, int]) -> SplitPlan:
     num_shards = min(plan.num_shards[split], num_images)
     names = (f"{plan.name}-{split}.tfrecord-{number:05d}-of-{num_shards:05d}" for number in range(num_shards))
     return SplitPlan(first_ids, num_images, tuple(names))
-
-
-@functools.lru_cache(maxsize=len(SPLITS))
-def reading_places(num_images: int) -> np.ndarray:
-    """Returns for each ID its place, int64 [N], in the order in which the shards, one after another, hold the images.
-
-    A fixed permutation of 0..N-1 that mixes the classes: the ranks of SplitMix64's outputs (Steele et al. 2014, doi
-    10.1145/2714064.2660195), which differ for different IDs.
-    """
-    keys = (np.arange(num_images, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(np.argsort(keys ^ (keys >> np.uint64(31))))

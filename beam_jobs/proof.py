@@ -14,9 +14,9 @@ import numpy as np
 
 from beam_jobs import files
 from beam_jobs.archives import Index
-from beam_jobs.plan import SPLITS, Plan, SplitPlan, plan_split, reading_places
+from beam_jobs.plan import SPLITS, Plan, SplitPlan, plan_split
 from beam_jobs.shards import FINGERPRINTS, WrittenShard, contents_digest, file_crc32c
-from trainer.records import Manifest, Shard, Split, UserError
+from trainer.records import Manifest, Shard, Split, UserError, reading_places
 
 _SHOWN = 3
 """Problems that an error's one line spells out."""

@@ -1,4 +1,4 @@
-"""Pictures for MLflow: the lineage of a pipeline run, the curves of a pretraining, the classes of a linear eval."""
+"""The picture of a pipeline run's lineage."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,9 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from components.lineage import COMPONENTS, Artifact, Lineage, Step, short
-
-INK, GREY, LINE, PAPER = "#1f2933", "#66727f", "#b8c2cc", "#ffffff"
-BLUE, GREEN, RED, AMBER = "#2f6db5", "#2e8b6f", "#c0392b", "#b7791f"
+from eval.figures import AMBER, BLUE, GREEN, GREY, INK, LINE, PAPER, RED
 
 _WIDTH, _HEIGHT = 13.0, 4.5
 _BOX_WIDTH, _STEP_HEIGHT, _THING_HEIGHT = 2.65, 1.05, 1.4
@@ -145,58 +143,3 @@ def _bars(axes: Axes, x: float, metrics: Artifact | None) -> None:
         axes.barh(y, width * value, height=0.12, left=left, color=colour)
         axes.text(left, y + 0.18, name, size=9, color=INK, va="center")
         axes.text(left + width, y + 0.18, f"{value:.1%}", size=9.5, weight="bold", color=INK, va="center", ha="right")
-
-
-def curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    """Draws each metric of `history`, by name (step, value), over the steps: loss, learning rate and u first."""
-    first = ("train/contrastive_loss", "train/learning_rate", "train/u_mean")
-    names = [name for name in first if name in history] + sorted(set(history) - set(first))
-    columns = 3
-    rows = max(1, -(-len(names) // columns))
-    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained", facecolor=PAPER)
-    for i, name in enumerate(names):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        steps, values = zip(*history[name], strict=True)
-        axes.plot(steps, values, color=BLUE, linewidth=1.6, marker="o" if len(steps) < 30 else None, markersize=3)
-        axes.set_title(name.removeprefix("train/").replace("_", " "), size=10, color=INK, loc="left")
-        axes.set_xlabel("step", size=8, color=GREY)
-        _plain(axes)
-    return figure
-
-
-def per_class_accuracy(accuracy: Sequence[float], classes: Sequence[str]) -> Figure:
-    """Draws a bar for each class, the best first; none for a class without images (nan)."""
-    order = [i for i in np.argsort(accuracy)[::-1] if not np.isnan(accuracy[i])]
-    named = len(order) <= 60
-    figure = Figure(figsize=(8, max(3.0, 0.24 * len(order))) if named else (8, 4), layout="constrained", facecolor=PAPER)
-    axes = figure.add_subplot()
-    values = 100 * np.asarray(accuracy)[order]
-    if named:
-        axes.barh([classes[i] for i in order], values, color=BLUE)
-        axes.invert_yaxis()
-        axes.set(xlabel="top-1 accuracy, %", xlim=(0, 100))
-    else:
-        axes.fill_between(np.arange(len(order)), values, color=BLUE, step="mid")
-        axes.set(ylabel="top-1 accuracy, %", xlabel="classes, best first", ylim=(0, 100))
-    _plain(axes)
-    return figure
-
-
-def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Draws how often images of a class (row) were taken for another (column), as a part of the row."""
-    figure = Figure(figsize=(7.5, 6.5), layout="constrained", facecolor=PAPER)
-    axes = figure.add_subplot()
-    parts = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    figure.colorbar(axes.imshow(parts, cmap="Blues", vmin=0, vmax=1), ax=axes, shrink=0.8, label="part of the class's images")
-    axes.set(xlabel="predicted", ylabel="class")
-    if len(classes) <= 60:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
-    axes.tick_params(labelsize=7, colors=GREY)
-    return figure
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(LINE)
-    axes.tick_params(labelsize=8, colors=GREY)

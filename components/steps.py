@@ -76,7 +76,8 @@ def pretrain(
     import sys
     from dataclasses import asdict
 
-    from components import figures, tracking, workspace
+    from components import tracking, workspace
+    from eval.figures import curves
     from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
     from trainer.presets import resolve
     from trainer.progress import ProgressBars
@@ -107,7 +108,8 @@ def pretrain(
         except PreemptedError as preempted:
             print(f"preempted: {preempted}", file=sys.stderr)
             sys.exit(EXIT_CODE)
-        run.log_figure(figures.curves(run.history()), "curves.png")
+        if drawn := curves({"": run.history()}):
+            run.log_figure(drawn, "curves.png")
         model.metadata.update(preset=preset, steps=result.steps, state_sha256=result.state_sha256)
         run.log_encoder(
             model,
@@ -126,6 +128,7 @@ def linear_eval(
     dataset: dsl.Input[dsl.Dataset],
     model: dsl.Input[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
+    report: dsl.Output[dsl.HTML],
 ) -> None:
     """Fits a linear classifier on the frozen encoder and measures it, beside the same for an untrained encoder.
 
@@ -135,15 +138,16 @@ def linear_eval(
         dataset: What build-tfrecords made.
         model: What pretrain made.
         metrics: Accuracies between 0 and 1; a folder with result.json.
+        report: A page that shows what was measured, and on what.
     """
-    from components import figures, tracking
+    from components import tracking
     from eval.linear_eval import linear_eval as evaluate
+    from eval.report import write_report
     from trainer.progress import ProgressBars
-    from trainer.records import read_manifest
 
     arguments = {"overrides": overrides, "code_version": code_version}
-    inputs = {"model": model, "dataset": dataset}
-    with ProgressBars() as bars, tracking.step("linear-eval", arguments, {"metrics": metrics}, inputs) as run:
+    inputs, outputs = {"model": model, "dataset": dataset}, {"metrics": metrics, "report": report}
+    with ProgressBars() as bars, tracking.step("linear-eval", arguments, outputs, inputs) as run:
         run.log_dataset(dataset, "eval")
         run.use_encoder(model)
         result = evaluate(
@@ -156,9 +160,11 @@ def linear_eval(
         )
         run.log_final_metrics(result.metrics, model.metadata["model_id"], dataset, int(model.metadata["steps"]))
         run.log_features(dataset, result.features)
-        classes = read_manifest(dataset.uri).synsets
-        run.log_figure(figures.per_class_accuracy(result.per_class_accuracy, classes), "per_class_accuracy.png")
-        run.log_figure(figures.confusion(result.confusion, classes), "confusion.png")
+        history, runs = run.history_behind("pretrain"), run.sources()
+        page = write_report(report.uri, metrics.uri, dataset.uri, history=history, runs=runs)
+        run.log_text(page.html, tracking.REPORT)
+        for file, figure in page.figures.items():
+            run.log_figure(figure, file)
         for name, value in result.metrics.items():
             metrics.log_metric(name.removeprefix("eval/"), value)
 

@@ -50,6 +50,7 @@ ENCODER = "sogclr-encoder"
 """Name of the registered model."""
 
 PIPELINE = "pipeline"
+REPORT = "report.html"
 LINEAGE_PICTURE = "lineage.png"
 
 _COMPONENT = "sogclr.component"
@@ -315,9 +316,16 @@ class StepRun:
     def history(self) -> dict[str, list[tuple[int, float]]]:
         """Returns all that was recorded of each metric, by name: (step, value), in order."""
         self.flush()
-        found = _history(self._store, self.run_id)
-        # A step that was taken again after a restart counts once: its values are the same bits.
-        return {name: sorted({point.step: point.value for point in points}.items()) for name, points in found.items()}
+        return history(self._store, self.run_id)
+
+    def history_behind(self, component: str) -> dict[str, list[tuple[int, float]]]:
+        """Returns the same of the run of `component` that this one follows from; nothing where the store does not know it."""
+        return history_behind(self._store, self.run_id, component)
+
+    def sources(self) -> dict[str, str]:
+        """Returns the runs, by component, that this one follows from, and itself."""
+        named = _runs_named_by(self._store.client.get_run(self.run_id))
+        return {name: named[_RUN_OF + name] for name in COMPONENTS if _RUN_OF + name in named}
 
     def log_figure(self, figure: Figure, file: str) -> None:
         self._store.client.log_figure(self.run_id, figure, file, save_kwargs={"dpi": 120})
@@ -495,13 +503,13 @@ def log_plan(store: Store, name: str, plan: Mapping[str, Any]) -> str:
 def find_run(store: Store, prefix: str) -> str:
     """Returns the ID of the one run that begins with `prefix`. Raises UserError where there is none, or several."""
     if len(prefix) < 8:
-        raise UserError(f"--run {prefix} is too short: give at least the first 8 characters of a run ID")
+        raise UserError(f"run {prefix} is too short: give at least the first 8 characters of a run ID")
     runs = store.client.search_runs([store.experiment_id], max_results=50000)
     matches = [run.info.run_id for run in runs if run.info.run_id.startswith(prefix)]
     if not matches:
         raise UserError(f"there is no run {prefix}; sogclr ui shows those there are")
     if len(matches) > 1:
-        raise UserError(f"--run {prefix} could be any of {', '.join(matches)}: give more of it")
+        raise UserError(f"run {prefix} could be any of {', '.join(matches)}: give more of it")
     return matches[0]
 
 
@@ -541,6 +549,19 @@ def read_step(store: Store, run_id: str) -> Step:
         error=tags.get(_ERROR, ""),
         user_error=tags.get(_USER_ERROR) == "true",
     )
+
+
+def history(store: Store, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """Returns all that a run recorded of each metric, by name: (step, value), in order."""
+    found = _history(store, run_id)
+    # A step that was taken again after a restart counts once: its values are the same bits.
+    return {name: sorted({point.step: point.value for point in points}.items()) for name, points in found.items()}
+
+
+def history_behind(store: Store, run_id: str, component: str) -> dict[str, list[tuple[int, float]]]:
+    """Returns the same of the run of `component` that `run_id` follows from; nothing where this store does not know it."""
+    source = _find(store, store.client.get_run(run_id).data.tags.get(_RUN_OF + component, ""))
+    return history(store, source.info.run_id) if source else {}
 
 
 def lineage(store: Store, pipeline_id: str) -> Lineage:
@@ -599,6 +620,8 @@ def _step_note(store: Store, one: Step) -> str:
     for source in (read_step(store, run_id) for run_id in sources if _find(store, run_id)):
         lines.append(f"- From: {_link(store, source.run_id, source.component)}, {_made(source)}")
     lines.append(f"- Made: {_made(one)}")
+    if "report" in one.outputs:
+        lines.append(f"- Report: [{REPORT}](#/experiments/{store.experiment_id}/runs/{one.run_id}/artifacts/{REPORT})")
     if _find(store, tags.get(_RESUMED_FROM, "")):
         lines.append(f"- Went on from the checkpoints of {_link(store, tags[_RESUMED_FROM], short(tags[_RESUMED_FROM]))}")
     for title, runs in (("Used by", used_by), ("Reused by", reused_by), ("Done again by", done_again_by)):

@@ -1,4 +1,4 @@
-"""The command line: `sogclr run | rerun | plan | compile | submit | status | cancel | ui | presets | accelerators`.
+"""The command line: `sogclr run | rerun | compare | plan | compile | submit | status | cancel | ui | presets | accelerators`.
 
 What is heavy is imported by the command that needs it, so that --help answers at once.
 """
@@ -69,6 +69,13 @@ examples:
   sogclr rerun linear-eval --run vertex:JOB --project P --region R           a job's artifacts, on this machine
   sogclr rerun pretrain --run vertex:JOB --project P --region R --accelerator v5e-8 --pipeline-root gs://B/sogclr
                                                                             a job's artifacts, on Vertex AI
+"""
+_COMPARE = """
+examples:
+  sogclr compare 3fa91c2e 9d04b7aa
+  sogclr compare 3fa91c2e 9d04b7aa 51c8e6f0 --output page.html --json
+
+Prints the accuracies by protocol, paired tests on the same images and the settings that differ, and writes a page with curves.
 """
 _COMPILE = """
 examples:
@@ -141,6 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_place(rerun, "of vertex:JOB")
     _add_cluster(rerun, "where it is to run on Vertex AI; here, where it is not given", required=False)
     _add_sending(rerun)
+
+    compare = add("compare", _compare, "Compare the linear evals of several runs.", _COMPARE)
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="MLflow ID of a run, or of the pipeline that it is part of")
+    _add_root(compare)
+    compare.add_argument("--output", default="compare.html", metavar="FILE", help="where the page goes (default: %(default)s)")
+    _add_json(compare)
 
     compile_ = add("compile", _compile, "Write the pipeline as KFP IR YAML.", _COMPILE)
     _add_preset(compile_)
@@ -342,6 +355,34 @@ def _rerun(args: argparse.Namespace) -> int:
     return _execute(
         args, root, f"rerun {component}", command, arguments, component=component, inputs=inputs, rerun_of=source.run_id
     )
+
+
+def _compare(args: argparse.Namespace) -> int:
+    root = _absolute(args.root)
+    store = _open_store(root, must_exist=True)
+    from components import tracking
+
+    steps = [tracking.find_step(store, tracking.find_run(store, run), "linear-eval") for run in args.runs]
+    for step in steps:
+        if step.status != "FINISHED":
+            raise UserError(f"the linear-eval {short(step.run_id)} has not finished: it is {step.status.lower()}")
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from eval.comparison import as_dict, as_text, compare, read_candidate, to_html
+    from trainer.checkpoint import write_whole
+
+    found = compare(
+        [
+            read_candidate(step.run_id, step.outputs["metrics"].uri, tracking.history_behind(store, step.run_id, "pretrain"))
+            for step in steps
+        ]
+    )
+    write_whole(args.output, to_html(found).encode())
+    if args.json:
+        print(json.dumps({**as_dict(found), "page": args.output}))
+    else:
+        print("\n".join([*as_text(found), "", f"page: {_shown(args.output)}"]))
+    return 0
 
 
 def _arguments_again(args: argparse.Namespace, before: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,9 +34,8 @@ from raw_data import (
 
 from beam_jobs import archives, convert, files, shards
 from beam_jobs.build_tfrecords import build
-from beam_jobs.plan import reading_places
 from beam_jobs.proof import LostRecordsError
-from trainer.records import ENCODED, IMAGE_ID, LABEL, RECORDS_PER_BLOCK, UserError, read_manifest
+from trainer.records import ENCODED, IMAGE_ID, LABEL, RECORDS_PER_BLOCK, UserError, read_manifest, reading_places
 
 
 def test_stock_tfds_gives_back_every_image_with_its_id_and_label(built):

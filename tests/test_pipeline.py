@@ -179,11 +179,42 @@ def test_metrics_curves_and_logged_model_are_recorded(folder, first):
     assert client.get_metric_history(pretrain, "train/contrastive_loss")
     assert client.get_run(pretrain).data.params["image_size"] == "16"
     files = {run_id: {file.path for file in client.list_artifacts(run_id)} for run_id in (pretrain, linear_eval)}
-    assert files == {pretrain: {"step.json", "curves.png"}, linear_eval: {"step.json", "confusion.png", "per_class_accuracy.png"}}
+    assert files[pretrain] == {"step.json", "curves.png"}
+    charts = {"accuracies.png", "curves.png", "u.png", "confusion.png", "per_class_accuracy.png"}
+    assert files[linear_eval] == {"step.json", "report.html", *charts}
     model_id = step(first, "pretrain")["outputs"]["model"]["metadata"]["model_id"]
     kept = {file.name for file in Path(folder, "runs/artifacts/models", model_id, "artifacts").iterdir()}
     assert {"config.json", "result.json"} < kept
     assert any(name.endswith(".npz") for name in kept)
+
+
+def test_the_linear_eval_leaves_its_report_for_kubeflow_and_mlflow(folder, first, tmp_path):
+    client = client_of(folder)
+    run_id = step(first, "linear-eval")["run_id"]
+    page = Path(step(first, "linear-eval")["outputs"]["report"]["uri"]).read_text()
+    assert Path(client.download_artifacts(run_id, "report.html", str(tmp_path))).read_text() == page
+    for component in COMPONENTS:
+        assert step(first, component)["run_id"] in page
+    assert {"training", "u", "provenance"} < {line.split('"')[1] for line in page.splitlines() if line.startswith("<section")}
+    assert str(folder) not in page
+    assert f"/runs/{run_id}/artifacts/report.html" in client.get_run(run_id).data.tags["mlflow.note.content"]
+
+
+def test_runs_are_compared_from_the_command_line(folder, first, tmp_path):
+    root = folder / "runs"
+    arguments = ("--run", first["run_id"], "--root", root, "--set", "linear_eval.l2_penalties=1", "--json")
+    other = answer(sogclr("rerun", "linear-eval", *arguments, cwd=tmp_path))
+    runs = (first["run_id"][:8], step(other, "linear-eval")["run_id"][:8])
+    done = sogclr("compare", *runs, "--root", root, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for said in ("linear_eval.l2_penalties", f"{first['metrics']['eval/top_1_accuracy']:.1%}", "p, Holm", "compare.html"):
+        assert said in done.stdout
+    found = answer(sogclr("compare", *runs, "--root", root, "--output", "two.html", "--json", cwd=tmp_path))
+    assert [one["run_id"] for one in found["runs"].values()] == [step(one, "linear-eval")["run_id"] for one in (first, other)]
+    assert found["differences"].keys() == {"linear_eval.l2_penalties"}
+    assert '<section id="curves">' in (tmp_path / "two.html").read_text()
+    for wrong, named in ((runs[:1], "two runs or more"), ((runs[0], "0" * 32), "0" * 32), ((runs[0], "12"), "12 is too short")):
+        assert named in one_line_and_exit_code_2(sogclr("compare", *wrong, "--root", root, cwd=tmp_path))
 
 
 def test_from_the_linear_eval_run_alone_mlflow_leads_to_the_conversion(folder, raw, first):

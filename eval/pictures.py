@@ -1,0 +1,110 @@
+"""Pictures of a dataset's images by ID: read from the shards, cropped, and written into pages."""
+
+import base64
+import io
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+from trainer.augmentation import augment, two_views
+from trainer.config import Config
+from trainer.records import RECORDS_PER_BLOCK, Manifest, Shard, UserError, decode_example, reading_places
+
+
+def read_jpegs(data_dir: str, manifest: Manifest, split: str, image_ids: Iterable[int]) -> dict[int, bytes]:
+    """Returns the JPEGs of some images of a split, by ID.
+
+    Reads the blocks that the conversion puts them in, and, where another hand ordered the records, others until all are found.
+    Raises UserError where an image is nowhere.
+    """
+    of_split = manifest.splits[split]
+    wanted = {int(image_id) for image_id in image_ids}
+    ends = np.cumsum([shard.records for shard in of_split.shards])
+    places = np.sort(reading_places(of_split.records)[sorted(wanted)])
+    numbers = np.searchsorted(ends, places, side="right")
+    within = places - np.concatenate([[0], ends])[numbers]
+    likely = zip(numbers.tolist(), (within // RECORDS_PER_BLOCK).tolist(), strict=True)
+    all_blocks = ((number, block) for number, shard in enumerate(of_split.shards) for block in range(len(shard.blocks)))
+    found: dict[int, bytes] = {}
+    for number, block in dict.fromkeys([*likely, *all_blocks]):
+        if len(found) == len(wanted):
+            break
+        for encoded, _, image_id in _read_block(data_dir, of_split.shards[number], block):
+            if image_id in wanted:
+                found[image_id] = encoded
+    if len(found) < len(wanted):
+        raise UserError(f"{data_dir} has no image ID {min(wanted - set(found))} in split {split}: build the dataset again")
+    return found
+
+
+def _read_block(data_dir: str, shard: Shard, block: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yields (JPEG, label, image ID) of the records from one of a shard's offsets to the next."""
+    start = shard.blocks[block]
+    end = shard.blocks[block + 1] if block + 1 < len(shard.blocks) else shard.bytes
+    with tf.io.gfile.GFile(f"{data_dir.rstrip('/')}/{shard.file}", "rb") as file:
+        file.seek(start)
+        data = file.read(end - start)
+    position = 0
+    while position < len(data):
+        (length,) = struct.unpack_from("<Q", data, position)
+        # Around the record lie its length (8 bytes), and a checksum (4) of each.
+        yield decode_example(data[position + 12 : position + 12 + length])
+        position += length + 16
+
+
+def thumbnail(encoded: bytes, side: int, proportion: float = 1.0) -> Image.Image:
+    """Returns the middle square of a JPEG, `proportion` of its shorter side, with at most `side` pixels a side."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        image.draft("RGB", (2 * side, 2 * side))
+        rgb = image.convert("RGB")
+    extent = max(1, round(proportion * min(rgb.size)))
+    left, top = (rgb.width - extent) // 2, (rgb.height - extent) // 2
+    shown = min(side, extent)
+    return rgb.resize((shown, shown), Image.Resampling.LANCZOS, (left, top, left + extent, top + extent), reducing_gap=3.0)
+
+
+def views(jpegs: Sequence[tuple[int, bytes]], config: Config, epoch: int) -> np.ndarray:
+    """Returns the two views that a run with `config` sees in `epoch` of each of n training images, given as (ID, JPEG).
+
+    [n, 2, S, S, 3] float32 in [0, 1], by the functions that make them in training.
+    """
+    key = tf.constant(config.seed * 2**32 + epoch, tf.int64)
+    made = [
+        two_views(
+            tf.constant(encoded),
+            config.image_size,
+            config.crop_min_area,
+            key,
+            tf.constant(image_id, tf.int64),
+            config.crop_interpolation,
+        )
+        for image_id, encoded in jpegs
+    ]
+    crops, draws = (tf.concat(parts, axis=0) for parts in zip(*made, strict=True))
+    # As it is written: to compile it takes longer than to run it this once.
+    augmented = augment.python_function(crops, draws, config.color_jitter_strength, config.blur)
+    return augmented.numpy().reshape(len(jpegs), 2, config.image_size, config.image_size, 3)
+
+
+def from_array(pixels: np.ndarray) -> Image.Image:
+    """Returns a picture of [H, W, 3] float32 in [0, 1]."""
+    return Image.fromarray(np.round(255 * pixels).astype(np.uint8))
+
+
+def sheet(thumbnails: Mapping[int, Image.Image], side: int, columns: int) -> Image.Image:
+    """Returns pictures side by side, each resized to a square of `side` pixels, row after row in the order given."""
+    rows = -(-len(thumbnails) // columns)
+    whole = Image.new("RGB", (columns * side, rows * side))
+    for number, picture in enumerate(thumbnails.values()):
+        whole.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (number % columns * side, number // columns * side))
+    return whole
+
+
+def data_uri(picture: Image.Image, quality: int = 85) -> str:
+    """Returns a picture as the text that a page holds in the place of an address."""
+    out = io.BytesIO()
+    picture.save(out, "jpeg", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
