@@ -69,14 +69,16 @@ def pretrain(
         overrides: key=value for each setting that differs from the preset's; none of the linear eval's.
         code_version: Changes when the code does, so that the cache sees it.
         dataset: What build-tfrecords made.
-        model: A folder of checkpoints with config.json and result.json. Where AIP_CHECKPOINT_DIR says where such folders are,
-            it is there, and what an earlier attempt at the same left in it is gone on with.
+        model: A folder of checkpoints with config.json and result.json, and in export the encoder as others load it. Where
+            AIP_CHECKPOINT_DIR says where such folders are, it is there, and what an earlier attempt at the same left in it is
+            gone on with.
     """
     import os
     import sys
     from dataclasses import asdict
 
     from components import figures, tracking, workspace
+    from eval.export import export
     from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
     from trainer.presets import resolve
     from trainer.progress import ProgressBars
@@ -113,6 +115,7 @@ def pretrain(
             model,
             dataset,
             [result.checkpoint, f"{model.uri}/config.json", f"{model.uri}/result.json"],
+            export(result.checkpoint, f"{model.uri}/export", data_dir=dataset.uri).folder,
             params={"preset": preset, "steps": result.steps, "state_sha256": result.state_sha256, **settings},
             metrics=result.metrics,
             step=result.steps,
@@ -137,6 +140,7 @@ def linear_eval(
         metrics: Accuracies between 0 and 1; a folder with result.json.
     """
     from components import figures, tracking
+    from eval.card import evaluated_card
     from eval.linear_eval import linear_eval as evaluate
     from trainer.progress import ProgressBars
     from trainer.records import read_manifest
@@ -155,6 +159,7 @@ def linear_eval(
             report=lambda done, total, text: bars("linear-eval", done, total, text),
         )
         run.log_final_metrics(result.metrics, model.metadata["model_id"], dataset, int(model.metadata["steps"]))
+        run.rate_encoder(model, dataset, evaluated_card(model.uri, metrics.uri), result.metrics["eval/top_1_accuracy"])
         classes = read_manifest(dataset.uri).synsets
         run.log_figure(figures.per_class_accuracy(result.per_class_accuracy, classes), "per_class_accuracy.png")
         run.log_figure(figures.confusion(result.confusion, classes), "confusion.png")
