@@ -21,8 +21,10 @@ from eval.cached import fit_with_choice, top_k_accuracy
 from eval.features import Features, digest_of, extract, load_encoder, read_features, write_features
 from eval.knn import knn_scores
 from eval.statistics import bootstrap_interval
+from eval.subsets import balanced_counts, balanced_subset, read_subset
+from eval.supervised import Recipe, train_classifier
 from trainer import checkpoint as checkpoints
-from trainer.config import LINEAR_EVAL, Config, override
+from trainer.config import LINEAR_EVAL, Config, LinearEval, override
 from trainer.encoder import make_encoder
 from trainer.heads import make_classifier
 from trainer.records import Manifest, UserError, read_manifest
@@ -31,6 +33,9 @@ from trainer.train import model_variables, read_config
 RESULT = "result.json"
 PREDICTIONS = "predictions.parquet"
 SPLITS = ("train", "validation")
+_ON_FEATURES = ("cached", "knn", "online")
+_PARTS = {"finetune-1": 0.01, "finetune-10": 0.1}
+"""Of the training images, the part that has labels; all have where none is named."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,12 @@ def features_path(output: str, split: str) -> str:
     return f"{output.rstrip('/')}/features-{split}.parquet"
 
 
+def read_result(output: str) -> dict[str, Any]:
+    """Returns result.json of the folder that `linear_eval` wrote."""
+    with tf.io.gfile.GFile(f"{output}/{RESULT}") as file:
+        return json.loads(file.read())
+
+
 def linear_eval(
     data_dir: str,
     checkpoint: str,
@@ -106,27 +117,31 @@ def linear_eval(
         )
     if not same_classes:
         print(f"note: {data_dir} has other classes than the dataset that {folder} was pretrained on", file=sys.stderr)
+    trainings = {one: _training(one, settings, manifest) for one in settings.protocols if one not in _ON_FEATURES}
     encoder = load_encoder(config, stored)
     tf.io.gfile.makedirs(output)
 
-    images = sum(manifest.splits[split].records for split in SPLITS)
-    work = _Work(2 * images, report)
-    begun = time.perf_counter()
-    features = {split: _stored_features(encoder, config, data_dir, manifest, split, output, work) for split in SPLITS}
-    features_seconds = time.perf_counter() - begun
+    images = {split: manifest.splits[split].records for split in SPLITS}
+    passes = 2 * sum(images.values()) + sum(images["validation"] for recipe, _ in trainings.values() if not recipe.frozen)
+    work = _Work(passes + sum(recipe.image_visits(config) for recipe, _ in trainings.values()), report)
+    features, seconds = {}, {}
+    for split in SPLITS:
+        begun = time.perf_counter()
+        features[split] = _stored_features(encoder, config, data_dir, manifest, split, output, work)
+        seconds[split] = time.perf_counter() - begun
     train, validation = features["train"], features["validation"]
     labels = validation.labels
     accuracies: list[Accuracy] = []
     predictions: dict[str, np.ndarray] = {}
 
     def measured(protocol: str, logits: np.ndarray, used: Mapping[str, Any], begun: float, who: str = "pretrained") -> None:
-        correct = logits.argmax(axis=1) == labels
         top_1, top_5 = (top_k_accuracy(logits, labels, k) for k in (1, 5))
-        seconds = time.perf_counter() - begun
-        accuracies.append(Accuracy(protocol, who, top_1, bootstrap_interval(correct), top_5, used, seconds))
-        predictions[protocol if who == "pretrained" else f"{who}_{protocol}"] = logits.argmax(axis=1)
+        predicted = logits.argmax(axis=1)
+        took = time.perf_counter() - begun
+        accuracies.append(Accuracy(protocol, who, top_1, bootstrap_interval(predicted == labels), top_5, used, took))
+        predictions[protocol if who == "pretrained" else f"{who}_{protocol}"] = predicted
 
-    begun = time.perf_counter() - features_seconds
+    begun = time.perf_counter() - sum(seconds.values())
     classifier = fit_with_choice(train, manifest.num_classes, settings)
     measured("cached", classifier.logits(validation.values), {"l2_penalty": classifier.l2_penalty}, begun)
 
@@ -138,18 +153,26 @@ def linear_eval(
     untrained = fit_with_choice(own_train, manifest.num_classes, settings)
     measured("cached", untrained.logits(own_validation.values), {"l2_penalty": untrained.l2_penalty}, begun, "untrained")
 
-    for protocol in dict.fromkeys(settings.protocols):
-        begun = time.perf_counter()
-        match protocol:
-            case "knn":
-                k = min(settings.knn_k, len(train.labels))
-                scores = knn_scores(train, validation.values, manifest.num_classes, k, settings.knn_temperature)
-                used = {"k": k, "temperature": settings.knn_temperature}
-                measured("knn", scores, used, begun - features_seconds)
-            case "online":
-                online = make_classifier(encoder.output_shape[-1], manifest.num_classes)
-                checkpoints.restore(model_variables("classifier", online), stored)
-                measured("online", online(validation.values).numpy(), {}, begun - features_seconds)
+    if "knn" in settings.protocols:
+        begun = time.perf_counter() - sum(seconds.values())
+        k = min(settings.knn_k, images["train"])
+        scores = knn_scores(train, validation.values, manifest.num_classes, k, settings.knn_temperature)
+        measured("knn", scores, {"k": k, "temperature": settings.knn_temperature}, begun)
+    if "online" in settings.protocols:
+        begun = time.perf_counter() - seconds["validation"]
+        online = make_classifier(encoder.output_shape[-1], manifest.num_classes)
+        checkpoints.restore(model_variables("classifier", online), stored)
+        measured("online", online(validation.values).numpy(), {}, begun)
+    for protocol, (recipe, listed) in trainings.items():
+        begun = time.perf_counter() - (seconds["validation"] if recipe.frozen else 0.0)
+        image_ids = listed
+        if listed is None and protocol in _PARTS:
+            image_ids = balanced_subset(train.labels, _PARTS[protocol], settings.seed)
+        trained = encoder if recipe.frozen else load_encoder(config, stored)
+        head = train_classifier(trained, config, data_dir, manifest, recipe, image_ids, work.part(protocol))
+        own = validation if recipe.frozen else extract(trained, config, data_dir, manifest, "validation", work.part(protocol))
+        used = {name: value for name, value in asdict(recipe).items() if name != "frozen"}
+        measured(protocol, head(own.values).numpy(), used, begun)
 
     metrics = {"eval/l2_penalty": classifier.l2_penalty}
     for one in accuracies:
@@ -179,6 +202,31 @@ def linear_eval(
     checkpoints.write_arrays(f"{output}/classifier.npz", asdict(classifier))
     checkpoints.write_whole(f"{output}/{RESULT}", (json.dumps(written, indent=1, sort_keys=True) + "\n").encode())
     return result
+
+
+def _training(protocol: str, settings: LinearEval, manifest: Manifest) -> tuple[Recipe, np.ndarray | None]:
+    """Returns how a protocol trains with labels, and the image IDs that a file lists for it, if one does."""
+    train = manifest.splits["train"]
+    name = protocol.replace("-", "_")
+    file = getattr(settings, f"{name}_subset", "")
+    listed = read_subset(file, manifest, settings.train_names) if file else None
+    if listed is not None:
+        count = len(listed)
+    elif protocol in _PARTS:
+        count = int(balanced_counts(train.records_per_class, _PARTS[protocol]).sum())
+    else:
+        count = train.records
+    kind = "official" if protocol == "official" else "finetune"
+    recipe = Recipe(
+        num_images=count,
+        epochs=getattr(settings, f"{name}_epochs"),
+        # A batch of more images than there are would hold some of them twice.
+        batch_size=min(getattr(settings, f"{kind}_batch_size"), count),
+        base_learning_rate=getattr(settings, f"{kind}_base_learning_rate"),
+        seed=settings.seed,
+        frozen=protocol == "official",
+    )
+    return recipe, listed
 
 
 @dataclass

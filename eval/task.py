@@ -1,4 +1,4 @@
-"""Linear eval from the command line.
+"""Evaluation from the command line.
 
 python -m eval.task --data DATA --checkpoint CHECKPOINTS --output OUTPUT [--set linear_eval.key=value ...]
 """
@@ -16,16 +16,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.task", description="Evaluate a pretrained encoder.", allow_abbrev=False)
     parser.add_argument("--data", required=True, metavar="DIR", help="what beam_jobs.build_tfrecords wrote")
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint, or the folder of them: the newest")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where result.json and the classifier go")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="where result.json, features, predictions and the classifier go"
+    )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="change a setting"
     )
-    parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print result.json as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(arguments)
     try:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        from eval.linear_eval import linear_eval
+        from eval.linear_eval import linear_eval, read_result
 
         with ProgressBars() as bars:
             result = linear_eval(
@@ -40,11 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         parser.exit(2, f"error: {error}\n")
     if args.json:
-        print(json.dumps(dict(result.metrics), sort_keys=True))
-    else:
-        for k in (1, 5):
-            ours, control = (result.metrics[f"eval/{name}top_{k}_accuracy"] for name in ("", "untrained_"))
-            print(f"top-{k}: {ours:.2%}   untrained control: {control:.2%}   ({result.num_images} validation images)")
+        print(json.dumps(read_result(args.output), sort_keys=True))
+        return
+    print(f"{'protocol':14} {'encoder':11} {'top-1':>6}  {'95% interval':13} {'top-5':>7} {'seconds':>8}")
+    for one in result.accuracies:
+        low, high = (f"{100 * end:.1f}" for end in one.top_1_interval)
+        print(f"{one.protocol:14} {one.encoder:11} {one.top_1:6.1%}  {f'{low} to {high}':13} {one.top_5:7.1%} {one.seconds:8.1f}")
+    print(f"{result.num_images} validation images; intervals by bootstrap over them")
 
 
 if __name__ == "__main__":

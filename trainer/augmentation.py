@@ -50,6 +50,20 @@ def two_views(
     return tf.stack(views), draws
 
 
+def one_view(
+    encoded: tf.Tensor, size: int, min_area: float, epoch_key: tf.Tensor, image_id: tf.Tensor, interpolation: str = "bilinear"
+) -> tf.Tensor:
+    """Crops one view of a JPEG and flips it with probability .5, on the host: all that training with labels does to an image.
+
+    Arguments are as for `two_views`. Returns [size, size, 3] uint8.
+    """
+    crop_key, flip_key = (tf.stack([epoch_key, 2 * image_id + purpose]) for purpose in range(2))
+    box = random_box(tf.io.extract_jpeg_shape(encoded), min_area, crop_key)
+    crop = tf.image.decode_and_crop_jpeg(encoded, box, channels=3)
+    view = resize_crop(crop, tf.concat([[0, 0], box[2:]], axis=0), size, interpolation)
+    return tf.where(tf.random.stateless_uniform([], flip_key, alg="philox") < 0.5, view[:, ::-1], view)
+
+
 def random_box(shape: tf.Tensor, min_area: float, key: tf.Tensor) -> tf.Tensor:
     """Returns where a random crop of an image of `shape`, [3] int32, lies: [4] int32, top, left, height and width."""
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from trainer.records import UserError
 
-Protocol = Literal["cached", "knn", "online"]
+Protocol = Literal["cached", "knn", "online", "official", "finetune-1", "finetune-10", "finetune-100"]
 """Ways to measure an encoder; docs/evaluation.md tells them apart."""
 
 
@@ -39,6 +39,25 @@ class LinearEval:
     """Neighbours that vote; all training images where there are fewer."""
     knn_temperature: float = 0.07
     """A neighbour of cosine s weighs exp(s / temperature)."""
+
+    official_epochs: int = 90
+    official_batch_size: int = 4096
+    """Images per step of `official`; all training images where there are fewer."""
+    official_base_learning_rate: float = 0.1
+    """Peak learning rate: this * B / 256; cosine from the first step to 0."""
+
+    finetune_1_epochs: int = 60
+    finetune_10_epochs: int = 30
+    finetune_100_epochs: int = 30
+    finetune_batch_size: int = 4096
+    """Images per step of fine-tuning; all labelled images where there are fewer."""
+    finetune_base_learning_rate: float = 0.05
+    """As `official_base_learning_rate`."""
+    finetune_1_subset: str = ""
+    """A file that lists the labelled images of `finetune-1`, one a line, in the place of those chosen by `seed`."""
+    finetune_10_subset: str = ""
+    train_names: str = ""
+    """A file with the name of every training image, one a line; needed where a list has names and not image IDs."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +178,14 @@ def _check(config: Config) -> None:
         (0 < config.linear_eval.holdout_fraction < 1, "linear_eval.holdout_fraction", "in (0, 1)"),
         (config.linear_eval.knn_k >= 1, "linear_eval.knn_k", "at least 1"),
         (config.linear_eval.knn_temperature > 0, "linear_eval.knn_temperature", "above 0"),
+        (config.linear_eval.official_epochs >= 1, "linear_eval.official_epochs", "at least 1"),
+        (config.linear_eval.official_batch_size >= 2, "linear_eval.official_batch_size", "at least 2"),
+        (config.linear_eval.official_base_learning_rate > 0, "linear_eval.official_base_learning_rate", "above 0"),
+        (config.linear_eval.finetune_1_epochs >= 1, "linear_eval.finetune_1_epochs", "at least 1"),
+        (config.linear_eval.finetune_10_epochs >= 1, "linear_eval.finetune_10_epochs", "at least 1"),
+        (config.linear_eval.finetune_100_epochs >= 1, "linear_eval.finetune_100_epochs", "at least 1"),
+        (config.linear_eval.finetune_batch_size >= 2, "linear_eval.finetune_batch_size", "at least 2"),
+        (config.linear_eval.finetune_base_learning_rate > 0, "linear_eval.finetune_base_learning_rate", "above 0"),
     ]
     for holds, name, allowed in rules:
         if not holds:
@@ -215,6 +242,8 @@ def field_types() -> dict[str, Any]:
 
 def _coerce(key: str, text: str, kind: Any) -> Any:
     try:
+        if kind is str:
+            return text
         if typing.get_origin(kind) is Literal:
             choices = typing.get_args(kind)
             if text not in choices:

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer import records
-from trainer.augmentation import NUM_DRAWS, central_crop, two_views
+from trainer.augmentation import NUM_DRAWS, central_crop, one_view, two_views
 from trainer.config import Config
 from trainer.order import Order
 from trainer.records import Manifest, UserError
@@ -31,18 +31,12 @@ def training_batches(
     torn, without its features, with a label or an ID out of range, or with an ID that was there in the same epoch.
     """
     split = training_split(config, data_dir, manifest)
-    blocks = _blocks(data_dir, split)
-    windows = order_of(config, manifest).windows(first_step, host, hosts)
-    if config.cache:
-        whole = tf.data.Dataset.from_tensors(np.arange(len(blocks.counts))).map(blocks.read).cache().repeat()
-        taken = tf.data.Dataset.zip(windows, whole).map(lambda window, stored: _taken(window, stored, window["places"]))
-    else:
-        taken = windows.map(lambda window: _taken(window, blocks.read(window["blocks"]), window["order"])).prefetch(1)
+    taken = _in_order(config, data_dir, manifest, first_step, host, hosts)
 
     def example(item: dict[str, tf.Tensor]) -> Batch:
         parsed = _parse(item["serialized"], split.records, manifest.num_classes)
         image_id = parsed[records.IMAGE_ID]
-        epoch_key = tf.constant(config.seed, tf.int64) * 2**32 + item["epoch"]
+        epoch_key = _epoch_key(config, item["epoch"])
         views, draws = two_views(
             parsed[records.ENCODED], config.image_size, config.crop_min_area, epoch_key, image_id, config.crop_interpolation
         )
@@ -60,6 +54,41 @@ def training_batches(
         .batch(config.global_batch_size // (hosts * replicas), drop_remainder=True)
         .scan(tf.fill([split.records], tf.constant(-1, tf.int32)), _refuse_repeats)
         .prefetch(2 * replicas)
+    )
+
+
+def labelled_batches(config: Config, data_dir: str, manifest: Manifest, image_ids: np.ndarray | None = None) -> tf.data.Dataset:
+    """Returns batches of training images for training with labels, from the first step on, without end.
+
+    A batch has `image` [B, S, S, 3] uint8, cropped and flipped at random, and `label` [B] int64, with B =
+    `config.global_batch_size`. It is a function of (config, dataset, image_ids, step). With `image_ids`, [n] int64, n at least B,
+    an epoch has those images only, which then stay in memory, encoded. Raises UserError where there are fewer than a batch.
+    """
+    split = training_split(config, data_dir, manifest)
+    if image_ids is None:
+        taken = _in_order(config, data_dir, manifest, 0)
+    else:
+        stored = _stored(data_dir, manifest, image_ids)
+        order = Order((len(image_ids),), config.global_batch_size, len(image_ids), config.seed)
+        taken = order.windows(0).map(lambda window: _taken(window, stored, window["places"]))
+
+    def example(item: dict[str, tf.Tensor]) -> Batch:
+        parsed = _parse(item["serialized"], split.records, manifest.num_classes)
+        view = one_view(
+            parsed[records.ENCODED],
+            config.image_size,
+            config.crop_min_area,
+            _epoch_key(config, item["epoch"]),
+            parsed[records.IMAGE_ID],
+            config.crop_interpolation,
+        )
+        return {"image": tf.ensure_shape(view, [config.image_size, config.image_size, 3]), "label": parsed[records.LABEL]}
+
+    return (
+        taken.unbatch()
+        .map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .batch(config.global_batch_size, drop_remainder=True)
+        .prefetch(2)
     )
 
 
@@ -124,6 +153,34 @@ def first_wrong_record(data_dir: str, manifest: Manifest, split_name: str) -> Us
         except tf.errors.OpError as error:
             return UserError(f"record {number} of {path}: {_first_line(error)}")
     return None
+
+
+def _in_order(
+    config: Config, data_dir: str, manifest: Manifest, first_step: int, host: int = 0, hosts: int = 1
+) -> tf.data.Dataset:
+    """Returns the records of a run's training images from `first_step` on, window by window: `serialized` and `epoch`."""
+    blocks = _blocks(data_dir, manifest.splits["train"])
+    windows = order_of(config, manifest).windows(first_step, host, hosts)
+    if config.cache:
+        whole = tf.data.Dataset.from_tensors(np.arange(len(blocks.counts))).map(blocks.read).cache().repeat()
+        return tf.data.Dataset.zip(windows, whole).map(lambda window, stored: _taken(window, stored, window["places"]))
+    return windows.map(lambda window: _taken(window, blocks.read(window["blocks"]), window["order"])).prefetch(1)
+
+
+def _stored(data_dir: str, manifest: Manifest, image_ids: np.ndarray) -> tf.Tensor:
+    """Returns the records of the training images `image_ids`, [n] string, in the order of the shards."""
+    split = manifest.splits["train"]
+    wanted = np.zeros(split.records, bool)
+    wanted[image_ids] = True
+    every = tf.data.TFRecordDataset([f"{data_dir.rstrip('/')}/{shard.file}" for shard in split.shards])
+    chosen = every.filter(
+        lambda serialized: tf.gather(wanted, _parse(serialized, split.records, manifest.num_classes)[records.IMAGE_ID])
+    )
+    return tf.constant(list(chosen.as_numpy_iterator()))
+
+
+def _epoch_key(config: Config, epoch: tf.Tensor) -> tf.Tensor:
+    return tf.constant(config.seed, tf.int64) * 2**32 + epoch
 
 
 def _refuse_repeats(last_epoch: tf.Tensor, batch: Batch) -> tuple[tf.Tensor, Batch]:

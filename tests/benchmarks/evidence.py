@@ -2,6 +2,7 @@
 
     python tests/benchmarks/evidence.py run  --raw DIR --work DIR [--groups main ...]   what is missing of docs/evidence.jsonl
     python tests/benchmarks/evidence.py list                                            the runs there are, done or not
+    python tests/benchmarks/evidence.py page                                            docs/results.md and its figure
 
 `run` trains each run's encoder on one core (so the same bits come out whatever else the machine does), two at once, evaluates the
 final checkpoint by the cached linear eval, and appends a line. Interrupted, it goes on: finished runs are not repeated, and one
@@ -84,9 +85,9 @@ def runs() -> Iterator[Run]:
             yield Run("ablation", arm, ABLATION_BATCH, seed, (*settings(ABLATION_BATCH, seed), *own))
 
 
-def recorded() -> dict[str, dict]:
+def recorded(results: Path = RESULTS) -> dict[str, dict]:
     """Returns the results so far, by the run's name."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    lines = results.read_text().splitlines() if results.exists() else []
     return {line["name"]: line for line in map(json.loads, lines)}
 
 
@@ -194,6 +195,9 @@ def main() -> None:
     one.add_argument("name")
     one.add_argument("--work", type=Path, required=True)
     commands.add_parser("list")
+    page = commands.add_parser("page")
+    page.add_argument("--results", type=Path, default=RESULTS, help="what run has appended")
+    page.add_argument("--docs", type=Path, default=RESULTS.parent, help="the folder with results.md")
     args = parser.parse_args()
     if args.command == "run":
         run_all(args.raw, args.work, args.groups)
@@ -203,6 +207,12 @@ def main() -> None:
         done = recorded()
         for run in runs():
             print(f"{run.name:40} {done[run.name]['top_1']:.2%}" if run.name in done else run.name)
+    elif args.command == "page":
+        from evidence_page import write_page
+
+        done = recorded(args.results)
+        every = [run.name for run in runs()]
+        write_page([done[name] for name in every if name in done], len(every), args.docs)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,235 @@
+"""The page of the evidence: the tables in docs/results.md and the figure beside it, of whatever runs there are."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from eval.statistics import bootstrap_interval, mean_and_spread, paired_test
+
+BEGIN, END = "<!-- evidence: written by tests/benchmarks/evidence.py page -->", "<!-- end of the evidence -->"
+FIGURE = "images/evidence.png"
+NAMES = {"simclr": "SimCLR", "decoupled": "decoupled (gamma = 1)", "sogclr": "SogCLR"}
+COLOURS = {"simclr": "#b7791f", "decoupled": "#66727f", "sogclr": "#2f6db5"}
+OURS = "sogclr"
+
+Line = dict
+"""What `evidence.py run` recorded of a run."""
+
+
+def write_page(lines: Sequence[Line], planned: int, docs: Path) -> None:
+    """Puts the tables between the two marks of `docs`/results.md, and draws the figure that they show.
+
+    Raises ValueError where the marks are not there.
+    """
+    page = docs / "results.md"
+    text = page.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{page} must have the lines {BEGIN} and {END}, each once: the tables go between them")
+    before, _, rest = text.partition(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{tables(lines, planned)}\n{END}{rest.partition(END)[2]}")
+    if of_group(lines, "main"):
+        (docs / FIGURE).parent.mkdir(exist_ok=True)
+        figure(lines).savefig(docs / FIGURE, dpi=160)
+
+
+def tables(lines: Sequence[Line], planned: int) -> str:
+    """Returns the page's part in Markdown. Says of what is missing that it is."""
+    main = of_group(lines, "main")
+    parts = [f"{len(lines)} of {planned} runs are recorded, {len(main)} of them of the three arms."]
+    if main:
+        parts += [f"![Top-1 against batch size]({FIGURE})", *_arms(main), *_small_batch(main), *_paired(main)]
+    parts += _ablations(main, of_group(lines, "ablation"))
+    parts += _probe(of_group(lines, "probe"))
+    parts += _runs(lines)
+    return "\n\n".join(parts)
+
+
+def of_group(lines: Iterable[Line], group: str) -> list[Line]:
+    return [line for line in lines if line["group"] == group]
+
+
+def correct(line: Line) -> np.ndarray:
+    """Returns which validation images a run classifies rightly, by ID, [n] bool."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(line["correct"]), np.uint8))
+    # The last byte is filled up with zeros.
+    images = round(bits.sum() / line["top_1"]) if line["top_1"] else len(bits)
+    return bits[:images].astype(bool)
+
+
+def mean_correct(lines: Sequence[Line]) -> np.ndarray:
+    """Returns how many of the runs classify each image rightly, as a part, [n] float64."""
+    return np.mean([correct(line) for line in lines], axis=0)
+
+
+def figure(lines: Sequence[Line]) -> Figure:
+    """Draws top-1 against batch size, a line an arm: means over seeds with 95% over images, and each seed as a dot."""
+    main = of_group(lines, "main")
+    drawn = Figure(figsize=(7.2, 4.6), layout="constrained", facecolor="#ffffff")
+    axes = drawn.add_subplot()
+    batches = sorted({line["batch"] for line in main})
+    for shift, arm in enumerate(NAMES):
+        by_batch = {batch: _of(main, arm, batch) for batch in batches}
+        there = [batch for batch in batches if by_batch[batch]]
+        if not there:
+            continue
+        values = [mean_correct(by_batch[batch]) for batch in there]
+        means = np.array([100 * value.mean() for value in values])
+        ends = np.array([100 * np.array(bootstrap_interval(value)) for value in values])
+        xs = np.array(there) * 2.0 ** (0.06 * (shift - 1))
+        errors = np.abs(ends.T - means)
+        axes.errorbar(xs, means, errors, color=COLOURS[arm], label=NAMES[arm], marker="o", capsize=3, linewidth=1.8)
+        for x, batch in zip(xs, there, strict=True):
+            tops = [100 * line["top_1"] for line in by_batch[batch]]
+            axes.plot([x] * len(tops), tops, ".", color=COLOURS[arm], alpha=0.45, markersize=5)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.minorticks_off()
+    axes.set_xlabel("global batch size")
+    axes.set_ylabel("top-1, %, linear eval (cached)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e3e8ee")
+    axes.legend(frameon=False)
+    return drawn
+
+
+def _of(main: Iterable[Line], arm: str, batch: int) -> list[Line]:
+    return sorted((line for line in main if (line["arm"], line["batch"]) == (arm, batch)), key=lambda line: line["seed"])
+
+
+def _arms(main: Sequence[Line]) -> list[str]:
+    rows = []
+    for batch in sorted({line["batch"] for line in main}):
+        cells = []
+        for arm in NAMES:
+            runs = _of(main, arm, batch)
+            cells.append(_accuracy(runs) if runs else "")
+        of_batch = [line["untrained_top_1"] for line in main if line["batch"] == batch]
+        rows.append([str(batch), *cells, f"{100 * np.mean(of_batch):.1f}"])
+    text = (
+        "Top-1 in per cent of the final checkpoint under the protocol `cached`: mean over seeds ± sample standard deviation "
+        "(number of seeds); in brackets 95% by bootstrap over the validation images."
+    )
+    return ["### The three arms", text, _table(["batch", *NAMES.values(), "untrained"], rows)]
+
+
+def _accuracy(runs: Sequence[Line]) -> str:
+    spread = mean_and_spread([line["top_1"] for line in runs])
+    low, high = bootstrap_interval(mean_correct(runs))
+    deviation = f" ± {100 * spread.deviation:.1f}" if spread.count > 1 else ""
+    return f"{100 * spread.mean:.1f}{deviation} ({spread.count}) [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _small_batch(main: Sequence[Line]) -> list[str]:
+    """What the claim is about: what an arm loses when its batch is small."""
+    batches = sorted({line["batch"] for line in main})
+    small, large = batches[0], batches[-1]
+    if small == large:
+        return []
+    lost = {
+        arm: mean_correct(_of(main, arm, small)) - mean_correct(_of(main, arm, large))
+        for arm in NAMES
+        if _of(main, arm, small) and _of(main, arm, large)
+    }
+    rows = [[NAMES[arm], _points(change), ""] for arm, change in lost.items()]
+    if OURS in lost:
+        rows = [
+            [name, change, "" if arm == OURS else _points(lost[OURS] - lost[arm])]
+            for arm, (name, change, _) in zip(lost, rows, strict=True)
+        ]
+    title = f"### From batch {large} to batch {small}"
+    text = (
+        "Points of top-1 that an arm gains (+) or loses (-) with the small batch, and how much better SogCLR fares than it in "
+        "this; 95% by bootstrap over the same images. SogCLR needs no large batch where the last column is above 0."
+    )
+    return [title, text, _table(["arm", "change", "SogCLR's less this one's"], rows)] if rows else []
+
+
+def _paired(main: Sequence[Line]) -> list[str]:
+    rows = []
+    for batch in sorted({line["batch"] for line in main}):
+        for other in NAMES:
+            pairs = [
+                (a, b)
+                for a in _of(main, OURS, batch)
+                for b in _of(main, other, batch)
+                if other != OURS and a["seed"] == b["seed"]
+            ]
+            if not pairs:
+                continue
+            change = mean_correct([a for a, _ in pairs]) - mean_correct([b for _, b in pairs])
+            p_values = ", ".join(_p_value(paired_test(correct(a), correct(b)).p_value) for a, b in pairs)
+            seeds = mean_and_spread([a["top_1"] - b["top_1"] for a, b in pairs])
+            by_seed = f"[{100 * seeds.interval[0]:+.1f}, {100 * seeds.interval[1]:+.1f}]" if seeds.count > 1 else ""
+            rows.append([str(batch), NAMES[other], str(seeds.count), _points(change), by_seed, p_values])
+    if not rows:
+        return []
+    text = (
+        "SogCLR less the other arm, in points, of runs with the same seed on the same images. Over images: bootstrap of the mean "
+        "over seeds. Over seeds: Student's t, which alone counts that another seed gives another encoder. p: McNemar's exact "
+        "test, a seed each. Nothing is corrected for the number of comparisons."
+    )
+    header = ["batch", "against", "seeds", "difference, 95% over images", "95% over seeds", "p"]
+    return ["### Paired comparisons", text, _table(header, rows)]
+
+
+def _ablations(main: Sequence[Line], ablations: Sequence[Line]) -> list[str]:
+    rows = []
+    for arm in dict.fromkeys(line["arm"] for line in ablations):
+        runs = [line for line in ablations if line["arm"] == arm]
+        pairs = [(a, b) for a in runs for b in _of(main, OURS, a["batch"]) if a["seed"] == b["seed"]]
+        change = _points(mean_correct([a for a, _ in pairs]) - mean_correct([b for _, b in pairs])) if pairs else ""
+        rows.append([arm, ", ".join(sorted({str(line["batch"]) for line in runs})), _accuracy(runs), change])
+    if not rows:
+        return []
+    text = "Each is SogCLR (gamma = .9, variant `paper`) with one thing changed; the difference is to it, same seeds and images."
+    return ["### Ablations", text, _table(["changed", "batch", "top-1", "difference"], rows)]
+
+
+def _probe(probe: Sequence[Line]) -> list[str]:
+    if not probe:
+        return []
+    rows = [[line["arm"], str(line["batch"]), _accuracy([line])] for line in sorted(probe, key=lambda line: line["arm"])]
+    text = "Short runs by which the base learning rate was to be chosen, with the loss of SimCLR, not of SogCLR."
+    return ["### The rate", text, _table(["run", "batch", "top-1"], rows)]
+
+
+def _runs(lines: Sequence[Line]) -> list[str]:
+    if not lines:
+        return []
+    rows = [
+        [
+            line["name"],
+            f"{100 * line['top_1']:.2f}",
+            str(line["steps"]),
+            f"{line['minutes']:.1f}",
+            f"`{line['state_sha256'][:12]}`",
+            f"`{line['code'][:12]}`",
+            f"`{line['command'].partition('--set ')[2]}`",
+        ]
+        for line in lines
+    ]
+    command = lines[0]["command"].partition(" --set ")[0]
+    datasets = ", ".join(f"`{one}`" for one in sorted({line["dataset_fingerprint"] for line in lines}))
+    header = ["run", "top-1", "steps", "minutes", "state_sha256", "code", "settings"]
+    text = f"A run is `{command} --set SETTINGS`, on one core. Dataset fingerprint: {datasets}."
+    return [
+        "### Every run",
+        text,
+        f"<details><summary>{len(lines)} runs</summary>\n\n{_table(header, rows)}\n\n</details>",
+    ]
+
+
+def _points(change: np.ndarray) -> str:
+    low, high = bootstrap_interval(change)
+    return f"{100 * change.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _p_value(p_value: float) -> str:
+    return f"{p_value:.3f}" if p_value >= 0.001 else re.sub(r"e-0?", "e-", f"{p_value:.0e}")
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
