@@ -86,7 +86,7 @@ _DIGEST_LENGTH = 36
 _DESCRIPTION_LENGTH = 5000
 """What the registry has room for."""
 _LOADER = "eval.serving"
-_SERVED_WITH = ("mlflow", "numpy", "pandas", "keras")
+_SERVED_WITH = ("mlflow", "numpy", "pandas", "keras", "protobuf")
 """What a server installs besides TensorFlow, in the versions that are here."""
 _PATIENCE_OF_STEPS = 3600.0
 """Seconds that a step waits for a server that is down, before it gives up what it made to the next attempt."""

@@ -174,7 +174,7 @@ With TensorFlow alone, from pictures as they are (JPEG, PNG, still GIF) or from 
 ```python
 import tensorflow as tf
 
-encoder = tf.saved_model.load("saved_model")
+encoder = tf.saved_model.load("saved_model")  # in MLflow's models: "data/saved_model"
 picture = tf.io.read_file("photo.jpg")
 features = encoder.signatures["serving_default"](image_bytes=picture[None])["features"]  # [1, {features}]
 ```
