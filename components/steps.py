@@ -160,6 +160,7 @@ def linear_eval(
         )
         run.log_final_metrics(result.metrics, model.metadata["model_id"], dataset, int(model.metadata["steps"]))
         run.rate_encoder(model, dataset, evaluated_card(model.uri, metrics.uri), result.metrics["eval/top_1_accuracy"])
+        run.log_features(dataset, result.features)
         classes = read_manifest(dataset.uri).synsets
         run.log_figure(figures.per_class_accuracy(result.per_class_accuracy, classes), "per_class_accuracy.png")
         run.log_figure(figures.confusion(result.confusion, classes), "confusion.png")

@@ -345,6 +345,21 @@ class StepRun:
         self._store.client.log_inputs(self.run_id, datasets=inputs)
         self._store.client.set_tag(self.run_id, "sogclr.dataset_fingerprint", about["fingerprint"])
 
+    def log_features(self, dataset: KfpArtifact, features: Mapping[str, Mapping[str, Any]]) -> None:
+        """Records files of features of `dataset`, by split, each a dataset of its own named by the digest of its contents."""
+        inputs = []
+        for split, file in features.items():
+            entry = Dataset(
+                name=f"{dataset.metadata['name']}-features-{split}",
+                digest=str(file["digest"])[:_DIGEST_LENGTH],
+                source_type="gs" if str(file["path"]).startswith("gs://") else "local",
+                source=json.dumps({"uri": file["path"], "run_id": self.run_id}),
+                profile=json.dumps({key: int(file[key]) for key in ("images", "dimensions")}),
+            )
+            tags = {"mlflow.data.context": "features", "uri": str(file["path"]), "fingerprint": dataset.metadata["fingerprint"]}
+            inputs.append(DatasetInput(entry, [InputTag(key, value) for key, value in tags.items()]))
+        self._store.client.log_inputs(self.run_id, datasets=inputs)
+
     def log_encoder(
         self,
         model: KfpArtifact,

@@ -72,6 +72,9 @@ class LinearEvalResult:
     """[C, C] int64: validation images by label (row) and prediction of `cached` (column)."""
     num_images: int
     """Validation images, all of them."""
+    features: Mapping[str, Mapping[str, Any]]
+    """By split, of the file of the pretrained encoder's features: its `path`, its `digest`, and how many `images` of how many
+    `dimensions` it holds."""
 
 
 def features_path(output: str, split: str) -> str:
@@ -110,13 +113,8 @@ def linear_eval(
     manifest = read_manifest(data_dir)
     _require_every_class(data_dir, manifest)
     same_classes = _has_classes_of(about, manifest)
-    if not same_classes and "online" in settings.protocols:
-        raise UserError(
-            f"{data_dir} has other classes than the dataset that {folder} was pretrained on, which the online classifier "
-            f"knows: take linear_eval.protocols={','.join(one for one in settings.protocols if one != 'online')}"
-        )
     if not same_classes:
-        print(f"note: {data_dir} has other classes than the dataset that {folder} was pretrained on", file=sys.stderr)
+        _note_other_classes(data_dir, folder, settings)
     trainings = {one: _training(one, settings, manifest) for one in settings.protocols if one not in _ON_FEATURES}
     encoder = load_encoder(config, stored)
     tf.io.gfile.makedirs(output)
@@ -130,20 +128,11 @@ def linear_eval(
         features[split] = _stored_features(encoder, config, data_dir, manifest, split, output, work)
         seconds[split] = time.perf_counter() - begun
     train, validation = features["train"], features["validation"]
-    labels = validation.labels
-    accuracies: list[Accuracy] = []
-    predictions: dict[str, np.ndarray] = {}
-
-    def measured(protocol: str, logits: np.ndarray, used: Mapping[str, Any], begun: float, who: str = "pretrained") -> None:
-        top_1, top_5 = (top_k_accuracy(logits, labels, k) for k in (1, 5))
-        predicted = logits.argmax(axis=1)
-        took = time.perf_counter() - begun
-        accuracies.append(Accuracy(protocol, who, top_1, bootstrap_interval(predicted == labels), top_5, used, took))
-        predictions[protocol if who == "pretrained" else f"{who}_{protocol}"] = predicted
+    scores = _Scores(validation.labels)
 
     begun = time.perf_counter() - sum(seconds.values())
     classifier = fit_with_choice(train, manifest.num_classes, settings)
-    measured("cached", classifier.logits(validation.values), {"l2_penalty": classifier.l2_penalty}, begun)
+    scores.add("cached", classifier.logits(validation.values), {"l2_penalty": classifier.l2_penalty}, begun)
 
     begun = time.perf_counter()
     control = make_encoder(config)
@@ -151,18 +140,18 @@ def linear_eval(
         extract(control, config, data_dir, manifest, split, work.part("features, untrained")) for split in SPLITS
     )
     untrained = fit_with_choice(own_train, manifest.num_classes, settings)
-    measured("cached", untrained.logits(own_validation.values), {"l2_penalty": untrained.l2_penalty}, begun, "untrained")
+    scores.add("cached", untrained.logits(own_validation.values), {"l2_penalty": untrained.l2_penalty}, begun, "untrained")
 
     if "knn" in settings.protocols:
         begun = time.perf_counter() - sum(seconds.values())
-        k = min(settings.knn_k, images["train"])
-        scores = knn_scores(train, validation.values, manifest.num_classes, k, settings.knn_temperature)
-        measured("knn", scores, {"k": k, "temperature": settings.knn_temperature}, begun)
+        k, temperature = min(settings.knn_k, images["train"]), settings.knn_temperature
+        votes = knn_scores(train, validation.values, manifest.num_classes, k, temperature)
+        scores.add("knn", votes, {"k": k, "temperature": temperature}, begun)
     if "online" in settings.protocols:
         begun = time.perf_counter() - seconds["validation"]
         online = make_classifier(encoder.output_shape[-1], manifest.num_classes)
         checkpoints.restore(model_variables("classifier", online), stored)
-        measured("online", online(validation.values).numpy(), {}, begun)
+        scores.add("online", online(validation.values).numpy(), {}, begun)
     for protocol, (recipe, listed) in trainings.items():
         begun = time.perf_counter() - (seconds["validation"] if recipe.frozen else 0.0)
         image_ids = listed
@@ -172,23 +161,30 @@ def linear_eval(
         head = train_classifier(trained, config, data_dir, manifest, recipe, image_ids, work.part(protocol))
         own = validation if recipe.frozen else extract(trained, config, data_dir, manifest, "validation", work.part(protocol))
         used = {name: value for name, value in asdict(recipe).items() if name != "frozen"}
-        measured(protocol, head(own.values).numpy(), used, begun)
+        scores.add(protocol, head(own.values).numpy(), used, begun)
 
-    metrics = {"eval/l2_penalty": classifier.l2_penalty}
-    for one in accuracies:
-        low, high = one.top_1_interval
-        metrics |= {one.metric: one.top_1, one.metric.replace("top_1", "top_5"): one.top_5}
-        metrics |= {f"{one.metric}_low": low, f"{one.metric}_high": high}
+    metrics = {"eval/l2_penalty": classifier.l2_penalty, **scores.metrics()}
     log_metrics(metrics, stored.step)
     confusion = np.zeros((manifest.num_classes, manifest.num_classes), np.int64)
-    np.add.at(confusion, (labels, predictions["cached"]), 1)
+    np.add.at(confusion, (validation.labels, scores.predictions["cached"]), 1)
     per_class = np.diag(confusion) / confusion.sum(axis=1)
-    result = LinearEvalResult(metrics, tuple(accuracies), tuple(per_class.tolist()), confusion, len(labels))
-
+    files = {
+        split: {
+            "path": features_path(output, split),
+            "digest": digest_of(encoder, config, manifest, split),
+            "images": images[split],
+            "dimensions": encoder.output_shape[-1],
+        }
+        for split in SPLITS
+    }
+    result = LinearEvalResult(
+        metrics, tuple(scores.accuracies), tuple(per_class.tolist()), confusion, images["validation"], files
+    )
     written = {
         "metrics": metrics,
-        "accuracies": [asdict(one) for one in accuracies],
+        "accuracies": [asdict(one) for one in result.accuracies],
         "num_images": result.num_images,
+        "features": files,
         "per_class_accuracy": result.per_class_accuracy,
         "synsets": manifest.synsets,
         "linear_eval": asdict(settings),
@@ -198,10 +194,44 @@ def linear_eval(
         "pretraining_dataset_fingerprint": about["dataset_fingerprint"],
         "classes_of_pretraining": same_classes,
     }
-    _write_predictions(f"{output}/{PREDICTIONS}", labels, predictions)
+    scores.write_predictions(f"{output}/{PREDICTIONS}")
     checkpoints.write_arrays(f"{output}/classifier.npz", asdict(classifier))
     checkpoints.write_whole(f"{output}/{RESULT}", (json.dumps(written, indent=1, sort_keys=True) + "\n").encode())
     return result
+
+
+@dataclass
+class _Scores:
+    """What was measured so far, on validation images with `labels`, [n] int64."""
+
+    labels: np.ndarray
+    accuracies: list[Accuracy] = field(default_factory=list)
+    predictions: dict[str, np.ndarray] = field(default_factory=dict)
+    """[n] int64, by protocol."""
+
+    def add(
+        self, protocol: str, logits: np.ndarray, settings: Mapping[str, Any], begun: float, encoder: str = "pretrained"
+    ) -> None:
+        """Counts what is right by `logits`, [n, C], of a protocol that was begun when `time.perf_counter()` was `begun`."""
+        top_1, top_5 = (top_k_accuracy(logits, self.labels, k) for k in (1, 5))
+        predicted = logits.argmax(axis=1)
+        seconds = time.perf_counter() - begun
+        interval = bootstrap_interval(predicted == self.labels)
+        self.accuracies.append(Accuracy(protocol, encoder, top_1, interval, top_5, settings, seconds))
+        self.predictions[protocol if encoder == "pretrained" else f"{encoder}_{protocol}"] = predicted
+
+    def metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for one in self.accuracies:
+            low, high = one.top_1_interval
+            metrics |= {one.metric: one.top_1, one.metric.replace("top_1", "top_5"): one.top_5}
+            metrics |= {f"{one.metric}_low": low, f"{one.metric}_high": high}
+        return metrics
+
+    def write_predictions(self, path: str) -> None:
+        buffer = io.BytesIO()
+        pq.write_table(pa.table({"image_id": np.arange(len(self.labels)), "label": self.labels, **self.predictions}), buffer)
+        checkpoints.write_whole(path, buffer.getvalue())
 
 
 def _training(protocol: str, settings: LinearEval, manifest: Manifest) -> tuple[Recipe, np.ndarray | None]:
@@ -285,10 +315,13 @@ def _has_classes_of(pretraining: Mapping[str, Any], manifest: Manifest) -> bool:
     return pretraining["dataset_fingerprint"] == manifest.fingerprint
 
 
-def _write_predictions(path: str, labels: np.ndarray, predictions: Mapping[str, np.ndarray]) -> None:
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"image_id": np.arange(len(labels)), "label": labels, **predictions}), buffer)
-    checkpoints.write_whole(path, buffer.getvalue())
+def _note_other_classes(data_dir: str, folder: str, settings: LinearEval) -> None:
+    """Says that the dataset has other classes than pretraining's. Raises UserError where a protocol knows only those."""
+    said = f"{data_dir} has other classes than the dataset that {folder} was pretrained on"
+    if "online" in settings.protocols:
+        others = [one for one in settings.protocols if one != "online"] or ["cached"]
+        raise UserError(f"{said}, which the online classifier knows: take linear_eval.protocols={','.join(others)}")
+    print(f"note: {said}", file=sys.stderr)
 
 
 def _with_settings(config: Config, overrides: Iterable[str]) -> Config:

@@ -1,9 +1,12 @@
 """Linear eval: the fit against scikit-learn, the metrics against counting, the whole against a real checkpoint."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +24,7 @@ from trainer import checkpoint as checkpoints
 from trainer.config import LinearEval
 from trainer.encoder import make_encoder
 from trainer.presets import resolve
-from trainer.records import UserError, read_manifest
+from trainer.records import UserError, manifest_to_json, read_manifest
 from trainer.train import train
 
 TINY = ["width_multiplier=0.0625", "global_batch_size=24", "epochs=1", "warmup_epochs=0", "base_learning_rate=1"]
@@ -148,6 +151,10 @@ def test_the_whole_validation_split_counts_and_the_control_stands_beside(evaluat
         assert low <= row["top_1"] <= high
         assert (low, high) == tuple(result.metrics[f"eval/{name}top_1_accuracy_{end}"] for end in ("low", "high"))
     assert written["accuracies"][2]["settings"] == {"k": 48, "temperature": 0.07}
+    for split, count in {"train": 48, "validation": 17}.items():
+        file = written["features"][split]
+        assert (file["images"], file["dimensions"]) == (count, 32)
+        assert len(read_features(file["path"], file["digest"]).labels) == count
     with np.load(folder / "classifier.npz") as stored:
         assert stored["weights"].shape == (32, 6)
 
@@ -196,6 +203,59 @@ def test_the_encoder_that_is_evaluated_is_the_checkpoints(checkpoint):
         assert not np.array_equal(variable.numpy(), untrained.numpy())
 
 
+def refused(data: Path, checkpoint: Path, folder: Path, *overrides: str) -> str:
+    """Returns the line that says why an evaluation was not begun."""
+    with pytest.raises(UserError) as error:
+        linear_eval(str(data), str(checkpoint), str(folder / "out"), [*QUICK, *overrides])
+    assert "\n" not in str(error.value)
+    assert not list(folder.glob("out/*"))
+    return str(error.value)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(dataset, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    about["config"]["width_multiplier"] = 0.125
+    (tmp_path / "run" / "config.json").write_text(json.dumps(about))
+    said = refused(dataset, tmp_path / "run", tmp_path)
+    assert re.search(r"checkpoint-00000003\.npz is of another architecture: encoder/\S+ has shape \(\S.*\), not \(", said)
+
+
+def test_a_diverged_encoder_is_refused_with_the_image_that_shows_it(dataset, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "run")
+    stored = checkpoints.load_latest(str(checkpoint))
+    spoilt = {
+        name: np.full_like(value, np.nan) if name == "encoder/stem_conv/kernel" else value
+        for name, value in stored.arrays.items()
+    }
+    checkpoints.save(str(tmp_path / "run"), replace(stored, arrays=spoilt), 1)
+    said = refused(dataset, tmp_path / "run", tmp_path)
+    assert said == "the features of image ID 0 of train are not finite: the checkpoint is of a run that diverged"
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 4), ("validation", 5)])
+def test_a_class_without_images_is_named(checkpoint, tmp_path, split, count):
+    write_dataset(tmp_path / "data", **{split: count}, shards=1)
+    said = refused(tmp_path / "data", checkpoint, tmp_path)
+    more = " and 1 more" if count == 4 else ""
+    named = f"class n{count:08}{more} of {tmp_path / 'data'} has no {split} images: "
+    assert said.startswith(named)
+
+
+def test_the_online_classifier_is_not_asked_about_classes_that_it_does_not_know(dataset, checkpoint, tmp_path, capsys):
+    """As many, by other names. Other protocols learn the new ones, and it is said that they are new."""
+    shutil.copytree(dataset, tmp_path / "data")
+    manifest = read_manifest(str(dataset))
+    others = replace(manifest, synsets=tuple(f"n{label:08}" for label in range(10, 16)))
+    (tmp_path / "data" / "manifest.json").write_text(manifest_to_json(others))
+    said = refused(tmp_path / "data", checkpoint, tmp_path)
+    assert "has other classes than the dataset that" in said
+    assert said.endswith("take linear_eval.protocols=cached,knn")
+    linear_eval(str(tmp_path / "data"), str(checkpoint), str(tmp_path / "out"), [*QUICK, "linear_eval.protocols=cached"])
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["classes_of_pretraining"] is False
+    assert "note: " in capsys.readouterr().err
+
+
 def test_a_duplicated_image_id_is_found(checkpoint, tmp_path):
     from trainer.records import encode_example
 
@@ -203,7 +263,7 @@ def test_a_duplicated_image_id_is_found(checkpoint, tmp_path):
         tmp_path, example=lambda split, encoded, label, image_id: encode_example(encoded, label, 3 if image_id == 4 else image_id)
     )
     with pytest.raises(UserError, match=r"not image IDs 0\.\.47 once each"):
-        linear_eval(str(tmp_path), str(checkpoint), str(tmp_path / "out"))
+        linear_eval(str(tmp_path), str(checkpoint), str(tmp_path / "out"), QUICK)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +271,11 @@ def test_a_duplicated_image_id_is_found(checkpoint, tmp_path):
     [
         (["--set", "epochs=3"], "error: epochs=3 cannot be set here"),
         (["--set", "linear_eval.sed=3"], "error: linear_eval.sed is not a setting; did you mean linear_eval.seed?"),
+        (
+            ["--set", "linear_eval.protocols=offical"],
+            "error: linear_eval.protocols=offical is not one of cached, knn, online, official, finetune-1, finetune-10, "
+            "finetune-100; did you mean official?",
+        ),
         (["--checkpoint", "/nowhere"], "error: /nowhere holds no pretraining run"),
         (["--data", "/nowhere"], "error: /nowhere holds no finished dataset"),
     ],
@@ -222,3 +287,17 @@ def test_a_mistake_gives_one_line_and_exit_code_2(arguments, line, dataset, chec
     assert done.stderr.startswith(line)
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_a_row_for_each_protocol_with_its_interval(dataset, checkpoint, evaluated, tmp_path):
+    result, folder, _ = evaluated
+    shutil.copytree(folder, tmp_path / "out")
+    given = ["--data", str(dataset), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), "--set", *QUICK]
+    done = subprocess.run([sys.executable, "-m", "eval.task", *given], capture_output=True, text=True, check=True)
+    header, *rows, last = done.stdout.splitlines()
+    assert header.split() == ["protocol", "encoder", "top-1", "95%", "interval", "top-5", "seconds"]
+    assert [row.split()[:2] for row in rows] == [[one.protocol, one.encoder] for one in result.accuracies]
+    for row, one in zip(rows, result.accuracies, strict=True):
+        low, high = one.top_1_interval
+        assert f" {one.top_1:.1%}  {100 * low:.1f} to {100 * high:.1f} " in row
+    assert last == "17 validation images; intervals by bootstrap over them"

@@ -159,7 +159,7 @@ def test_every_protocol_runs_on_a_checkpoint_of_the_middle_of_a_run(dataset, tmp
     reported = []
     result = linear_eval(
         str(dataset),
-        str(tmp_path / "run" / "checkpoint-00000002.npz"),
+        str(tmp_path / "run" / "checkpoint-00000004.npz"),
         str(tmp_path / "out"),
         [
             "linear_eval.protocols=official,finetune-1,finetune-10,finetune-100",

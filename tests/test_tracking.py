@@ -86,6 +86,8 @@ class Bench:
             final = {f"eval/{name}": value for name, value in ACCURACIES.items()}
             run.log_final_metrics(final, model.metadata["model_id"], dataset, 3)
             run.rate_encoder(model, dataset, f"# Card\n\n{top_1:.0%}\n\n## Use\n\n{'at length ' * 600}", top_1)
+            files = {"train": {"path": f"{metrics.uri}/train.parquet", "digest": "5" * 64, "images": 36, "dimensions": 8}}
+            run.log_features(dataset, files)
             run.log_figure(Figure(), "confusion.png")
             for name, value in ACCURACIES.items():
                 metrics.log_metric(name, value)
@@ -112,6 +114,17 @@ def chain(bench):
     return {"pipeline": pipeline_id} | {name: artifact.metadata["run_id"] for name, artifact in made.items()}
 
 
+def test_features_are_a_dataset_that_names_its_file_and_the_images_that_it_is_of(bench, chain):
+    inputs = bench.client.get_run(chain["linear-eval"]).inputs.dataset_inputs
+    by_context = {next(tag.value for tag in one.tags if tag.key == "mlflow.data.context"): one for one in inputs}
+    assert set(by_context) == {"eval", "features"}
+    features, tags = by_context["features"].dataset, {tag.key: tag.value for tag in by_context["features"].tags}
+    assert (features.name, features.digest) == ("images-features-train", "5" * 36)
+    assert json.loads(features.source) == {"uri": tags["uri"], "run_id": chain["linear-eval"]}
+    assert tags["uri"].endswith("/train.parquet")
+    assert tags["fingerprint"] == FINGERPRINT
+
+
 def test_the_linear_eval_run_alone_leads_to_model_pretraining_dataset_and_conversion(bench, chain):
     run = bench.client.get_run(chain["linear-eval"])
     model = bench.client.get_logged_model(run.inputs.model_inputs[0].model_id)
@@ -120,7 +133,7 @@ def test_the_linear_eval_run_alone_leads_to_model_pretraining_dataset_and_conver
     assert [one.model_id for one in pretraining.outputs.model_outputs] == [model.model_id]
 
     for one in (run, pretraining):
-        dataset = one.inputs.dataset_inputs[0]
+        dataset = next(entry for entry in one.inputs.dataset_inputs if "features" not in entry.dataset.name)
         tags = {tag.key: tag.value for tag in dataset.tags}
         assert FINGERPRINT.startswith(dataset.dataset.digest)
         assert tags["fingerprint"] == one.data.tags["sogclr.dataset_fingerprint"] == FINGERPRINT
