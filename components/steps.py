@@ -69,14 +69,16 @@ def pretrain(
         overrides: key=value for each setting that differs from the preset's; none of the linear eval's.
         code_version: Changes when the code does, so that the cache sees it.
         dataset: What build-tfrecords made.
-        model: A folder of checkpoints with config.json and result.json. Where AIP_CHECKPOINT_DIR says where such folders are,
-            it is there, and what an earlier attempt at the same left in it is gone on with.
+        model: A folder of checkpoints with config.json and result.json, and in export the encoder as others load it. Where
+            AIP_CHECKPOINT_DIR says where such folders are, it is there, and what an earlier attempt at the same left in it is
+            gone on with.
     """
     import os
     import sys
     from dataclasses import asdict
 
     from components import tracking, workspace
+    from eval.export import export
     from eval.figures import curves
     from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
     from trainer.presets import resolve
@@ -115,6 +117,7 @@ def pretrain(
             model,
             dataset,
             [result.checkpoint, f"{model.uri}/config.json", f"{model.uri}/result.json"],
+            export(result.checkpoint, f"{model.uri}/export", data_dir=dataset.uri).folder,
             params={"preset": preset, "steps": result.steps, "state_sha256": result.state_sha256, **settings},
             metrics=result.metrics,
             step=result.steps,
@@ -141,6 +144,7 @@ def linear_eval(
         report: A page that shows what was measured, and on what.
     """
     from components import tracking
+    from eval.card import evaluated_card
     from eval.linear_eval import linear_eval as evaluate
     from eval.report import write_report
     from trainer.progress import ProgressBars
@@ -159,6 +163,7 @@ def linear_eval(
             report=lambda done, total, text: bars("linear-eval", done, total, text),
         )
         run.log_final_metrics(result.metrics, model.metadata["model_id"], dataset, int(model.metadata["steps"]))
+        run.rate_encoder(model, dataset, evaluated_card(model.uri, metrics.uri), result.metrics["eval/top_1_accuracy"])
         run.log_features(dataset, result.features)
         history, runs = run.history_behind("pretrain"), run.sources()
         page = write_report(report.uri, metrics.uri, dataset.uri, history=history, runs=runs)

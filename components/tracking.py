@@ -20,11 +20,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 import mlflow
+import numpy as np
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import (
@@ -38,7 +41,10 @@ from mlflow.entities import (
     Run,
     RunTag,
 )
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
 from components import figures, variables
 from components.lineage import COMPONENTS, Artifact, Lineage, Step, short
@@ -48,6 +54,8 @@ from trainer.records import UserError
 EXPERIMENT = "sogclr"
 ENCODER = "sogclr-encoder"
 """Name of the registered model."""
+CHAMPION = "champion"
+"""Alias of the version that measured best."""
 
 PIPELINE = "pipeline"
 REPORT = "report.html"
@@ -69,11 +77,19 @@ _COMMIT = "mlflow.source.git.commit"
 _PARENT = "mlflow.parentRunId"
 _NOTE = "mlflow.note.content"
 _STEP = "step.json"
+_TOP_1 = "top_1"
+_TOP_1_DATASET = "top_1.dataset_fingerprint"
+_TOP_1_RUN = "top_1.run_id"
 _MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 _VIEW = "?workflowType=machine_learning"
 """The UI's own word for pages about training; it shows those about agents otherwise."""
 _DIGEST_LENGTH = 36
 """What MLflow has room for."""
+_DESCRIPTION_LENGTH = 5000
+"""What the registry has room for."""
+_LOADER = "eval.serving"
+_SERVED_WITH = ("mlflow", "numpy", "pandas", "keras", "protobuf")
+"""What a server installs besides TensorFlow, in the versions that are here."""
 _PATIENCE_OF_STEPS = 3600.0
 """Seconds that a step waits for a server that is down, before it gives up what it made to the next attempt."""
 
@@ -370,27 +386,32 @@ class StepRun:
         model: KfpArtifact,
         dataset: KfpArtifact,
         files: Sequence[str],
+        exported: str,
         *,
         params: Mapping[str, Any],
         metrics: Mapping[str, float],
         step: int,
     ) -> None:
-        """Records an encoder made of `files` as a logged model with its final metrics, and registers it; its metadata say so.
+        """Records an encoder as a logged model with its final metrics, and registers it; its metadata say so.
 
-        A store in a database looks for the model to register where MLFLOW_TRACKING_URI says, so that must name this store.
+        The model holds `files` and what `eval.export` wrote into the folder `exported`, and any MLflow can serve it. A store in
+        a database looks for the model to register where MLFLOW_TRACKING_URI says, so that must name this store.
         """
         client = self._store.client
         texts = {name: str(value) for name, value in params.items()}
         logged = client.create_logged_model(self._store.experiment_id, ENCODER, self.run_id, params=texts, model_type="encoder")
-        with tempfile.TemporaryDirectory() as folder:
-            for file in files:
-                mlflow.artifacts.download_artifacts(artifact_uri=file, dst_path=folder)
-            client.log_model_artifacts(logged.model_id, folder)
+        with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as fetched:
+            source = Path(mlflow.artifacts.download_artifacts(artifact_uri=exported, dst_path=fetched))
+            _save_servable(made, source / "saved_model", logged.model_id, self.run_id)
+            for file in (*files, str(source / "encoder.keras"), str(source / "README.md")):
+                mlflow.artifacts.download_artifacts(artifact_uri=file, dst_path=made)
+            card = (source / "README.md").read_text()
+            client.log_model_artifacts(logged.model_id, made)
         client.finalize_logged_model(logged.model_id, "READY")
         client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step)])
         self.log_final_metrics(metrics, logged.model_id, dataset, step)
         tags = {"dataset_fingerprint": dataset.metadata["fingerprint"], "uri": model.uri, **texts}
-        version = _register(client, logged.model_id, self.run_id, tags)
+        version = _register(client, logged.model_id, self.run_id, card, tags)
         model.metadata.update(model_id=logged.model_id, model_name=ENCODER, model_version=version)
 
     def use_encoder(self, model: KfpArtifact) -> None:
@@ -399,6 +420,28 @@ class StepRun:
             self._store.client.log_inputs(self.run_id, models=[LoggedModelInput(model.metadata["model_id"])])
         else:
             self._store.client.set_tag(self.run_id, "sogclr.encoder_uri", model.uri)
+
+    def rate_encoder(self, model: KfpArtifact, dataset: KfpArtifact, card: str, top_1: float) -> None:
+        """Says of a registered encoder what was measured, and moves the aliases; nothing where another store has it.
+
+        `CHAMPION`-FINGERPRINT goes to the version with the best top-1 on `dataset`, the earliest of equals. So does `CHAMPION`,
+        unless it is a version's that was measured on another dataset: accuracies on different images do not compare.
+        """
+        client, fingerprint = self._store.client, dataset.metadata["fingerprint"]
+        versions = _versions(client)
+        own = next((one for one in versions if one.source == f"models:/{model.metadata['model_id']}"), None)
+        if own is None:
+            return
+        client.update_model_version(ENCODER, own.version, _described(card))
+        for key, value in {_TOP_1: str(top_1), _TOP_1_DATASET: fingerprint, _TOP_1_RUN: self.run_id}.items():
+            client.set_model_version_tag(ENCODER, own.version, key, value)
+        measured = {one.version: one.tags for one in _versions(client) if _TOP_1 in one.tags}
+        rivals = [version for version, tags in measured.items() if tags[_TOP_1_DATASET] == fingerprint]
+        best = max(rivals, key=lambda version: (float(measured[version][_TOP_1]), -int(version)))
+        holder = client.get_registered_model(ENCODER).aliases.get(CHAMPION)
+        client.set_registered_model_alias(ENCODER, f"{CHAMPION}-{fingerprint[:12]}", best)
+        if measured.get(holder, {}).get(_TOP_1_DATASET, fingerprint) == fingerprint:
+            client.set_registered_model_alias(ENCODER, CHAMPION, best)
 
     def log_final_metrics(self, metrics: Mapping[str, float], model_id: str, dataset: KfpArtifact, step: int) -> None:
         """Records metrics as those of a model on a dataset; on the dataset alone where another store has the model."""
@@ -709,14 +752,50 @@ def _name_and_digest(dataset: KfpArtifact) -> dict[str, str]:
     return {"name": dataset.metadata["name"], "digest": dataset.metadata["fingerprint"][:_DIGEST_LENGTH]}
 
 
-def _register(client: MlflowClient, model_id: str, run_id: str, tags: Mapping[str, str]) -> str:
+def _save_servable(folder: str, saved_model: Path, model_id: str, run_id: str) -> None:
+    """Makes `folder` a model that MLflow serves: a SavedModel, what loads it, and what a server has to install.
+
+    The packages that the loader is in go with it, so a server needs neither this project nor the training's machine.
+    """
+    tensorflow = metadata.packages_distributions()["tensorflow"][0]
+    needed = [f"{name}=={metadata.version(name)}" for name in _SERVED_WITH]
+    # A TPU's build is for the machine that trains.
+    needed.append(f"{tensorflow.replace('_', '-').removesuffix('-tpu')}=={metadata.version(tensorflow)}")
+    packages = [str(Path(str(spec.origin)).parent) for spec in map(find_spec, ("eval", "trainer")) if spec]
+    inputs, outputs = ColSpec(DataType.binary, "image_bytes"), TensorSpec(np.dtype(np.float32), (-1, -1))
+    mlflow.pyfunc.save_model(
+        folder,
+        loader_module=_LOADER,
+        data_path=str(saved_model),
+        code_paths=packages,
+        pip_requirements=needed,
+        mlflow_model=Model(
+            run_id=run_id, model_id=model_id, signature=ModelSignature(inputs=Schema([inputs]), outputs=Schema([outputs]))
+        ),
+    )
+
+
+def _register(client: MlflowClient, model_id: str, run_id: str, card: str, tags: Mapping[str, str]) -> str:
     """Makes a logged model the next version of `ENCODER`; returns the version."""
     if not client.search_registered_models(f"name = '{ENCODER}'"):
         client.create_registered_model(ENCODER, description="Encoders pretrained by the pipeline, one version a run.")
-    version = client.create_model_version(ENCODER, f"models:/{model_id}", run_id, dict(tags), model_id=model_id).version
+    version = client.create_model_version(
+        ENCODER, f"models:/{model_id}", run_id, dict(tags), description=_described(card), model_id=model_id
+    ).version
     # The UI shows on a logged model the versions that this tag names.
     client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps([{"name": ENCODER, "version": version}])})
     return str(version)
+
+
+def _versions(client: MlflowClient) -> list[ModelVersion]:
+    return list(client.search_model_versions(f"name = '{ENCODER}'"))
+
+
+def _described(card: str) -> str:
+    """Returns as many whole sections of a card as the registry has room for."""
+    while len(card) > _DESCRIPTION_LENGTH:
+        card = card.rpartition("\n## ")[0] or card[:_DESCRIPTION_LENGTH]
+    return card
 
 
 def _one_line(error: BaseException) -> str:

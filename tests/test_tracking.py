@@ -3,7 +3,9 @@
 import json
 import os
 from contextlib import suppress
+from pathlib import Path
 
+import mlflow
 import pytest
 from kfp import dsl
 from matplotlib.figure import Figure
@@ -52,9 +54,6 @@ class Bench:
 
     def pretrain(self, pipeline_id, dataset):
         model = self.artifact(dsl.Model, "job", "pretrain", "model")
-        os.makedirs(model.uri, exist_ok=True)
-        with open(f"{model.uri}/checkpoint.npz", "w") as file:
-            file.write("weights")
         arguments = {"preset": "demo", "overrides": ["epochs=1"], "code_version": "c0de"}
         environ = self.environ(pipeline_id)
         with tracking.step("pretrain", arguments, {"model": model}, {"dataset": dataset}, environ) as run:
@@ -63,12 +62,21 @@ class Bench:
             for step in range(1, 4):
                 run.log_metrics({"train/contrastive_loss": -1 / step}, step)
             assert run.history() == {"train/contrastive_loss": [(1, -1.0), (2, -0.5), (3, -1 / 3)]}
-            model.metadata.update(preset="demo", steps=3)
-            final = {"train/contrastive_loss": -1 / 3}
-            run.log_encoder(model, dataset, [f"{model.uri}/checkpoint.npz"], params={"preset": "demo"}, metrics=final, step=3)
+            self.log_encoder(run, dataset, model)
         return model
 
-    def linear_eval(self, pipeline_id, dataset, model):
+    def log_encoder(self, run, dataset, model=None):
+        model = model or self.artifact(dsl.Model, "job", "pretrain", "model")
+        for file in ("checkpoint.npz", "export/saved_model/saved_model.pb", "export/encoder.keras", "export/README.md"):
+            path = Path(model.uri, file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("weights")
+        model.metadata.update(preset="demo", steps=3)
+        about = {"params": {"preset": "demo"}, "metrics": {"train/contrastive_loss": -1 / 3}, "step": 3}
+        run.log_encoder(model, dataset, [f"{model.uri}/checkpoint.npz"], f"{model.uri}/export", **about)
+        return model
+
+    def linear_eval(self, pipeline_id, dataset, model, top_1=0.66):
         metrics = self.artifact(dsl.Metrics, "job", "linear-eval", "metrics")
         inputs = {"model": model, "dataset": dataset}
         arguments = {"overrides": [], "code_version": "c0de"}
@@ -77,6 +85,7 @@ class Bench:
             run.use_encoder(model)
             final = {f"eval/{name}": value for name, value in ACCURACIES.items()}
             run.log_final_metrics(final, model.metadata["model_id"], dataset, 3)
+            run.rate_encoder(model, dataset, f"# Card\n\n{top_1:.0%}\n\n## Use\n\n{'at length ' * 600}", top_1)
             files = {"train": {"path": f"{metrics.uri}/train.parquet", "digest": "5" * 64, "images": 36, "dimensions": 8}}
             run.log_features(dataset, files)
             run.log_figure(Figure(), "confusion.png")
@@ -142,6 +151,10 @@ def test_accuracies_belong_to_the_model_and_the_dataset(bench, chain):
     (version,) = bench.client.search_model_versions(f"name = '{tracking.ENCODER}'")
     assert version.source == f"models:/{model.model_id}"
     assert version.tags["dataset_fingerprint"] == FINGERPRINT
+    measured = {"top_1": "0.66", "top_1.dataset_fingerprint": FINGERPRINT, "top_1.run_id": chain["linear-eval"]}
+    assert measured.items() <= version.tags.items()
+    # Whole sections of the card, as many as there is room for.
+    assert version.description == "# Card\n\n66%\n"
 
 
 def test_runs_say_in_links_where_they_come_from_and_what_came_of_them(bench, chain):
@@ -247,6 +260,51 @@ def test_a_step_is_found_from_its_pipeline_and_from_every_step_of_it(bench, chai
         tracking.find_step(bench.store, stranger, "pretrain")
     with pytest.raises(UserError, match="has no pretrain"):
         tracking.find_step(bench.store, bench.pipeline(), "pretrain")
+
+
+def test_the_champion_is_the_best_measured_on_its_dataset_and_latest_the_newest(bench, chain):
+    run = tracking.StepRun(bench.store, bench.client.create_run(bench.store.experiment_id).info.run_id)
+    ours, theirs = (bench.artifact(dsl.Dataset, "job", name, "dataset") for name in ("ours", "theirs"))
+    ours.metadata.update(name="images", fingerprint=FINGERPRINT)
+    theirs.metadata.update(name="images", fingerprint="5b" * 32)
+    us, them = "champion-" + FINGERPRINT[:12], "champion-" + "5b" * 6
+
+    def measured(dataset, top_1, model=None):
+        """Measures a model, a new one if none is given; returns it and which versions, from 0 on, the aliases are of."""
+        model = model or bench.log_encoder(run, dataset)
+        run.rate_encoder(model, dataset, "# Card", top_1)
+        aliases = bench.client.get_registered_model(tracking.ENCODER).aliases
+        return model, {alias: int(version) - first for alias, version in aliases.items()}
+
+    first = int(bench.client.get_registered_model(tracking.ENCODER).aliases["champion"])
+    second, champions = measured(ours, 0.7)
+    assert champions == {"champion": 1, us: 1}
+    assert measured(ours, 0.69)[1] == {"champion": 1, us: 1}
+    assert measured(ours, 0.7)[1] == {"champion": 1, us: 1}, "an equal one is no better"
+    assert measured(theirs, 0.99)[1] == {"champion": 1, us: 1, them: 4}, "accuracies on other images do not compare"
+    assert measured(ours, 0.68, second)[1] == {"champion": 3, us: 3, them: 4}, "it measures less when it is measured again"
+    bench.client.delete_registered_model_alias(tracking.ENCODER, "champion")
+    newest, champions = measured(theirs, 0.98)
+    assert champions == {"champion": 4, us: 3, them: 4}
+    latest = mlflow.models.get_model_info(f"models:/{tracking.ENCODER}/latest")
+    assert latest.model_id == newest.metadata["model_id"]
+    run.close()
+
+
+def test_an_encoder_that_another_store_has_is_left_alone(bench, chain):
+    def versions():
+        return [
+            (one.version, one.tags, one.description) for one in bench.client.search_model_versions(f"name = '{tracking.ENCODER}'")
+        ]
+
+    before = versions()
+    model, dataset = (bench.artifact(kind, "job", "there", "it") for kind in (dsl.Model, dsl.Dataset))
+    model.metadata.update(model_id="m-" + "0" * 32)
+    dataset.metadata.update(fingerprint=FINGERPRINT)
+    run = tracking.StepRun(bench.store, chain["linear-eval"])
+    run.rate_encoder(model, dataset, "# Card", 1.0)
+    run.close()
+    assert versions() == before
 
 
 def test_deleted_runs_are_not_known(bench):

@@ -1,0 +1,120 @@
+"""The encoder as others load it: a SavedModel that takes pictures as they come, a Keras file, and a card that says what it is.
+
+    python -m eval.export --checkpoint CHECKPOINTS --output EXPORT [--data DATA] [--evaluation EVAL]
+
+leaves in EXPORT, whole or not at all:
+
+    saved_model/    needs TensorFlow alone; its signatures, all of whose batches may be of any size:
+                      serving_default    image_bytes, [n] string, to features, [n, F] float32
+                      images             images, [n, S, S, 3] float32 in [0, 1], to features, [n, F] float32
+    encoder.keras   from images to features, for those who go on training; needs this project, for its layers
+    README.md       the model card
+
+A picture is a JPEG, or what TensorFlow decodes as one: a PNG, a GIF that does not move. Grey becomes three channels, CMYK becomes
+RGB, transparency is dropped. What is no picture fails the batch.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import tensorflow as tf
+
+from eval.card import model_card
+from trainer import checkpoint as checkpoints
+from trainer.augmentation import central_crop
+from trainer.config import Config
+from trainer.encoder import make_encoder
+from trainer.records import UserError
+from trainer.train import model_variables, read_config
+
+SAVED_MODEL = "saved_model"
+KERAS = "encoder.keras"
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: str
+    step: int
+    """Of pretraining, that the encoder was taken at."""
+    features: int
+    """F, how many numbers it makes of an image."""
+
+
+def export(checkpoint: str, output: str, *, data_dir: str = "", evaluation: str = "") -> Exported:
+    """Writes the encoder in `checkpoint`, a folder (the newest in it) or one file, into the folder `output`.
+
+    What an earlier export left there is replaced. The card says more of the data where `data_dir` is given, and what was
+    measured where `evaluation` is, the folder of an evaluation of the same checkpoint. Raises UserError for what it cannot use.
+    """
+    output = output.rstrip("/")
+    folder = checkpoint.rpartition("/")[0] or "." if checkpoint.endswith(".npz") else checkpoint.rstrip("/")
+    config, _ = read_config(folder)
+    stored = checkpoints.load(checkpoint) if checkpoint.endswith(".npz") else checkpoints.load_latest(folder)
+    if stored is None:
+        raise UserError(f"{folder} holds no whole checkpoint: pretraining has not come so far")
+    if tf.io.gfile.exists(output) and not tf.io.gfile.exists(f"{output}/{SAVED_MODEL}"):
+        raise UserError(f"{output} is there and is no earlier export: name a folder that is not there yet")
+    encoder = make_encoder(config)
+    card = model_card(encoder, folder, stored.step, data_dir=data_dir, evaluation=evaluation)
+    checkpoints.restore(model_variables("encoder", encoder), stored)
+
+    partial = f"{output}.partial"
+    if tf.io.gfile.exists(partial):
+        tf.io.gfile.rmtree(partial)
+    tf.io.gfile.makedirs(partial)
+    _save(encoder, config, f"{partial}/{SAVED_MODEL}")
+    with tempfile.TemporaryDirectory() as local:
+        encoder.save(f"{local}/{KERAS}")
+        tf.io.gfile.copy(f"{local}/{KERAS}", f"{partial}/{KERAS}")
+    checkpoints.write_whole(f"{partial}/{CARD}", card.encode())
+    if tf.io.gfile.exists(output):
+        tf.io.gfile.rmtree(output)
+    tf.io.gfile.rename(partial, output)
+    return Exported(output, stored.step, encoder.output_shape[-1])
+
+
+def _save(encoder: keras.Model, config: Config, path: str) -> None:
+    size = config.image_size
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([None, size, size, 3], tf.float32, "images")])
+    def of_images(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"features": encoder(images, training=False)}
+
+    def seen(encoded: tf.Tensor) -> tf.Tensor:
+        return tf.ensure_shape(central_crop(encoded, size, config.eval_crop_proportion), [size, size, 3])
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
+    def of_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        return of_images(tf.map_fn(seen, image_bytes, fn_output_signature=tf.TensorSpec([size, size, 3], tf.float32)))
+
+    module = tf.Module(name="encoder")
+    module.saved = [variable.value for variable in encoder.variables]
+    tf.saved_model.save(module, path, signatures={"serving_default": of_bytes, "images": of_images})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.export", description="Export a pretrained encoder.", allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint, or the folder of them: the newest")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the SavedModel, the Keras file and the card go")
+    parser.add_argument("--data", default="", metavar="DIR", help="the dataset it was pretrained on, for the card")
+    parser.add_argument("--evaluation", default="", metavar="DIR", help="what eval.task wrote of this checkpoint, for the card")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(arguments)
+    try:
+        exported = export(args.checkpoint, args.output, data_dir=args.data, evaluation=args.evaluation)
+    except UserError as error:
+        if args.debug:
+            raise
+        parser.exit(2, f"error: {error}\n")
+    print(f"{exported.folder}: the encoder of step {exported.step}, {exported.features} features an image")
+
+
+if __name__ == "__main__":
+    main()
