@@ -28,7 +28,7 @@ LEVER_BATCH = 1024
 """On v5e-8, 128 samples a chip: what the official step's figure is for."""
 LEVERS = {
     "all of them": {},
-    "BN by the layers' own operations": {"fuses": False},
+    "1x1 convolutions normalised as the others are": {"fuses": False},
     "float32": {"precision": "float32"},
 }
 
