@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from eval import figures, page
+import eval.figures as figures
+import eval.page as page
 from eval.evaluation import PROTOCOLS, Evaluation, read_evaluation, settings_in_words
 from eval.figures import SERIES, History, Interval
 from eval.linear_eval import Accuracy

@@ -12,7 +12,9 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 from PIL import Image
 
-from eval import figures, page, pictures
+import eval.figures as figures
+import eval.page as page
+import eval.pictures as pictures
 from eval.evaluation import PROTOCOLS, Evaluation, column_of, read_evaluation, settings_in_words
 from eval.features import Features, read_features
 from eval.figures import History, Interval
