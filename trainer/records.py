@@ -14,9 +14,11 @@ import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
+
 
 ENCODED = "image/encoded"
 LABEL = "image/class/label"
@@ -81,12 +83,14 @@ class Manifest:
 
 
 @functools.lru_cache(maxsize=2)
-def reading_places(num_images: int) -> np.ndarray:
+def reading_places(num_images: int) -> "np.ndarray":
     """Returns for each ID its place, int64 [N], in the order in which the shards, one after another, hold the images.
 
     A fixed permutation of 0..N-1 that mixes the classes: the ranks of SplitMix64's outputs (Steele et al. 2014, doi
     10.1145/2714064.2660195), which differ for different IDs.
     """
+    import numpy as np
+
     keys = (np.arange(num_images, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
