@@ -34,7 +34,7 @@ def line(run: evidence.Run, right: int) -> dict:
         "state_sha256": "5" * 64,
         "dataset_fingerprint": "f" * 64,
         "code": "c" * 40,
-        "minutes": 1.5,
+        "core_minutes": 1.5,
         "command": run.command,
         "correct": np.packbits(correct).tobytes().hex(),
     }

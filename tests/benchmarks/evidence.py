@@ -134,7 +134,7 @@ def run_one(run: Run, work: Path) -> dict:
     config = resolve(PRESET, run.overrides)
     data, folder = str(work / "data"), work / "runs" / run.name
     manifest = read_manifest(data)
-    begun = time.time()
+    begun = time.process_time()
     if run.arm == "u reset each epoch":
         every = manifest.splits["train"].records // config.global_batch_size
         while True:
@@ -151,7 +151,7 @@ def run_one(run: Run, work: Path) -> dict:
                 continue
     else:
         result = train(config, data, str(folder))
-    trained_seconds = time.time() - begun
+    trained_seconds = time.process_time() - begun
 
     def evaluate(encoder) -> tuple[np.ndarray, np.ndarray, float]:
         features = [extract(encoder, config, data, manifest, split) for split in ("train", "validation")]
@@ -176,7 +176,7 @@ def run_one(run: Run, work: Path) -> dict:
         "state_sha256": result.state_sha256,
         "dataset_fingerprint": manifest.fingerprint,
         "code": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip(),
-        "minutes": round(trained_seconds / 60, 1),
+        "core_minutes": round(trained_seconds / 60, 1),
         "command": run.command,
         # Which validation images, by ID, are classified rightly: for paired tests.
         "correct": np.packbits(logits.argmax(1) == labels).tobytes().hex(),

@@ -204,7 +204,7 @@ def _runs(lines: Sequence[Line]) -> list[str]:
             line["name"],
             f"{100 * line['top_1']:.2f}",
             str(line["steps"]),
-            f"{line['minutes']:.1f}",
+            f"{line['core_minutes']:.1f}" if "core_minutes" in line else "",
             f"`{line['state_sha256'][:12]}`",
             f"`{line['code'][:12]}`",
             f"`{line['command'].partition('--set ')[2]}`",
@@ -213,7 +213,7 @@ def _runs(lines: Sequence[Line]) -> list[str]:
     ]
     command = lines[0]["command"].partition(" --set ")[0]
     datasets = ", ".join(f"`{one}`" for one in sorted({line["dataset_fingerprint"] for line in lines}))
-    header = ["run", "top-1", "steps", "minutes", "state_sha256", "code", "settings"]
+    header = ["run", "top-1", "steps", "core minutes", "state_sha256", "code", "settings"]
     text = f"A run is `{command} --set SETTINGS`, on one core. Dataset fingerprint: {datasets}."
     return [
         "### Every run",
