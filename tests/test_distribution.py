@@ -57,7 +57,8 @@ def test_replicas_do_what_one_does_with_the_whole_batch(dataset, tmp_path, case)
                 np.concatenate([values[n].ravel().astype(np.float64) for n in expected if n.split("/")[0] == f"{step} {kind}"])
                 for values in (found, expected)
             )
-            apart[kind].append(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+            # NT-Xent leaves u at zero.
+            apart[kind].append(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-12))
     for kind, distances in apart.items():
         assert sorted(distances)[-2] <= 1e-3, (kind, distances)
         assert kind == "state momentum" or max(distances) <= 1e-2, (kind, distances)

@@ -16,13 +16,12 @@ from trainer.presets import resolve
 from trainer.records import read_manifest
 from trainer.train import create_train_state, train
 
-IMAGES, BATCH, EPOCHS, WARMUP_EPOCHS = 48, 12, 50, 5
+IMAGES, BATCH, EPOCHS, WARMUP_EPOCHS, CHECKPOINT_EPOCHS = 48, 12, 50, 5, 5
 GAMMA, TEMPERATURE, BASE_LEARNING_RATE, WEIGHT_DECAY = 0.9, 0.3, 1e-4, 1e-4
-# At larger rates so small a network is chaotic: at 0.01 (and 16 px) float64 leaves itself, by 0.2 of loss within 40 steps,
-# when the initial weights change by 1e-7 of themselves.
 STEPS = IMAGES * EPOCHS // BATCH + 1
 SETTINGS = [
     *("width_multiplier=0.0625", "image_size=8", f"global_batch_size={BATCH}", f"epochs={EPOCHS}", "log_every_steps=1"),
+    *(f"checkpoint_every_epochs={CHECKPOINT_EPOCHS}", f"keep_checkpoints={EPOCHS}"),
     *(f"warmup_epochs={WARMUP_EPOCHS}", f"gamma={GAMMA}", f"temperature={TEMPERATURE}", "variant=tf_official", "optimizer=lars"),
     *(f"base_learning_rate={BASE_LEARNING_RATE}", "learning_rate_scaling=sqrt", f"weight_decay={WEIGHT_DECAY}"),
 ]
@@ -37,7 +36,7 @@ def normalised(x: tf.Tensor, weights: Weights, name: str) -> tf.Tensor:
     return x + weights[f"{name}/beta"] if f"{name}/beta" in weights else x
 
 
-def convolved(x: tf.Tensor, weights: Weights, name: str, stride: int) -> tf.Tensor:
+def convolved(x: tf.Tensor, weights: Weights, name: str, stride: int = 1) -> tf.Tensor:
     kernel = weights[f"{name}/kernel"]
     reach = (kernel.shape[0] - 1) // 2
     x = tf.pad(x, [[0, 0], [reach, reach], [reach, reach], [0, 0]])
@@ -54,7 +53,7 @@ def projections(images: tf.Tensor, weights: Weights) -> tf.Tensor:
             y = tf.nn.relu(normalised(convolved(x, weights, f"{name}_conv1", stride), weights, f"{name}_norm1"))
             y = normalised(convolved(y, weights, f"{name}_conv2", 1), weights, f"{name}_norm2")
             if block == 1:
-                x = normalised(convolved(x, weights, f"{name}_shortcut_conv", stride), weights, f"{name}_shortcut_norm")
+                x = normalised(convolved(x[:, ::stride, ::stride], weights, f"{name}_shortcut"), weights, f"{name}_shortcut")
             x = tf.nn.relu(x + y)
     x = tf.reduce_mean(x, [1, 2])
     x = tf.nn.relu(normalised(x @ weights["projection/dense1/kernel"], weights, "projection/norm1"))
@@ -95,17 +94,21 @@ def lars(weight: tf.Variable, momentum: tf.Variable, gradient: tf.Tensor, rate: 
     weight.assign_sub(momentum)
 
 
-def transcribed(config, data: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns the loss of every step, [STEPS] float64, and, at the end, u and the momentum of every weight, float64."""
+def transcribed(
+    config, data: str, states: dict[int, dict[str, np.ndarray]]
+) -> tuple[np.ndarray, dict[int, dict[str, np.ndarray]]]:
+    """Returns the loss of every step, [STEPS] float64, and u and the momentum of every weight after each step of `states`.
+
+    `states` has arrays by name, after so many steps; from each of them it goes on anew.
+    """
     manifest = read_manifest(data)
-    arrays = create_train_state(config, IMAGES, manifest.num_classes).arrays()
-    weights = {
+    variables = {
         name: tf.Variable(value.astype(np.float64))
-        for name, value in arrays.items()
-        if name.split("/")[0] in ("encoder", "projection") and "moving" not in name
+        for name, value in states[0].items()
+        if name.removeprefix("momentum/").split("/")[0] in ("encoder", "projection", "u") and "moving" not in name
     }
-    momenta = {name: tf.Variable(tf.zeros_like(weight)) for name, weight in weights.items()}
-    u = tf.Variable(tf.zeros(IMAGES, tf.float64))
+    weights = {name: variable for name, variable in variables.items() if f"momentum/{name}" in variables}
+    u = variables["u"]
 
     @tf.function(autograph=False)
     def step(images: tf.Tensor, ids: tf.Tensor, rate: tf.Tensor) -> tf.Tensor:
@@ -113,28 +116,38 @@ def transcribed(config, data: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
             loss, stored = surrogate(projections(images, weights), tf.gather(u, ids))
         gradients = tape.gradient(loss, weights)
         for name, weight in weights.items():
-            lars(weight, momenta[name], gradients[name], rate)
+            lars(weight, variables[f"momentum/{name}"], gradients[name], rate)
         u.scatter_nd_update(ids[:, None], stored)
         return loss
 
-    losses = []
+    losses, ends = [], {}
     for number, batch in enumerate(training_batches(config, data, manifest, 0).take(STEPS)):
+        if number in states:
+            for name, variable in variables.items():
+                variable.assign(states[number][name])
         views, draws = (tf.concat([batch[name][:, 0], batch[name][:, 1]], 0) for name in ("views", "draws"))
         images = tf.cast(augment(views, draws, config.color_jitter_strength, config.blur), tf.float64)
         losses.append(step(images, batch["image_id"], tf.constant(learning_rate(number), tf.float64)).numpy())
-    return np.array(losses), {"u": u.numpy()} | {f"momentum/{name}": momentum.numpy() for name, momentum in momenta.items()}
+        if number + 1 in states:
+            ends[number + 1] = {name: variable.numpy() for name, variable in variables.items() if name not in weights}
+    return np.array(losses), ends
 
 
 def test_200_steps_have_the_losses_of_the_formulas_in_float64(dataset, tmp_path):
+    """In parts of 20, each from the trainer's checkpoint before it: what rounding does to a ReLU grows from step to step."""
     config = resolve("demo", SETTINGS)
+    begin = create_train_state(config, IMAGES, read_manifest(str(dataset)).num_classes).arrays()
     ours = []
     train(config, str(dataset), str(tmp_path), log_metrics=lambda metrics, _: ours.append(metrics["train/contrastive_loss"]))
-    theirs, ends = transcribed(config, str(dataset))
+    stored = [checkpoints.load(path) for path in checkpoints.paths(str(tmp_path))]
+    theirs, ends = transcribed(config, str(dataset), {0: begin} | {one.step: one.arrays for one in stored})
+    assert list(ends) == [*range(20, 201, 20), STEPS]
     assert len(ours) == STEPS == 201
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert np.mean(theirs[-20:]) < np.mean(theirs[:20]) - 0.05
-    arrays = checkpoints.load_latest(str(tmp_path)).arrays
-    np.testing.assert_allclose(arrays["u"], ends.pop("u"), rtol=1e-3)
-    apart = {name: np.linalg.norm(arrays[name] - end) / np.linalg.norm(end) for name, end in ends.items()}
-    assert np.median(list(apart.values())) < 0.001, apart
-    assert max(apart.values()) < 0.05, apart
+    for checkpoint in stored:
+        end = ends[checkpoint.step]
+        np.testing.assert_allclose(checkpoint.arrays["u"], end.pop("u"), rtol=1e-3)
+        apart = {name: np.linalg.norm(checkpoint.arrays[name] - value) / np.linalg.norm(value) for name, value in end.items()}
+        assert np.median(list(apart.values())) < 0.001, apart
+        assert max(apart.values()) < 0.01, apart

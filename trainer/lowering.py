@@ -4,6 +4,7 @@ Any compiler of XLA's can say of it what a step needs, and any of its runtimes c
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -146,8 +147,11 @@ def lower_step(config: Config, state: TrainState, replicas: OneOfMany) -> Progra
 
 def to_hlo(function: Any, specs: Sequence[tf.TensorSpec]) -> bytes:
     """Returns a tf.function of tensors like `specs` as a serialized HloModuleProto. Raises UserError where XLA has no such."""
+    # Left to itself, TensorFlow finds the device by drawing a random number, which deterministic ops forbid without a seed. It
+    # warns of a named one, for which its other way, a platform's name, draws that number just the same.
     try:
-        return bytes(function.experimental_get_compiler_ir(*specs)(stage="hlo_serialized"))
+        with warnings.catch_warnings(action="ignore"):
+            return bytes(function.experimental_get_compiler_ir(*specs)(stage="hlo_serialized", device_name="/device:CPU:0"))
     except (tf.errors.OpError, ValueError, TypeError) as error:
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"the step is no program for XLA: {said.strip()[:400]}") from error
