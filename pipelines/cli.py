@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from components.tracking import Store
 
 _ROOT = "runs"
-_CHECKS = ("options", "region", "mlflow", "vertex", "bucket", "images", "raw")
+_CHECKS = ("options", "region", "memory", "mlflow", "vertex", "bucket", "images", "raw")
 """Checks of a submission that can be skipped, as `submission.CHECKS` has them."""
 _MADE_BY = {"dataset": "build-tfrecords", "model": "pretrain"}
 _NEEDS = {"build-tfrecords": (), "pretrain": ("dataset",), "linear-eval": ("dataset", "model")}
@@ -162,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--project", default="", metavar="P", help="project of the Dataflow job")
     compile_.add_argument("--region", default="", metavar="R", help="region of the Dataflow job")
     _add_set(compile_)
+    _add_root(compile_)
     _add_cluster(
         compile_, "machine of pretraining on Vertex AI; plain containers for any cluster, where it is not given", required=False
     )
@@ -171,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_place(submit, "to run in", required=True)
     submit.add_argument("--raw", required=True, metavar="gs://...", help="folder of the raw archives")
     _add_set(submit)
+    _add_root(submit)
     _add_cluster(submit, "machine of pretraining; sogclr accelerators lists them", required=True)
     _add_sending(submit)
     submit.add_argument("--schedule", default="", metavar="CRON", help="make such a job again and again, as in '0 3 * * 1'")

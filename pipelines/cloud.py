@@ -14,12 +14,13 @@ from components import variables
 from components.lineage import Artifact
 from pipelines import accelerators, pipeline, vertex
 from pipelines import submission as sending
-from pipelines.code import git_commit, step_version, uncommitted
+from pipelines.code import git_commit, plan_version, step_version, uncommitted
 from pipelines.images import Images
 from pipelines.pipeline import Cluster
+from pipelines.plan import Plan, kept_plan
 from pipelines.submission import CHECKS, Checked, Submission, base_output_directory, check_options, parse_labels
 from pipelines.vertex import Job, Place, as_json
-from trainer.config import split_overrides
+from trainer.config import Config, split_overrides
 from trainer.presets import resolve
 from trainer.records import UserError
 
@@ -32,6 +33,9 @@ def compile_(args: argparse.Namespace) -> int:
     accelerator = accelerators.get(args.accelerator) if args.accelerator else None
     if accelerator:
         accelerators.check(accelerator, config)
+        plan = _kept_plan(args, args.preset, config)
+        if plan and not plan.values["fits"]:
+            raise UserError(plan.memory)
 
     defaults = {"preset": args.preset, **_overrides(args), "raw_identity": ""} | ({"raw": args.raw} if args.raw else {})
     if accelerator and args.pipeline_root:
@@ -42,7 +46,8 @@ def compile_(args: argparse.Namespace) -> int:
 
 
 def submit(args: argparse.Namespace) -> int:
-    accelerators.check(accelerators.get(args.accelerator), resolve(args.preset, args.overrides))
+    config = resolve(args.preset, args.overrides)
+    accelerators.check(accelerators.get(args.accelerator), config)
     for name in ("project", "region", "pipeline_root", "raw"):
         if not getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} is empty; sogclr submit --help says what it must be")
@@ -71,6 +76,7 @@ def submit(args: argparse.Namespace) -> int:
             parameters=parameters,
             schedule=args.schedule,
             max_runs=args.max_runs,
+            plan=_kept_plan(args, args.preset, config),
         ),
     )
 
@@ -78,6 +84,7 @@ def submit(args: argparse.Namespace) -> int:
 def send_step(args: argparse.Namespace, place: Place, job: Job, before: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> int:
     """Does a component of `job` again on Vertex AI."""
     component = args.component
+    plan = None
     root = (args.pipeline_root or job.pipeline_root).rstrip("/")
     args.project, args.region, args.pipeline_root = place.project, place.region, root
     arguments = {**before, "code_version": step_version(component)}
@@ -85,7 +92,9 @@ def send_step(args: argparse.Namespace, place: Place, job: Job, before: Mapping[
         arguments.pop(name, None)
     if component == "pretrain":
         arguments["overrides"] = [*before["overrides"], *args.overrides]
-        accelerators.check(accelerators.get(args.accelerator), resolve(arguments["preset"], arguments["overrides"]))
+        config = resolve(arguments["preset"], arguments["overrides"])
+        accelerators.check(accelerators.get(args.accelerator), config)
+        plan = _kept_plan(args, arguments["preset"], config)
     elif component == "linear-eval":
         arguments["overrides"] = [*before["overrides"], *args.overrides]
         args.eval_accelerator = args.accelerator
@@ -110,8 +119,15 @@ def send_step(args: argparse.Namespace, place: Place, job: Job, before: Mapping[
             compile=compiled,
             parameters={},
             components=(component,),
+            plan=plan,
         ),
     )
+
+
+def _kept_plan(args: argparse.Namespace, preset: str, config: Config) -> Plan | None:
+    """Returns what `sogclr plan` found of this step, if it was asked before with the same --root."""
+    cache = Path(os.path.abspath(args.root)) / "plans"
+    return kept_plan(preset, config, accelerators.get(args.accelerator), cache=cache, version=plan_version())
 
 
 def _send(args: argparse.Namespace, submission: Submission) -> int:

@@ -81,6 +81,18 @@ class Plan:
     """By the same names."""
     notes: tuple[str, ...]
 
+    @property
+    def memory(self) -> str:
+        """What a device must hold, in words; only where it was compiled."""
+        v = self.values
+        held = f"{v['used_bytes'] / 1e9:.1f} of {v['memory_bytes'] / 1e9:.1f} GB a device"
+        if v["fits"]:
+            return f"the step fits: {held}"
+        return (
+            f"the step does not fit into {self.accelerator}: {held}; take --set global_batch_size={v['largest_batch']} or less, "
+            "or more replicas"
+        )
+
     def as_json(self) -> dict[str, Any]:
         return {
             "preset": self.preset,
@@ -147,9 +159,7 @@ def make_plan(
     """
     check(accelerator, config)
     device = device_of(accelerator)
-    key = {"config": asdict(config), "images": assumed.num_images, "classes": assumed.num_classes}
-    key |= {"device": device and device.topology, "replicas": accelerator.replicas, "version": version}
-    file = cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
+    file = _kept_in(cache, config, accelerator, assumed, version)
     known = json.loads(file.read_text()) if file.exists() and not listing else {}
     compiles = python is not None and device is not None
     if not known or (compiles and "compiled" not in known):
@@ -159,6 +169,23 @@ def make_plan(
         partial.write_text(json.dumps(known))
         partial.replace(file)
     return _plan(preset, config, accelerator, assumed, device, known, python is not None)
+
+
+def kept_plan(preset: str, config: Config, accelerator: Accelerator, *, cache: Path, version: str) -> Plan | None:
+    """Returns the plan that follows from what `make_plan` compiled before for the preset's dataset, or None where it did not."""
+    assumed = assumptions(preset, accelerator)
+    file = _kept_in(cache, config, accelerator, assumed, version)
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if "compiled" not in known:
+        return None
+    return _plan(preset, config, accelerator, assumed, device_of(accelerator), known, has_compiler=True)
+
+
+def _kept_in(cache: Path, config: Config, accelerator: Accelerator, assumed: Assumptions, version: str) -> Path:
+    device = device_of(accelerator)
+    key = {"config": asdict(config), "images": assumed.num_images, "classes": assumed.num_classes}
+    key |= {"device": device and device.topology, "replicas": accelerator.replicas, "version": version}
+    return cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
 
 
 def _lower_and_compile(

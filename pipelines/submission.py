@@ -19,6 +19,7 @@ from components.lineage import COMPONENTS
 from pipelines import accelerators
 from pipelines.images import Images
 from pipelines.pipeline import Cluster
+from pipelines.plan import Plan
 from pipelines.vertex import PLAN_LABEL, Job, Place, Vertex, credentials
 from trainer.records import UserError
 
@@ -89,6 +90,8 @@ class Submission:
     """Those that it runs."""
     schedule: str = ""
     max_runs: int = 0
+    plan: Plan | None = None
+    """What `sogclr plan` found of its step, if it was asked."""
 
     def lines(self) -> Iterable[tuple[str, str]]:
         """Yields the plan, a name and what it is."""
@@ -253,6 +256,8 @@ def look(submission: Submission, skip: Iterable[str] = ()) -> Checked:
 
     run("options", lambda: _check_spec(submission))
     run("region", lambda: _check_region(submission))
+    if "memory" not in skip:
+        findings += _memory(submission)
     run("mlflow", lambda: _check_mlflow(submission))
     run("credentials", have_credentials)
     run("vertex", lambda: _check_vertex(submission, found[0]))
@@ -278,7 +283,7 @@ def look(submission: Submission, skip: Iterable[str] = ()) -> Checked:
     return Checked(checked, tuple(findings), found[0])
 
 
-CHECKS = ("options", "region", "mlflow", "vertex", "bucket", "images", "raw")
+CHECKS = ("options", "region", "memory", "mlflow", "vertex", "bucket", "images", "raw")
 """Those that can be skipped: all but the one for credentials, without which nothing can be sent."""
 _NEED_CREDENTIALS = ("vertex", "bucket", "images", "raw")
 
@@ -302,6 +307,16 @@ def _check_region(submission: Submission) -> str:
     if known := sorted(one.name for one in used if one.regions):
         return f"{region} has {', '.join(known)}, as Google's list says; quota is the project's own"
     return "no list of regions is kept but for TPUs"
+
+
+def _memory(submission: Submission) -> list[Finding]:
+    accelerator = submission.cluster.accelerator_of("pretrain")
+    if "pretrain" not in submission.components or not accelerator or accelerator.build != "tpu":
+        return []
+    if submission.plan is None:
+        text = f"whether the step fits into {accelerator.name} is not known; sogclr plan with the same preset and settings says"
+        return [Finding("memory", True, text, looked=False)]
+    return [Finding("memory", submission.plan.values["fits"], submission.plan.memory)]
 
 
 def _check_mlflow(submission: Submission) -> str:

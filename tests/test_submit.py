@@ -11,7 +11,7 @@ from google.cloud import aiplatform_v1, storage
 from google.protobuf import json_format
 
 from beam_jobs.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
-from pipelines import cli, submission, vertex
+from pipelines import cli, plan, submission, vertex
 
 PROJECT, REGION, TAG = "my-project", "europe-west4", "0123456789ab"
 FOLDER = f"projects/{PROJECT}/locations/{REGION}"
@@ -102,6 +102,38 @@ def test_a_dry_run_on_a_bare_machine_explains_the_plan_and_what_is_missing(googl
         r"error: it would not work: mlflow, credentials must be mended first; vertex, .* can be looked at then\n", said.err
     )
     assert google.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fits", "said"), [(True, "ok       memory: the step fits: 4.4 of 16.0 GB"), (False, "missing  memory: the step does")]
+)
+def test_a_step_that_was_found_not_to_fit_is_neither_compiled_nor_submitted(google, bucket, capsys, monkeypatch, fits, said):
+    assert cli.main([*google.submit, "--dry-run"]) == 0
+    assert "?        memory: whether the step fits into v5e-8 is not known; sogclr plan" in capsys.readouterr().out
+
+    compiled = {
+        "fits": fits,
+        "used_bytes": 32e9,
+        "compiler": "",
+        "compile_seconds": 1,
+        "arguments_bytes": 3e8,
+        "results_bytes": 0,
+    }
+    compiled |= {"temp_bytes": 4e9, "code_bytes": 1e8, "flops": 2e12, "bytes_accessed": 4e10}
+    known = {"state_bytes": 3e8, "collectives": [], "compiled": compiled}
+    monkeypatch.setattr(plan, "_lower_and_compile", lambda *_: known)
+    step = ("--preset", "sogclr_imagenet_r50_b512", "--accelerator", "v5e-8")
+    assert cli.main(["plan", *step]) == 0
+    assert cli.main([*google.submit, "--dry-run"]) == (0 if fits else 2)
+    assert said in capsys.readouterr().out
+    capsys.readouterr()
+    assert cli.main(["compile", *step, "--images", "example.com/sogclr", "--tag", TAG, "--output", "p.yaml"]) == (
+        0 if fits else 2
+    )
+    if not fits:
+        error = one_error_line(capsys)
+        assert re.search("does not fit into v5e-8: 32.0 of 16.0 GB a device; take --set global_batch_size=192 or less", error)
+    assert Path("p.yaml").exists() == fits
 
 
 def test_a_key_file_that_is_none_is_named(google, monkeypatch, capsys):
