@@ -3,8 +3,10 @@
 SHELL := /bin/bash
 VENV := .venv
 ROOT := runs
+# The interpreter that an active virtual environment was made with: .venv cannot be made anew with its own.
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
-	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
+	$$python -c 'import sys; (3, 11) <= sys.version_info[:2] < (3, 13) or sys.exit(1); print(sys._base_executable)' 2>/dev/null \
+	&& break; done)
 BUILDS := cpu gpu tpu
 BUILDER := $(firstword $(notdir $(shell command -v docker; command -v buildah)))
 COMMIT = $(shell git rev-parse --short=12 HEAD)

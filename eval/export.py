@@ -85,7 +85,9 @@ def _save(encoder: keras.Model, config: Config, path: str) -> None:
 
     @tf.function(autograph=False, input_signature=[tf.TensorSpec([None, size, size, 3], tf.float32, "images")])
     def of_images(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"features": encoder(images, training=False)}
+        # A convolution of oneDNN's gives no images a wrong shape.
+        none = tf.zeros([0, encoder.output_shape[-1]])
+        return {"features": tf.cond(tf.size(images) > 0, lambda: encoder(images, training=False), lambda: none)}
 
     def seen(encoded: tf.Tensor) -> tf.Tensor:
         return tf.ensure_shape(central_crop(encoded, size, config.eval_crop_proportion), [size, size, 3])
