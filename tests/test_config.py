@@ -48,7 +48,7 @@ def test_overrides_reach_every_type_of_field():
         ("blur=maybe", "blur=maybe is not true or false"),
         ("loss=ntxent", "loss=ntxent is not one of global_contrastive, nt_xent, decoupled; did you mean nt_xent?"),
         ("gamma=1.5", "gamma=1.5 makes no sense: it must be in (0, 1]"),
-        ("warmup_epochs=41", "warmup_epochs=41.0 makes no sense: it must be between 0 and epochs=40"),
+        ("warmup_epochs=17", "warmup_epochs=17.0 makes no sense: it must be between 0 and epochs=16"),
         ("global_batch_size=1", "global_batch_size=1 makes no sense"),
         ("linear_eval.holdout_fraction=1", "linear_eval.holdout_fraction=1.0 makes no sense"),
         ("linear_eval.protocols=cached,onlin", "linear_eval.protocols=onlin is not one of cached, "),

@@ -29,7 +29,7 @@ def demo() -> Config:
         width_multiplier=0.25,
         cifar_stem=True,
         temperature=0.3,
-        epochs=40,
+        epochs=16,
         global_batch_size=128,
         warmup_epochs=1,
         optimizer="momentum",
