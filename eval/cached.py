@@ -99,7 +99,7 @@ def fit(
     bias = np.zeros(num_classes) if start is None else start.bias
     classifiers = []
     for penalty in l2_penalties:
-        # The search goes along these axes, on which the problem is about as steep one way as another: a quarter of the steps.
+        # The search goes along these axes, on which the problem is about as steep one way as another: a third of the steps.
         scale = np.sqrt(np.maximum(curvature * spread, 0) + penalty + 1e-12)
         scaled = axes / scale
         begin = np.concatenate([(scale[:, None] * (axes.T @ weights)).ravel(), bias])
