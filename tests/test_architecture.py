@@ -1,6 +1,7 @@
 """Who may know whom; the layers themselves are checked by import-linter from pyproject.toml."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +46,20 @@ def test_the_import_rules_hold():
     linter = Path(sys.executable).parent / "lint-imports"
     done = subprocess.run([linter, "--config", "pyproject.toml"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("module", ["eval.export", "eval.serving", "eval.task", "trainer.task", "trainer.lowering"])
+def test_onednn_is_turned_on_before_tensorflow_is_imported(module):
+    script = f"""
+import os, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tensorflow":
+            assert os.environ.get("TF_ENABLE_ONEDNN_OPTS") == "1"
+
+sys.meta_path.insert(0, Watch())
+import {module}
+"""
+    environ = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environ, cwd=ROOT)
