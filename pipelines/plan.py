@@ -45,7 +45,7 @@ class Device:
 DEVICES = {
     # A core is half a chip of v2 and v3; the two cores of a v4 chip are one device.
     "v2": Device(8 * 2**30, 350e9, 23e12, 0.0, "v2:2x2", "", 1.125 / 2, 96),
-    "v3": Device(16 * 2**30, 450e9, 61.5e12, 340e12 / 2048, "v3:2x2", "", 2.20 / 2, 96),
+    "v3": Device(16 * 2**30, 450e9, 61.5e12, 340e12 / 2048, "v3:2x2", "", 2.00 / 2, 96),
     "v4": Device(32 * 2**30, 1200e9, 275e12, 1.1e15 / 4096, "v4:2x2x1", "megacore", 3.22, 240),
     "v5e": Device(
         16e9,
@@ -58,7 +58,9 @@ DEVICES = {
         {"ct5lp-hightpu-1t": 24, "ct5lp-hightpu-4t": 112, "ct5lp-hightpu-8t": 224},
     ),
 }
-PRICES = "Google's list of TPU prices in the USA, on demand, as remembered in 2026-11 and not looked up: --price gives today's"
+PRICES = (
+    "Google's in the USA, on demand, from SkyPilot's catalog (v8/gcp/vms.csv at 006059e), read 2026-11-25: --price takes another"
+)
 _SECONDS_A_COLLECTIVE = 10e-6
 _IMAGES_A_CORE = 453.0
 """Two views of 224 px a second from JPEGs of 500x375: 906 on two cores, docs/trainer.md of 2026-11-24."""

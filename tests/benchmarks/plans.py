@@ -88,6 +88,14 @@ def lever_result(changes: dict[str, Any]) -> dict[str, Any]:
     return compiled
 
 
+def price(machine: str, hours: float) -> float:
+    """Returns dollars by the table of today, whatever it was when a row was compiled."""
+    slice_of = accelerators.get(machine)
+    device = plan.device_of(slice_of)
+    assert device is not None
+    return hours * slice_of.replicas * device.dollars_per_hour
+
+
 def page() -> None:
     done = recorded()
     titles = ("preset", "machine", "images a device", "memory, GB", "traffic a sample", "of the official", "step", "samples/s")
@@ -104,10 +112,11 @@ def page() -> None:
         if not one["fits"]:
             lines.append(f"| {preset} | {machine} | {one['batch_per_replica']} | {memory}: does not fit |" + " |" * 7)
             continue
+        hours = one["total_hours"]
         lines.append(
             f"| {preset} | {machine} | {one['batch_per_replica']} | {memory} | {one['bytes_per_sample'] / 1e6:.0f} MB "
             f"| {one['bytes_per_sample'] / plan.OFFICIAL_BYTES_PER_SAMPLE:.2f} | {1e3 * one['step_seconds']:.0f} ms "
-            f"| {one['samples_per_second']:,.0f} | {one['bound_by']} | {one['total_hours']:,.0f} | ${one['price']:,.0f} |"
+            f"| {one['samples_per_second']:,.0f} | {one['bound_by']} | {hours:,.0f} | ${price(machine, hours):,.0f} |"
         )
     titles = ("step at 128 samples a chip of a v5e-8", "traffic a sample", "of the official", "temporaries", "of the official")
     lines += ["", "| " + " | ".join(titles) + " |", "|" + "---|" * 5]
