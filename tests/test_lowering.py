@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +15,11 @@ from trainer.input_pipeline import training_batches
 from trainer.lowering import OneOfMany, arguments_of, lower, lower_step, to_hlo
 from trainer.presets import resolve
 from trainer.records import UserError, read_manifest
+
+BENCHMARK = PROJECT / "tests" / "benchmarks" / "portable_step.py"
+sys.path.insert(0, str(BENCHMARK.parent))
+
+import portable_step  # noqa: E402
 
 PYTHON = plan.tpu_python(PROJECT)
 needs_compiler = pytest.mark.skipif(PYTHON is None, reason="make tpu-check installs the TPU's compiler")
@@ -59,6 +65,23 @@ def test_another_runtime_takes_the_same_three_steps(dataset, tmp_path, one_block
     for name, expected in arrays.items():
         scale = np.abs(expected).max() + 1e-6
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=2e-3 * scale, err_msg=name)
+
+
+@needs_compiler
+def test_a_machine_with_jax_alone_says_how_fast_it_runs_the_step(tmp_path, one_block):
+    portable_step.write("demo", [*TINY, "depth=50"], tmp_path / "step")
+    said = subprocess.run(
+        [PYTHON, BENCHMARK, "run", tmp_path / "step", "--repeat", "2"], check=True, capture_output=True, text=True
+    )
+    found = json.loads(said.stdout)
+    assert found["device"] == "cpu"
+    assert found["share_of_bfloat16_peak"] is None
+    assert found["samples_per_second"] == pytest.approx(16 / found["step_seconds"])
+    assert 0 < found["share_of_product"] < 1
+    # Two views a sample, forward and twice as much backward, of the stem and one block at least.
+    stem = 2 * 3 * 3 * 3 * 4 * 32 * 32
+    assert found["flops"] > 16 * 2 * 3 * stem
+    assert "samples/s" in said.stderr
 
 
 def test_a_replica_s_program_has_the_negatives_of_the_whole_slice():
