@@ -374,7 +374,7 @@ def as_lines(plan: Plan) -> list[tuple[str, str, str]]:
             f"{v['used_bytes'] / 1e9:.1f} of {v['memory_bytes'] / 1e9:.1f} GB: {'fits' if v['fits'] else 'does NOT fit'}",
             "fits",
         )
-        row("largest batch", f"{v['largest_batch']:,} (temporaries taken as proportional to it)", "largest_batch")
+        row("largest batch", f"{v['largest_batch']:,}, or more where the compiler saves temporaries", "largest_batch")
     if "step_seconds" not in v:
         return rows
     row("  arguments", f"{v['arguments_bytes'] / 1e6:,.0f} MB", "arguments_bytes")
