@@ -28,8 +28,8 @@ import numpy as np
 
 PROJECT = Path(__file__).absolute().parents[2]
 PROGRAM, ABOUT = "step.hlo", "step.json"
-PEAKS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12, "L4": 121e12}
-"""FLOP/s in bfloat16 of dense matrices, by NVIDIA's data sheets; by a part of the device's name."""
+PEAKS = {"H200": 989.4e12, "H100 80GB HBM3": 989.4e12, "A100": 312e12}
+"""FLOP/s in bfloat16 of dense matrices, as NVIDIA publishes them; by a part of the device's name that no other device has."""
 
 
 def write(preset: str, overrides: list[str], output: Path, fuses: bool = True) -> None:
