@@ -65,6 +65,9 @@ def test_the_page_says_what_the_runs_came_to(tmp_path):
     assert "| SogCLR | +0.0 [+0.0, +0.0] |  |" in text
     assert "| SimCLR | -8.9 [" in text
     assert "| 16 | SimCLR | 3 | +19.7 [" in text
+    # 109 of 203 at batch 16, at both temperatures.
+    assert text.count("| 16 | 53.7 ± 0.0 (3) [") == 2
+    assert "### From batch 128 to batch 16, at a temperature of .1" in text
     assert all(run.name in text for run in every)
     assert (tmp_path / "images" / "evidence.png").read_bytes().startswith(b"\x89PNG")
 

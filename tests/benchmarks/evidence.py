@@ -43,6 +43,8 @@ ABLATIONS = {
     "u reset each epoch": (),
 }
 ABLATION_BATCH = 32
+TEMPERATURE, TEMPERATURE_BATCHES = 0.1, (16, 128)
+"""ImageNet's, at which a small batch's gradient misses more (`gradient_bias.py`)."""
 PROBED_RATES = (0.0375, 0.075, 0.15, 0.3)
 BASE_LEARNING_RATE = 0.3
 """The best of the probe, in docs/results.md."""
@@ -52,7 +54,7 @@ CORES = 2
 @dataclass(frozen=True)
 class Run:
     group: str
-    """`probe`, `main` or `ablation`."""
+    """`probe`, `main`, `ablation` or `temperature`."""
     arm: str
     batch: int
     seed: int
@@ -84,6 +86,9 @@ def runs() -> Iterator[Run]:
                 yield Run("main", arm, batch, seed, (*settings(batch, seed), *own))
         for arm, own in ABLATIONS.items():
             yield Run("ablation", arm, ABLATION_BATCH, seed, (*settings(ABLATION_BATCH, seed), *own))
+        for batch in TEMPERATURE_BATCHES:
+            for arm, own in ARMS.items():
+                yield Run("temperature", arm, batch, seed, (*settings(batch, seed), *own, f"temperature={TEMPERATURE}"))
 
 
 def recorded(results: Path = RESULTS) -> dict[str, dict]:
@@ -191,7 +196,7 @@ def main() -> None:
     run = commands.add_parser("run")
     run.add_argument("--raw", type=Path, required=True, help="CIFAR-10 in ImageNet's raw layout")
     run.add_argument("--work", type=Path, required=True, help="for the dataset and checkpoints")
-    run.add_argument("--groups", nargs="+", default=["probe", "main", "ablation"])
+    run.add_argument("--groups", nargs="+", default=["probe", "main", "ablation", "temperature"])
     one = commands.add_parser("one")
     one.add_argument("name")
     one.add_argument("--work", type=Path, required=True)

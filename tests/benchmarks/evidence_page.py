@@ -24,15 +24,19 @@ def write_page(lines: Sequence[Line], planned: int, docs: Path) -> None:
 
     Raises ValueError where the marks are not there.
     """
-    page = docs / "results.md"
-    text = page.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{page} must have the lines {BEGIN} and {END}, each once: the tables go between them")
-    before, _, rest = text.partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{tables(lines, planned)}\n{END}{rest.partition(END)[2]}")
+    put_between(docs / "results.md", BEGIN, END, tables(lines, planned))
     if of_group(lines, "main"):
         (docs / FIGURE).parent.mkdir(exist_ok=True)
         figure(lines).savefig(docs / FIGURE, dpi=160)
+
+
+def put_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Puts `text` between the lines `begin` and `end` of a page. Raises ValueError where one of them is not there once."""
+    found = page.read_text()
+    if found.count(begin) != 1 or found.count(end) != 1:
+        raise ValueError(f"{page} must have the lines {begin} and {end}, each once: the tables go between them")
+    before, _, rest = found.partition(begin)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 def tables(lines: Sequence[Line], planned: int) -> str:
@@ -40,8 +44,9 @@ def tables(lines: Sequence[Line], planned: int) -> str:
     main = of_group(lines, "main")
     parts = [f"{len(lines)} of {planned} runs are recorded, {len(main)} of them of the three arms."]
     if main:
-        parts += [f"![Top-1 against batch size]({FIGURE})", *_arms(main), *_small_batch(main), *_paired(main)]
+        parts += [f"![Top-1 against batch size]({FIGURE})", *_comparison(main)]
     parts += _ablations(main, of_group(lines, "ablation"))
+    parts += _comparison(of_group(lines, "temperature"), ", at a temperature of .1")
     parts += _probe(of_group(lines, "probe"))
     parts += _runs(lines)
     return "\n\n".join(parts)
@@ -99,7 +104,12 @@ def _of(main: Iterable[Line], arm: str, batch: int) -> list[Line]:
     return sorted((line for line in main if (line["arm"], line["batch"]) == (arm, batch)), key=lambda line: line["seed"])
 
 
-def _arms(main: Sequence[Line]) -> list[str]:
+def _comparison(main: Sequence[Line], where: str = "") -> list[str]:
+    """What the arms came to in `main`, runs that differ in nothing but arm, batch size and seed; `where` ends the titles."""
+    return [*_arms(main, where), *_small_batch(main, where), *_paired(main, where)] if main else []
+
+
+def _arms(main: Sequence[Line], where: str) -> list[str]:
     rows = []
     for batch in sorted({line["batch"] for line in main}):
         cells = []
@@ -112,7 +122,7 @@ def _arms(main: Sequence[Line]) -> list[str]:
         "Top-1 in per cent of the final checkpoint under the protocol `cached`: mean over seeds ± sample standard deviation "
         "(number of seeds); in brackets 95% by bootstrap over the validation images."
     )
-    return ["### The three arms", text, _table(["batch", *NAMES.values(), "untrained"], rows)]
+    return [f"### The three arms{where}", text, table(["batch", *NAMES.values(), "untrained"], rows)]
 
 
 def _accuracy(runs: Sequence[Line]) -> str:
@@ -122,7 +132,7 @@ def _accuracy(runs: Sequence[Line]) -> str:
     return f"{100 * spread.mean:.1f}{deviation} ({spread.count}) [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _small_batch(main: Sequence[Line]) -> list[str]:
+def _small_batch(main: Sequence[Line], where: str) -> list[str]:
     """What the claim is about: what an arm loses when its batch is small."""
     batches = sorted({line["batch"] for line in main})
     small, large = batches[0], batches[-1]
@@ -139,15 +149,15 @@ def _small_batch(main: Sequence[Line]) -> list[str]:
             [name, change, "" if arm == OURS else _points(lost[OURS] - lost[arm])]
             for arm, (name, change, _) in zip(lost, rows, strict=True)
         ]
-    title = f"### From batch {large} to batch {small}"
+    title = f"### From batch {large} to batch {small}{where}"
     text = (
         "Points of top-1 that an arm gains (+) or loses (-) with the small batch, and how much better SogCLR fares than it in "
         "this; 95% by bootstrap over the same images. SogCLR needs no large batch where the last column is above 0."
     )
-    return [title, text, _table(["arm", "change", "SogCLR's less this one's"], rows)] if rows else []
+    return [title, text, table(["arm", "change", "SogCLR's less this one's"], rows)] if rows else []
 
 
-def _paired(main: Sequence[Line]) -> list[str]:
+def _paired(main: Sequence[Line], where: str) -> list[str]:
     rows = []
     for batch in sorted({line["batch"] for line in main}):
         for other in NAMES:
@@ -172,7 +182,7 @@ def _paired(main: Sequence[Line]) -> list[str]:
         "test, a seed each. Nothing is corrected for the number of comparisons."
     )
     header = ["batch", "against", "seeds", "difference, 95% over images", "95% over seeds", "p"]
-    return ["### Paired comparisons", text, _table(header, rows)]
+    return [f"### Paired comparisons{where}", text, table(header, rows)]
 
 
 def _ablations(main: Sequence[Line], ablations: Sequence[Line]) -> list[str]:
@@ -185,7 +195,7 @@ def _ablations(main: Sequence[Line], ablations: Sequence[Line]) -> list[str]:
     if not rows:
         return []
     text = "Each is SogCLR (gamma = .9, variant `paper`) with one thing changed; the difference is to it, same seeds and images."
-    return ["### Ablations", text, _table(["changed", "batch", "top-1", "difference"], rows)]
+    return ["### Ablations", text, table(["changed", "batch", "top-1", "difference"], rows)]
 
 
 def _probe(probe: Sequence[Line]) -> list[str]:
@@ -193,7 +203,7 @@ def _probe(probe: Sequence[Line]) -> list[str]:
         return []
     rows = [[line["arm"], str(line["batch"]), _accuracy([line])] for line in sorted(probe, key=lambda line: line["arm"])]
     text = "Short runs by which the base learning rate was to be chosen, with the loss of SimCLR, not of SogCLR."
-    return ["### The rate", text, _table(["run", "batch", "top-1"], rows)]
+    return ["### The rate", text, table(["run", "batch", "top-1"], rows)]
 
 
 def _runs(lines: Sequence[Line]) -> list[str]:
@@ -218,7 +228,7 @@ def _runs(lines: Sequence[Line]) -> list[str]:
     return [
         "### Every run",
         text,
-        f"<details><summary>{len(lines)} runs</summary>\n\n{_table(header, rows)}\n\n</details>",
+        f"<details><summary>{len(lines)} runs</summary>\n\n{table(header, rows)}\n\n</details>",
     ]
 
 
@@ -231,5 +241,6 @@ def _p_value(p_value: float) -> str:
     return f"{p_value:.3f}" if p_value >= 0.001 else re.sub(r"e-0?", "e-", f"{p_value:.0e}")
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table in Markdown."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
