@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.statistics import bootstrap_interval, mean_and_spread, paired_test
@@ -14,6 +15,8 @@ FIGURE = "images/evidence.png"
 NAMES = {"simclr": "SimCLR", "decoupled": "decoupled (gamma = 1)", "sogclr": "SogCLR"}
 COLOURS = {"simclr": "#b7791f", "decoupled": "#66727f", "sogclr": "#2f6db5"}
 OURS = "sogclr"
+PANELS = {"main": "temperature .3", "temperature": "temperature .1"}
+"""Of the figure: a group of runs, and what tells it from the other."""
 
 Line = dict
 """What `evidence.py run` recorded of a run."""
@@ -71,12 +74,25 @@ def mean_correct(lines: Sequence[Line]) -> np.ndarray:
 
 def figure(lines: Sequence[Line]) -> Figure:
     """Draws top-1 against batch size, a line an arm: means over seeds with 95% over images, and each seed as a dot."""
-    main = of_group(lines, "main")
-    drawn = Figure(figsize=(7.2, 4.6), layout="constrained", facecolor="#ffffff")
-    axes = drawn.add_subplot()
-    batches = sorted({line["batch"] for line in main})
+    groups = {title: of_group(lines, group) for group, title in PANELS.items()}
+    drawn = Figure(figsize=(8.4, 4.2), layout="constrained", facecolor="#ffffff")
+    panels = drawn.subplots(1, len(groups), sharex=True, sharey=True)
+    batches = sorted({line["batch"] for runs in groups.values() for line in runs})
+    for axes, (title, runs) in zip(panels, groups.items(), strict=True):
+        _draw(axes, runs)
+        axes.set_title(title, fontsize=10)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.minorticks_off()
+    panels[0].set_ylabel("top-1, %, linear eval (cached)")
+    panels[0].legend(frameon=False)
+    return drawn
+
+
+def _draw(axes: Axes, runs: Sequence[Line]) -> None:
+    batches = sorted({line["batch"] for line in runs})
     for shift, arm in enumerate(NAMES):
-        by_batch = {batch: _of(main, arm, batch) for batch in batches}
+        by_batch = {batch: _of(runs, arm, batch) for batch in batches}
         there = [batch for batch in batches if by_batch[batch]]
         if not there:
             continue
@@ -89,15 +105,9 @@ def figure(lines: Sequence[Line]) -> Figure:
         for x, batch in zip(xs, there, strict=True):
             tops = [100 * line["top_1"] for line in by_batch[batch]]
             axes.plot([x] * len(tops), tops, ".", color=COLOURS[arm], alpha=0.45, markersize=5)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(batches, [str(batch) for batch in batches])
-    axes.minorticks_off()
     axes.set_xlabel("global batch size")
-    axes.set_ylabel("top-1, %, linear eval (cached)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e3e8ee")
-    axes.legend(frameon=False)
-    return drawn
 
 
 def _of(main: Iterable[Line], arm: str, batch: int) -> list[Line]:
@@ -138,23 +148,27 @@ def _small_batch(main: Sequence[Line], where: str) -> list[str]:
     small, large = batches[0], batches[-1]
     if small == large:
         return []
-    lost = {
-        arm: mean_correct(_of(main, arm, small)) - mean_correct(_of(main, arm, large))
-        for arm in NAMES
-        if _of(main, arm, small) and _of(main, arm, large)
+
+    def lost(arm: str, seeds: set[int]) -> np.ndarray:
+        there = [line for line in main if line["seed"] in seeds]
+        return mean_correct(_of(there, arm, small)) - mean_correct(_of(there, arm, large))
+
+    seeds = {
+        arm: {line["seed"] for line in _of(main, arm, small)} & {line["seed"] for line in _of(main, arm, large)} for arm in NAMES
     }
-    rows = [[NAMES[arm], _points(change), ""] for arm, change in lost.items()]
-    if OURS in lost:
-        rows = [
-            [name, change, "" if arm == OURS else _points(lost[OURS] - lost[arm])]
-            for arm, (name, change, _) in zip(lost, rows, strict=True)
-        ]
+    rows = []
+    for arm, own in seeds.items():
+        shared = own & seeds[OURS]
+        less = _points(lost(OURS, shared) - lost(arm, shared)) if shared and arm != OURS else ""
+        if own:
+            rows.append([NAMES[arm], ", ".join(map(str, sorted(own))), _points(lost(arm, own)), less])
     title = f"### From batch {large} to batch {small}{where}"
     text = (
-        "Points of top-1 that an arm gains (+) or loses (-) with the small batch, and how much better SogCLR fares than it in "
-        "this; 95% by bootstrap over the same images. SogCLR needs no large batch where the last column is above 0."
+        "Points of top-1 that an arm gains (+) or loses (-) with the small batch, of the seeds that it has at both, and how much "
+        "better SogCLR with the same seeds fares in this; 95% by bootstrap over the same images. SogCLR needs no large batch "
+        "where the last column is above 0."
     )
-    return [title, text, table(["arm", "change", "SogCLR's less this one's"], rows)] if rows else []
+    return [title, text, table(["arm", "seeds", "change", "SogCLR's less this one's"], rows)] if rows else []
 
 
 def _paired(main: Sequence[Line], where: str) -> list[str]:
