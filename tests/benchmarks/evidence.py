@@ -81,14 +81,15 @@ def runs() -> Iterator[Run]:
         own = ("global_batch_size=64", "seed=100", f"base_learning_rate={rate}", *short)
         yield Run("probe", f"simclr rate {rate}", 64, 100, (*own, *ARMS["simclr"]))
     for seed in SEEDS:
-        for batch in BATCHES:
-            for arm, own in ARMS.items():
-                yield Run("main", arm, batch, seed, (*settings(batch, seed), *own))
-        for arm, own in ABLATIONS.items():
-            yield Run("ablation", arm, ABLATION_BATCH, seed, (*settings(ABLATION_BATCH, seed), *own))
         for batch in TEMPERATURE_BATCHES:
             for arm, own in ARMS.items():
                 yield Run("temperature", arm, batch, seed, (*settings(batch, seed), *own, f"temperature={TEMPERATURE}"))
+        for batch in BATCHES:
+            for arm, own in ARMS.items():
+                yield Run("main", arm, batch, seed, (*settings(batch, seed), *own))
+    for seed in SEEDS:
+        for arm, own in ABLATIONS.items():
+            yield Run("ablation", arm, ABLATION_BATCH, seed, (*settings(ABLATION_BATCH, seed), *own))
 
 
 def recorded(results: Path = RESULTS) -> dict[str, dict]:
