@@ -74,6 +74,14 @@ def test_an_epoch_moves_u_as_its_batches_one_after_another_do(hidden):
     assert gradient.shape == hidden.shape
 
 
+def test_every_loss_is_measured_at_every_batch_and_with_all_images_at_once(hidden):
+    rows = list(gradient_bias.measure(hidden, batches=(4, 12), epochs=1))
+    found = [(row["temperature"], row["loss"], row["batch"]) for row in rows]
+    expected = [(t, loss, b) for t in gradient_bias.TEMPERATURES for loss in gradient_bias.LOSSES for b in (4, 12, COUNT)]
+    assert found == expected
+    assert all(row["error"] == 0 for row in rows if row["batch"] == COUNT)
+
+
 def test_noise_makes_no_angle():
     """Each chain's mean lies 40 degrees off, for its noise; what they have in common lies 3 off, or none."""
     random = np.random.default_rng(2)

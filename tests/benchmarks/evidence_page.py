@@ -45,7 +45,7 @@ def put_between(page: Path, begin: str, end: str, text: str) -> None:
 def tables(lines: Sequence[Line], planned: int) -> str:
     """Returns the page's part in Markdown. Says of what is missing that it is."""
     main = of_group(lines, "main")
-    parts = [f"{len(lines)} of {planned} runs are recorded, {len(main)} of them of the three arms."]
+    parts = [f"{len(lines)} of {planned} runs are recorded, {len(main)} of them of the three arms at a temperature of .3."]
     if main:
         parts += [f"![Top-1 against batch size]({FIGURE})", *_comparison(main)]
     parts += _ablations(main, of_group(lines, "ablation"))
@@ -80,13 +80,21 @@ def figure(lines: Sequence[Line]) -> Figure:
     batches = sorted({line["batch"] for runs in groups.values() for line in runs})
     for axes, (title, runs) in zip(panels, groups.items(), strict=True):
         _draw(axes, runs)
-        axes.set_title(title, fontsize=10)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(batches, [str(batch) for batch in batches])
-        axes.minorticks_off()
+        dress(axes, title, batches)
     panels[0].set_ylabel("top-1, %, linear eval (cached)")
     panels[0].legend(frameon=False)
     return drawn
+
+
+def dress(axes: Axes, title: str, batches: Sequence[int]) -> None:
+    """Makes `axes` a panel over batch sizes, which are each named."""
+    axes.set_title(title, fontsize=10)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.minorticks_off()
+    axes.set_xlabel("global batch size")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e3e8ee")
 
 
 def _draw(axes: Axes, runs: Sequence[Line]) -> None:
@@ -105,9 +113,6 @@ def _draw(axes: Axes, runs: Sequence[Line]) -> None:
         for x, batch in zip(xs, there, strict=True):
             tops = [100 * line["top_1"] for line in by_batch[batch]]
             axes.plot([x] * len(tops), tops, ".", color=COLOURS[arm], alpha=0.45, markersize=5)
-    axes.set_xlabel("global batch size")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e3e8ee")
 
 
 def _of(main: Iterable[Line], arm: str, batch: int) -> list[Line]:

@@ -25,7 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 import tensorflow as tf
-from evidence_page import put_between, table
+from evidence_page import dress, put_between, table
 from matplotlib.figure import Figure
 
 from eval.features import load_encoder
@@ -208,13 +208,7 @@ def write_page(results: dict[str, Any], docs: Path) -> None:
         for loss, colour in zip(LOSSES, COLOURS, strict=True):
             degrees = [rows[temperature, loss, batch]["degrees"] for batch in batches]
             axes.plot(batches, degrees, color=colour, label=loss, marker="o", linewidth=1.8)
-        axes.set_title(f"temperature {temperature:g}", fontsize=10)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(batches, [str(batch) for batch in batches])
-        axes.minorticks_off()
-        axes.set_xlabel("global batch size")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e3e8ee")
+        dress(axes, f"temperature {temperature:g}", batches)
     panels[0].set_ylabel("gradient's bias, degrees")
     panels[0].set_ylim(bottom=0)
     panels[0].legend(frameon=False)
