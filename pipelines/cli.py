@@ -6,6 +6,7 @@ What is heavy is imported by the command that needs it, so that --help answers a
 import argparse
 import json
 import os
+import select
 import shlex
 import signal
 import sys
@@ -31,12 +32,17 @@ _NEEDS = {"build-tfrecords": (), "pretrain": ("dataset",), "linear-eval": ("data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 1 for what failed, 2 for what the user can mend, 130 for an interrupt."""
+    """Runs a command and returns its exit code.
+
+    0, 1 for what failed, 2 for what the user can mend, 130 for an interrupt, 141 where the reader of the output has gone.
+    """
     args = _parser().parse_args(arguments)
     # A request to end is an interrupt, so that what was started is ended too.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return args.command(args)
+        done = args.command(args)
+        sys.stdout.flush()
+        return done
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -46,12 +52,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
         if args.debug:
             raise
         print(f"error: {type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _nobody_reads() -> bool:
+    """Says whether the reader of the output has gone, as head does when it has its lines; then nothing more is written to it."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if gone:
+        # Python flushes once more as it ends: to where that succeeds.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 _RUN = """

@@ -141,6 +141,17 @@ def test_presets_come_with_published_results_and_sources(capsys):
     assert [line.partition(":")[0] for line in lines] == list(PRESETS)
 
 
+@pytest.mark.parametrize("command", ["presets", "accelerators"])
+def test_a_reader_who_has_enough_ends_a_command_quietly(command):
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", command], cwd=REPOSITORY, stdout=writing, stderr=subprocess.PIPE
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
 def test_presets_are_a_table_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
