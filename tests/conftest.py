@@ -14,6 +14,14 @@ from PIL import Image
 
 from trainer import records
 
+_LONGEST = ("train", "distribution", "pipeline", "submit", "mlflow_server", "linear_eval", "order", "lowering", "export")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take longest first, so that no worker is left alone with one at the end."""
+    rank = {f"test_{name}": number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 def stripes(label: int, random: np.random.Generator) -> bytes:
     """A JPEG of stripes whose direction and colour tell its class, with noise."""

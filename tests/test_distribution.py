@@ -14,7 +14,7 @@ from trainer.presets import resolve
 from trainer.records import UserError, read_manifest
 from trainer.train import create_train_state, make_train_step
 
-TINY = ["width_multiplier=0.0625", "global_batch_size=16", "epochs=6", "base_learning_rate=0.002", "warmup_epochs=0"]
+TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=16", "epochs=6", "warmup_epochs=0", "base_learning_rate=0.002"]
 CASES = {
     "paper": (4, ["blur=true"]),
     "pt_official, LARS": (2, ["variant=pt_official", "optimizer=lars"]),

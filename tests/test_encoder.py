@@ -54,10 +54,11 @@ def test_initial_weights_are_a_function_of_the_seed_alone():
     assert not np.array_equal(kernel.numpy(), other.trainable_variables[0].numpy())
 
 
-def test_every_residual_block_starts_as_its_shortcut():
-    encoder = encoder_of(**SMALL)
+@pytest.mark.parametrize(("depth", "blocks"), [(10, 4), (18, 8)])
+def test_every_residual_block_starts_as_its_shortcut(depth, blocks):
+    encoder = encoder_of(**{**SMALL, "depth": depth})
     last_norms = [layer for layer in encoder.layers if isinstance(layer, BatchNorm) and layer.zero_scale]
-    assert len(last_norms) == 8
+    assert len(last_norms) == blocks
     assert all(not np.any(layer.gamma.numpy()) for layer in last_norms)
 
 

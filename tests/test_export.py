@@ -40,7 +40,7 @@ from trainer.presets import resolve
 from trainer.records import UserError, decode_example, read_manifest
 from trainer.train import model_variables, read_config, train
 
-TINY = ["width_multiplier=0.0625", "global_batch_size=24", "epochs=1", "warmup_epochs=0", "base_learning_rate=1"]
+TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=24", "epochs=1", "warmup_epochs=0", "base_learning_rate=1"]
 
 
 @pytest.fixture(scope="module")
@@ -189,13 +189,13 @@ def test_the_card_says_what_it_is_of_and_what_was_measured(exported, evaluated, 
     for said in (
         "# Image encoder demo",
         "32 features (numbers)",
-        "ResNet-18 of 0.0625 times the usual width, 44,924 parameters",
+        "ResNet-10 of 0.0625 times the usual width, 19,964 parameters",
         "Not measured yet.",
         "48 train and 17 validation images",
         f"Fingerprint: `{read_manifest(str(dataset)).fingerprint}`",
         "step 3 of 3:",
         "`temperature=0.3`",
-        "`sogclr run --preset demo --set width_multiplier=0.0625 ",
+        "`sogclr run --preset demo --set depth=10 width_multiplier=0.0625 ",
         json.loads((checkpoint / "result.json").read_text())["state_sha256"],
     ):
         assert said in card

@@ -16,7 +16,7 @@ from conftest import write_dataset
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from eval import knn
+from eval import knn, task
 from eval.cached import fit, fit_with_choice, top_k_accuracy
 from eval.features import Features, digest_of, extract, load_encoder, read_features, write_features
 from eval.linear_eval import features_path, linear_eval
@@ -27,7 +27,7 @@ from trainer.presets import resolve
 from trainer.records import UserError, manifest_to_json, read_manifest
 from trainer.train import train
 
-TINY = ["width_multiplier=0.0625", "global_batch_size=24", "epochs=1", "warmup_epochs=0", "base_learning_rate=1"]
+TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=24", "epochs=1", "warmup_epochs=0", "base_learning_rate=1"]
 QUICK = ["linear_eval.l2_penalties=1e-2"]
 
 
@@ -280,13 +280,22 @@ def test_a_duplicated_image_id_is_found(checkpoint, tmp_path):
         (["--data", "/nowhere"], "error: /nowhere holds no finished dataset"),
     ],
 )
-def test_a_mistake_gives_one_line_and_exit_code_2(arguments, line, dataset, checkpoint, tmp_path):
-    given = ["--data", str(dataset), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), *arguments]
-    done = subprocess.run([sys.executable, "-m", "eval.task", *given], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith(line)
-    assert done.stderr.count("\n") == 1
+def test_a_mistake_gives_one_line_and_exit_code_2(arguments, line, dataset, checkpoint, tmp_path, capfd):
+    with pytest.raises(SystemExit) as ended:
+        task.main(["--data", str(dataset), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), *arguments])
+    assert ended.value.code == 2
+    said = capfd.readouterr().err
+    assert said.startswith(line)
+    assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_is_all_that_a_process_of_its_own_says(dataset, tmp_path):
+    given = ["--data", dataset, "--checkpoint", "/nowhere", "--output", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-m", "eval.task", *given], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: /nowhere holds no pretraining run")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_command_prints_a_row_for_each_protocol_with_its_interval(dataset, checkpoint, evaluated, tmp_path):

@@ -23,7 +23,7 @@ import portable_step  # noqa: E402
 
 PYTHON = plan.tpu_python(PROJECT)
 needs_compiler = pytest.mark.skipif(PYTHON is None, reason="make tpu-check installs the TPU's compiler")
-TINY = ["width_multiplier=0.0625", "global_batch_size=16", "epochs=6", "warmup_epochs=0", "base_learning_rate=0.002"]
+TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=16", "epochs=6", "warmup_epochs=0", "base_learning_rate=0.002"]
 
 
 @pytest.fixture
@@ -92,11 +92,14 @@ def test_a_replica_s_program_has_the_negatives_of_the_whole_slice():
     assert among.arguments["batch/views"][0][0] == 16
     received = [shape for name, (shape, _) in among.arguments.items() if name.startswith("received/")]
     assert (48, 2, config.projection_dim) in received
-    gradients = 4 * sum(int(np.prod(v.shape)) for v in train.create_train_state(config, 48, 6).trainable)
+    state = train.create_train_state(config, 48, 6)
+    gradients = 4 * sum(int(np.prod(v.shape)) for v in state.trainable)
     assert gradients in [one.bytes for one in among.collectives if one.kind == "all-reduce"]
     kinds = [one.kind for one in among.collectives]
     # Moments of every BN, forward and backward.
-    assert kinds.count("all-reduce") > 2 * 20
+    norms = sum(name.endswith("/moving_mean") for name in state.variables())
+    assert norms == 15
+    assert kinds.count("all-reduce") > 2 * norms
     assert kinds.count("reduce-scatter") == 1
     with pytest.raises(UserError, match="does not divide"):
         lower(config, 48, 6, replicas=5)

@@ -22,7 +22,7 @@ from pipelines.cli import main
 
 COMPONENTS = ["build-tfrecords", "pretrain", "linear-eval"]
 TINY = [
-    *("image_size=16", "global_batch_size=12", "epochs=40", "warmup_epochs=0", "width_multiplier=0.125"),
+    *("depth=10", "image_size=16", "global_batch_size=12", "epochs=40", "warmup_epochs=0", "width_multiplier=0.125"),
     *("log_every_steps=3", "checkpoint_every_epochs=1", "linear_eval.l2_penalties=1e-2"),
 ]
 

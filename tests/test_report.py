@@ -23,7 +23,7 @@ from trainer.train import train
 
 TINY = Config(
     image_size=16,
-    depth=18,
+    depth=10,
     width_multiplier=0.125,
     cifar_stem=True,
     global_batch_size=12,

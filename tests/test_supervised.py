@@ -15,7 +15,7 @@ from trainer.presets import resolve
 from trainer.records import UserError, encode_example, read_manifest
 from trainer.train import train
 
-TINY = ["width_multiplier=0.0625", "image_size=16", "global_batch_size=24", "epochs=1", "warmup_epochs=0"]
+TINY = ["depth=10", "width_multiplier=0.0625", "image_size=16", "global_batch_size=24", "epochs=1", "warmup_epochs=0"]
 
 
 def tiny(*overrides: str):

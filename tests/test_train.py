@@ -20,7 +20,14 @@ from trainer.presets import resolve
 from trainer.records import UserError, read_manifest
 from trainer.train import create_train_state, make_train_step, train
 
-TINY = ["width_multiplier=0.0625", "global_batch_size=20", "epochs=3", "log_every_steps=2", "checkpoint_every_epochs=1"]
+TINY = [
+    "depth=10",
+    "width_multiplier=0.0625",
+    "global_batch_size=20",
+    "epochs=3",
+    "log_every_steps=2",
+    "checkpoint_every_epochs=1",
+]
 
 
 def tiny(*overrides: str):

@@ -144,7 +144,7 @@ def _check(config: Config) -> None:
         (0 < config.crop_min_area <= 1, "crop_min_area", "in (0, 1]"),
         (0 < config.eval_crop_proportion <= 1, "eval_crop_proportion", "in (0, 1]"),
         (config.color_jitter_strength >= 0, "color_jitter_strength", "0 or more"),
-        (config.depth in (18, 34, 50, 101, 152, 200), "depth", "one of 18, 34, 50, 101, 152, 200"),
+        (config.depth in (10, 18, 34, 50, 101, 152, 200), "depth", "one of 10, 18, 34, 50, 101, 152, 200"),
         (config.width_multiplier * 64 >= 1, "width_multiplier", "at least 1/64"),
         (0 <= config.selective_kernel_ratio <= 1, "selective_kernel_ratio", "in [0, 1]"),
         (config.projection_layers >= 1, "projection_layers", "at least 1"),

@@ -9,7 +9,15 @@ from trainer.config import Config
 from trainer.distribution import Replicas
 from trainer.layers import BatchNorm, PointwiseNorm, initializer
 
-_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
+_BLOCKS = {
+    10: (1, 1, 1, 1),
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+}
 _SMALLEST_SQUEEZE = 32
 """Channels that the attention of a selective kernel passes through, at least."""
 
@@ -17,7 +25,7 @@ _SMALLEST_SQUEEZE = 32
 def make_encoder(config: Config, replicas: Replicas | None = None) -> keras.Model:
     """Returns a model from images, [B, S, S, 3] float32 in [0, 1], to features, [B, F] float32.
 
-    F is 512 (depth 18, 34) or 2048, times `config.width_multiplier`. Initial weights depend on `config.seed` and on nothing
+    F is 512 (depth 10, 18, 34) or 2048, times `config.width_multiplier`. Initial weights depend on `config.seed` and on nothing
     else. Convolutions compute in `config.precision`. BN is over `replicas`, those of tf.distribute where it is not given.
     """
     dtype = "float32" if config.precision == "float32" else "mixed_bfloat16"
