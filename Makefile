@@ -25,7 +25,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; name one with make PYTHON=/path/to/python3.12"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
-	@# pip fetches uv alone, as locked, and uv the rest: in a tenth of pip's time.
+	@# pip fetches uv alone, as locked, and uv the rest: in a fraction of pip's time.
 	$(IN) pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
 		--requirement <(sed -n '/^uv==/,/[^\\]$$/p' requirements.lock)
 	$(IN) uv pip install --quiet --no-deps --require-hashes --requirement requirements.lock
