@@ -15,11 +15,11 @@ RUN apt-get update -qq \
 # What is only needed to install stays in this stage.
 FROM python AS installed
 ARG BUILD
-COPY requirements-${BUILD}.lock /tmp/requirements.lock
+COPY requirements/${BUILD}.lock /tmp/requirements.lock
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
     python3.11 -m venv --without-pip /opt/sogclr \
     && python3.11 -m venv /tmp/pip \
-    && /tmp/pip/bin/pip --python /opt/sogclr/bin/python3 install --quiet --no-cache-dir --no-compile --no-deps --require-hashes --requirement /tmp/requirements.lock
+    && /tmp/pip/bin/pip --python /opt/sogclr/bin/python3 install --quiet --no-cache-dir --no-deps --require-hashes --requirement /tmp/requirements.lock
 COPY pyproject.toml README.md LICENSE /tmp/source/
 COPY trainer /tmp/source/trainer
 COPY eval /tmp/source/eval
@@ -27,7 +27,7 @@ COPY beam_jobs /tmp/source/beam_jobs
 COPY components /tmp/source/components
 COPY pipelines /tmp/source/pipelines
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
-    /tmp/pip/bin/pip --python /opt/sogclr/bin/python3 install --quiet --no-cache-dir --no-compile --no-deps --no-build-isolation /tmp/source
+    /tmp/pip/bin/pip --python /opt/sogclr/bin/python3 install --quiet --no-cache-dir --no-deps --no-build-isolation /tmp/source
 
 FROM python AS image
 ARG BUILD

@@ -116,10 +116,23 @@ def open_store(uri: str, experiment: str = EXPERIMENT, artifacts: str | None = N
     While the store does not answer, a call is made again for `patience` seconds. Raises UserError for a store that cannot
     be used.
     """
-    try:
+    with _refused_in_one_line(uri):
         client = cast(MlflowClient, PatientClient(MlflowClient(uri), patience))
         found = client.get_experiment_by_name(experiment)
         return Store(client, found.experiment_id if found else client.create_experiment(experiment, artifacts, _MODEL_TRAINING))
+
+
+def describe_store(uri: str, experiment: str = EXPERIMENT) -> str:
+    """Returns in words what the store at `uri` holds, and changes nothing in it. Raises UserError where it cannot be used."""
+    with _refused_in_one_line(uri):
+        found = MlflowClient(uri).get_experiment_by_name(experiment)
+        return f"has the experiment {experiment}" if found else f"answers; sogclr run makes the experiment {experiment}"
+
+
+@contextmanager
+def _refused_in_one_line(uri: str) -> Iterator[None]:
+    try:
+        yield
     except MlflowException as error:
         said = _one_line(error).replace(uri, without_credentials(uri))
         hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"

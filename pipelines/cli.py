@@ -1,4 +1,5 @@
-"""The command line: `sogclr run | rerun | compare | plan | compile | submit | status | cancel | ui | presets | accelerators`.
+"""The command line: `sogclr run | rerun | compare | plan | compile | submit | status | cancel | ui | presets | accelerators |
+doctor`.
 
 What is heavy is imported by the command that needs it, so that --help answers at once.
 """
@@ -236,6 +237,10 @@ def _parser() -> argparse.ArgumentParser:
     ui = add("ui", _ui, "Open the MLflow UI on a root.")
     _add_root(ui)
     ui.add_argument("--port", type=int, default=5000, help="port on this machine (default: 5000)")
+
+    doctor = add("doctor", _doctor, "Say what a bug report needs of this machine, and what to do about each thing that is wrong.")
+    _add_root(doctor)
+    _add_json(doctor)
 
     _add_json(add("presets", _presets, "List the presets with the published result of each."))
     _add_json(add("accelerators", _accelerators, "List the machines that pretraining can be given on Vertex AI."))
@@ -635,6 +640,29 @@ def _cancel(args: argparse.Namespace) -> int:
     from pipelines import cloud
 
     return cloud.cancel(args)
+
+
+# ---- This machine
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from components.tracking import move_credentials
+    from pipelines.doctor import examine
+
+    root = _absolute(args.root)
+    move_credentials()
+    names = _mlflow_names(root)
+    found = []
+    for one in examine(root, names["MLFLOW_TRACKING_URI"], names["MLFLOW_EXPERIMENT_NAME"]):
+        found.append(one)
+        if not args.json:
+            print(f"{'!' if one.wrong else ' '} {one.name}: {one.value}", flush=True)
+    wrong = [one for one in found if one.wrong]
+    if args.json:
+        print(json.dumps([asdict(one) for one in found]))
+    else:
+        print("\n".join(["", *(f"! {one.name}: {one.wrong}" for one in wrong)] if wrong else ["", "nothing is wrong"]))
+    return 2 if wrong else 0
 
 
 # ---- Lists

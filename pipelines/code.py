@@ -24,7 +24,9 @@ def code_version(project: Path = PROJECT) -> str:
 def plan_version(project: Path = PROJECT) -> str:
     """Returns a short digest of what a plan's compiled figures follow from besides the config: the step and its compiler."""
     files = _reached({project / "trainer" / "lowering.py"}, project)
-    return _digest(project, sorted(files | {project / "pipelines" / "xla_program.py", project / "requirements-tpu-check.lock"}))
+    return _digest(
+        project, sorted(files | {project / "pipelines" / "xla_program.py", project / "requirements" / "tpu-check.lock"})
+    )
 
 
 def step_version(component: str, project: Path = PROJECT) -> str:

@@ -1,15 +1,18 @@
 """The container images: what they are made of and how they are built. The slow ones install and build for real."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from fake_vertex import serving
 
 from pipelines.images import Images
+from trainer import hardware
 from trainer.records import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -19,28 +22,24 @@ PACKAGE = re.compile(r"^([a-z0-9-]+)==(\S+)", re.MULTILINE)
 
 
 def locked(name):
-    return dict(PACKAGE.findall((REPOSITORY / name).read_text()))
-
-
-def versions_tested_with():
     """Every version of each package: those for one Python differ from those for another."""
     found = {}
-    for name, version in PACKAGE.findall((REPOSITORY / "requirements.lock").read_text()):
-        found.setdefault(name, set()).add(version)
+    for package, version in PACKAGE.findall((REPOSITORY / "requirements" / f"{name}.lock").read_text()):
+        found.setdefault(package, set()).add(version)
     return found
 
 
-def test_the_images_hold_the_versions_that_the_tests_ran_with():
-    versions = versions_tested_with()
-    for build in BUILDS:
-        inside = locked(f"requirements-{build}.lock")
-        shared = set(inside) & set(versions)
-        assert len(shared) > 150
-        assert {name: inside[name] for name in shared if inside[name] not in versions[name]} == {}
-        assert not {"pytest", "ruff", "mypy", "gcp-storage-emulator"} & set(inside)
-    assert locked("requirements-tpu.lock")["libtpu"] == "0.0.30"
-    for build, name in {"cpu": "tensorflow-cpu", "gpu": "tensorflow", "tpu": "tensorflow-tpu"}.items():
-        assert locked(f"requirements-{build}.lock")[name] == "2.20.0"
+def test_all_locks_have_the_same_versions():
+    cpu = locked("cpu")
+    for name in ("gpu", "tpu", "dev"):
+        other = locked(name)
+        shared = set(other) & set(cpu)
+        assert len(shared) > 100
+        assert {package: other[package] for package in shared if not other[package] <= cpu[package]} == {}
+    assert locked("tpu")["libtpu"] == locked("tpu-check")["libtpu"] == {"0.0.30"}
+    for build, package in {"cpu": "tensorflow-cpu", "gpu": "tensorflow", "tpu": "tensorflow-tpu"}.items():
+        assert locked(build)[package] == {"2.20.0"}
+        assert not {"pytest", "ruff", "mypy", "gcp-storage-emulator"} & set(locked(build))
 
 
 def test_an_image_runs_as_nobody_in_particular_and_says_its_commit():
@@ -52,7 +51,8 @@ def test_an_image_runs_as_nobody_in_particular_and_says_its_commit():
 
 
 def test_beam_s_worker_is_of_the_version_that_the_image_has():
-    assert f"beam_python3.11_sdk:{locked('requirements-cpu.lock')['apache-beam']}" in DOCKERFILE
+    (version,) = locked("cpu")["apache-beam"]
+    assert f"beam_python3.11_sdk:{version}" in DOCKERFILE
 
 
 def test_what_is_copied_is_there_and_nothing_else_is_sent():
@@ -90,17 +90,22 @@ def online(folder):
 
 
 @pytest.mark.slow
-def test_tensorflow_for_tpus_imports_in_an_environment_of_nothing_but_its_lock(tmp_path):
+def test_each_build_replaces_the_one_before_and_imports_where_its_accelerator_is_not(tmp_path):
     if not online(tmp_path / "asked"):
         pytest.skip("no package index")
-    uv, python = shutil.which("uv"), tmp_path / "env" / "bin" / "python"
-    run(uv, "venv", "--quiet", "--python", "3.11", tmp_path / "env")
-    lock = REPOSITORY / "requirements-tpu.lock"
-    run(uv, "pip", "install", "--quiet", "--python", python, "--no-deps", "--require-hashes", "--requirement", lock)
-    run(uv, "pip", "check", "--python", python)
+    env = tmp_path / "env"
     code = "import tensorflow, trainer.train, eval.linear_eval, components.tracking; print(tensorflow.__version__)"
-    environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TPU_SKIP_MDS_QUERY": "1"}
-    assert run(python, "-c", code, cwd=REPOSITORY, env=environ).strip() == "2.20.0"
+    environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    for build in ("tpu", "gpu"):
+        run(sys._base_executable, REPOSITORY / "requirements" / "install.py", env, build)
+        run(env / "bin" / "uv", "pip", "check", "--python", env / "bin" / "python")
+        assert run(env / "bin" / "python", "-c", code, cwd=tmp_path, env=environ).strip() == "2.20.0"
+        said = subprocess.run([env / "bin" / "sogclr", "doctor", "--json"], cwd=tmp_path, env=environ, capture_output=True).stdout
+        found = {one["name"]: one for one in json.loads(said)}
+        assert found["lock"]["value"] == f"as in requirements/{build}.lock"
+        assert found["TensorFlow"]["value"].startswith(f"2.20.0 for {build}")
+        if not hardware.visible():
+            assert f"this machine has no {build.upper()}" in found["accelerators that TensorFlow sees"]["wrong"]
 
 
 @pytest.mark.slow

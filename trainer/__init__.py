@@ -5,5 +5,8 @@ Read config, records, input_pipeline, augmentation, encoder, losses, optimizer, 
 
 import os
 
-# TensorFlow reads it when it is imported, and leaves oneDNN off on many processors, where a step takes twice as long without.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+from trainer.hardware import tensorflow_environment
+
+# TensorFlow reads them when it is imported; what the user set stays.
+for _name, _value in tensorflow_environment().items():
+    os.environ.setdefault(_name, _value)

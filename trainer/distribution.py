@@ -1,5 +1,11 @@
-"""Replicas: one train step on a CPU, on one GPU or several, on a TPU or a slice of them."""
+"""Replicas: one train step on a CPU, on one GPU or several, on a TPU or a slice of them.
 
+    python -m trainer.distribution
+
+prints what TensorFlow sees of this machine, as one JSON object.
+"""
+
+import json
 import os
 from typing import Any
 
@@ -19,6 +25,17 @@ def make_strategy() -> tf.distribute.Strategy:
     if len(tf.config.list_physical_devices("GPU")) > 1:
         return tf.distribute.MirroredStrategy()
     return tf.distribute.get_strategy()
+
+
+def describe_devices() -> dict[str, Any]:
+    """Returns TensorFlow's `version`, whether `onednn` is on, and `devices`: by kind (CPU, GPU, TPU) the product of each."""
+    from tensorflow.python.util import _pywrap_util_port
+
+    devices: dict[str, list[str]] = {}
+    for device in tf.config.list_physical_devices():
+        details = tf.config.experimental.get_device_details(device)
+        devices.setdefault(device.device_type, []).append(details.get("device_name", device.device_type))
+    return {"version": tf.__version__, "onednn": bool(_pywrap_util_port.IsMklEnabled()), "devices": devices}
 
 
 class Replicas:
@@ -71,3 +88,7 @@ def check_divides(global_batch_size: int, replicas: int) -> None:
 def jit_compile(strategy: tf.distribute.Strategy) -> bool:
     """Whether the step is to be compiled by XLA. TPUs always do; a GPU gains by it; CPUs lose, and collectives of GPUs bar it."""
     return strategy.num_replicas_in_sync == 1 and bool(tf.config.list_physical_devices("GPU"))
+
+
+if __name__ == "__main__":
+    print(json.dumps(describe_devices()))

@@ -1,0 +1,232 @@
+"""What the operating system shows, the build of TensorFlow that follows, and what `sogclr doctor` makes of it.
+
+The system is a folder with a /dev and a /sys of its own; the driver's tool is a script on PATH.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines import cli, doctor
+from trainer import hardware
+from trainer.hardware import Accelerator, choose_build, visible
+
+REPOSITORY = Path(__file__).parents[1]
+A100 = "NVIDIA A100-SXM4-40GB, 550.54.15"
+
+
+def pci(system: Path, *devices: tuple[str, str, str]) -> None:
+    for number, device in enumerate(devices):
+        folder = system / "sys" / "bus" / "pci" / "devices" / f"0000:00:{number:02x}.0"
+        folder.mkdir(parents=True)
+        for name, value in zip(("vendor", "device", "class"), device, strict=True):
+            (folder / name).write_text(f"{value}\n")
+
+
+def node(system: Path, name: str) -> None:
+    path = system / "dev" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def driver(monkeypatch, folder: Path, *lines: str, code: int = 0) -> None:
+    """Puts an nvidia-smi on PATH that says `lines`, and nothing else is there."""
+    folder.mkdir(exist_ok=True)
+    if lines:
+        said = "".join(f"echo '{line}'\n" for line in lines)
+        (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{said}exit {code}\n")
+        (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """A machine with a network card and no accelerator."""
+    driver(monkeypatch, tmp_path / "bin")
+    pci(tmp_path / "system", ("0x1af4", "0x1041", "0x020000"))
+    return tmp_path / "system"
+
+
+def test_a_machine_without_accelerators_gets_tensorflow_for_the_cpu(system):
+    assert visible(system) == []
+    assert choose_build([]) == ("cpu", "no NVIDIA driver answers and no TPU is visible")
+
+
+def test_gpus_are_those_that_the_driver_names(system, tmp_path, monkeypatch):
+    driver(monkeypatch, tmp_path / "bin", A100, A100)
+    found = visible(system)
+    assert found == [Accelerator("gpu", "2 x NVIDIA A100-SXM4-40GB", "NVIDIA driver 550.54.15 answers")]
+    assert choose_build(found) == ("gpu", "2 x NVIDIA A100-SXM4-40GB: NVIDIA driver 550.54.15 answers")
+
+
+@pytest.mark.parametrize(("said", "code"), [("No devices were found", 6), ("NVIDIA-SMI has failed because it couldn't", 9)])
+def test_a_gpu_whose_driver_does_not_answer_is_named_and_not_used(system, tmp_path, monkeypatch, said, code):
+    pci(tmp_path / "other", ("0x10de", "0x2330", "0x030200"), ("0x10de", "0x22a3", "0x068000"))
+    for lines, problem in (((), "no NVIDIA driver answers: install one"), ((said.replace("'", ""),), "nvidia-smi says: N")):
+        driver(monkeypatch, tmp_path / "bin", *lines, code=code)
+        (gpu,) = visible(tmp_path / "other")
+        assert (gpu.build, gpu.name) == ("gpu", "1 x NVIDIA GPU")
+        assert problem in gpu.problem
+        build, reason = choose_build([gpu])
+        assert build == "cpu"
+        assert problem in reason
+
+
+def test_a_driver_without_a_gpu_is_no_gpu(system, tmp_path, monkeypatch):
+    driver(monkeypatch, tmp_path / "bin", "No devices were found", code=6)
+    assert visible(system) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "nodes", "name"),
+    [
+        ("0x0027", ["accel0", "accel1"], "TPU v2 or v3"),
+        ("0x005e", ["accel0", "accel1"], "TPU v4"),
+        ("0x0063", ["vfio/0", "vfio/1", "vfio/vfio"], "TPU v5e"),
+    ],
+)
+def test_tpus_are_those_on_the_bus_with_nodes_that_can_be_opened(system, tmp_path, device, nodes, name):
+    vm = tmp_path / "vm"
+    pci(vm, ("0x1ae0", device, "0x0b4000"), ("0x1ae0", device, "0x0b4000"), ("0x1ae0", "0x0042", "0x020000"))
+    (found,) = visible(vm)
+    assert (found.name, found.problem) == (
+        f"2 x {name}",
+        "it has no node in /dev: start the container with --privileged",
+    )
+    for one in nodes:
+        node(vm, one)
+    (found,) = visible(vm)
+    assert (found.build, found.name, found.problem) == ("tpu", f"2 x {name}", "")
+    assert choose_build([found])[0] == "tpu"
+
+
+def test_a_tpu_that_only_root_may_open_is_said(system, tmp_path, monkeypatch):
+    vm = tmp_path / "vm"
+    pci(vm, ("0x1ae0", "0x0063", "0x0b4000"))
+    node(vm, "vfio/0")
+    # Root, whom the tests may run as, may open anything.
+    monkeypatch.setattr(hardware.os, "access", lambda path, mode: False)
+    (found,) = visible(vm)
+    assert found.problem == f"this user may not open {vm}/dev/vfio/0: run as root"
+
+
+def test_devices_lent_to_virtual_machines_and_linux_own_accelerators_are_no_tpus(system):
+    node(system, "vfio/0")
+    node(system, "accel/accel0")
+    assert visible(system) == []
+
+
+def test_a_tpu_comes_before_a_gpu(system, tmp_path, monkeypatch):
+    driver(monkeypatch, tmp_path / "bin", A100)
+    node(system, "accel0")
+    assert [one.build for one in visible(system)] == ["tpu", "gpu"]
+    assert choose_build(visible(system))[0] == "tpu"
+
+
+def test_the_command_of_make_setup_needs_no_package():
+    """Without site-packages, as before an installation."""
+    command = [sys.executable, "-S", "-m", "trainer.hardware"]
+    build, reason = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert build in hardware.BUILDS
+    assert reason
+
+
+def test_tensorflow_is_told_of_the_tpu_s_plug_in_where_it_needs_one(system, tmp_path, monkeypatch):
+    assert hardware.tensorflow_environment(system) == {"TF_ENABLE_ONEDNN_OPTS": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    (tmp_path / "libtpu").mkdir()
+    (tmp_path / "libtpu" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for device, nodes, told in (("0x0063", ["vfio/0"], True), ("0x0027", ["accel0"], False)):
+        vm = tmp_path / device
+        pci(vm, ("0x1ae0", device, "0x0b4000"))
+        for one in nodes:
+            node(vm, one)
+        environment = hardware.tensorflow_environment(vm)
+        assert "TPU_SKIP_MDS_QUERY" not in environment
+        assert environment.get("NEXT_PLUGGABLE_DEVICE_USE_C_API") == ("true" if told else None)
+        assert environment.get("TF_PLUGGABLE_DEVICE_LIBRARY_PATH") == (f"{tmp_path}/libtpu/libtpu.so" if told else None)
+
+
+# ---- doctor
+
+
+GPU = Accelerator("gpu", "1 x NVIDIA L4", "NVIDIA driver 550.54.15 answers")
+TPU = Accelerator("tpu", "8 x TPU v5e", "/dev/vfio/0 is there")
+
+
+def found_with(monkeypatch, shown: list[Accelerator], build: str, **devices: list[str]) -> dict[str, doctor.Finding]:
+    """What doctor finds on a machine that shows `shown`, with TensorFlow for `build`, which sees `devices`."""
+    monkeypatch.setattr(doctor, "_build", lambda: (build, ""))
+    monkeypatch.setattr(hardware, "visible", lambda: shown)
+    answer = {"version": "2.20.0", "onednn": True, "devices": {"CPU": ["CPU"], **devices}}
+    monkeypatch.setattr(doctor, "tensorflow_devices", lambda: answer)
+    return {one.name: one for one in doctor.examine(Path("runs"), "sqlite:///nowhere.db", "sogclr", {})}
+
+
+@pytest.mark.parametrize(
+    ("shown", "build", "devices", "said", "wrong"),
+    [
+        ([], "cpu", {}, "none", ""),
+        ([GPU], "gpu", {"GPU": ["NVIDIA L4"]}, "1 x NVIDIA L4", ""),
+        ([TPU], "tpu", {"TPU": ["TPU"] * 8}, "8 x TPU", ""),
+        ([], "gpu", {}, "none", "this machine has no GPU"),
+        ([GPU], "cpu", {}, "none", "make setup TENSORFLOW=gpu"),
+        ([TPU], "gpu", {}, "none", "make setup TENSORFLOW=tpu"),
+        ([GPU], "gpu", {}, "none", "CUDA_VISIBLE_DEVICES may hide it"),
+        ([TPU], "tpu", {}, "none", "another process may hold it"),
+    ],
+)
+def test_doctor_says_what_tensorflow_does_not_see_and_what_to_do(monkeypatch, shown, build, devices, said, wrong):
+    found = found_with(monkeypatch, shown, build, **devices)["accelerators that TensorFlow sees"]
+    assert found.value == said
+    assert wrong in found.wrong
+    assert bool(wrong) == bool(found.wrong)
+
+
+def test_doctor_names_what_differs_from_the_lock(monkeypatch):
+    version = doctor._version
+    changed = {"numpy": "1.0", "pillow": ""}
+    monkeypatch.setattr(doctor, "_version", lambda name: changed.get(name, version(name)))
+    found = doctor._against_lock("cpu")
+    assert found.wrong.startswith("numpy 1.0, not ==")
+    assert "pillow missing, not ==" in found.wrong
+    assert found.wrong.endswith("make setup TENSORFLOW=cpu installs what is locked")
+
+
+@pytest.mark.parametrize("command", [["-c", "import os; os.abort()"], ["-c", "raise SystemExit('libcuda is not here')"]])
+def test_doctor_outlives_a_tensorflow_that_does_not_import(monkeypatch, command):
+    run = subprocess.run
+    monkeypatch.setattr(doctor.subprocess, "run", lambda _, **keywords: run([sys.executable, *command], **keywords))
+    assert "while it is imported" in doctor.tensorflow_devices()["error"]
+
+
+def test_doctor_says_whether_credentials_are_there_and_never_what_they_are(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "_devices", lambda build, wrong: iter(()))
+    for name in doctor._CREDENTIALS:
+        monkeypatch.setenv(name, f"planted-{name}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:planted-password@127.0.0.1:9")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    assert cli.main(["doctor"]) == 2
+    said = capsys.readouterr()
+    assert "planted" not in said.out + said.err
+    assert "! MLflow: MLflow cannot use http://127.0.0.1:9" in said.out
+    assert f"! Google Cloud's credentials: {tmp_path}/key.json cannot be read" in said.out
+    assert "MLFLOW_TRACKING_PASSWORD" in said.out
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.thorough
+def test_doctor_finds_nothing_wrong_with_the_environment_of_the_tests(tmp_path, monkeypatch, capsys):
+    """With TensorFlow itself, in the process that doctor starts."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    cli.main(["doctor"])
+    said = capsys.readouterr().out
+    assert "  lock: as in requirements/" in said
+    assert "TensorFlow: 2.20.0 for " in said
+    assert os.listdir(tmp_path) == []
