@@ -121,6 +121,8 @@ def main(asked: str, answer: str) -> None:
 
     from pipelines import pipeline
 
+    # Ignored where the command was started in the background, and then by every step too; `_end` interrupts them with it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     request = json.loads(Path(asked).read_text())
     inputs = {name: Artifact(**artifact) for name, artifact in request["inputs"].items()}
     # KFP says here, and nowhere else, that it takes a step from its cache.

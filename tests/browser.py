@@ -119,7 +119,7 @@ def browsing(folder: Path) -> Iterator[Browser]:
             yield Browser(send, receive, f"127.0.0.1:{proxy.server_address[1]}", asked)
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait()
             proxy.shutdown()
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,21 @@ from PIL import Image
 
 from trainer import records
 
-_LONGEST = ("train", "distribution", "pipeline", "submit", "mlflow_server", "linear_eval", "order", "lowering", "export")
+# What a script starts in the background ignores SIGINT, and so does all that it starts, which tests interrupt with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_LONGEST = (
+    "pipeline",
+    "distribution",
+    "train",
+    "submit",
+    "lowering",
+    "mlflow_server",
+    "runners",
+    "order",
+    "export",
+    "linear_eval",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,7 @@
 
 Every request to Vertex AI is parsed into the real protos, so what Vertex AI would not parse is refused here too. `fail`
 makes the next requests go wrong: a status, "cut" (the connection ends without an answer), "lost" (the request is carried
-out and the answer is lost) or "slow".
+out and the answer is lost) or "slow" (it is carried out when whoever asked has given up).
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import json
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -86,7 +85,6 @@ class FakeGoogle:
         self.faults: list[str | int] = []
         self.fault_path = ""
         self.token_ok = True
-        self.slow_seconds = 3.0
         self.url = ""
         self._lock = threading.Lock()
 
@@ -260,7 +258,8 @@ def serving() -> Iterator[FakeGoogle]:
                 self.connection.close()
                 return
             if fault == "slow":
-                time.sleep(fake.slow_seconds)
+                # Until whoever asks has given up.
+                self.connection.recv(1, socket.MSG_PEEK)
             try:
                 if isinstance(fault, int):
                     raise RefusedError(fault, "on demand")

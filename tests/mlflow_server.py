@@ -7,9 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from holding import until
 
 USER, PASSWORD = "trainer", "planted-mlflow-password"
 
@@ -49,11 +50,7 @@ class MlflowServer:
             self._process = subprocess.Popen(
                 command, env=environ, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        until = time.monotonic() + 240
-        while not self._answers():
-            assert self._process.poll() is None, (self.folder / "server.log").read_text()
-            assert time.monotonic() < until, "the server did not start"
-            time.sleep(0.1)
+        until(self._answers, self._process)
 
     def kill(self) -> None:
         """Ends it as a power cut does."""

@@ -1,13 +1,19 @@
-"""Five steps on a number of replicas, in a process of their own: replicas.py DATA REPLICAS[:fuses] OUTPUT.npz BEGUN key=value ...
+"""Five steps on one replica and on several, for each of some cases: replicas.py DATA FOLDER CASES
 
-With `:fuses` they work as on a device whose compiler fuses, a TPU. BEGUN is the output of another such run, whose state after
-each step the next one begins with, or `-`. The network has two blocks, which are soon compiled, and no layer of few pixels, whose
+CASES is JSON: by name the number of replicas, whether several work as on a device whose compiler fuses, a TPU, and settings.
+FOLDER gets NAME-one.npz and NAME-several.npz with the metrics and the state after each step; several begin each step with the
+state that one had after the step before. The network has two blocks, which are soon compiled, and no layer of few pixels, whose
 ReLUs weigh much when rounding turns one.
 
-TensorFlow makes its devices once, and its collectives confuse the strategies of one process with each other.
+TensorFlow makes its devices once, and its collectives confuse the strategies of one process with each other: each run is a child,
+and the children share the import of TensorFlow alone.
 """
 
+import json
+import os
 import sys
+import traceback
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
@@ -24,7 +30,7 @@ class FusingReplicas(Replicas):
     fuses = True
 
 
-def main(data_dir: str, replicas: int, fuses: bool, output: str, begun: str, overrides: list[str]) -> None:
+def five_steps(data_dir: str, output: Path, begun: Path | None, replicas: int, fuses: bool, overrides: list[str]) -> None:
     devices = [tf.config.LogicalDeviceConfiguration()] * replicas
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
     encoder._BLOCKS.update({10: (1, 1), 50: (1, 1)})
@@ -41,7 +47,7 @@ def main(data_dir: str, replicas: int, fuses: bool, output: str, begun: str, ove
         )
     )
     kept: dict[str, np.ndarray] = {}
-    states = np.load(begun) if begun != "-" else {}
+    states = np.load(begun) if begun else {}
     for step in range(5):
         if states and step > 0:
             for name, variable in state.variables().items():
@@ -55,6 +61,21 @@ def main(data_dir: str, replicas: int, fuses: bool, output: str, begun: str, ove
     np.savez(output, **kept)
 
 
+def in_a_child(*arguments) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            five_steps(*arguments)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0, arguments
+
+
 if __name__ == "__main__":
-    count, _, how = sys.argv[2].partition(":")
-    main(sys.argv[1], int(count), how == "fuses", *sys.argv[3:5], sys.argv[5:])
+    data, folder = sys.argv[1], Path(sys.argv[2])
+    for name, (count, as_on_a_tpu, settings) in json.loads(sys.argv[3]).items():
+        one = folder / f"{name}-one.npz"
+        in_a_child(data, one, None, 1, False, settings)
+        in_a_child(data, folder / f"{name}-several.npz", one, count, as_on_a_tpu, settings)

@@ -1,5 +1,6 @@
 """Replicas: R of them with B/R images each do what one does with B."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,33 +17,34 @@ from trainer.train import create_train_state, make_train_step
 
 TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=16", "epochs=6", "warmup_epochs=0", "base_learning_rate=0.002"]
 CASES = {
-    "paper": (4, ["blur=true"]),
-    "pt_official, LARS": (2, ["variant=pt_official", "optimizer=lars"]),
-    "isogclr": (2, ["variant=isogclr"]),
-    "nt_xent": (2, ["loss=nt_xent"]),
-    "gradients as on a TPU": ("2:fuses", ["depth=50"]),
+    "paper": (4, False, ["blur=true"]),
+    "pt_official, LARS": (2, False, ["variant=pt_official", "optimizer=lars"]),
+    "isogclr": (2, False, ["variant=isogclr"]),
+    "nt_xent": (2, False, ["loss=nt_xent"]),
+    "gradients as on a TPU": (2, True, ["depth=50"]),
 }
+"""By name: number of replicas, whether their device's compiler fuses, settings."""
 
 
-def five_steps(data: Path, output: Path, replicas: int | str, begun: Path | str, overrides: list[str]) -> dict[str, np.ndarray]:
-    """Returns the metrics and the state after each step, as `tests/replicas.py` keeps them."""
-    script = Path(__file__).parent / "replicas.py"
-    subprocess.run([sys.executable, script, data, str(replicas), output, begun, *TINY, *overrides], check=True)
-    with np.load(output) as stored:
-        return {name: stored[name] for name in stored.files}
+@pytest.fixture(scope="module")
+def stepped(dataset, tmp_path_factory) -> Path:
+    """The folder where `tests/replicas.py` leaves five steps of each case."""
+    folder = tmp_path_factory.mktemp("replicas")
+    cases = {name: (count, fuses, [*TINY, *settings]) for name, (count, fuses, settings) in CASES.items()}
+    subprocess.run([sys.executable, Path(__file__).parent / "replicas.py", dataset, folder, json.dumps(cases)], check=True)
+    return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", CASES)
-def test_replicas_do_what_one_does_with_the_whole_batch(dataset, tmp_path, case):
+def test_replicas_do_what_one_does_with_the_whole_batch(stepped, case):
     """Loss, gradients (in the optimizer's slots), u, BN's statistics and weights; and all replicas hold the same bits.
 
     After one step all agree to float32's accuracy. Each later step begins with the state that one replica had, since a ReLU that
     rounding turned the other way grows from step to step. In this small network one such, in the step itself, can be some per
     cent of the gradient, and where it happens depends on the machine: so of five steps one may be beyond the bound.
     """
-    replicas, overrides = CASES[case]
-    expected = five_steps(dataset, tmp_path / "one.npz", 1, "-", overrides)
-    found = five_steps(dataset, tmp_path / "several.npz", replicas, tmp_path / "one.npz", overrides)
+    expected, found = (dict(np.load(stepped / f"{case}-{which}.npz")) for which in ("one", "several"))
     assert set(found) == set(expected)
     for name in (name for name in expected if name.startswith("0 ")):
         scale = np.abs(expected[name]).max() + 1e-6
@@ -72,9 +74,10 @@ def test_a_batch_that_does_not_divide_says_what_would():
     check_divides(16, 4)
 
 
-@pytest.mark.parametrize("case", ["paper", "isogclr"])
-def test_the_whole_step_compiles_under_xla(dataset, case):
-    config = resolve("demo", [*TINY, *CASES[case][1]])
+@pytest.mark.thorough
+def test_the_whole_step_compiles_under_xla(dataset):
+    """With all that a step can have: blur, u, a temperature for each image."""
+    config = resolve("demo", [*TINY, "blur=true", "variant=isogclr"])
     batch = next(iter(training_batches(config, str(dataset), read_manifest(str(dataset)), 0)))
     ends = []
     for compiled in (False, True):

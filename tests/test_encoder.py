@@ -22,6 +22,7 @@ def encoder_of(**settings):
     return make_encoder(replace(Config(), **settings))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts_are_the_official_codes(name):
     depth, width, image, ratio = re.fullmatch(r"depth(\d+)_width(\d+)_image(\d+)_sk([\d.]+)", name).groups()

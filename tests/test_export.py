@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
@@ -24,6 +23,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import write_dataset
+from holding import until
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -105,6 +105,7 @@ def test_from_bytes_to_features_is_what_evaluation_computes(exported, own, pictu
     assert model.signatures["serving_default"](image_bytes=tf.constant([], tf.string))["features"].shape == (0, 32)
 
 
+@pytest.mark.thorough
 def test_the_card_s_own_lines_load_it_without_the_project_and_the_keras_file_with_it(exported, own, pictures, tmp_path):
     alone, with_project = blocks((exported / "README.md").read_text(), "python")
     script = f"""
@@ -167,6 +168,7 @@ def test_what_is_no_picture_is_named_and_many_pictures_go_in_parts(exported, own
         model.predict({"image_bytes": ["text"]})
 
 
+@pytest.mark.thorough
 def test_selective_kernels_in_bfloat16_come_back_the_same(tmp_path):
     config = resolve("demo", [*TINY, "depth=50", "selective_kernel_ratio=0.0625", "cifar_stem=false", "precision=bfloat16"])
     encoder = make_encoder(config)
@@ -295,11 +297,7 @@ def server(registered, exported, pictures, tmp_path_factory):
             ["bash", "-c", serve], cwd=folder, env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        until = time.monotonic() + 300
-        while not answers(f"http://127.0.0.1:{port}/ping"):
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < until, "the server did not start"
-            time.sleep(0.2)
+        until(lambda: answers(f"http://127.0.0.1:{port}/ping"), process)
         yield f"http://127.0.0.1:{port}/invocations", ask, folder
     finally:
         with suppress(ProcessLookupError):
@@ -339,6 +337,7 @@ def test_the_logged_model_holds_all_that_it_takes(registered):
     assert any(one.startswith("tensorflow") for one in needed)
 
 
+@pytest.mark.thorough
 def test_a_server_answers_a_jpeg_with_the_trainer_s_own_features(server, own, pictures):
     url, ask, folder = server
     (folder / "photo.jpg").write_bytes(pictures[3])
@@ -355,6 +354,7 @@ def test_a_server_answers_a_jpeg_with_the_trainer_s_own_features(server, own, pi
         np.testing.assert_allclose(answer["predictions"], own[1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_what_is_no_picture_is_refused_and_the_server_lives_on(server, own, pictures):
     url, _, _ = server
     good, bad = (b64encode(content).decode() for content in (pictures[0], b"no picture"))

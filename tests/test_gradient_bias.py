@@ -74,6 +74,7 @@ def test_an_epoch_moves_u_as_its_batches_one_after_another_do(hidden):
     assert gradient.shape == hidden.shape
 
 
+@pytest.mark.thorough
 def test_every_loss_is_measured_at_every_batch_and_with_all_images_at_once(hidden):
     rows = list(gradient_bias.measure(hidden, batches=(4, 12), epochs=1))
     found = [(row["temperature"], row["loss"], row["batch"]) for row in rows]

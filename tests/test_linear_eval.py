@@ -290,6 +290,7 @@ def test_a_mistake_gives_one_line_and_exit_code_2(arguments, line, dataset, chec
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_a_mistake_is_all_that_a_process_of_its_own_says(dataset, tmp_path):
     given = ["--data", dataset, "--checkpoint", "/nowhere", "--output", tmp_path / "out"]
     done = subprocess.run([sys.executable, "-m", "eval.task", *given], capture_output=True, text=True)
@@ -298,6 +299,7 @@ def test_a_mistake_is_all_that_a_process_of_its_own_says(dataset, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.thorough
 def test_the_command_prints_a_row_for_each_protocol_with_its_interval(dataset, checkpoint, evaluated, tmp_path):
     result, folder, _ = evaluated
     shutil.copytree(folder, tmp_path / "out")

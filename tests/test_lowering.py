@@ -22,7 +22,13 @@ sys.path.insert(0, str(BENCHMARK.parent))
 import portable_step  # noqa: E402
 
 PYTHON = plan.tpu_python(PROJECT)
-needs_compiler = pytest.mark.skipif(PYTHON is None, reason="make tpu-check installs the TPU's compiler")
+
+
+def needs_compiler(test):
+    """Marks a test that compiles with the TPU's compiler, which takes tens of seconds."""
+    return pytest.mark.thorough(pytest.mark.skipif(PYTHON is None, reason="make tpu-check installs the TPU's compiler")(test))
+
+
 TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=16", "epochs=6", "warmup_epochs=0", "base_learning_rate=0.002"]
 
 
@@ -85,6 +91,7 @@ def test_a_machine_with_jax_alone_says_how_fast_it_runs_the_step(tmp_path, one_b
     assert "samples/s" in said.stderr
 
 
+@pytest.mark.thorough
 def test_a_replica_s_program_has_the_negatives_of_the_whole_slice():
     config = resolve("demo", [*TINY, "global_batch_size=64"])
     alone, among = lower(config, 48, 6), lower(config, 48, 6, replicas=4)

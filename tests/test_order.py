@@ -81,6 +81,7 @@ HOSTS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("hosts", [2, 4])
 @pytest.mark.parametrize("order", HOSTS.values(), ids=HOSTS.keys())
 def test_hosts_together_feed_every_image_once_an_epoch_and_no_step_has_one_twice(order, hosts):
@@ -94,6 +95,7 @@ def test_hosts_together_feed_every_image_once_an_epoch_and_no_step_has_one_twice
     assert steps(order, 11, 2, 1, hosts) == parts[1][11:13]
 
 
+@pytest.mark.thorough
 def test_a_host_reads_little_more_than_its_part():
     order = Order((64,) * 640, 256, 8192, 0)
     for host in range(4):

@@ -7,6 +7,7 @@ normalisation, loss, u, LARS and schedule are written here, plainly, after the p
 import math
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from trainer import checkpoint as checkpoints
@@ -133,6 +134,7 @@ def transcribed(
     return np.array(losses), ends
 
 
+@pytest.mark.thorough
 def test_200_steps_have_the_losses_of_the_formulas_in_float64(dataset, tmp_path):
     """In parts of 20, each from the trainer's checkpoint before it: what rounding does to a ReLU grows from step to step."""
     config = resolve("demo", SETTINGS)

@@ -290,6 +290,7 @@ def test_no_secret_is_in_the_job_or_said(google, bucket, capsys):
     assert "projects/my-project/secrets/mlflow/versions/1" in jobs_made(google)[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("faults", [["lost"], ["cut"], [429, 429], [500], [503, "cut", "lost"], ["slow"]], ids=str)
 def test_faults_that_pass_end_in_one_job(google, bucket, capsys, faults):
     google.fail(*faults, path="pipelineJobs?pipelineJobId=")
@@ -299,6 +300,7 @@ def test_faults_that_pass_end_in_one_job(google, bucket, capsys, faults):
     assert google.faults == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("fault", "named"),
     [(429, "out of quota"), (500, "is not itself"), (403, "not allowed"), ("cut", "cannot be reached"), (400, "refuses")],
@@ -310,16 +312,14 @@ def test_a_fault_that_stays_is_one_line_and_no_job(google, bucket, capsys, fault
     assert google.jobs == {}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fault", ["slow", "lost"])
 def test_a_job_that_may_have_been_made_is_still_one_when_it_is_submitted_again(google, bucket, capsys, monkeypatch, fault):
-    monkeypatch.setattr(vertex, "_SECONDS_FOR_A_CALL", 0.2)
     monkeypatch.setattr(vertex, "_PATIENCE", 0.3)
-    google.slow_seconds = 0.5
     google.fail(*[fault] * 1000, path="pipelineJobs?pipelineJobId=")
     assert cli.main(google.quick) == 2
     assert "job mine may have been made" in one_error_line(capsys)
     google.fail()
-    monkeypatch.setattr(vertex, "_SECONDS_FOR_A_CALL", 5.0)
     assert cli.main(google.quick) == 0
     assert len(google.jobs) == 1
 
@@ -327,6 +327,7 @@ def test_a_job_that_may_have_been_made_is_still_one_when_it_is_submitted_again(g
 SCHEDULE = f"{FOLDER}/schedules/1"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("command", "path"),
     [
@@ -344,7 +345,6 @@ def test_every_fault_that_stays_is_one_line_whatever_was_asked(google, capsys, m
     google.jobs[name] = aiplatform_v1.PipelineJob(name=name, state="PIPELINE_STATE_RUNNING")
     for name in ("_PATIENCE", "_PATIENCE_OF_FOLLOWING", "_SECONDS_FOR_A_CALL"):
         monkeypatch.setattr(vertex, name, 0.1)
-    google.slow_seconds = 0.3
     arguments = [*google.quick, *command[1:]] if command[0] == "submit" else [*command, *google.options]
     for fault in (429, 500, 403, "cut", "slow"):
         google.fail(*[fault] * 1000, path=path)
@@ -429,6 +429,7 @@ def test_a_job_that_somebody_else_ended_ends_the_wait_as_failed(google, bucket, 
     assert f"job mine {state.lower()}" in one_error_line(capsys)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fault", ["cut", 429, 500, 503, "slow"])
 def test_a_fault_while_waiting_is_waited_out(google, capsys, fault):
     assert cli.main(google.quick) == 0

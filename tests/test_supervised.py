@@ -150,6 +150,7 @@ def test_a_list_that_does_not_fit_is_refused(dataset, tmp_path, content, names, 
         read_subset(str(tmp_path / "list.txt"), read_manifest(str(dataset)), names and str(tmp_path / "names.txt"))
 
 
+@pytest.mark.thorough
 def test_every_protocol_runs_on_a_checkpoint_of_the_middle_of_a_run(dataset, tmp_path):
     """By its file. Each has its row, its column of predictions and its own settings; the bar ends where it should."""
     import pyarrow.parquet as pq

@@ -4,6 +4,7 @@ Only what has to be done an image at a time is done on the host; `trainer/augmen
 No Python runs in it, so that a TPU slice's hosts each run their own.
 """
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from trainer.order import Order
 from trainer.records import Manifest, UserError
 
 Batch = dict[str, tf.Tensor]
+
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def training_batches(
@@ -48,9 +51,9 @@ def training_batches(
             "epoch": item["epoch"],
         }
 
-    return (
+    return _untuned(
         taken.unbatch()
-        .map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .map(example, num_parallel_calls=_CORES, deterministic=True)
         .batch(config.global_batch_size // (hosts * replicas), drop_remainder=True)
         .scan(tf.fill([split.records], tf.constant(-1, tf.int32)), _refuse_repeats)
         .prefetch(2 * replicas)
@@ -84,9 +87,9 @@ def labelled_batches(config: Config, data_dir: str, manifest: Manifest, image_id
         )
         return {"image": tf.ensure_shape(view, [config.image_size, config.image_size, 3]), "label": parsed[records.LABEL]}
 
-    return (
+    return _untuned(
         taken.unbatch()
-        .map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .map(example, num_parallel_calls=_CORES, deterministic=True)
         .batch(config.global_batch_size, drop_remainder=True)
         .prefetch(2)
     )
@@ -105,12 +108,22 @@ def evaluation_batches(config: Config, data_dir: str, manifest: Manifest, split_
         image = tf.ensure_shape(image, [config.image_size, config.image_size, 3])
         return {"image": image, "image_id": parsed[records.IMAGE_ID], "label": parsed[records.LABEL]}
 
-    return (
+    return _untuned(
         tf.data.TFRecordDataset([f"{data_dir.rstrip('/')}/{shard.file}" for shard in split.shards])
-        .map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .map(example, num_parallel_calls=_CORES, deterministic=True)
         .batch(batch_size)
         .prefetch(2)
     )
+
+
+def _untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Returns `dataset` without tf.data's autotuning, whose thread sleeps up to a minute while its iterator waits to be deleted.
+
+    A preempted run has half of that to end in.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def training_split(config: Config, data_dir: str, manifest: Manifest) -> records.Split:
@@ -140,7 +153,7 @@ def first_wrong_record(data_dir: str, manifest: Manifest, split_name: str) -> Us
         path = f"{data_dir.rstrip('/')}/{shard.file}"
         number = -1
         try:
-            for number, serialized in enumerate(tf.data.TFRecordDataset(path)):
+            for number, serialized in enumerate(_untuned(tf.data.TFRecordDataset(path))):
                 where = f"record {number} of {path}"
                 parsed = _parse(serialized, split.records, manifest.num_classes)
                 image_id = int(parsed[records.IMAGE_ID])
@@ -173,8 +186,10 @@ def _stored(data_dir: str, manifest: Manifest, image_ids: np.ndarray) -> tf.Tens
     wanted = np.zeros(split.records, bool)
     wanted[image_ids] = True
     every = tf.data.TFRecordDataset([f"{data_dir.rstrip('/')}/{shard.file}" for shard in split.shards])
-    chosen = every.filter(
-        lambda serialized: tf.gather(wanted, _parse(serialized, split.records, manifest.num_classes)[records.IMAGE_ID])
+    chosen = _untuned(
+        every.filter(
+            lambda serialized: tf.gather(wanted, _parse(serialized, split.records, manifest.num_classes)[records.IMAGE_ID])
+        )
     )
     return tf.constant(list(chosen.as_numpy_iterator()))
 

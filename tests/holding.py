@@ -1,0 +1,38 @@
+"""A process that stops at a place in its work, so that a test can do something to it there, however fast the machine is."""
+
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Where it stops: at the first progress of `job` with each of `places` or more. `folder` says when it does."""
+
+    job: str
+    places: tuple[int, ...]
+    folder: Path
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What the process, or one that it starts, has to have in its environment."""
+        search = [str(Path(__file__).parent / "hold"), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        places = ",".join(map(str, self.places))
+        return {"PYTHONPATH": os.pathsep.join(filter(None, search)), "HOLD": f"{self.job} {places} {self.folder}"}
+
+    def wait(self, process: subprocess.Popen, place: int = 0) -> None:
+        """Returns once it has stopped at that one of its places."""
+        until((self.folder / f"{place}.held").exists, process)
+
+    def release(self, place: int = 0) -> None:
+        """Lets it go on from there."""
+        (self.folder / f"{place}.released").touch()
+
+
+def until(holds, process: subprocess.Popen) -> None:
+    """Returns once `holds()` is true. Fails where the process ends before."""
+    while not holds():
+        assert process.poll() is None or holds(), f"{process.args} ended with {process.returncode}"
+        time.sleep(0.01)
