@@ -101,7 +101,9 @@ def _against_lock(build: str) -> Finding:
         return Finding("lock", f"as in requirements/{lock.name}")
     shown = "; ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
     return Finding(
-        "lock", f"differs from requirements/{lock.name}", f"{shown}: make setup TENSORFLOW={build} installs what is locked"
+        "lock",
+        f"differs from requirements/{lock.name}",
+        f"{shown}: remove {sys.prefix}, then make setup TENSORFLOW={build} installs what is locked",
     )
 
 
@@ -142,7 +144,7 @@ def _why_none(build: str, usable: list[hardware.Accelerator]) -> str:
     if build != fitting.build:
         return f"{fitting.name} is here, and TensorFlow for {build} cannot use it: make setup TENSORFLOW={fitting.build}"
     if build == "gpu":
-        return f"{fitting.name} is here: CUDA_VISIBLE_DEVICES may hide it, or the driver is older than 525.60"
+        return f"{fitting.name} is here: CUDA_VISIBLE_DEVICES may hide it, or LD_LIBRARY_PATH may name another CUDA"
     return f"{fitting.name} is here: another process may hold it, or this user may not open it"
 
 

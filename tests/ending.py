@@ -3,7 +3,7 @@
 PLACES is a list with commas between:
 
     kill:STEP   SIGKILL at the progress of that step
-    torn:STEP   SIGKILL when half of that step's checkpoint is written
+    torn:STEP   SIGKILL when half of what goes into that step's checkpoint is written
     term:STEP   SIGTERM at the progress of that step
     end         to the end
 
@@ -18,11 +18,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+import tensorflow as tf
+
 import trainer.train  # noqa: F401  once for all children
-from trainer import checkpoint, task
+from trainer import task
 from trainer.progress import ProgressBars
 
-shown, write_whole = ProgressBars.__call__, checkpoint.write_whole
+GFile, shown = tf.io.gfile.GFile, ProgressBars.__call__
 
 
 def end_at(place: str) -> None:
@@ -33,15 +35,16 @@ def end_at(place: str) -> None:
         if done == int(step):
             os.kill(os.getpid(), signal.SIGTERM if what == "term" else signal.SIGKILL)
 
-    def torn(path: str, content: bytes) -> None:
-        if not path.endswith(f"checkpoint-{int(step):08}.npz"):
-            return write_whole(path, content)
-        with open(f"{path}.partial", "wb") as file:
-            file.write(content[: len(content) // 2])
-        return os.kill(os.getpid(), signal.SIGKILL)
+    class Torn(GFile):
+        def write(self, content: bytes) -> None:
+            if f"checkpoint-{int(step):08}" in self.name:
+                super().write(content[: len(content) // 2])
+                self.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().write(content)
 
     if what == "torn":
-        checkpoint.write_whole = torn
+        tf.io.gfile.GFile = Torn
     elif what != "end":
         ProgressBars.__call__ = signalled  # type: ignore[method-assign]
 

@@ -75,6 +75,13 @@ def test_a_gpu_whose_driver_does_not_answer_is_named_and_not_used(system, tmp_pa
         assert problem in reason
 
 
+def test_a_driver_that_is_too_old_is_named_and_not_used(system, tmp_path, monkeypatch):
+    driver(monkeypatch, tmp_path / "bin", "Tesla V100-SXM2-16GB, 470.256.02")
+    (gpu,) = visible(system)
+    assert gpu.problem.startswith("NVIDIA driver 470.256.02 is older than 525.60, which")
+    assert choose_build([gpu])[0] == "cpu"
+
+
 def test_a_driver_without_a_gpu_is_no_gpu(system, tmp_path, monkeypatch):
     driver(monkeypatch, tmp_path / "bin", "No devices were found", code=6)
     assert visible(system) == []
@@ -193,7 +200,7 @@ def test_doctor_names_what_differs_from_the_lock(monkeypatch):
     found = doctor._against_lock("cpu")
     assert found.wrong.startswith("numpy 1.0, not ==")
     assert "pillow missing, not ==" in found.wrong
-    assert found.wrong.endswith("make setup TENSORFLOW=cpu installs what is locked")
+    assert found.wrong.endswith(f": remove {sys.prefix}, then make setup TENSORFLOW=cpu installs what is locked")
 
 
 @pytest.mark.parametrize("command", [["-c", "import os; os.abort()"], ["-c", "raise SystemExit('libcuda is not here')"]])

@@ -32,6 +32,8 @@ _WITH_PLUGIN = "0x0063"
 """The TPU that TensorFlow 2.20 reaches through a plug-in."""
 _DISPLAY = "0x03"
 """First byte of the PCI class of graphics cards and of compute cards, which are 3D controllers."""
+_OLDEST_DRIVER = (525, 60)
+"""That CUDA 12 works with."""
 _SECONDS_FOR_DRIVER = 60
 """A driver that starts eight GPUs from sleep takes tens of seconds to answer."""
 
@@ -102,7 +104,7 @@ def _gpus(system: Path) -> list[Accelerator]:
     # On Windows' Linux the driver's tools lie in a folder of their own, which is not always on PATH.
     search = os.pathsep.join([os.environ.get("PATH", os.defpath), str(system / "usr" / "lib" / "wsl" / "lib")])
     tool = shutil.which("nvidia-smi", path=search)
-    problem = "no NVIDIA driver answers: install one (525.60 or later), or start the container with --gpus all"
+    problem = "no NVIDIA driver answers: install one, or start the container with --gpus all"
     if tool:
         ask = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
         try:
@@ -112,11 +114,19 @@ def _gpus(system: Path) -> list[Accelerator]:
         else:
             gpus = [line.rsplit(", ", 1) for line in answer.stdout.splitlines() if ", " in line]
             if answer.returncode == 0 and gpus:
-                return [Accelerator("gpu", f"{len(gpus)} x {gpus[0][0]}", f"NVIDIA driver {gpus[0][1]} answers")]
+                name, driver = gpus[0]
+                return [Accelerator("gpu", f"{len(gpus)} x {name}", f"NVIDIA driver {driver} answers", _too_old(driver))]
             said = " ".join((answer.stderr or answer.stdout).split()) or "no GPU"
             problem = f"nvidia-smi says: {said}"
     cards = [device for vendor, device, kind in _pci(system) if vendor == _NVIDIA and kind.startswith(_DISPLAY)]
     return [Accelerator("gpu", f"{len(cards)} x NVIDIA GPU", "PCI bus", problem)] if cards else []
+
+
+def _too_old(driver: str) -> str:
+    if tuple(int(number) for number in re.findall(r"\d+", driver)) >= _OLDEST_DRIVER:
+        return ""
+    oldest = ".".join(map(str, _OLDEST_DRIVER))
+    return f"NVIDIA driver {driver} is older than {oldest}, which TensorFlow 2.20 needs: install a newer one"
 
 
 def _pci(system: Path) -> list[tuple[str, str, str]]:
