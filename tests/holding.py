@@ -1,8 +1,10 @@
 """A process that stops at a place in its work, so that a test can do something to it there, however fast the machine is."""
 
+import contextlib
 import os
 import subprocess
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +33,21 @@ class Hold:
         (self.folder / f"{place}.released").touch()
 
 
-def until(holds, process: subprocess.Popen) -> None:
+@contextlib.contextmanager
+def started(command: Sequence[str | Path], **options) -> Iterator[subprocess.Popen]:
+    """Runs a process, and ends it where the test fails meanwhile, which would otherwise wait for it."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        except BaseException:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.kill()
+            raise
+
+
+def until(holds: Callable[[], bool], process: subprocess.Popen) -> None:
     """Returns once `holds()` is true. Fails where the process ends before."""
     while not holds():
         assert process.poll() is None or holds(), f"{process.args} ended with {process.returncode}"

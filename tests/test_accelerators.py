@@ -8,6 +8,7 @@ import pytest
 import yaml
 from google.cloud import aiplatform_v1
 from google.protobuf import json_format
+from holding import started
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from pipelines import accelerators, cli, pipeline
@@ -91,7 +92,7 @@ def test_a_machine_that_is_taken_away_tells_the_step_and_not_a_shell(tmp_path):
     python.chmod(0o755)
     command = [*pool.container_spec.command, *pool.container_spec.args]
     environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as step:
+    with started(command, env=environ, stdout=subprocess.PIPE, text=True) as step:
         assert step.stdout.readline().startswith("true -m kfp.dsl.executor_main")
         step.terminate()
         assert step.wait() == 75

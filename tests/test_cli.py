@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from google.protobuf import json_format
+from holding import started
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from components import tracking
@@ -296,7 +297,7 @@ def test_the_ui_serves_the_root_on_this_machine_only_until_it_is_interrupted(her
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "pipelines.cli", "ui", "--root", str(here), "--port", str(port)]
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ui:
+    with started(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ui:
         assert f"http://127.0.0.1:{port}/" in ui.stdout.readline()
         connection = http.client.HTTPConnection("127.0.0.1", port)
         connection.request("GET", "/ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name=sogclr")

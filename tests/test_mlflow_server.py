@@ -12,7 +12,7 @@ import pytest
 from fake_vertex import serving as serving_google
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import secretmanager
-from holding import Hold
+from holding import Hold, started
 from kfp import dsl
 from mlflow import MlflowClient
 from mlflow_server import PASSWORD, USER, serving
@@ -207,9 +207,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_run_loses_no_metric_and_no_s
     hold = Hold("pretrain", (DOWN, UP), tmp_path_factory.mktemp("hold"))
     # Beside a password, MLflow leaves a token alone.
     run_environ = {**os.environ, **hold.environ, "MLFLOW_TRACKING_TOKEN": TOKEN}
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=run_environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as run:
+    with started(command, cwd=tmp_path, env=run_environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         hold.wait(run, 0)
         server.kill()
         hold.release(0)

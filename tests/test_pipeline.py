@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import stripes
 from fake_vertex import give_credentials, serving
-from holding import Hold
+from holding import Hold, started
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -109,7 +109,7 @@ def interrupted(folder, raw, tmp_path_factory):
     command = process("run", "--preset", "demo", "--raw", raw, "--set", *TINY)
     command["args"] = ["bash", "-c", 'trap "" INT; exec "$@"', "bash", *command["args"]]
     command["env"] |= hold.environ
-    with subprocess.Popen(**command, cwd=folder, stderr=subprocess.PIPE) as running:
+    with started(command.pop("args"), **command, cwd=folder, stderr=subprocess.PIPE) as running:
         hold.wait(running)
         running.send_signal(signal.SIGTERM)
         return running.wait(), running.stderr.read().splitlines()
