@@ -2,8 +2,7 @@
 
 CASES is JSON: by name the number of replicas, whether several work as on a device whose compiler fuses, a TPU, and settings.
 FOLDER gets NAME-one.npz and NAME-several.npz with the metrics and the state after each step; several begin each step with the
-state that one had after the step before. The network has two blocks, which are soon compiled, and no layer of few pixels, whose
-ReLUs weigh much when rounding turns one.
+state that one had after the step before. The network has two blocks, which are soon compiled.
 
 TensorFlow makes its devices once, and its collectives confuse the strategies of one process with each other: each run is a child,
 and the children share the import of TensorFlow alone.
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+from lifted import lift
 
 from trainer import encoder
 from trainer.distribution import Replicas
@@ -39,7 +39,7 @@ def five_steps(data_dir: str, output: Path, begun: Path | None, replicas: int, f
     strategy = tf.distribute.MirroredStrategy(names) if replicas > 1 else tf.distribute.get_strategy()
     with strategy.scope():
         kind = FusingReplicas() if fuses else Replicas()
-        state = create_train_state(config, manifest.splits["train"].records, manifest.num_classes, kind)
+        state = lift(create_train_state(config, manifest.splits["train"].records, manifest.num_classes, kind))
     train_step = make_train_step(config, state, strategy)
     batches = iter(
         strategy.distribute_datasets_from_function(

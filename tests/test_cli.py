@@ -23,7 +23,7 @@ from pipelines import cli, code, local
 from trainer.presets import PRESETS
 
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = ("run", "rerun", "compile", "submit", "status", "cancel", "ui", "presets", "accelerators")
+COMMANDS = ("run", "rerun", "compare", "compile", "submit", "status", "cancel", "plan", "ui", "doctor", "presets", "accelerators")
 
 
 @pytest.fixture(autouse=True)

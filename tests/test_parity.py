@@ -9,7 +9,9 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
+from lifted import lift
 
+import trainer.train
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import augment
 from trainer.input_pipeline import training_batches
@@ -135,10 +137,11 @@ def transcribed(
 
 
 @pytest.mark.thorough
-def test_200_steps_have_the_losses_of_the_formulas_in_float64(dataset, tmp_path):
+def test_200_steps_have_the_losses_of_the_formulas_in_float64(dataset, tmp_path, monkeypatch):
     """In parts of 20, each from the trainer's checkpoint before it: what rounding does to a ReLU grows from step to step."""
     config = resolve("demo", SETTINGS)
-    begin = create_train_state(config, IMAGES, read_manifest(str(dataset)).num_classes).arrays()
+    monkeypatch.setattr(trainer.train, "create_train_state", lambda *arguments: lift(create_train_state(*arguments)))
+    begin = lift(create_train_state(config, IMAGES, read_manifest(str(dataset)).num_classes)).arrays()
     ours = []
     train(config, str(dataset), str(tmp_path), log_metrics=lambda metrics, _: ours.append(metrics["train/contrastive_loss"]))
     stored = [checkpoints.load(path) for path in checkpoints.paths(str(tmp_path))]
@@ -150,6 +153,9 @@ def test_200_steps_have_the_losses_of_the_formulas_in_float64(dataset, tmp_path)
     for checkpoint in stored:
         end = ends[checkpoint.step]
         np.testing.assert_allclose(checkpoint.arrays["u"], end.pop("u"), rtol=1e-3)
-        apart = {name: np.linalg.norm(checkpoint.arrays[name] - value) / np.linalg.norm(value) for name, value in end.items()}
-        assert np.median(list(apart.values())) < 0.001, apart
-        assert max(apart.values()) < 0.01, apart
+        sizes = {name: np.linalg.norm(value) for name, value in end.items()}
+        # What a beta adds where no ReLU cuts, the next BN takes back: its gradient is what equal sums leave of each other.
+        scales = {name: max(sizes.values()) if name.endswith("/beta") else size for name, size in sizes.items()}
+        apart = {name: np.linalg.norm(checkpoint.arrays[name] - end[name]) / scale for name, scale in scales.items()}
+        assert np.median(list(apart.values())) < 0.0005, apart
+        assert max(apart.values()) < 0.005, apart
