@@ -64,10 +64,10 @@ images: ## container images of this commit, sogclr-cpu, sogclr-gpu and sogclr-tp
 format: setup ## format the code and mend what the linter can
 	$(IN) ruff format . && ruff check --fix .
 
-COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+COMPILE = uv pip compile $(UPGRADE) --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 	--custom-compile-command "make lock"
 
-# All is resolved together first, so that the locks agree. What is locked stays where it can: delete a lock to renew it.
+# All is resolved together first, so that the locks agree. What is locked stays where it can; UPGRADE=--upgrade renews all.
 lock: setup ## resolve the dependencies anew into requirements/
 	@set -e; $(IN) all=$$(mktemp) && trap "rm $$all" EXIT && cat requirements/cpu.lock requirements/dev.lock > $$all; \
 	$(COMPILE) --extra cpu --extra build --group dev --output-file $$all pyproject.toml; \

@@ -33,9 +33,9 @@ _SETTINGS = (
 _CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _SECONDS_FOR_TENSORFLOW = 300
 _LEAST_DISK = 2 << 30
-"""Bytes; the demo leaves a tenth of it."""
+"""Bytes that should be free."""
 _LEAST_MEMORY = 4 << 30
-"""Bytes; the steps of the demo take half of it."""
+"""Bytes that a machine should have."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ _DISPLAY = "0x03"
 _OLDEST_DRIVER = (525, 60)
 """That CUDA 12 works with."""
 _SECONDS_FOR_DRIVER = 60
-"""A driver that starts eight GPUs from sleep takes tens of seconds to answer."""
+"""Where nothing else keeps the GPUs awake, the driver starts each before it answers."""
 
 
 @dataclass(frozen=True)
