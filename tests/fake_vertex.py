@@ -28,6 +28,8 @@ FOLDER = r"/v1/(?P<parent>projects/[^/]+/locations/[^/]+)"
 _STATUS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 409: "ALREADY_EXISTS"}
 _STATUS |= {429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 503: "UNAVAILABLE"}
 
+# A service account's credentials would ask Google where they may be used, in a thread that can outlive the test that made them.
+CredentialsWithRegionalAccessBoundary._is_regional_access_boundary_lookup_required = lambda _: False
 
 KEY = (
     rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -42,8 +44,6 @@ def give_credentials(patch: pytest.MonkeyPatch, folder: Path, project: str, url:
     about = {"type": "service_account", "project_id": project, "client_email": f"me@{project}.iam.gserviceaccount.com"}
     key.write_text(json.dumps({**about, "private_key": KEY, "token_uri": f"{url}/token", "private_key_id": "1"}))
     patch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(key))
-    # A service account's credentials would ask Google in the background where they may be used.
-    patch.setattr(CredentialsWithRegionalAccessBoundary, "_is_regional_access_boundary_lookup_required", lambda _: False)
     patch.setattr("google.auth.compute_engine._metadata._NO_GCE_CHECK", True)
 
 
