@@ -137,7 +137,7 @@ def _devices(build: str, wrong: str) -> Iterator[Finding]:
     )
 
 
-def _why_none(build: str, usable: list[hardware.Accelerator]) -> str:
+def _why_none(build: str, usable: list[hardware.Devices]) -> str:
     if not usable:
         return "" if build == "cpu" else f"this machine has no {build.upper()}: TensorFlow for {build} computes on its CPU"
     fitting = usable[0]

@@ -12,7 +12,7 @@ import pytest
 
 from pipelines import cli, doctor
 from trainer import hardware
-from trainer.hardware import Accelerator, choose_build, visible
+from trainer.hardware import Devices, choose_build, visible
 
 REPOSITORY = Path(__file__).parents[1]
 A100 = "NVIDIA A100-SXM4-40GB, 550.54.15"
@@ -58,7 +58,7 @@ def test_a_machine_without_accelerators_gets_tensorflow_for_the_cpu(system):
 def test_gpus_are_those_that_the_driver_names(system, tmp_path, monkeypatch):
     driver(monkeypatch, tmp_path / "bin", A100, A100)
     found = visible(system)
-    assert found == [Accelerator("gpu", "2 x NVIDIA A100-SXM4-40GB", "NVIDIA driver 550.54.15 answers")]
+    assert found == [Devices("gpu", "2 x NVIDIA A100-SXM4-40GB", "NVIDIA driver 550.54.15 answers")]
     assert choose_build(found) == ("gpu", "2 x NVIDIA A100-SXM4-40GB: NVIDIA driver 550.54.15 answers")
 
 
@@ -160,11 +160,11 @@ def test_tensorflow_is_told_of_the_tpu_s_plug_in_where_it_needs_one(system, tmp_
 # ---- doctor
 
 
-GPU = Accelerator("gpu", "1 x NVIDIA L4", "NVIDIA driver 550.54.15 answers")
-TPU = Accelerator("tpu", "8 x TPU v5e", "/dev/vfio/0 is there")
+GPU = Devices("gpu", "1 x NVIDIA L4", "NVIDIA driver 550.54.15 answers")
+TPU = Devices("tpu", "8 x TPU v5e", "/dev/vfio/0 is there")
 
 
-def found_with(monkeypatch, shown: list[Accelerator], build: str, **devices: list[str]) -> dict[str, doctor.Finding]:
+def found_with(monkeypatch, shown: list[Devices], build: str, **devices: list[str]) -> dict[str, doctor.Finding]:
     """What doctor finds on a machine that shows `shown`, with TensorFlow for `build`, which sees `devices`."""
     monkeypatch.setattr(doctor, "_build", lambda: (build, ""))
     monkeypatch.setattr(hardware, "visible", lambda: shown)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer.hardware import Accelerator
+from trainer.hardware import Devices
 
 REPOSITORY = Path(__file__).parents[1]
-GPU = Accelerator("gpu", "1 x NVIDIA L4", "NVIDIA driver 550.54.15 answers")
+GPU = Devices("gpu", "1 x NVIDIA L4", "NVIDIA driver 550.54.15 answers")
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ _SECONDS_FOR_DRIVER = 60
 
 
 @dataclass(frozen=True)
-class Accelerator:
+class Devices:
     """Devices of one kind that the operating system shows."""
 
     build: str
@@ -52,12 +52,12 @@ class Accelerator:
     """Why no process can use them, and what to do. Empty where they can be used."""
 
 
-def visible(system: Path = Path("/")) -> list[Accelerator]:
+def visible(system: Path = Path("/")) -> list[Devices]:
     """Returns the TPUs and the NVIDIA GPUs of this machine, usable or not. `system` is the root of its /dev and /sys."""
     return [*_tpus(system), *_gpus(system)]
 
 
-def choose_build(found: list[Accelerator]) -> tuple[str, str]:
+def choose_build(found: list[Devices]) -> tuple[str, str]:
     """Returns the build of TensorFlow for a machine that shows `found`, and the reason in words."""
     for one in found:
         if not one.problem:
@@ -83,7 +83,7 @@ def tensorflow_environment(system: Path = Path("/")) -> dict[str, str]:
     return environment
 
 
-def _tpus(system: Path) -> list[Accelerator]:
+def _tpus(system: Path) -> list[Devices]:
     devices = [device for vendor, device, _ in _pci(system) if vendor == _GOOGLE and device in _TPUS]
     # v2 to v4 have /dev/accel0 and so on; later ones /dev/vfio/0, which any device lent to a virtual machine has.
     nodes = [path for path in _children(system / "dev") if re.fullmatch(r"accel\d+", path.name)]
@@ -94,13 +94,13 @@ def _tpus(system: Path) -> list[Accelerator]:
     product = _TPUS[devices[0]] if devices else "TPU"
     name = f"{len(devices) or len(nodes)} x {product}"
     if not nodes:
-        return [Accelerator("tpu", name, "PCI bus", "it has no node in /dev: start the container with --privileged")]
+        return [Devices("tpu", name, "PCI bus", "it has no node in /dev: start the container with --privileged")]
     closed = [path for path in nodes if not os.access(path, os.R_OK | os.W_OK)]
     problem = f"this user may not open {closed[0]}: run as root" if closed else ""
-    return [Accelerator("tpu", name, f"{nodes[0]} is there", problem)]
+    return [Devices("tpu", name, f"{nodes[0]} is there", problem)]
 
 
-def _gpus(system: Path) -> list[Accelerator]:
+def _gpus(system: Path) -> list[Devices]:
     # On Windows' Linux the driver's tools lie in a folder of their own, which is not always on PATH.
     search = os.pathsep.join([os.environ.get("PATH", os.defpath), str(system / "usr" / "lib" / "wsl" / "lib")])
     tool = shutil.which("nvidia-smi", path=search)
@@ -115,11 +115,11 @@ def _gpus(system: Path) -> list[Accelerator]:
             gpus = [line.rsplit(", ", 1) for line in answer.stdout.splitlines() if ", " in line]
             if answer.returncode == 0 and gpus:
                 name, driver = gpus[0]
-                return [Accelerator("gpu", f"{len(gpus)} x {name}", f"NVIDIA driver {driver} answers", _too_old(driver))]
+                return [Devices("gpu", f"{len(gpus)} x {name}", f"NVIDIA driver {driver} answers", _too_old(driver))]
             said = " ".join((answer.stderr or answer.stdout).split()) or "no GPU"
             problem = f"nvidia-smi says: {said}"
     cards = [device for vendor, device, kind in _pci(system) if vendor == _NVIDIA and kind.startswith(_DISPLAY)]
-    return [Accelerator("gpu", f"{len(cards)} x NVIDIA GPU", "PCI bus", problem)] if cards else []
+    return [Devices("gpu", f"{len(cards)} x NVIDIA GPU", "PCI bus", problem)] if cards else []
 
 
 def _too_old(driver: str) -> str:
