@@ -138,7 +138,9 @@ def _bars(axes: Axes, x: float, metrics: Artifact | None) -> None:
         ("pretrained", "top_1_accuracy", _THING_Y - 0.06, GREEN),
         ("untrained control", "untrained_top_1_accuracy", _THING_Y - 0.5, LINE),
     ):
-        value = float(metrics.metadata.get(key, 0.0))
+        if key not in metrics.metadata:
+            continue
+        value = float(metrics.metadata[key])
         axes.barh(y, width, height=0.12, left=left, color="#e3e8ee")
         axes.barh(y, width * value, height=0.12, left=left, color=colour)
         axes.text(left, y + 0.18, name, size=9, color=INK, va="center")

@@ -140,13 +140,18 @@ def linear_eval(
         code_version: Changes when the code does, so that the cache sees it.
         dataset: What build-tfrecords made.
         model: What pretrain made.
-        metrics: Accuracies between 0 and 1; a folder with result.json.
+        metrics: Accuracies between 0 and 1; a folder with result.json. Where AIP_CHECKPOINT_DIR says where checkpoints are, the
+            features lie there, and what an earlier attempt at the same left is gone on with.
         report: A page that shows what was measured, and on what.
     """
-    from components import tracking
+    import os
+    import sys
+
+    from components import tracking, workspace
     from eval.card import evaluated_card
     from eval.linear_eval import linear_eval as evaluate
     from eval.report import write_report
+    from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
     from trainer.progress import ProgressBars
 
     arguments = {"overrides": overrides, "code_version": code_version}
@@ -154,14 +159,26 @@ def linear_eval(
     with ProgressBars() as bars, tracking.step("linear-eval", arguments, outputs, inputs) as run:
         run.log_dataset(dataset, "eval")
         run.use_encoder(model)
-        result = evaluate(
-            dataset.uri,
-            model.uri,
-            metrics.uri,
-            overrides,
-            log_metrics=run.log_metrics,
-            report=lambda done, total, text: bars("linear-eval", done, total, text),
-        )
+        work = metrics.uri
+        if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):
+            about = {"model": model.metadata["state_sha256"], "dataset": dataset.metadata["fingerprint"]}
+            work = workspace.claim(checkpoints, linear_eval=overrides, **about, code_version=code_version)
+        run.keep_metrics_in(work)
+        try:
+            with sigterm_noted() as should_stop:
+                result = evaluate(
+                    dataset.uri,
+                    model.uri,
+                    metrics.uri,
+                    overrides,
+                    workspace=work,
+                    log_metrics=run.log_metrics,
+                    report=lambda done, total, text: bars("linear-eval", done, total, text),
+                    should_stop=should_stop,
+                )
+        except PreemptedError as preempted:
+            print(f"preempted: {preempted}", file=sys.stderr)
+            sys.exit(EXIT_CODE)
         run.log_final_metrics(result.metrics, model.metadata["model_id"], dataset, int(model.metadata["steps"]))
         run.rate_encoder(model, dataset, evaluated_card(model.uri, metrics.uri), result.metrics["eval/top_1_accuracy"])
         run.log_features(dataset, result.features)

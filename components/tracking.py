@@ -698,8 +698,9 @@ def _made(one: Step) -> str:
     if one.component == "pretrain":
         name, version = about.metadata["model_name"], about.metadata["model_version"]
         return f"encoder [{name} version {version}](#/models/{name}/versions/{version}{_VIEW}), {about.count('steps'):,} steps"
-    top_1, control = (float(about.metadata[key]) for key in ("top_1_accuracy", "untrained_top_1_accuracy"))
-    return f"top-1 {top_1:.1%}, untrained control {control:.1%}"
+    control = about.metadata.get("untrained_top_1_accuracy")
+    beside = "no untrained control" if control is None else f"untrained control {float(control):.1%}"
+    return f"top-1 {float(about.metadata['top_1_accuracy']):.1%}, {beside}"
 
 
 def _title(run: Run) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 import eval.figures as figures
 import eval.page as page
-from eval.evaluation import PROTOCOLS, Evaluation, read_evaluation, settings_in_words
+from eval.evaluation import Evaluation, description_of, read_evaluation, settings_in_words
 from eval.figures import SERIES, History, Interval
 from eval.linear_eval import Accuracy
 from eval.statistics import MeanAndSpread, PairedTest, mean_and_spread, paired_test
@@ -239,7 +239,7 @@ def _accuracies(found: Comparison, protocol: str) -> page.Section:
     for (of_protocol, names), one in found.seeds.items():
         if of_protocol == protocol:
             body += page.note(f"{one.count} seeds ({names}): {_mean(one)}")
-    return page.Section(f"protocol-{protocol}", f"Top-1, {protocol}", PROTOCOLS.get(protocol, ""), body)
+    return page.Section(f"protocol-{protocol}", f"Top-1, {protocol}", description_of(protocol), body)
 
 
 def _of_protocol(found: Comparison, protocol: str) -> list[tuple[str, Accuracy]]:

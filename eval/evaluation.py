@@ -10,24 +10,9 @@ import numpy as np
 import pyarrow.parquet as parquet
 import tensorflow as tf
 
-from eval.linear_eval import PREDICTIONS, RESULT, Accuracy
+from eval.linear_eval import PREDICTIONS, RESULT, Accuracy, read_accuracy
+from eval.protocols import PROTOCOLS
 from trainer.records import UserError
-
-PROTOCOLS = {
-    "cached": "exact logistic regression on stored features, its penalty chosen on held-out training images",
-    "official": "the published one: linear classifier by momentum SGD on augmented images, encoder frozen",
-    "online": "classifier trained alongside, on features that pass no gradient back",
-    "knn": "nearest neighbours by cosine, weighted; nothing is trained",
-    "finetune-1": "all weights trained on 1% of the labels",
-    "finetune-10": "all weights trained on 10% of the labels",
-    "finetune-100": "all weights trained on all labels",
-}
-"""What each protocol does, in words; accuracies of different ones are not comparable."""
-
-
-def column_of(row: Accuracy) -> str:
-    """Returns the name that the predictions of an encoder by a protocol have."""
-    return row.protocol if row.encoder == "pretrained" else f"{row.encoder}_{row.protocol}"
 
 
 @dataclass(frozen=True)
@@ -39,7 +24,7 @@ class Evaluation:
     labels: np.ndarray
     """[n] int64, of the validation images, by ID."""
     predictions: Mapping[str, np.ndarray]
-    """By `column_of` its row: [n] int64."""
+    """By the column of its row: [n] int64."""
 
     @property
     def fingerprint(self) -> str:
@@ -60,6 +45,17 @@ class Evaluation:
 
     def row(self, protocol: str, encoder: str = "pretrained") -> Accuracy | None:
         return next((row for row in self.rows if (row.protocol, row.encoder) == (protocol, encoder)), None)
+
+    @property
+    def about_control(self) -> str:
+        """Says what the untrained control was fitted to, in words."""
+        control, count = self.row("cached", "untrained"), self.result["train_images"]
+        if control is None:
+            return "turned off: linear_eval.control_images=0"
+        low, high = control.top_1_interval
+        fitted = control.settings["images"]
+        part = "" if fitted == count else f", fitted to {fitted:,} of {count:,} training images"
+        return f"{low:.1%} to {high:.1%}{part}"
 
     def correct(self, key: str) -> np.ndarray:
         """Returns for each validation image whether it was told right, [n] bool."""
@@ -86,8 +82,12 @@ def read_evaluation(folder: str) -> Evaluation:
         stored = parquet.read_table(io.BytesIO(file.read()))
     columns = {name: stored[name].to_numpy() for name in stored.column_names if name != "image_id"}
     labels = columns.pop("label")
-    rows = tuple(Accuracy(**{**row, "top_1_interval": tuple(row["top_1_interval"])}) for row in result["accuracies"])
-    return Evaluation(folder, result, rows, labels, columns)
+    return Evaluation(folder, result, tuple(map(read_accuracy, result["accuracies"])), labels, columns)
+
+
+def description_of(protocol: str) -> str:
+    """Returns the line that describes a protocol, or nothing where this version does not know it."""
+    return PROTOCOLS[protocol].description if protocol in PROTOCOLS else ""
 
 
 def settings_in_words(settings: Mapping[str, Any]) -> str:

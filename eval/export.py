@@ -27,7 +27,7 @@ import tensorflow as tf
 
 from eval.card import model_card
 from trainer import checkpoint as checkpoints
-from trainer.augmentation import central_crop
+from trainer.augmentation import as_floats, central_crop
 from trainer.config import Config
 from trainer.encoder import make_encoder
 from trainer.records import UserError
@@ -90,7 +90,7 @@ def _save(encoder: keras.Model, config: Config, path: str) -> None:
         return {"features": tf.cond(tf.size(images) > 0, lambda: encoder(images, training=False), lambda: none)}
 
     def seen(encoded: tf.Tensor) -> tf.Tensor:
-        return tf.ensure_shape(central_crop(encoded, size, config.eval_crop_proportion), [size, size, 3])
+        return tf.ensure_shape(as_floats(central_crop(encoded, size, config.eval_crop_proportion)), [size, size, 3])
 
     @tf.function(autograph=False, input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
     def of_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:

@@ -1,13 +1,18 @@
-"""Features of a frozen encoder: one forward pass over a split, stored with image IDs.
+"""Features of a frozen encoder: one forward pass over a split, written to disk as it goes and read back in parts.
 
-A file of features is Parquet, with `image_id` int64 (0..n-1, in order), `label` int64 and `features` fixed_size_list<float32>.
-Its metadata hold the digest of all that the features are a function of, so that they are computed once.
+A folder of features holds part-00000.parquet, part-00001.parquet and so on. A part has `image_id` int64, `label` int64 and
+`features` fixed_size_list<float32>, a row an image, in the order in which the shards hold them. Last of all comes
+features.json: the digest of all that the features are a function of, and how many rows each part has. An interrupted pass goes
+on after its last part.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import keras
 import numpy as np
@@ -16,14 +21,19 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from trainer import checkpoint as checkpoints
+from trainer.augmentation import as_floats
 from trainer.config import Config
+from trainer.distribution import jit_compile
 from trainer.encoder import make_encoder
-from trainer.input_pipeline import evaluation_batches
+from trainer.input_pipeline import PADDING, evaluation_batches, naming_wrong_records
+from trainer.preemption import PreemptedError
 from trainer.records import Manifest, UserError
 from trainer.train import model_variables
 
+INDEX = "features.json"
 _DIGEST = b"sogclr.digest"
-_ROWS_AT_ONCE = 1 << 14
+_PART_BYTES = 1 << 27
+"""Of features in a part, at most, but for the last batch in it."""
 _SETTINGS = (
     "image_size",
     "eval_crop_proportion",
@@ -38,12 +48,121 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder makes of the n images of a split, in the order of their IDs."""
+    """Features of n images, in memory."""
 
-    values: np.ndarray
-    """[n, F] float32."""
+    image_ids: np.ndarray
+    """[n] int64."""
     labels: np.ndarray
     """[n] int64."""
+    values: np.ndarray
+    """[n, F] float32."""
+
+    def by_id(self) -> "Features":
+        """Returns the same in the order of image IDs."""
+        order = np.argsort(self.image_ids)
+        return Features(self.image_ids[order], self.labels[order], self.values[order])
+
+
+@dataclass(frozen=True)
+class StoredFeatures:
+    """Features on disk."""
+
+    folder: str
+    digest: str
+    dim: int
+    rows: tuple[int, ...]
+    """How many images each part has."""
+
+    @property
+    def count(self) -> int:
+        return sum(self.rows)
+
+    def parts(self) -> Iterator[Features]:
+        """Yields the parts in their order; one is read while the one before is worked on."""
+        with ThreadPoolExecutor(1) as reader:
+            coming = [reader.submit(self._part, number) for number in range(min(1, len(self.rows)))]
+            for number in range(len(self.rows)):
+                part = coming.pop().result()
+                if number + 1 < len(self.rows):
+                    coming.append(reader.submit(self._part, number + 1))
+                yield part
+
+    def whole(self) -> Features:
+        """Returns all in memory, in the order of image IDs: for a split that is small."""
+        ids, labels = self.ids_and_labels()
+        row = np.empty(self.count, np.int64)
+        row[ids] = np.arange(self.count)
+        values = np.empty((self.count, self.dim), np.float32)
+        for part in self.parts():
+            values[part.image_ids] = part.values
+        return Features(np.arange(self.count), labels[row], values)
+
+    def ids_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns image IDs and labels, [n] int64 each, in the order of the parts."""
+        tables = [_read_table(_part_path(self.folder, number), ["image_id", "label"]) for number in range(len(self.rows))]
+        columns = [np.concatenate([table[name].to_numpy() for table in tables]) for name in ("image_id", "label")]
+        return columns[0], columns[1]
+
+    def labels_by_id(self) -> np.ndarray:
+        """Returns the label of each image ID, [largest ID + 1] int64; that of an image which is not here is 0."""
+        ids, labels = self.ids_and_labels()
+        by_id = np.zeros(int(ids.max()) + 1, np.int64)
+        by_id[ids] = labels
+        return by_id
+
+    @contextmanager
+    def on_this_machine(self) -> Iterator["StoredFeatures"]:
+        """Yields the same features in a local folder, for who reads them many times."""
+        if "://" not in self.folder:
+            yield self
+            return
+        with tempfile.TemporaryDirectory(prefix="features-") as folder:
+            for number in range(len(self.rows)):
+                tf.io.gfile.copy(_part_path(self.folder, number), _part_path(folder, number))
+            yield replace(self, folder=folder)
+
+    def examples(self, wanted: np.ndarray | None = None) -> "Examples":
+        """Returns the images as examples: all, or those whose ID `wanted` says, [N] bool by image ID."""
+
+        def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for part in self.parts():
+                chosen = slice(None) if wanted is None else wanted[part.image_ids]
+                yield part.values[chosen], part.labels[chosen]
+
+        return Examples(self.count if wanted is None else int(wanted.sum()), self.dim, pieces)
+
+    def _part(self, number: int) -> Features:
+        path = _part_path(self.folder, number)
+        table = _read_table(path)
+        if table.num_rows != self.rows[number]:
+            raise UserError(f"{path} has {table.num_rows} images, and {INDEX} says {self.rows[number]}: delete {self.folder}")
+        return _to_features(table)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Features with labels that a fit reads again and again, in pieces."""
+
+    count: int
+    dim: int
+    pieces: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
+    """Starts a pass, of (values [m, F] float32, labels [m] int64)."""
+
+    @classmethod
+    def of(cls, values: np.ndarray, labels: np.ndarray) -> "Examples":
+        """Returns examples that are in memory, [n, F] float32 and [n] int64."""
+        return cls(len(labels), values.shape[1], lambda: [(values, labels)])
+
+
+def read_features(folder: str) -> StoredFeatures:
+    """Returns the features in a folder. Raises UserError where there are none, or not all."""
+    folder = folder.rstrip("/")
+    try:
+        with tf.io.gfile.GFile(f"{folder}/{INDEX}") as file:
+            index = json.loads(file.read())
+        return StoredFeatures(folder, index["digest"], index["dimensions"], tuple(index["rows"]))
+    except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
+        raise UserError(f"{folder} is no folder of features: {str(error).splitlines()[0]}") from error
 
 
 def load_encoder(config: Config, checkpoint: checkpoints.Checkpoint) -> keras.Model:
@@ -53,46 +172,11 @@ def load_encoder(config: Config, checkpoint: checkpoints.Checkpoint) -> keras.Mo
     return encoder
 
 
-def extract(
-    encoder: keras.Model,
-    config: Config,
-    data_dir: str,
-    manifest: Manifest,
-    split: str,
-    report: Callable[[int], None] = lambda done: None,
-) -> Features:
-    """Returns the features of every image of `split`; calls `report(images done)` after each batch.
+def digest_of(encoder: keras.Model, config: Config, manifest: Manifest, split: str, image_ids: np.ndarray | None = None) -> str:
+    """Returns a name of the features of `split`, or of `image_ids` in it.
 
-    Raises UserError where the split does not hold every image ID once, and where features are not finite.
+    It is equal for the same encoder, images and evaluation crop, whatever the batch size and the number of replicas.
     """
-    batch_size = config.linear_eval.batch_size
-    count = manifest.splits[split].records if split in manifest.splits else 0
-    values = np.zeros((count, encoder.output_shape[-1]), np.float32)
-    labels = np.full(count, -1, np.int64)
-
-    @tf.function(autograph=False, reduce_retracing=True)
-    def forward(images: tf.Tensor) -> tf.Tensor:
-        return encoder(images, training=False)
-
-    done = 0
-    for batch in evaluation_batches(config, data_dir, manifest, split, batch_size):
-        ids = batch["image_id"].numpy()
-        values[ids] = forward(batch["image"]).numpy()
-        labels[ids] = batch["label"].numpy()
-        done += len(ids)
-        report(done)
-    if done != count or np.any(labels < 0):
-        raise UserError(
-            f"{data_dir} holds {done} records in split {split}, not image IDs 0..{count - 1} once each: build the dataset again"
-        )
-    if not np.all(np.isfinite(values)):
-        bad = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
-        raise UserError(f"the features of image ID {bad} of {split} are not finite: the checkpoint is of a run that diverged")
-    return Features(values, labels)
-
-
-def digest_of(encoder: keras.Model, config: Config, manifest: Manifest, split: str) -> str:
-    """Returns a name of the features of `split`: equal for the same encoder, images and eval crop, whatever the batch size."""
     arrays = {name: variable.numpy() for name, variable in model_variables("encoder", encoder).items()}
     about = {
         "encoder": checkpoints.sha256_of(arrays),
@@ -100,52 +184,199 @@ def digest_of(encoder: keras.Model, config: Config, manifest: Manifest, split: s
         "split": split,
         **{name: getattr(config, name) for name in _SETTINGS},
     }
+    if image_ids is not None:
+        about["image_ids"] = hashlib.sha256(np.sort(image_ids).tobytes()).hexdigest()
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def write_features(path: str, features: Features, digest: str = "") -> None:
-    """Writes a Parquet file of features, whole or not at all, in a local folder or a gs:// one."""
-    count, dim = features.values.shape
-    schema = pa.schema(
-        [("image_id", pa.int64()), ("label", pa.int64()), ("features", pa.list_(pa.float32(), dim))],
-        metadata={_DIGEST: digest.encode()},
-    )
-    partial = f"{path}.partial"
-    with (
-        _File(partial, "wb") as file,
-        pq.ParquetWriter(pa.PythonFile(file, mode="w"), schema, use_dictionary=False) as writer,
-    ):
-        for start in range(0, count, _ROWS_AT_ONCE):
-            values = features.values[start : start + _ROWS_AT_ONCE]
-            columns = [
-                pa.array(np.arange(start, start + len(values))),
-                pa.array(features.labels[start : start + len(values)]),
-                pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), dim),
-            ]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-    tf.io.gfile.rename(partial, path, overwrite=True)
+def extract(
+    encoder: keras.Model,
+    config: Config,
+    data_dir: str,
+    manifest: Manifest,
+    split: str,
+    folder: str,
+    image_ids: np.ndarray | None = None,
+    *,
+    strategy: tf.distribute.Strategy | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> StoredFeatures:
+    """Returns the features of `split`, or of `image_ids` in it, from a folder under `folder` that their digest names.
 
-
-def read_features(path: str, digest: str | None = None) -> Features:
-    """Reads what `write_features` wrote.
-
-    Raises UserError where there is no such file, where it is something else, and where its digest is not `digest`, if given.
+    Those that are there are not computed again. `encoder` was made in the scope of `strategy`, by default TensorFlow's own. Calls
+    `on_progress(images done)` after each batch. Raises PreemptedError soon after `should_stop()` is true: finished parts stay.
+    Raises UserError where the split does not hold every image ID once, and where features are not finite.
     """
+    strategy = strategy or tf.distribute.get_strategy()
+    digest = digest_of(encoder, config, manifest, split, image_ids)
+    folder = f"{folder.rstrip('/')}/features-{split}-{digest[:16]}"
+    if tf.io.gfile.exists(f"{folder}/{INDEX}"):
+        stored = read_features(folder)
+        if stored.digest == digest:
+            on_progress(stored.count)
+            return stored
+    expected = np.arange(manifest.splits[split].records) if image_ids is None else np.sort(image_ids)
+    dim = encoder.output_shape[-1]
+    replicas, at_once = strategy.num_replicas_in_sync, config.linear_eval.batch_size
+    steps_a_part = max(1, _PART_BYTES // (4 * dim * at_once * replicas))
+    # A part of an earlier attempt is of use where its batches were as large.
+    layout = f"{digest} {steps_a_part} x {replicas} x {at_once}"
+    rows: list[int] = []
+    seen: list[np.ndarray] = []
+    while (ids := _ids_of_part(_part_path(folder, len(rows)), layout)) is not None:
+        seen.append(ids)
+        rows.append(len(ids))
+    done = sum(rows)
+    on_progress(done)
+    pending: list[Features] = []
+
+    def write() -> None:
+        part = Features(*(np.concatenate(columns) for columns in zip(*map(_columns, pending), strict=True)))
+        _require_finite(part, split)
+        tf.io.gfile.makedirs(folder)
+        _write_part(_part_path(folder, len(rows)), part, layout)
+        seen.append(part.image_ids)
+        rows.append(len(part.image_ids))
+        pending.clear()
+
+    for batch in forward_pass(encoder, config, data_dir, manifest, split, image_ids, len(rows) * steps_a_part, strategy=strategy):
+        pending.append(batch)
+        done += len(batch.image_ids)
+        on_progress(done)
+        if len(pending) == steps_a_part:
+            write()
+        if should_stop():
+            kept = f"{sum(rows):,} of {len(expected):,} images of {split}"
+            raise PreemptedError(
+                f"stopped in the forward pass, kept the features of {kept}: start the same command again to go on"
+            )
+    if pending:
+        write()
+    if not np.array_equal(np.sort(np.concatenate(seen)), expected):
+        raise UserError(
+            f"{data_dir} holds {done} records in split {split}, not image IDs 0..{manifest.splits[split].records - 1} once each: "
+            "build the dataset again"
+        )
+    index = {"digest": digest, "split": split, "images": done, "dimensions": dim, "rows": rows}
+    checkpoints.write_whole(f"{folder}/{INDEX}", (json.dumps(index, indent=1) + "\n").encode())
+    return StoredFeatures(folder, digest, dim, tuple(rows))
+
+
+def forward_pass(
+    encoder: keras.Model,
+    config: Config,
+    data_dir: str,
+    manifest: Manifest,
+    split: str,
+    image_ids: np.ndarray | None = None,
+    first_step: int = 0,
+    *,
+    strategy: tf.distribute.Strategy | None = None,
+) -> Iterator[Features]:
+    """Yields the features of `split`, or of `image_ids` in it, a batch of all replicas at a time, from `first_step` on."""
+    strategy = strategy or tf.distribute.get_strategy()
+
+    def of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        return evaluation_batches(
+            config,
+            data_dir,
+            manifest,
+            split,
+            config.linear_eval.batch_size,
+            image_ids,
+            first_step,
+            host=context.input_pipeline_id,
+            hosts=context.num_input_pipelines,
+            replicas=context.num_replicas_in_sync // context.num_input_pipelines,
+        )
+
+    @tf.function(autograph=False, jit_compile=jit_compile(strategy) or None)
+    def forward(images: tf.Tensor) -> tf.Tensor:
+        return strategy.run(features_of_pixels(encoder), args=(images,))
+
+    def fetched(batch: dict[str, tf.Tensor], values: tf.Tensor) -> Features:
+        columns = [
+            np.concatenate([part.numpy() for part in strategy.experimental_local_results(of_all)])
+            for of_all in (batch["image_id"], batch["label"], values)
+        ]
+        real = columns[0] != PADDING
+        return Features(*(column[real] for column in columns))
+
+    # An accelerator works on a batch while the one before is fetched from it.
+    before: tuple[dict[str, tf.Tensor], tf.Tensor] | None = None
+    batches = strategy.distribute_datasets_from_function(of_host)
+    for batch in naming_wrong_records(batches, data_dir, manifest, split):
+        now = batch, forward(batch["image"])
+        if before is not None:
+            yield fetched(*before)
+        before = now
+    if before is not None:
+        yield fetched(*before)
+
+
+def features_of_pixels(encoder: keras.Model) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Returns what a replica does with uint8 images, [b, S, S, 3]: their features, [b, F] float32, with BN in inference mode."""
+    return lambda images: encoder(as_floats(images), training=False)
+
+
+def _columns(features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return features.image_ids, features.labels, features.values
+
+
+def _require_finite(features: Features, split: str) -> None:
+    finite = np.isfinite(features.values).all(axis=1)
+    if not finite.all():
+        bad = int(features.image_ids[~finite].min())
+        raise UserError(f"the features of image ID {bad} of {split} are not finite: the checkpoint is of a run that diverged")
+
+
+# ---- Parts
+
+
+def _part_path(folder: str, number: int) -> str:
+    return f"{folder}/part-{number:05}.parquet"
+
+
+def _write_part(path: str, part: Features, layout: str) -> None:
+    count, dim = part.values.shape
+    values = pa.FixedSizeListArray.from_arrays(pa.array(part.values.ravel()), dim)
+    table = pa.table(
+        {"image_id": part.image_ids, "label": part.labels, "features": values},
+        pa.schema(
+            [("image_id", pa.int64()), ("label", pa.int64()), ("features", pa.list_(pa.float32(), dim))],
+            metadata={_DIGEST: layout.encode()},
+        ),
+    )
+    sink = pa.BufferOutputStream()
+    # Features have next to nothing to compress.
+    pq.write_table(table, sink, use_dictionary=False, compression="none", write_statistics=False, row_group_size=count)
+    checkpoints.write_whole(path, sink.getvalue().to_pybytes())
+
+
+def _ids_of_part(path: str, layout: str) -> np.ndarray | None:
+    """Returns the image IDs of a part that an earlier attempt at the same left, or None where there is none."""
+    if not tf.io.gfile.exists(path):
+        return None
+    try:
+        table = _read_table(path, ["image_id"])
+    except UserError:
+        return None
+    return table["image_id"].to_numpy() if (table.schema.metadata or {}).get(_DIGEST) == layout.encode() else None
+
+
+def _read_table(path: str, columns: list[str] | None = None) -> pa.Table:
     try:
         with _File(path, "rb") as file:
-            stored = pq.ParquetFile(pa.PythonFile(file, mode="r"))
-            schema, count = stored.schema_arrow, stored.metadata.num_rows
-            if digest is not None and (schema.metadata or {}).get(_DIGEST) != digest.encode():
-                raise UserError(f"{path} holds features of another encoder or of other images")
-            dim = schema.field("features").type.list_size
-            values, labels = np.empty((count, dim), np.float32), np.empty(count, np.int64)
-            for batch in stored.iter_batches(_ROWS_AT_ONCE):
-                ids = batch["image_id"].to_numpy()
-                values[ids] = batch["features"].flatten().to_numpy().reshape(-1, dim)
-                labels[ids] = batch["label"].to_numpy()
-    except (pa.ArrowInvalid, KeyError, AttributeError, OSError, tf.errors.OpError) as error:
-        raise UserError(f"{path} is not a file of features: {str(error).splitlines()[0]}") from error
-    return Features(values, labels)
+            return pq.ParquetFile(pa.PythonFile(file, mode="r")).read(columns)
+    except (pa.ArrowInvalid, OSError, tf.errors.OpError) as error:
+        raise UserError(f"{path} is no part of features: {str(error).splitlines()[0]}") from error
+
+
+def _to_features(table: pa.Table) -> Features:
+    values = table["features"].combine_chunks()
+    dim = values.type.list_size
+    return Features(table["image_id"].to_numpy(), table["label"].to_numpy(), values.flatten().to_numpy().reshape(-1, dim))
 
 
 class _File(tf.io.gfile.GFile):

@@ -1,41 +1,36 @@
-"""The evaluation of a checkpoint: one forward pass over the data, and every protocol that was asked for on what came of it.
+"""The evaluation of a checkpoint: one forward pass over the data, and every protocol that was asked for on the features.
 
-An untrained encoder of the same architecture goes through the protocol `cached` too and stands beside.
+An untrained encoder of the same architecture goes through the protocol `cached` too and stands beside: the control.
 """
 
+import hashlib
 import io
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import keras
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
 
-from eval.cached import fit_with_choice, top_k_accuracy
-from eval.features import Features, digest_of, extract, load_encoder, read_features, write_features
-from eval.knn import knn_scores
+from eval.features import Features, StoredFeatures, digest_of, extract, load_encoder
+from eval.logistic import top_k_accuracy
+from eval.protocols import Context, Protocol, Scores, Sizes, Work, chosen, work_of
 from eval.statistics import bootstrap_interval
-from eval.subsets import balanced_counts, balanced_subset, read_subset
-from eval.supervised import Recipe, train_classifier
 from trainer import checkpoint as checkpoints
 from trainer.config import LINEAR_EVAL, Config, LinearEval, override
-from trainer.encoder import make_encoder
-from trainer.heads import make_classifier
+from trainer.distribution import make_strategy
+from trainer.encoder import forward_flops
 from trainer.records import Manifest, UserError, read_manifest
-from trainer.train import model_variables, read_config
+from trainer.train import read_config
 
 RESULT = "result.json"
 PREDICTIONS = "predictions.parquet"
 SPLITS = ("train", "validation")
-_ON_FEATURES = ("cached", "knn", "online")
-_PARTS = {"finetune-1": 0.01, "finetune-10": 0.1}
-"""Of the training images, the part that has labels; all have where none is named."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,11 @@ class Accuracy:
         words = {"cached": ""}.get(self.protocol, f"{self.protocol.replace('-', '_')}_")
         return f"eval/{'untrained_' if self.encoder == 'untrained' else ''}{words}top_1_accuracy"
 
+    @property
+    def column(self) -> str:
+        """Name of its predictions."""
+        return self.protocol if self.encoder == "pretrained" else f"{self.encoder}_{self.protocol}"
+
 
 @dataclass(frozen=True)
 class LinearEvalResult:
@@ -73,13 +73,8 @@ class LinearEvalResult:
     num_images: int
     """Validation images, all of them."""
     features: Mapping[str, Mapping[str, Any]]
-    """By split, of the file of the pretrained encoder's features: its `path`, its `digest`, and how many `images` of how many
+    """By split, of the folder of the pretrained encoder's features: its `path`, its `digest`, and how many `images` of how many
     `dimensions` it holds."""
-
-
-def features_path(output: str, split: str) -> str:
-    """Returns where `linear_eval` leaves the pretrained encoder's features of `split` in the folder `output`."""
-    return f"{output.rstrip('/')}/features-{split}.parquet"
 
 
 def read_result(output: str) -> dict[str, Any]:
@@ -94,15 +89,23 @@ def linear_eval(
     output: str,
     overrides: Iterable[str] = (),
     *,
+    workspace: str = "",
+    strategy: tf.distribute.Strategy | None = None,
     log_metrics: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
     report: Callable[[int, int, str], None] = lambda done, total, text: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> LinearEvalResult:
     """Evaluates the encoder in `checkpoint`, a folder (the newest in it) or one file, on the dataset in `data_dir`.
 
-    `overrides` are `linear_eval.` settings. Writes features, predictions.parquet, classifier.npz and, last, result.json into
-    `output`; features that are there already, of the same encoder and images, are used. Calls `log_metrics` once with the step
-    of the checkpoint, `report(images done, images in all, text)` as it goes. Raises UserError for what it cannot use.
+    `overrides` are `linear_eval.` settings. Writes predictions.parquet, the classifiers and, last, result.json into `output`,
+    and features into `workspace`, by default `output` too. Runs on the replicas of `strategy`, by default on whatever the
+    machine has. What an earlier attempt with the same `workspace` left is gone on from: features, finished protocols, training
+    with labels by epochs. Calls `log_metrics` once with the step of the checkpoint, `report(done, total, text)` as it goes,
+    counted in images through the encoder, and `should_stop()` often: soon after that is true it raises PreemptedError. Raises
+    UserError for what it cannot use.
     """
+    strategy = strategy or make_strategy()
+    workspace = (workspace or output).rstrip("/")
     folder = checkpoint.rpartition("/")[0] or "." if checkpoint.endswith(".npz") else checkpoint.rstrip("/")
     pretraining, about = read_config(folder)
     config = _with_settings(pretraining, overrides)
@@ -115,77 +118,84 @@ def linear_eval(
     same_classes = _has_classes_of(about, manifest)
     if not same_classes:
         _note_other_classes(data_dir, folder, settings)
-    trainings = {one: _training(one, settings, manifest) for one in settings.protocols if one not in _ON_FEATURES}
-    encoder = load_encoder(config, stored)
+    protocols = chosen(config)
+    for protocol in protocols:
+        protocol.check(config, manifest, strategy.num_replicas_in_sync)
+    with strategy.scope():
+        encoder = load_encoder(config, stored)
     tf.io.gfile.makedirs(output)
-
     images = {split: manifest.splits[split].records for split in SPLITS}
-    passes = 2 * sum(images.values()) + sum(images["validation"] for recipe, _ in trainings.values() if not recipe.frozen)
-    work = _Work(passes + sum(recipe.image_visits(config) for recipe, _ in trainings.values()), report)
-    features, seconds = {}, {}
+    sizes = Sizes(images["train"], images["validation"], manifest.num_classes, encoder.output_shape[-1])
+    progress = _Progress(work_of(config, sizes), forward_flops(encoder), report)
+
+    features: dict[str, StoredFeatures] = {}
+    seconds: dict[str, float] = {}
+    on_progress = progress.part("features")
     for split in SPLITS:
-        begun = time.perf_counter()
-        features[split] = _stored_features(encoder, config, data_dir, manifest, split, output, work)
+        begun, before = time.perf_counter(), sum(one.count for one in features.values())
+
+        def on_images(done: int, before: int = before) -> None:
+            on_progress((before + done) / sum(images.values()), "features")
+
+        features[split] = extract(
+            encoder,
+            config,
+            data_dir,
+            manifest,
+            split,
+            workspace,
+            strategy=strategy,
+            on_progress=on_images,
+            should_stop=should_stop,
+        )
         seconds[split] = time.perf_counter() - begun
-    train, validation = features["train"], features["validation"]
-    scores = _Scores(validation.labels)
+    validation = features["validation"].whole()
 
-    begun = time.perf_counter() - sum(seconds.values())
-    classifier = fit_with_choice(train, manifest.num_classes, settings)
-    scores.add("cached", classifier.logits(validation.values), {"l2_penalty": classifier.l2_penalty}, begun)
-
-    begun = time.perf_counter()
-    control = make_encoder(config)
-    own_train, own_validation = (
-        extract(control, config, data_dir, manifest, split, work.part("features, untrained")) for split in SPLITS
+    unfinished = f"{workspace}/unfinished-{_key(encoder, config, manifest)}"
+    context = Context(
+        config,
+        data_dir,
+        manifest,
+        strategy,
+        stored,
+        encoder,
+        features["train"],
+        validation,
+        features_dir=workspace,
+        work_dir=unfinished,
+        should_stop=should_stop,
     )
-    untrained = fit_with_choice(own_train, manifest.num_classes, settings)
-    scores.add("cached", untrained.logits(own_validation.values), {"l2_penalty": untrained.l2_penalty}, begun, "untrained")
+    measured: list[_Measured] = []
+    for protocol in protocols:
+        path = f"{unfinished}/scores-{protocol.row}.npz"
+        found = _Measured.read(path)
+        if found is None:
+            begun = time.perf_counter() - sum(seconds[split] for split in protocol.stands_on)
+            scores = protocol.scores(replace(context, on_progress=progress.part(protocol.row)))
+            found = _measure(protocol, scores, validation, begun)
+            found.write(path)
+        measured.append(found)
+    progress.end()
 
-    if "knn" in settings.protocols:
-        begun = time.perf_counter() - sum(seconds.values())
-        k, temperature = min(settings.knn_k, images["train"]), settings.knn_temperature
-        votes = knn_scores(train, validation.values, manifest.num_classes, k, temperature)
-        scores.add("knn", votes, {"k": k, "temperature": temperature}, begun)
-    if "online" in settings.protocols:
-        begun = time.perf_counter() - seconds["validation"]
-        online = make_classifier(encoder.output_shape[-1], manifest.num_classes)
-        checkpoints.restore(model_variables("classifier", online), stored)
-        scores.add("online", online(validation.values).numpy(), {}, begun)
-    for protocol, (recipe, listed) in trainings.items():
-        begun = time.perf_counter() - (seconds["validation"] if recipe.frozen else 0.0)
-        image_ids = listed
-        if listed is None and protocol in _PARTS:
-            image_ids = balanced_subset(train.labels, _PARTS[protocol], settings.seed)
-        trained = encoder if recipe.frozen else load_encoder(config, stored)
-        head = train_classifier(trained, config, data_dir, manifest, recipe, image_ids, work.part(protocol))
-        own = validation if recipe.frozen else extract(trained, config, data_dir, manifest, "validation", work.part(protocol))
-        used = {name: value for name, value in asdict(recipe).items() if name != "frozen"}
-        scores.add(protocol, head(own.values).numpy(), used, begun)
-
-    metrics = {"eval/l2_penalty": classifier.l2_penalty, **scores.metrics()}
+    accuracies = tuple(one.accuracy for one in measured)
+    cached = measured[0]
+    metrics = {"eval/l2_penalty": float(cached.arrays["l2_penalty"]), **_metrics(accuracies)}
     log_metrics(metrics, stored.step)
     confusion = np.zeros((manifest.num_classes, manifest.num_classes), np.int64)
-    np.add.at(confusion, (validation.labels, scores.predictions["cached"]), 1)
-    per_class = np.diag(confusion) / confusion.sum(axis=1)
+    np.add.at(confusion, (validation.labels, cached.predictions), 1)
     files = {
-        split: {
-            "path": features_path(output, split),
-            "digest": digest_of(encoder, config, manifest, split),
-            "images": images[split],
-            "dimensions": encoder.output_shape[-1],
-        }
-        for split in SPLITS
+        split: {"path": one.folder, "digest": one.digest, "images": one.count, "dimensions": one.dim}
+        for split, one in features.items()
     }
-    result = LinearEvalResult(
-        metrics, tuple(scores.accuracies), tuple(per_class.tolist()), confusion, images["validation"], files
-    )
+    per_class = tuple((np.diag(confusion) / confusion.sum(axis=1)).tolist())
+    result = LinearEvalResult(metrics, accuracies, per_class, confusion, images["validation"], files)
     written = {
         "metrics": metrics,
-        "accuracies": [asdict(one) for one in result.accuracies],
+        "accuracies": [asdict(one) for one in accuracies],
         "num_images": result.num_images,
+        "train_images": images["train"],
         "features": files,
-        "per_class_accuracy": result.per_class_accuracy,
+        "per_class_accuracy": per_class,
         "synsets": manifest.synsets,
         "linear_eval": asdict(settings),
         "checkpoint": stored.path,
@@ -194,106 +204,114 @@ def linear_eval(
         "pretraining_dataset_fingerprint": about["dataset_fingerprint"],
         "classes_of_pretraining": same_classes,
     }
-    scores.write_predictions(f"{output}/{PREDICTIONS}")
-    checkpoints.write_arrays(f"{output}/classifier.npz", asdict(classifier))
+    _write_predictions(f"{output}/{PREDICTIONS}", validation, measured)
+    for one in measured:
+        if one.arrays:
+            name = "classifier" if one is cached else f"classifier-{one.accuracy.protocol}"
+            checkpoints.write_arrays(f"{output}/{name}.npz", one.arrays)
     checkpoints.write_whole(f"{output}/{RESULT}", (json.dumps(written, indent=1, sort_keys=True) + "\n").encode())
+    tf.io.gfile.rmtree(unfinished)
     return result
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """A finished row: what one protocol says of one encoder."""
+
+    accuracy: Accuracy
+    predictions: np.ndarray
+    """[n] int64, by image ID."""
+    arrays: Mapping[str, np.ndarray]
+    """What the protocol learned, if that is kept."""
+
+    def write(self, path: str) -> None:
+        tf.io.gfile.makedirs(path.rpartition("/")[0])
+        kept = {f"array/{name}": np.asarray(value) for name, value in self.arrays.items()}
+        text = np.array(json.dumps(asdict(self.accuracy)))
+        checkpoints.write_arrays(path, {"accuracy": text, "predictions": self.predictions, **kept})
+
+    @classmethod
+    def read(cls, path: str) -> "_Measured | None":
+        """Returns what an earlier attempt wrote to `path`, or None."""
+        if not tf.io.gfile.exists(path):
+            return None
+        with tf.io.gfile.GFile(path, "rb") as file, np.load(io.BytesIO(file.read())) as stored:
+            arrays = {name.removeprefix("array/"): stored[name] for name in stored.files if name.startswith("array/")}
+            about = json.loads(str(stored["accuracy"]))
+            return cls(read_accuracy(about), stored["predictions"], arrays)
+
+
+def read_accuracy(row: Mapping[str, Any]) -> Accuracy:
+    """Returns a row of result.json as it was."""
+    return Accuracy(**{**row, "top_1_interval": tuple(row["top_1_interval"])})
+
+
+def _measure(protocol: Protocol, scores: Scores, validation: Features, begun: float) -> _Measured:
+    """Counts what is right by the scores of a protocol that was begun when `time.perf_counter()` was `begun`."""
+    top_1, top_5 = (top_k_accuracy(scores.logits, validation.labels, k) for k in (1, 5))
+    predicted = scores.logits.argmax(axis=1)
+    seconds = time.perf_counter() - begun
+    interval = bootstrap_interval(predicted == validation.labels)
+    row = Accuracy(protocol.name, protocol.encoder, top_1, interval, top_5, scores.settings, seconds)
+    return _Measured(row, predicted, scores.arrays)
+
+
+def _metrics(accuracies: Iterable[Accuracy]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for one in accuracies:
+        low, high = one.top_1_interval
+        metrics |= {one.metric: one.top_1, one.metric.replace("top_1", "top_5"): one.top_5}
+        metrics |= {f"{one.metric}_low": low, f"{one.metric}_high": high}
+    return metrics
+
+
+def _write_predictions(path: str, validation: Features, measured: Iterable[_Measured]) -> None:
+    columns = {one.accuracy.column: one.predictions for one in measured}
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image_id": validation.image_ids, "label": validation.labels, **columns}), buffer)
+    checkpoints.write_whole(path, buffer.getvalue())
+
+
+def _key(encoder: Any, config: Config, manifest: Manifest) -> str:
+    """Returns a short name of all that the rows of an evaluation depend on, but which of them are asked for."""
+    settings = {name: value for name, value in asdict(config.linear_eval).items() if name not in ("protocols", "batch_size")}
+    about = {"features": digest_of(encoder, config, manifest, "validation"), "settings": settings}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @dataclass
-class _Scores:
-    """What was measured so far, on validation images with `labels`, [n] int64."""
+class _Progress:
+    """How much is done of all that there is to do, in images through the encoder."""
 
-    labels: np.ndarray
-    accuracies: list[Accuracy] = field(default_factory=list)
-    predictions: dict[str, np.ndarray] = field(default_factory=dict)
-    """[n] int64, by protocol."""
-
-    def add(
-        self, protocol: str, logits: np.ndarray, settings: Mapping[str, Any], begun: float, encoder: str = "pretrained"
-    ) -> None:
-        """Counts what is right by `logits`, [n, C], of a protocol that was begun when `time.perf_counter()` was `begun`."""
-        top_1, top_5 = (top_k_accuracy(logits, self.labels, k) for k in (1, 5))
-        predicted = logits.argmax(axis=1)
-        seconds = time.perf_counter() - begun
-        interval = bootstrap_interval(predicted == self.labels)
-        self.accuracies.append(Accuracy(protocol, encoder, top_1, interval, top_5, settings, seconds))
-        self.predictions[protocol if encoder == "pretrained" else f"{encoder}_{protocol}"] = predicted
-
-    def metrics(self) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for one in self.accuracies:
-            low, high = one.top_1_interval
-            metrics |= {one.metric: one.top_1, one.metric.replace("top_1", "top_5"): one.top_5}
-            metrics |= {f"{one.metric}_low": low, f"{one.metric}_high": high}
-        return metrics
-
-    def write_predictions(self, path: str) -> None:
-        buffer = io.BytesIO()
-        pq.write_table(pa.table({"image_id": np.arange(len(self.labels)), "label": self.labels, **self.predictions}), buffer)
-        checkpoints.write_whole(path, buffer.getvalue())
-
-
-def _training(protocol: str, settings: LinearEval, manifest: Manifest) -> tuple[Recipe, np.ndarray | None]:
-    """Returns how a protocol trains with labels, and the image IDs that a file lists for it, if one does."""
-    train = manifest.splits["train"]
-    name = protocol.replace("-", "_")
-    file = getattr(settings, f"{name}_subset", "")
-    listed = read_subset(file, manifest, settings.train_names) if file else None
-    if listed is not None:
-        count = len(listed)
-    elif protocol in _PARTS:
-        count = int(balanced_counts(train.records_per_class, _PARTS[protocol]).sum())
-    else:
-        count = train.records
-    kind = "official" if protocol == "official" else "finetune"
-    recipe = Recipe(
-        num_images=count,
-        epochs=getattr(settings, f"{name}_epochs"),
-        # A batch of more images than there are would hold some of them twice.
-        batch_size=min(getattr(settings, f"{kind}_batch_size"), count),
-        base_learning_rate=getattr(settings, f"{kind}_base_learning_rate"),
-        seed=settings.seed,
-        frozen=protocol == "official",
-    )
-    return recipe, listed
-
-
-@dataclass
-class _Work:
-    """How much is done of all that there is to do, in images."""
-
-    total: int
+    work: Mapping[str, Work]
+    """By row, in the order in which they are done."""
+    flops_per_image: float
+    """Of a forward pass."""
     report: Callable[[int, int, str], None]
     done: int = field(default=0)
 
-    def part(self, text: str) -> Callable[[int], None]:
-        """Returns what a part of the work calls with the images it has done; it begins where the part before ended."""
-        begun = self.done
+    @property
+    def total(self) -> int:
+        return sum(map(self._images, self.work.values()))
 
-        def report(done: int) -> None:
-            self.done = begun + done
+    def part(self, row: str) -> Callable[[float, str], None]:
+        """Returns what a row calls with the part of its work that is done, in [0, 1], and a text."""
+        names = list(self.work)
+        begun = sum(self._images(self.work[name]) for name in names[: names.index(row)])
+        own = self._images(self.work[row])
+
+        def on_progress(done: float, text: str) -> None:
+            self.done = max(self.done, begun + int(own * min(1.0, done)))
             self.report(self.done, self.total, text)
 
-        return report
+        return on_progress
 
+    def end(self) -> None:
+        self.report(self.total, self.total, "")
 
-def _stored_features(
-    encoder: keras.Model, config: Config, data_dir: str, manifest: Manifest, split: str, output: str, work: _Work
-) -> Features:
-    """Returns the features of `split` that lie in `output`, where they are these, or computes and writes them."""
-    path, digest = features_path(output, split), digest_of(encoder, config, manifest, split)
-    progress = work.part("features")
-    if tf.io.gfile.exists(path):
-        try:
-            features = read_features(path, digest)
-            progress(len(features.labels))
-            return features
-        except UserError as error:
-            print(f"note: {error}; computing them again", file=sys.stderr)
-    features = extract(encoder, config, data_dir, manifest, split, progress)
-    write_features(path, features, digest)
-    return features
+    def _images(self, work: Work) -> int:
+        # A backward pass takes about twice as long as a forward pass.
+        return work.forward + 3 * work.trained + round(work.flops / self.flops_per_image)
 
 
 def _require_every_class(data_dir: str, manifest: Manifest) -> None:

@@ -8,22 +8,22 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 from matplotlib.figure import Figure
 from PIL import Image
 
 import eval.figures as figures
 import eval.page as page
 import eval.pictures as pictures
-from eval.evaluation import PROTOCOLS, Evaluation, column_of, read_evaluation, settings_in_words
-from eval.features import Features, read_features
+from eval.evaluation import Evaluation, description_of, read_evaluation, settings_in_words
+from eval.features import Features, StoredFeatures, read_features
 from eval.figures import History, Interval
-from eval.linear_eval import Accuracy, features_path
+from eval.linear_eval import Accuracy
+from eval.neighbours import nearest_neighbours
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.presets import PRESETS, describe
-from trainer.records import Manifest, read_manifest, reading_places
+from trainer.records import Manifest, UserError, read_manifest, reading_places
 from trainer.train import read_config
 
 _SIDE = 96
@@ -115,12 +115,11 @@ def _header(run: _Run) -> str:
     control = found.row(row.protocol, "untrained")
     preset = run.preset
     stats = [
-        ("Protocol", page.text(row.protocol), PROTOCOLS.get(row.protocol, "")),
+        ("Protocol", page.text(row.protocol), description_of(row.protocol)),
         ("95% interval", page.between(*row.top_1_interval), f"bootstrap over the {len(found.labels):,} validation images"),
     ]
-    if control:
-        key = '<span class="key control"></span>'
-        stats.append(("Untrained control", key + page.percent(control.top_1), page.between(*control.top_1_interval)))
+    key = '<span class="key control"></span>' + page.percent(control.top_1) if control else "none"
+    stats.append(("Untrained control", key, found.about_control))
     if knn := found.row("knn"):
         stats.append(("k-NN", page.percent(knn.top_1), page.between(*knn.top_1_interval)))
     if preset in PRESETS:
@@ -162,7 +161,7 @@ def _accuracies(run: _Run, drawn: dict[str, Figure]) -> page.Section:
     cells = [
         [
             page.text(row.protocol)
-            + (f"<small>{page.text(PROTOCOLS.get(row.protocol, ''))}</small>" if row.encoder == "pretrained" else ""),
+            + (f"<small>{page.text(description_of(row.protocol))}</small>" if row.encoder == "pretrained" else ""),
             row.encoder,
             f"<b>{page.percent(row.top_1)}</b>",
             page.between(*row.top_1_interval),
@@ -185,7 +184,7 @@ def _accuracies(run: _Run, drawn: dict[str, Figure]) -> page.Section:
             for row in found.rows
         ]
     )
-    said = "; ".join(f"{column_of(row)} {page.percent(row.top_1)}" for row in found.rows)
+    said = "; ".join(f"{row.column} {page.percent(row.top_1)}" for row in found.rows)
     return page.Section(
         "accuracies",
         "Accuracies",
@@ -272,19 +271,19 @@ def _views(run: _Run) -> page.Section:
 
 
 def _of_features(run: _Run) -> list[page.Section | None]:
-    folder = run.evaluation.folder
-    paths = [features_path(folder, split) for split in ("train", "validation")]
-    if not all(tf.io.gfile.exists(path) for path in paths):
+    try:
+        of_split = {name: read_features(str(file["path"])) for name, file in run.evaluation.result["features"].items()}
+    except UserError:  # They are large, and may have been deleted since.
         return []
-    train, validation = (read_features(path) for path in paths)
-    return [_neighbours(run, train, validation), _map(run, validation)]
+    validation = of_split["validation"].whole()
+    return [_neighbours(run, of_split["train"], validation), _map(run, validation)]
 
 
-def _neighbours(run: _Run, train: Features, validation: Features) -> page.Section:
+def _neighbours(run: _Run, train: StoredFeatures, validation: Features) -> page.Section:
     queries = _drawn(run, len(validation.labels), min(_QUERIES, len(validation.labels)))
-    count = min(_NEIGHBOURS, len(train.labels))
-    similarities = _unit(validation.values[queries]) @ _unit(train.values).T
-    nearest = np.argsort(-similarities, axis=1, kind="stable")[:, :count]
+    similarities, nearest = nearest_neighbours(train, validation.values[queries], min(_NEIGHBOURS, train.count))
+    count = nearest.shape[1]
+    label_of = train.labels_by_id()
     asked = run.thumbnails("validation", queries)
     answers = run.thumbnails("train", np.unique(nearest).tolist())
     classes = run.evaluation.classes
@@ -293,12 +292,11 @@ def _neighbours(run: _Run, train: Features, validation: Features) -> page.Sectio
         label = int(validation.labels[query])
         alt = f"validation image {query} of class {classes[label]}"
         cells.append(page.picture(pictures.data_uri(asked[query]), alt, classes[label]))
-        for i in row:
-            same = train.labels[i] == label
-            alt = f"training image {i} of class {classes[int(train.labels[i])]}, cosine {of_row[i]:.3f}"
-            uri = pictures.data_uri(answers[int(i)])
-            cells.append(page.picture(uri, alt, f"{of_row[i]:.3f}", "right" if same else "wrong"))
-    right = float(np.mean(train.labels[nearest] == validation.labels[queries][:, None]))
+        for image_id, cosine in zip(row.tolist(), of_row, strict=True):
+            same = label_of[image_id] == label
+            alt = f"training image {image_id} of class {classes[int(label_of[image_id])]}, cosine {cosine:.3f}"
+            cells.append(page.picture(pictures.data_uri(answers[image_id]), alt, f"{cosine:.3f}", "right" if same else "wrong"))
+    right = float(np.mean(label_of[nearest] == validation.labels[queries][:, None]))
     return page.Section(
         "neighbours",
         "Nearest neighbours",
@@ -314,7 +312,7 @@ def _map(run: _Run, validation: Features) -> page.Section | None:
     if len(chosen) < 10:
         return None
     classes, labels = run.evaluation.classes, validation.labels[chosen]
-    correct = run.evaluation.correct(column_of(run.evaluation.headline))[chosen]
+    correct = run.evaluation.correct(run.evaluation.headline.column)[chosen]
     titles = [
         f"{classes[label]}, image {image_id}, told {'right' if right else 'wrong'}"
         for label, image_id, right in zip(labels, chosen, correct, strict=True)
@@ -365,7 +363,7 @@ def _colours(count: int) -> list[str]:
 
 def _classes(run: _Run, drawn: dict[str, Figure]) -> page.Section | None:
     found = run.evaluation
-    key = column_of(found.headline)
+    key = found.headline.column
     if key not in found.predictions or len(found.classes) < 2:
         return None
     matrix, classes = found.confusion(key), found.classes

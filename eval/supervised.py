@@ -1,23 +1,32 @@
 """Training with labels on a pretrained encoder: the protocol `official`, where it is frozen, and fine-tuning, where it is not.
 
-Both are what SimCLR's program does (Chen et al. 2020, appendices B.5 and B.6): random crops and flips, SGD with Nesterov
-momentum .9, cosine without warm-up, no weight decay, a classifier that begins at zero, and the last step's result.
+It runs on all replicas, saves its state every epoch, and goes on from there when it is started again. Both are what SimCLR's
+program does (Chen et al. 2020, appendices B.5 and B.6): random crops and flips, SGD with Nesterov momentum .9, cosine without
+warm-up, no weight decay, a classifier that begins at zero, and the last step's result.
 """
 
 import dataclasses
+import hashlib
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from eval.features import digest_of, features_of_pixels
+from trainer import checkpoint as checkpoints
+from trainer.augmentation import as_floats
 from trainer.config import Config
+from trainer.distribution import Replicas, jit_compile
 from trainer.heads import make_classifier
-from trainer.input_pipeline import labelled_batches
-from trainer.optimizer import learning_rate, make_optimizer, total_steps
+from trainer.input_pipeline import Batch, labelled_batches, naming_wrong_records
+from trainer.optimizer import Optimizer, learning_rate, make_optimizer, total_steps
+from trainer.preemption import PreemptedError
 from trainer.records import Manifest, UserError
+from trainer.train import model_variables
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ class Recipe:
     """How many images have labels."""
     epochs: int
     batch_size: int
-    """At most `num_images`."""
+    """At most `num_images`; the replicas have equal parts."""
     base_learning_rate: float
     """Peak learning rate: this * B / 256."""
     seed: int
@@ -50,8 +59,28 @@ class Recipe:
             seed=self.seed,
         )
 
-    def image_visits(self, config: Config) -> int:
-        return total_steps(self.applied_to(config), self.num_images) * self.batch_size
+
+@dataclass(frozen=True)
+class State:
+    """All that a step of training with labels changes, and the frozen encoder, which it does not."""
+
+    encoder: keras.Model
+    classifier: keras.Model
+    trained: tuple[tf.Variable, ...]
+    optimizer: Optimizer
+    frozen: bool
+
+    def variables(self) -> dict[str, tf.Variable]:
+        named = model_variables("classifier", self.classifier)
+        if not self.frozen:
+            named |= model_variables("encoder", self.encoder)
+        names = {id(variable): name for name, variable in named.items()}
+        slots = {
+            f"{kind}/{names[id(variable)]}": slot
+            for kind, of_kind in self.optimizer.slots.items()
+            for variable, slot in zip(self.trained, of_kind, strict=True)
+        }
+        return named | slots
 
 
 def train_classifier(
@@ -61,51 +90,136 @@ def train_classifier(
     manifest: Manifest,
     recipe: Recipe,
     image_ids: np.ndarray | None = None,
-    report: Callable[[int], None] = lambda done: None,
+    folder: str = "",
+    *,
+    strategy: tf.distribute.Strategy | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> keras.Model:
     """Returns a classifier, from features, [B, F] float32, to logits, trained on `encoder`, which learns too unless frozen.
 
-    Labels are those of the training images `image_ids`, [n] int64, or of all. Calls `report(images done)` after each step.
-    Raises UserError where the loss is not finite.
+    Labels are those of the training images `image_ids`, [n] int64, or of all. `encoder` was made in the scope of `strategy`, by
+    default TensorFlow's own. Where `folder` is given, the state is saved in it every epoch, and a later call with the same
+    arguments goes on from there, to the same bits. Calls `on_progress(images done)` after each step, and `should_stop()` too:
+    where that is true it saves the state and raises PreemptedError. Raises UserError where the loss is not finite.
     """
     tf.config.experimental.enable_op_determinism()
+    strategy = strategy or tf.distribute.get_strategy()
     own = recipe.applied_to(config)
-    classifier = make_classifier(encoder.output_shape[-1], manifest.num_classes)
-    for variable in classifier.variables:
-        variable.assign(tf.zeros(variable.shape))
-    models = (classifier,) if recipe.frozen else (encoder, classifier)
-    variables = [variable.value for model in models for variable in model.trainable_variables]
-    optimizer = make_optimizer(own, variables, [True] * len(variables))
+    run = _run_name(encoder, own, manifest, recipe, image_ids)
+    with strategy.scope():
+        state = make_state(encoder, own, manifest.num_classes, recipe.frozen)
+    newest = checkpoints.load_latest(folder, lambda saved: _require_same(state, saved, run)) if folder else None
+    if newest is not None:
+        checkpoints.restore(state.variables(), newest)
+    done = newest.step if newest else 0
 
-    @tf.function(autograph=False, reduce_retracing=True)
-    def frozen_features(images: tf.Tensor) -> tf.Tensor:
-        return encoder(_pixels(images), training=False)
+    def of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        hosts = context.num_input_pipelines
+        return labelled_batches(
+            own,
+            data_dir,
+            manifest,
+            image_ids,
+            done,
+            host=context.input_pipeline_id,
+            hosts=hosts,
+            replicas=context.num_replicas_in_sync // hosts,
+        )
 
-    @tf.function(autograph=False)
-    def step(inputs: tf.Tensor, labels: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            features = inputs if recipe.frozen else encoder(_pixels(inputs), training=True)
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, classifier(features))
-            loss = tf.reduce_mean(losses)
-        rate = learning_rate(own, recipe.num_images, number)
-        optimizer.apply(tape.gradient(loss, variables), rate, number)
-        return loss
+    replica_step = make_replica_step(state, own, recipe.num_images, Replicas())
 
-    at_once = config.linear_eval.batch_size
-    batches = labelled_batches(own, data_dir, manifest, image_ids).take(total_steps(own, recipe.num_images))
+    @tf.function(autograph=False, jit_compile=jit_compile(strategy) or None)
+    def step(batch: Batch, number: tf.Tensor) -> tf.Tensor:
+        return strategy.experimental_local_results(strategy.run(replica_step, args=(batch, number)))[0]
+
+    def save(steps: int) -> str:
+        arrays = {name: variable.numpy() for name, variable in state.variables().items()}
+        return checkpoints.save(folder, checkpoints.Checkpoint(steps, arrays, {}, run), keep=1)
+
+    total = total_steps(own, recipe.num_images)
+    epoch = max(1, recipe.num_images // recipe.batch_size)
+    batches = naming_wrong_records(strategy.distribute_datasets_from_function(of_host), data_dir, manifest, "train")
     loss = tf.constant(0.0)
-    for number, batch in enumerate(batches):
-        inputs = batch["image"]
-        if recipe.frozen:
-            # In the memory of a small forward pass, however large the batch is.
-            parts = range(0, recipe.batch_size, at_once)
-            inputs = tf.concat([frozen_features(inputs[start : start + at_once]) for start in parts], axis=0)
-        loss = step(inputs, batch["label"], tf.constant(number, tf.int64))
-        report((number + 1) * recipe.batch_size)
+    on_progress(done * recipe.batch_size)
+    for number, batch in zip(range(done, total), batches, strict=False):
+        loss = step(batch, tf.constant(number, tf.int64))
+        steps = number + 1
+        stopping = steps < total and should_stop()
+        if folder and (stopping or steps % epoch == 0 or steps == total):
+            if not math.isfinite(float(loss)):
+                break
+            path = save(steps)
+        if stopping:
+            kept = f", saved {path}" if folder else ""
+            raise PreemptedError(f"stopped at step {steps} of {total} with labels{kept}: start the same command again to go on")
+        on_progress(steps * recipe.batch_size)
     if not math.isfinite(float(loss)):
         raise UserError(f"training with labels diverged, the loss is {float(loss)}: take a lower base learning rate")
-    return classifier
+    return state.classifier
 
 
-def _pixels(images: tf.Tensor) -> tf.Tensor:
-    return tf.cast(images, tf.float32) / 255.0
+def weights_of(classifier: keras.Model) -> dict[str, np.ndarray]:
+    """Returns `weights`, [F, C], and `bias`, [C], of a classifier."""
+    kernel, bias = (variable.numpy() for variable in classifier.variables)
+    return {"weights": kernel, "bias": bias}
+
+
+def make_replica_step(
+    state: State, config: Config, num_images: int, replicas: Replicas
+) -> Callable[[Batch, tf.Tensor], tf.Tensor]:
+    """Returns what one of `replicas` does in a step with its part of a batch of `labelled_batches`; it returns the mean loss.
+
+    `config` has the optimisation of the recipe. A frozen encoder works on `linear_eval.batch_size` images at a time.
+    """
+    features_of = features_of_pixels(state.encoder)
+
+    def frozen_features(images: tf.Tensor) -> tf.Tensor:
+        count, at_once = images.shape[0], config.linear_eval.batch_size
+        if count <= at_once:
+            return features_of(images)
+        # In the memory of a small forward pass, however large the batch is.
+        missing = -count % at_once
+        parts = tf.reshape(tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]]), [-1, at_once, *images.shape[1:]])
+        features = tf.map_fn(features_of, parts, parallel_iterations=1, fn_output_signature=tf.float32)
+        return tf.reshape(features, [count + missing, state.encoder.output_shape[-1]])[:count]
+
+    def replica_step(batch: Batch, number: tf.Tensor) -> tf.Tensor:
+        images = batch["image"]
+        inputs = frozen_features(images) if state.frozen else as_floats(images)
+        with tf.GradientTape() as tape:
+            features = inputs if state.frozen else state.encoder(inputs, training=True)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch["label"], state.classifier(features))
+            # Each replica has its part of the mean; their gradients are summed.
+            loss = tf.reduce_mean(losses) / replicas.count
+        gradients = replicas.sum(tape.gradient(loss, state.trained))
+        state.optimizer.apply(gradients, learning_rate(config, num_images, number), number)
+        return replicas.sum(loss)
+
+    return replica_step
+
+
+def make_state(encoder: keras.Model, config: Config, num_classes: int, frozen: bool) -> State:
+    """Returns the state before the first step, a classifier of zeros on `encoder`; the recipe's optimisation is in `config`."""
+    classifier = make_classifier(encoder.output_shape[-1], num_classes)
+    for variable in classifier.variables:
+        variable.assign(tf.zeros(variable.shape))
+    models = (classifier,) if frozen else (encoder, classifier)
+    trained = tuple(variable.value for model in models for variable in model.trainable_variables)
+    return State(encoder, classifier, trained, make_optimizer(config, trained, [True] * len(trained)), frozen)
+
+
+def _run_name(encoder: keras.Model, config: Config, manifest: Manifest, recipe: Recipe, image_ids: np.ndarray | None) -> str:
+    """Returns a digest of all that training with labels depends on."""
+    about: Mapping[str, object] = {
+        "config": {name: value for name, value in dataclasses.asdict(config).items() if name != "linear_eval"},
+        "recipe": dataclasses.asdict(recipe),
+        "begun_with": digest_of(encoder, config, manifest, "train", image_ids),
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _require_same(state: State, saved: checkpoints.Checkpoint, run: str) -> None:
+    if saved.run != run:
+        raise UserError(f"{saved.path} is of other training with labels")
+    checkpoints.require_same_shapes(state.variables(), saved)

@@ -1,6 +1,9 @@
 """Evaluation from the command line.
 
-python -m eval.task --data DATA --checkpoint CHECKPOINTS --output OUTPUT [--set linear_eval.key=value ...]
+    python -m eval.task --data DATA --checkpoint CHECKPOINTS --output OUTPUT [--set linear_eval.key=value ...]
+
+Started again with the same arguments, it goes on from the features, the finished protocols and the epochs in OUTPUT. On SIGTERM
+it saves its state and exits with 75, "temporary failure": run it again.
 """
 
 import argparse
@@ -8,6 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 
+from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
 from trainer.progress import ProgressBars
 from trainer.records import UserError
 
@@ -27,16 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        from eval.evaluation import read_evaluation
         from eval.linear_eval import linear_eval, read_result
 
-        with ProgressBars() as bars:
+        with ProgressBars() as bars, sigterm_noted() as should_stop:
             result = linear_eval(
                 args.data,
                 args.checkpoint,
                 args.output,
                 args.overrides,
                 report=lambda done, total, text: bars("linear-eval", done, total, text),
+                should_stop=should_stop,
             )
+    except PreemptedError as preempted:
+        parser.exit(EXIT_CODE, f"preempted: {preempted}\n")
     except UserError as error:
         if args.debug:
             raise
@@ -49,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         low, high = (f"{100 * end:.1f}" for end in one.top_1_interval)
         print(f"{one.protocol:14} {one.encoder:11} {one.top_1:6.1%}  {f'{low} to {high}':13} {one.top_5:7.1%} {one.seconds:8.1f}")
     print(f"{result.num_images} validation images; intervals by bootstrap over them")
+    print(f"untrained control: {read_evaluation(args.output).about_control}")
 
 
 if __name__ == "__main__":

@@ -524,10 +524,14 @@ def _summary(chain: Lineage, picture: str, root: Path) -> Iterable[str]:
         yield f"{step.component}: {'reused from ' if chain.reused(step) else ''}run {short(step.run_id)}"
     if result := chain.output("metrics"):
         yield ""
-        yield f"{'linear eval':<12}{'pretrained':>12}{'untrained':>12}"
+        controlled = "untrained_top_1_accuracy" in result.metadata
+        yield (
+            f"{'linear eval':<12}{'pretrained':>12}{'untrained':>12}" if controlled else f"{'linear eval':<12}{'pretrained':>12}"
+        )
         for text in ("top-1", "top-5"):
             key = f"{text.replace('-', '_')}_accuracy"
-            yield f"{text:<12}{result.metadata[key]:>12.1%}{result.metadata[f'untrained_{key}']:>12.1%}"
+            control = f"{result.metadata[f'untrained_{key}']:>12.1%}" if controlled else ""
+            yield f"{text:<12}{result.metadata[key]:>12.1%}{control}"
     yield ""
     yield f"lineage: {_shown(picture)}"
     yield f"browse:  sogclr ui --root {shlex.quote(_shown(root))}"

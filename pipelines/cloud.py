@@ -88,8 +88,6 @@ def send_step(args: argparse.Namespace, place: Place, job: Job, before: Mapping[
     root = (args.pipeline_root or job.pipeline_root).rstrip("/")
     args.project, args.region, args.pipeline_root = place.project, place.region, root
     arguments = {**before, "code_version": step_version(component)}
-    for name in ("job", "base_output_directory"):
-        arguments.pop(name, None)
     if component == "pretrain":
         arguments["overrides"] = [*before["overrides"], *args.overrides]
         config = resolve(arguments["preset"], arguments["overrides"])

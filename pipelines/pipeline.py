@@ -152,6 +152,7 @@ def compile_pipeline(cluster: Cluster, defaults: Mapping[str, Any]) -> dict[str,
                 code_version=version["linear-eval"],
                 dataset=dataset,
                 model=model,
+                **output,
             )
             join = record_lineage(
                 job=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, dataset=dataset, model=model, metrics=evaluated.outputs["metrics"]
@@ -181,7 +182,7 @@ def compile_step(
     cluster: Cluster, component: str, arguments: Mapping[str, Any], inputs: Mapping[str, Artifact], base_output_directory: str
 ) -> dict[str, Any]:
     """Returns a pipeline of `component` alone, on what an earlier job left, as IR."""
-    output = {"base_output_directory": base_output_directory} if component == "pretrain" and cluster.accelerator else {}
+    output = {"base_output_directory": base_output_directory} if cluster.accelerator_of(component) else {}
 
     def pipeline() -> None:
         with dsl.ExitHandler(_end(cluster), name="steps"):

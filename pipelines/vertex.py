@@ -99,11 +99,11 @@ class Job:
         return found
 
     def arguments(self, component: str) -> dict[str, Any]:
-        """Returns the arguments that the job gave to a component."""
+        """Returns the arguments that the job gave to a component, without those of the custom job that it ran in."""
         for dag in _dags(self.spec):
             if component in dag.get("tasks", {}):
                 given = dag["tasks"][component].get("inputs", {}).get("parameters", {})
-                return {name: self._value(one) for name, one in given.items()}
+                return {name: self._value(one) for name, one in given.items() if name != "base_output_directory"}
         raise UserError(f"job {self.job_id} has no step {component}")
 
     def _value(self, given: Mapping[str, Any]) -> Any:

@@ -1,43 +1,53 @@
-"""Runs trainer.task again and again, each time in a child that ends at a place of its own: ending.py PLACES OUTPUT ARGUMENT ...
+"""Runs trainer.task or eval.task again and again, each time in a child: ending.py TASK PLACES OUTPUT ARGUMENT ...
 
 PLACES is a list with commas between:
 
-    kill:STEP   SIGKILL at the progress of that step
-    torn:STEP   SIGKILL when half of what goes into that step's checkpoint is written
-    term:STEP   SIGTERM at the progress of that step
-    end         to the end
+    kill:WHERE       SIGKILL at a progress
+    torn:FILE        SIGKILL when half of the bytes of a file with FILE in its name are written
+    term:WHERE       SIGTERM at a progress
+    end              to the end
 
-Writes into OUTPUT, as JSON, how each ended: its exit code, -9 for SIGKILL, and what it said. The children share the import of
-TensorFlow, and nothing else: it makes its devices and threads when it is used.
+WHERE is the number of steps done, as `kill:3`, or a text and a count, as `kill:official:3`: at the third progress of this child
+whose text begins so. Writes into OUTPUT, as JSON, how each ended: its exit code, -9 for SIGKILL, and what it said. The children
+share the import of TensorFlow, and nothing else: it makes its devices and threads when it is used.
 """
 
+import importlib
 import json
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-import trainer.train  # noqa: F401  once for all children
-from trainer import task
 from trainer.progress import ProgressBars
 
 GFile, shown = tf.io.gfile.GFile, ProgressBars.__call__
 
 
-def end_at(place: str) -> None:
-    what, _, step = place.partition(":")
+def comes_at(where: str) -> Callable[[int, str], bool]:
+    """Returns what says of each progress, by how much is done and the text, whether it is the place."""
+    text, _, count = where.rpartition(":")
+    met = 0
 
-    def signalled(self: ProgressBars, job: str, done: int, total: int, text: str = "") -> None:
-        shown(self, job, done, total, text)
-        if done == int(step):
-            os.kill(os.getpid(), signal.SIGTERM if what == "term" else signal.SIGKILL)
+    def is_place(done: int, said: str) -> bool:
+        nonlocal met
+        if not text:
+            return done == int(where)
+        met += said.startswith(text)
+        return said.startswith(text) and met == int(count)
+
+    return is_place
+
+
+def end_at(place: str) -> None:
+    what, _, where = place.partition(":")
 
     class Torn(GFile):
         def write(self, content: bytes) -> None:
-            if f"checkpoint-{int(step):08}" in self.name:
+            if where in self.name:
                 super().write(content[: len(content) // 2])
                 self.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -46,11 +56,18 @@ def end_at(place: str) -> None:
     if what == "torn":
         tf.io.gfile.GFile = Torn
     elif what != "end":
+        is_place = comes_at(where)
+
+        def signalled(self: ProgressBars, job: str, done: int, total: int, text: str = "") -> None:
+            shown(self, job, done, total, text)
+            if is_place(done, text):
+                os.kill(os.getpid(), signal.SIGTERM if what == "term" else signal.SIGKILL)
+
         ProgressBars.__call__ = signalled  # type: ignore[method-assign]
 
 
-def ended(place: str, arguments: Sequence[str]) -> tuple[int, str, str]:
-    """Returns exit code, stdout and stderr of trainer.task in a child that ends at `place`."""
+def ended(main: Callable[[Sequence[str]], None], place: str, arguments: Sequence[str]) -> tuple[int, str, str]:
+    """Returns exit code, stdout and stderr of a task in a child that ends at `place`."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = os.fork()
         if not child:
@@ -59,7 +76,7 @@ def ended(place: str, arguments: Sequence[str]) -> tuple[int, str, str]:
             end_at(place)
             code = 1
             try:
-                task.main(arguments)
+                main(arguments)
                 code = 0
             except SystemExit as end:
                 code = int(end.code or 0)
@@ -74,6 +91,8 @@ def ended(place: str, arguments: Sequence[str]) -> tuple[int, str, str]:
 
 
 if __name__ == "__main__":
-    places, output, *arguments = sys.argv[1:]
+    task, places, output, *arguments = sys.argv[1:]
+    for module in ("trainer.train", "eval.linear_eval"):  # once for all children
+        importlib.import_module(module)
     with open(output, "w") as file:
-        json.dump([ended(place, arguments) for place in places.split(",")], file)
+        json.dump([ended(importlib.import_module(task).main, place, arguments) for place in places.split(",")], file)

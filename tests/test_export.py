@@ -34,7 +34,7 @@ from eval.features import extract, load_encoder
 from eval.linear_eval import linear_eval
 from eval.serving import Encoder
 from trainer import checkpoint as checkpoints
-from trainer.augmentation import central_crop
+from trainer.augmentation import as_floats, central_crop
 from trainer.encoder import make_encoder
 from trainer.presets import resolve
 from trainer.records import UserError, decode_example, read_manifest
@@ -65,11 +65,12 @@ def evaluated(dataset, checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def own(dataset, checkpoint):
+def own(dataset, checkpoint, tmp_path_factory):
     """What the trainer's own encoder makes of the validation images, in the order of their IDs."""
     config, _ = read_config(str(checkpoint))
     encoder = load_encoder(config, checkpoints.load_latest(str(checkpoint)))
-    return encoder, extract(encoder, config, str(dataset), read_manifest(str(dataset)), "validation").values
+    folder = str(tmp_path_factory.mktemp("features"))
+    return encoder, extract(encoder, config, str(dataset), read_manifest(str(dataset)), "validation", folder).whole().values
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_from_bytes_to_features_is_what_evaluation_computes(exported, own, pictu
     features = model.signatures["serving_default"](image_bytes=tf.constant(pictures))["features"]
     assert features.dtype == tf.float32
     np.testing.assert_allclose(features, expected, rtol=0, atol=1e-6)
-    images = tf.stack([central_crop(picture, 32, 0.875) for picture in pictures])
+    images = as_floats(tf.stack([central_crop(picture, 32, 0.875) for picture in pictures]))
     np.testing.assert_allclose(model.signatures["images"](images=images)["features"], expected, rtol=0, atol=1e-6)
     assert model.signatures["serving_default"](image_bytes=tf.constant([], tf.string))["features"].shape == (0, 32)
 
@@ -125,7 +126,7 @@ numpy.savez("answers.npz", alone=features, keras=encoder(numpy.load("images.npy"
 """
     copytree(exported, tmp_path, dirs_exist_ok=True)
     (tmp_path / "photo.jpg").write_bytes(pictures[3])
-    images = np.stack([central_crop(picture, 32, 0.875) for picture in pictures])
+    images = as_floats(np.stack([central_crop(picture, 32, 0.875) for picture in pictures]))
     np.save(tmp_path / "images.npy", images)
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

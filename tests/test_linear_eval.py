@@ -9,20 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_dataset
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from eval import knn, task
-from eval.cached import fit, fit_with_choice, top_k_accuracy
-from eval.features import Features, digest_of, extract, load_encoder, read_features, write_features
-from eval.linear_eval import features_path, linear_eval
+from eval import features as storing
+from eval import logistic, neighbours, task
+from eval.evaluation import read_evaluation
+from eval.features import Examples, Features, digest_of, extract, load_encoder, read_features
+from eval.linear_eval import linear_eval
+from eval.logistic import cut, fit, top_k_accuracy
+from eval.protocols import cached
+from eval.protocols.cached import fit_with_choice
+from eval.protocols.knn import knn_scores
 from trainer import checkpoint as checkpoints
 from trainer.config import LinearEval
 from trainer.encoder import make_encoder
+from trainer.preemption import PreemptedError
 from trainer.presets import resolve
 from trainer.records import UserError, manifest_to_json, read_manifest
 from trainer.train import train
@@ -45,9 +50,20 @@ def blobs(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return (centres[labels] + random.normal(0, 1, (count, 10))).astype(np.float32), labels
 
 
+def stored(folder: Path, values: np.ndarray, labels: np.ndarray, rows: int = 64) -> storing.StoredFeatures:
+    """Features on disk, in parts of `rows`, in an order that is not that of the IDs."""
+    order = np.random.default_rng(5).permutation(len(labels))
+    starts = range(0, len(labels), rows)
+    for number, start in enumerate(starts):
+        ids = order[start : start + rows]
+        storing._write_part(storing._part_path(str(folder), number), Features(ids, labels[ids], values[ids]), "")
+    sizes = tuple(min(rows, len(labels) - start) for start in starts)
+    return storing.StoredFeatures(str(folder), "", values.shape[1], sizes)
+
+
 def test_fit_is_the_optimum_that_scikit_learn_finds():
     values, labels = blobs(300, 0)
-    ours = fit(values, labels, 4, [1.0, 0.01])[-1]
+    ours = fit(Examples.of(values, labels), 4, [1.0, 0.01], tolerance=1e-6)[-1]
     standard = (values - values.mean(0)) / values.std(0)
     theirs = LogisticRegression(C=1 / (0.01 * len(values)), tol=1e-8, max_iter=5000).fit(standard, labels)
     np.testing.assert_allclose(ours.weights.T, theirs.coef_, atol=2e-3)
@@ -56,14 +72,14 @@ def test_fit_is_the_optimum_that_scikit_learn_finds():
     assert agree.all()
 
 
-def test_the_penalty_is_chosen_where_it_helps():
+def test_the_penalty_is_chosen_where_it_helps(tmp_path):
     """Where a fifth of the labels is wrong and most features mean nothing, next to no penalty cannot win."""
     random = np.random.default_rng(0)
     truth = random.integers(0, 2, 800)
     labels = np.where(random.random(800) < 0.2, 1 - truth, truth)
     values = np.concatenate([truth[:, None] * 4.0 + random.normal(0, 1, (800, 1)), random.normal(0, 1, (800, 200))], 1)
     settings = LinearEval(l2_penalties=(1e-8, 0.3), holdout_fraction=0.5)
-    chosen = fit_with_choice(Features(values.astype(np.float32), labels), 2, settings)
+    chosen = fit_with_choice(stored(tmp_path, values.astype(np.float32), labels), 2, settings)
     assert chosen.l2_penalty == 0.3
 
 
@@ -76,54 +92,136 @@ def test_top_k_counts_labels_among_the_largest_and_ties_against():
 
 
 @pytest.mark.parametrize("k", [1, 7, 300])
-def test_neighbours_vote_as_scikit_learn_has_them_vote(k, monkeypatch):
+def test_neighbours_vote_as_scikit_learn_has_them_vote(k, monkeypatch, tmp_path):
     """In pieces too small to hold all of them."""
-    monkeypatch.setattr(knn, "_NEIGHBOURS_AT_ONCE", 64)
-    monkeypatch.setattr(knn, "_QUERIES_AT_ONCE", 30)
+    monkeypatch.setattr(neighbours, "_BANK_AT_ONCE", 50)
+    monkeypatch.setattr(neighbours, "_QUERIES_AT_ONCE", 30)
     values, labels = blobs(300, 0)
     queries, _ = blobs(100, 1)
-    scores = knn.knn_scores(Features(values, labels), queries, 4, k, 0.07)
+    scores = knn_scores(stored(tmp_path, values, labels), queries, 4, k, 0.07)
     theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
     expected = theirs.fit(values.astype(np.float64), labels).predict_proba(queries.astype(np.float64))
     np.testing.assert_allclose(scores / scores.sum(1, keepdims=True), expected, atol=1e-4)
 
 
-def test_a_small_temperature_does_not_overflow():
+def test_a_small_temperature_does_not_overflow(tmp_path):
     values, labels = blobs(300, 0)
-    scores = knn.knn_scores(Features(values, labels), values, 4, 20, 0.001)
+    scores = knn_scores(stored(tmp_path, values, labels), values, 4, 20, 0.001)
     np.testing.assert_array_equal(scores.argmax(1), labels)
 
 
-def test_features_come_back_from_their_file_as_they_were(tmp_path):
-    values, labels = blobs(40_000, 0)
-    path = str(tmp_path / "features.parquet")
-    write_features(path, Features(values, labels), "a digest")
-    stored = read_features(path, "a digest")
-    np.testing.assert_array_equal(stored.values, values)
-    np.testing.assert_array_equal(stored.labels, labels)
-    table = pq.read_table(path)
-    assert table["image_id"].to_pylist() == list(range(40_000))
-    assert str(table.schema.field("features").type) == "fixed_size_list<element: float>[10]"
-    with pytest.raises(UserError, match="of another encoder or of other images"):
-        read_features(path, "another")
+def test_a_fit_that_reads_its_features_at_every_pass_is_that_of_one_that_holds_them(monkeypatch, tmp_path):
+    values, labels = blobs(300, 0)
+    held = fit(stored(tmp_path, values, labels).examples(), 4, [0.01], tolerance=1e-6)[0]
+    monkeypatch.setattr(logistic, "_HELD_BYTES", 0)
+    monkeypatch.setattr(logistic, "_ROWS", 70)
+    read = fit(stored(tmp_path, values, labels).examples(), 4, [0.01], tolerance=1e-6)[0]
+    np.testing.assert_allclose(read.weights, held.weights, atol=1e-3)
+    np.testing.assert_allclose(read.mean, values.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(read.deviation, values.std(0), rtol=1e-5)
+
+
+def test_features_that_hardly_differ_are_told_apart():
+    """Of a feature that is 1000 plus little, the little counts."""
+    values, labels = blobs(300, 0)
+    ours = fit(Examples.of((values / 100 + 1000).astype(np.float32), labels), 4, [0.01])[0]
+    accuracy = np.mean(ours.logits((values / 100 + 1000).astype(np.float32)).argmax(1) == labels)
+    expected = fit(Examples.of(values, labels), 4, [0.01])[0]
+    assert accuracy == pytest.approx(np.mean(expected.logits(values).argmax(1) == labels), abs=0.01)
+
+
+def test_pieces_are_cut_anew_without_loss():
+    pieces = [np.arange(start, stop) for start, stop in ((0, 3), (3, 3), (3, 20), (20, 21))]
+    found = [piece for (piece,) in cut(((piece,) for piece in pieces), 4)]
+    assert [len(piece) for piece in found] == [4, 4, 4, 4, 4, 1]
+    np.testing.assert_array_equal(np.concatenate(found), np.arange(21))
+
+
+def test_features_come_back_as_they_were_written(tmp_path):
+    values, labels = blobs(1000, 0)
+    features = stored(tmp_path, values, labels)
+    whole = features.whole()
+    np.testing.assert_array_equal(whole.values, values)
+    np.testing.assert_array_equal(whole.labels, labels)
+    np.testing.assert_array_equal(features.labels_by_id(), labels)
+    wanted = labels == 2
+    chosen = [piece for piece, of in features.examples(wanted).pieces() if np.all(of == 2)]
+    assert sum(map(len, chosen)) == features.examples(wanted).count == wanted.sum()
+    part = pq.read_table(tmp_path / "part-00003.parquet")
+    assert part.column_names == ["image_id", "label", "features"]
+    assert str(part.schema.field("features").type) == "fixed_size_list<element: float>[10]"
 
 
 def test_what_holds_no_features_is_refused(tmp_path):
-    (tmp_path / "features.parquet").write_bytes(b"something else")
-    pq.write_table(pa.table({"image_id": [1]}), tmp_path / "other.parquet")
-    for name in ("features.parquet", "other.parquet", "none.parquet"):
-        with pytest.raises(UserError, match="is not a file of features"):
-            read_features(str(tmp_path / name))
+    with pytest.raises(UserError, match="is no folder of features"):
+        read_features(str(tmp_path))
+    (tmp_path / "features.json").write_text('{"digest": "", "dimensions": 10, "rows": [3]}')
+    for content in (b"something else", b""):
+        (tmp_path / "part-00000.parquet").write_bytes(content)
+        with pytest.raises(UserError, match="is no part of features"):
+            read_features(str(tmp_path)).whole()
+    storing._write_part(str(tmp_path / "part-00000.parquet"), Features(np.arange(2), np.arange(2), np.zeros((2, 10), "f")), "")
+    with pytest.raises(UserError, match=r"has 2 images, and features\.json says 3: delete"):
+        list(read_features(str(tmp_path)).parts())
 
 
-def test_features_are_of_every_image_in_the_order_of_ids(dataset, checkpoint):
+def test_features_are_of_every_image_once(dataset, checkpoint, tmp_path):
     config = resolve("demo", [*TINY, "linear_eval.batch_size=7"])
     manifest = read_manifest(str(dataset))
     encoder = load_encoder(config, checkpoints.load_latest(str(checkpoint)))
-    features = extract(encoder, config, str(dataset), manifest, "validation")
+    reported = []
+    features = extract(
+        encoder, config, str(dataset), manifest, "validation", str(tmp_path / "seven"), on_progress=reported.append
+    ).whole()
     np.testing.assert_array_equal(features.labels, np.arange(17) % 6)
-    whole = extract(encoder, resolve("demo", TINY), str(dataset), manifest, "validation")
-    np.testing.assert_allclose(features.values, whole.values, rtol=1e-4, atol=1e-5)
+    assert reported == [0, 7, 14, 17]
+    config = resolve("demo", TINY)
+    other = extract(encoder, config, str(dataset), manifest, "validation", str(tmp_path / "all")).whole()
+    np.testing.assert_allclose(features.values, other.values, rtol=1e-4, atol=1e-5)
+    few = extract(encoder, config, str(dataset), manifest, "validation", str(tmp_path / "all"), np.array([3, 9, 11]))
+    assert sorted(few.ids_and_labels()[0]) == [3, 9, 11]
+    assert few.digest != digest_of(encoder, config, manifest, "validation")
+
+
+def test_an_interrupted_forward_pass_goes_on_after_its_last_part(dataset, checkpoint, tmp_path, monkeypatch):
+    """A torn part, one of other batches and one of another encoder are computed again."""
+    monkeypatch.setattr(storing, "_PART_BYTES", 1)
+    config, manifest = resolve("demo", [*TINY, "linear_eval.batch_size=7"]), read_manifest(str(dataset))
+    encoder = load_encoder(config, checkpoints.load_latest(str(checkpoint)))
+
+    def features(folder: str, stop_after: int = 100, config=config):
+        reported = []
+        stored = extract(
+            encoder,
+            config,
+            str(dataset),
+            manifest,
+            "train",
+            str(tmp_path / folder),
+            on_progress=reported.append,
+            should_stop=lambda: len(reported) > stop_after,
+        )
+        return stored, reported
+
+    whole, reported = features("alone")
+    assert reported == [0, 7, 14, 21, 28, 35, 42, 48]
+    with pytest.raises(PreemptedError, match=r"kept the features of 21 of 48 images of train: start the same command again"):
+        features("stopped", stop_after=3)
+    again, reported = features("stopped")
+    assert reported == [21, 28, 35, 42, 48]
+    for ours, theirs in zip(again.parts(), whole.parts(), strict=True):
+        np.testing.assert_array_equal(ours.values, theirs.values)
+        np.testing.assert_array_equal(ours.image_ids, theirs.image_ids)
+    assert features("stopped")[1] == [48]
+    for spoil in ("torn", "other batches"):
+        with pytest.raises(PreemptedError):
+            features(spoil, stop_after=3)
+        if spoil == "torn":
+            (path,) = (tmp_path / spoil).glob("*/part-00001.parquet")
+            path.write_bytes(path.read_bytes()[:-20])
+            assert features(spoil)[1][0] == 7
+        else:
+            assert features(spoil, config=resolve("demo", [*TINY, "linear_eval.batch_size=9"]))[1][0] == 0
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +248,17 @@ def test_the_whole_validation_split_counts_and_the_control_stands_beside(evaluat
         low, high = row["top_1_interval"]
         assert low <= row["top_1"] <= high
         assert (low, high) == tuple(result.metrics[f"eval/{name}top_1_accuracy_{end}"] for end in ("low", "high"))
-    assert written["accuracies"][2]["settings"] == {"k": 48, "temperature": 0.07}
+    assert [row["settings"] for row in written["accuracies"][:3]] == [
+        {"l2_penalty": 0.01, "images": 48},
+        {"l2_penalty": 0.01, "images": 48},
+        {"k": 48, "temperature": 0.07},
+    ]
     for split, count in {"train": 48, "validation": 17}.items():
         file = written["features"][split]
         assert (file["images"], file["dimensions"]) == (count, 32)
-        assert len(read_features(file["path"], file["digest"]).labels) == count
+        found = read_features(file["path"])
+        assert (found.digest, found.count) == (file["digest"], count)
+    assert not list(folder.glob("unfinished*"))
     with np.load(folder / "classifier.npz") as stored:
         assert stored["weights"].shape == (32, 6)
 
@@ -169,9 +273,9 @@ def test_every_prediction_is_written_and_is_what_the_accuracies_count(evaluated)
 
 
 def test_the_online_classifier_is_the_one_that_the_checkpoint_holds(evaluated, checkpoint):
-    _, folder, _ = evaluated
+    result, folder, _ = evaluated
     arrays = checkpoints.load_latest(str(checkpoint)).arrays
-    features = read_features(features_path(str(folder), "validation"))
+    features = read_features(result.features["validation"]["path"]).whole()
     logits = features.values @ arrays["classifier/dense/kernel"] + arrays["classifier/dense/bias"]
     np.testing.assert_array_equal(pq.read_table(folder / "predictions.parquet")["online"].to_numpy(), logits.argmax(axis=1))
 
@@ -180,18 +284,46 @@ def test_features_that_are_there_are_not_computed_again(evaluated, dataset, chec
     """Those of another encoder are; a trace of the stored ones shows in what is made of them."""
     result, folder, _ = evaluated
     shutil.copytree(folder, tmp_path / "out")
-    config, manifest = resolve("demo", TINY), read_manifest(str(dataset))
-    encoder = load_encoder(config, checkpoints.load_latest(str(checkpoint)))
-    path = features_path(str(tmp_path / "out"), "validation")
-    kept = read_features(path)
-    turned = Features(kept.values[::-1].copy(), kept.labels)
-    write_features(path, turned, digest_of(encoder, config, manifest, "validation"))
+    part = tmp_path / "out" / Path(result.features["validation"]["path"]).name / "part-00000.parquet"
+    kept = storing._to_features(pq.read_table(part))
+    turned = replace(kept, values=kept.values[::-1].copy())
+    storing._write_part(str(part), turned, "")
     again = linear_eval(str(dataset), str(checkpoint), str(tmp_path / "out"), QUICK)
     assert again.metrics["eval/knn_top_1_accuracy"] != result.metrics["eval/knn_top_1_accuracy"]
-    np.testing.assert_array_equal(read_features(path).values, turned.values)
-    write_features(path, turned, "of another encoder")
+    index = part.parent / "features.json"
+    index.write_text(index.read_text().replace(result.features["validation"]["digest"], "of another encoder"))
     assert linear_eval(str(dataset), str(checkpoint), str(tmp_path / "out"), QUICK).metrics == result.metrics
-    np.testing.assert_array_equal(read_features(path).values, kept.values)
+    np.testing.assert_array_equal(storing._to_features(pq.read_table(part)).values, kept.values)
+
+
+@pytest.mark.parametrize("images", [0, 20])
+def test_the_control_can_be_turned_off_or_fitted_to_a_part(evaluated, dataset, checkpoint, tmp_path, images, capsys):
+    shutil.copytree(evaluated[1], tmp_path / "out")
+    overrides = [*QUICK, "linear_eval.protocols=cached", f"linear_eval.control_images={images}"]
+    result = linear_eval(str(dataset), str(checkpoint), str(tmp_path / "out"), overrides)
+    about = read_evaluation(str(tmp_path / "out")).about_control
+    if images:
+        assert [row.settings["images"] for row in result.accuracies] == [48, 20]
+        assert about.endswith(", fitted to 20 of 48 training images")
+        counts = [json.loads(index.read_text())["images"] for index in (tmp_path / "out").glob("features-train-*/features.json")]
+        assert sorted(counts) == [20, 48, 48]
+    else:
+        assert [row.encoder for row in result.accuracies] == ["pretrained"]
+        assert about == "turned off: linear_eval.control_images=0"
+
+
+def test_the_penalty_of_a_large_split_is_chosen_with_a_part_of_it(monkeypatch, tmp_path):
+    fitted = []
+
+    def watched(examples, *args, **kwargs):
+        fitted.append(examples.count)
+        return fit(examples, *args, **kwargs)
+
+    monkeypatch.setattr(cached, "fit", watched)
+    values, labels = blobs(500, 0)
+    settings = LinearEval(l2_penalties=(1e-1, 1e-2), holdout_fraction=0.25, choice_images=200)
+    fit_with_choice(stored(tmp_path, values, labels), 4, settings)
+    assert fitted == [150, 500]
 
 
 def test_the_encoder_that_is_evaluated_is_the_checkpoints(checkpoint):
@@ -305,10 +437,11 @@ def test_the_command_prints_a_row_for_each_protocol_with_its_interval(dataset, c
     shutil.copytree(folder, tmp_path / "out")
     given = ["--data", str(dataset), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), "--set", *QUICK]
     done = subprocess.run([sys.executable, "-m", "eval.task", *given], capture_output=True, text=True, check=True)
-    header, *rows, last = done.stdout.splitlines()
+    header, *rows, last, control = done.stdout.splitlines()
     assert header.split() == ["protocol", "encoder", "top-1", "95%", "interval", "top-5", "seconds"]
     assert [row.split()[:2] for row in rows] == [[one.protocol, one.encoder] for one in result.accuracies]
     for row, one in zip(rows, result.accuracies, strict=True):
         low, high = one.top_1_interval
         assert f" {one.top_1:.1%}  {100 * low:.1f} to {100 * high:.1f} " in row
     assert last == "17 validation images; intervals by bootstrap over them"
+    assert control.startswith("untrained control: ")

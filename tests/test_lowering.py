@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from eval.programs import lower_forward, lower_labelled_step
+from eval.supervised import Recipe
 from pipelines import accelerators, plan
 from pipelines.code import PROJECT
 from trainer import encoder, train
@@ -120,6 +122,22 @@ def test_a_tpu_s_compiler_takes_the_step(one_block):
     assert needs["compiler"] == "libtpu 0.0.30"
     assert needs["flops"] > 1e6
     assert needs["temp_bytes"] > 1e4
+
+
+@needs_compiler
+@pytest.mark.parametrize("what", ["forward", "official", "fine-tuning"])
+def test_a_tpu_s_compiler_takes_the_steps_of_an_evaluation(one_block, what):
+    """A forward pass; training a classifier on three of 8 images; training all of the network on one of 4 replicas."""
+    config = resolve("demo", [*TINY, "depth=50", "precision=bfloat16", "linear_eval.batch_size=8"])
+    recipe = Recipe(num_images=48, epochs=1, batch_size=20, base_learning_rate=0.1, seed=0, frozen=what == "official")
+    if what == "forward":
+        program = lower_forward(config, 8)
+        assert program.arguments["batch/image"] == ((8, 32, 32, 3), "uint8")
+    else:
+        program = lower_labelled_step(config, recipe, 6, replicas=1 if what == "official" else 4)
+    needs = plan.compile_program(program.hlo, plan.DEVICES["v5e"], PYTHON, quick=True)
+    assert needs["fits"]
+    assert needs["flops"] > 1e6
 
 
 @needs_compiler

@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipelines.cli import main
+from pipelines.vertex import Place, Vertex, credentials
 
 COMPONENTS = ["build-tfrecords", "pretrain", "linear-eval"]
 TINY = [
@@ -347,6 +348,8 @@ def test_a_step_of_a_job_on_vertex_is_done_again_on_this_machine(folder, first, 
         job += ("--job-id", "mine", "--skip-check", "options", "region", "mlflow", "vertex", "bucket", "images", "raw")
         done = sogclr("submit", "--preset", "demo", *place, *job, "--set", "linear_eval.l2_penalties=1e-2", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
+        sent = Vertex(Place("my-project", "europe-west4", google.url), credentials()[0]).get("mine")
+        assert set(sent.arguments("pretrain")) == {"preset", "overrides", "code_version"}
         left = {name: step(first, name)["outputs"] for name in COMPONENTS[:2]}
         google.leave("mine", left)
         arguments = ("linear-eval", "--run", "vertex:mine", *place, "--set", "linear_eval.seed=3", "--json")

@@ -42,10 +42,10 @@ def test_nothing_in_a_frozen_encoder_moves(dataset):
     manifest, encoder = read_manifest(str(dataset)), make_encoder(config)
     before = [variable.numpy() for variable in encoder.variables]
     done = []
-    classifier = train_classifier(encoder, config, str(dataset), manifest, recipe(), report=done.append)
+    classifier = train_classifier(encoder, config, str(dataset), manifest, recipe(), on_progress=done.append)
     assert moved(encoder, before) == set()
     assert all(np.any(variable.numpy()) for variable in classifier.variables)
-    assert done == [20 * step for step in range(1, 48 * 3 // 20 + 2)]
+    assert done == [20 * step for step in range(48 * 3 // 20 + 2)]
 
 
 def test_the_classifier_takes_the_steps_that_the_recipe_says(dataset):

@@ -56,8 +56,28 @@ def test_a_batch_has_every_image_once_and_views_that_depend_on_epoch_and_image_a
 
 def test_evaluation_sees_every_image_once(dataset):
     batches = list(evaluation_batches(tiny(), str(dataset), read_manifest(str(dataset)), "validation", 5))
-    assert sorted(np.concatenate([batch["image_id"] for batch in batches])) == list(range(17))
-    assert batches[-1]["image"].shape == (2, 32, 32, 3)
+    ids = np.concatenate([batch["image_id"] for batch in batches])
+    assert sorted(ids) == [-1, -1, -1, *range(17)]
+    assert [batch["image"].shape for batch in batches] == 4 * [(5, 32, 32, 3)]
+    later = list(evaluation_batches(tiny(), str(dataset), read_manifest(str(dataset)), "validation", 5, first_step=2))
+    np.testing.assert_array_equal(np.concatenate([batch["image_id"] for batch in later]), ids[10:])
+
+
+@pytest.mark.parametrize("chosen", [None, np.arange(0, 48, 5)])
+def test_every_host_evaluates_its_own_shards_in_as_many_batches(dataset, chosen):
+    """Of two shards a host has one, a third has none: padding keeps the batches of all in step."""
+    hosts = [
+        list(
+            evaluation_batches(
+                tiny(), str(dataset), read_manifest(str(dataset)), "train", 5, chosen, host=host, hosts=3, replicas=2
+            )
+        )
+        for host in range(3)
+    ]
+    assert len({len(batches) for batches in hosts}) == 1
+    assert len(hosts[0]) % 2 == 0
+    ids = np.concatenate([batch["image_id"] for batches in hosts for batch in batches])
+    assert sorted(ids[ids >= 0]) == list(range(48) if chosen is None else chosen)
 
 
 def test_a_step_changes_u_of_its_own_images_only(dataset):
@@ -128,14 +148,14 @@ def test_a_finished_run_started_again_ends_with_the_same_result(undisturbed, dat
 def endings(places: str, folder: Path, data: Path) -> list[tuple[int, str, str]]:
     """Returns exit code, stdout and stderr of trainer.task, run again for each of `places`, which tests/ending.py explains."""
     given = ["--preset", "demo", "--data", data, "--checkpoint-dir", folder / "run", "--json", "--set", *TINY]
-    subprocess.run([sys.executable, ENDING, places, folder / "endings.json", *given], check=True)
+    subprocess.run([sys.executable, ENDING, "trainer.task", places, folder / "endings.json", *given], check=True)
     return json.loads((folder / "endings.json").read_text())
 
 
 @pytest.mark.thorough
 def test_a_run_that_is_ended_in_every_way_ends_with_the_same_bits(undisturbed, dataset, tmp_path):
     """Killed between two steps, within a write, and stopped by SIGTERM at a step after which there would be no checkpoint."""
-    *ended, finished = endings("kill:4,torn:6,term:6,end", tmp_path, dataset)
+    *ended, finished = endings("kill:4,torn:checkpoint-00000006,term:6,end", tmp_path, dataset)
     assert [code for code, _, _ in ended] == [-signal.SIGKILL, -signal.SIGKILL, EXIT_CODE]
     assert [err.split()[1] for _, _, err in (*ended, finished)] == ["0/8", "2/8", "4/8", "7/8"]
     assert ended[-1][2].splitlines()[-1].startswith("preempted: stopped at step 7 of 8, saved ")

@@ -92,12 +92,20 @@ def resize_crop(image: tf.Tensor, box: tf.Tensor, size: int, interpolation: str)
 
 
 def central_crop(encoded: tf.Tensor, size: int, proportion: float) -> tf.Tensor:
-    """Returns what evaluation sees of a JPEG, [size, size, 3] float32 in [0, 1]: its middle, resized bicubically."""
-    return resize_center(tf.io.decode_jpeg(encoded, channels=3), size, proportion)
+    """Returns the evaluation crop of a JPEG, [size, size, 3] uint8: its middle, resized bicubically."""
+    return tf.cast(resize_center(tf.io.decode_jpeg(encoded, channels=3), size, proportion) * 255.0 + 0.5, tf.uint8)
+
+
+def as_floats(pixels: tf.Tensor) -> tf.Tensor:
+    """Returns uint8 pixels as an encoder takes them, float32 in [0, 1]."""
+    return tf.cast(pixels, tf.float32) / 255.0
 
 
 def resize_center(image: tf.Tensor, size: int, proportion: float) -> tf.Tensor:
-    """Crops the middle square of `proportion` of the shorter side of `image`, [H, W, 3] uint8; as `central_crop`."""
+    """Returns the middle square of `image`, [H, W, 3] uint8, as [size, size, 3] float32 in [0, 1].
+
+    It has `proportion` of the shorter side, and is resized bicubically, as the official code does.
+    """
     height, width = tf.shape(image)[0], tf.shape(image)[1]
     side = tf.cast(tf.round(proportion * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32)
     top, left = (height - side + 1) // 2, (width - side + 1) // 2

@@ -27,13 +27,17 @@ class LinearEval:
     protocols: tuple[Protocol, ...] = ("cached", "knn", "online")
     """What is measured; `cached` always is, for the untrained control and the classifier are its."""
     batch_size: int = 256
-    """Images per forward pass; changes no result."""
+    """Images per forward pass of a replica; changes no result."""
     seed: int = 0
 
     l2_penalties: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     """Candidates for lambda in mean cross-entropy + lambda/2 |W|^2; the best on held-out training images is taken."""
     holdout_fraction: float = 0.1
-    """Part of the training images, chosen by image ID, that the choice of lambda is made on. The final fit uses all."""
+    """Part of the images of the choice, by image ID, that score the candidates for lambda. The final fit uses all images."""
+    choice_images: int = 100_000
+    """Training images, at most, that lambda is chosen with. Of a larger split, so many are drawn by `seed`."""
+    control_images: int = 50_000
+    """Training images, at most, of the untrained control; 0 for no control. Of a larger split, so many are drawn by `seed`."""
 
     knn_k: int = 200
     """Neighbours that vote; all training images where there are fewer."""
@@ -135,6 +139,11 @@ class Config:
         _check(self)
 
 
+def feature_dim(config: Config) -> int:
+    """Returns F, how many features the encoder makes of an image."""
+    return (2048 if config.depth >= 50 else 512) * int(64 * config.width_multiplier) // 64
+
+
 def _check(config: Config) -> None:
     """Raises UserError for a value or a combination that makes no sense, naming the field and what would."""
     # The global contrastive loss sums exp(1 / temperature) in float32; NT-Xent has no such bound.
@@ -176,6 +185,8 @@ def _check(config: Config) -> None:
         (bool(config.linear_eval.l2_penalties), "linear_eval.l2_penalties", "at least one number, as in 1e-2,1e-3"),
         (all(x >= 0 for x in config.linear_eval.l2_penalties), "linear_eval.l2_penalties", "0 or more, each"),
         (0 < config.linear_eval.holdout_fraction < 1, "linear_eval.holdout_fraction", "in (0, 1)"),
+        (config.linear_eval.choice_images >= 2, "linear_eval.choice_images", "at least 2"),
+        (config.linear_eval.control_images >= 0, "linear_eval.control_images", "0 (no control) or more"),
         (config.linear_eval.knn_k >= 1, "linear_eval.knn_k", "at least 1"),
         (config.linear_eval.knn_temperature > 0, "linear_eval.knn_temperature", "above 0"),
         (config.linear_eval.official_epochs >= 1, "linear_eval.official_epochs", "at least 1"),

@@ -77,12 +77,12 @@ class Replicas:
         return values if self.count == 1 else tf.distribute.get_replica_context().all_reduce(how, values)
 
 
-def check_divides(global_batch_size: int, replicas: int) -> None:
-    """Raises UserError where the replicas cannot have equal parts of a batch, naming the nearest sizes that would do."""
-    below = global_batch_size // replicas * replicas
-    if below != global_batch_size:
+def check_divides(batch_size: int, replicas: int, setting: str = "global_batch_size") -> None:
+    """Raises UserError where the replicas cannot have equal parts of a batch. It names the nearest values that fit."""
+    below = batch_size // replicas * replicas
+    if below != batch_size:
         fitting = " or ".join(str(size) for size in (below, below + replicas) if size > 0)
-        raise UserError(f"global_batch_size={global_batch_size} does not divide over {replicas} replicas: take {fitting}")
+        raise UserError(f"{setting}={batch_size} does not divide over {replicas} replicas: take {fitting}")
 
 
 def jit_compile(strategy: tf.distribute.Strategy) -> bool:

@@ -1,5 +1,6 @@
 """The encoder: SimCLR's ResNet (v1, He et al. 2016; selective kernels, Li et al. 2019) as a functional Keras model."""
 
+import math
 from dataclasses import dataclass
 
 import keras
@@ -40,6 +41,16 @@ def make_encoder(config: Config, replicas: Replicas | None = None) -> keras.Mode
             x = make_block(x, width * 2**group, stride, block == 0, f"group{group + 1}_block{block + 1}")
     features = keras.layers.GlobalAveragePooling2D(name="features", dtype="float32")(x)
     return keras.Model(images, features, name="encoder")
+
+
+def forward_flops(encoder: keras.Model) -> float:
+    """Returns the FLOPs of an image's forward pass: of its convolutions, two a product, as papers count them."""
+    flops = 0.0
+    for layer in encoder.layers:
+        if isinstance(layer, keras.layers.Conv2D | PointwiseNorm):
+            _, height, width, _ = layer.output.shape
+            flops += 2.0 * height * width * math.prod(layer.kernel.shape)
+    return flops
 
 
 @dataclass(frozen=True)

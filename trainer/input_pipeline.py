@@ -5,6 +5,8 @@ No Python runs in it, so that a TPU slice's hosts each run their own.
 """
 
 import os
+import sys
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -60,20 +62,32 @@ def training_batches(
     )
 
 
-def labelled_batches(config: Config, data_dir: str, manifest: Manifest, image_ids: np.ndarray | None = None) -> tf.data.Dataset:
-    """Returns batches of training images for training with labels, from the first step on, without end.
+def labelled_batches(
+    config: Config,
+    data_dir: str,
+    manifest: Manifest,
+    image_ids: np.ndarray | None = None,
+    first_step: int = 0,
+    *,
+    host: int = 0,
+    hosts: int = 1,
+    replicas: int = 1,
+) -> tf.data.Dataset:
+    """Returns batches of training images for training with labels, from `first_step` on, without end.
 
-    A batch has `image` [B, S, S, 3] uint8, cropped and flipped at random, and `label` [B] int64, with B =
-    `config.global_batch_size`. It is a function of (config, dataset, image_ids, step). With `image_ids`, [n] int64, n at least B,
-    an epoch has those images only, which then stay in memory, encoded. Raises UserError where there are fewer than a batch.
+    The batches of host `host` of `hosts` are for its `replicas`, one after another for each step. A batch has `image` [b, S, S,
+    3] uint8, cropped and flipped at random, and `label` [b] int64, with b = `config.global_batch_size` / (hosts * replicas). It
+    is a function of (config, dataset, image_ids, step, hosts, replicas). With `image_ids`, [n] int64, n at least
+    `config.global_batch_size`, an epoch has those images only, which then stay in memory, encoded. Raises UserError where there
+    are fewer than a batch.
     """
     split = training_split(config, data_dir, manifest)
     if image_ids is None:
-        taken = _in_order(config, data_dir, manifest, 0)
+        taken = _in_order(config, data_dir, manifest, first_step, host, hosts)
     else:
         stored = _stored(data_dir, manifest, image_ids)
         order = Order((len(image_ids),), config.global_batch_size, len(image_ids), config.seed)
-        taken = order.windows(0).map(lambda window: _taken(window, stored, window["places"]))
+        taken = order.windows(first_step, host, hosts).map(lambda window: _taken(window, stored, window["places"]))
 
     def example(item: dict[str, tf.Tensor]) -> Batch:
         parsed = _parse(item["serialized"], split.records, manifest.num_classes)
@@ -90,29 +104,70 @@ def labelled_batches(config: Config, data_dir: str, manifest: Manifest, image_id
     return _untuned(
         taken.unbatch()
         .map(example, num_parallel_calls=_CORES, deterministic=True)
-        .batch(config.global_batch_size, drop_remainder=True)
-        .prefetch(2)
+        .batch(config.global_batch_size // (hosts * replicas), drop_remainder=True)
+        .prefetch(2 * replicas)
     )
 
 
-def evaluation_batches(config: Config, data_dir: str, manifest: Manifest, split_name: str, batch_size: int) -> tf.data.Dataset:
-    """Returns every image of a split once, in the order of the shards; the last batch is as small as it comes.
+PADDING = -1
+"""Image ID of what fills up a batch of `evaluation_batches`."""
 
-    A batch of n has `image` [n, S, S, 3] float32 in [0, 1], `image_id` [n] int64 and `label` [n] int64.
+
+def evaluation_batches(
+    config: Config,
+    data_dir: str,
+    manifest: Manifest,
+    split_name: str,
+    batch_size: int,
+    image_ids: np.ndarray | None = None,
+    first_step: int = 0,
+    *,
+    host: int = 0,
+    hosts: int = 1,
+    replicas: int = 1,
+) -> tf.data.Dataset:
+    """Returns every image of a split once, or each of `image_ids`, [n] int64, in the order of the shards, from `first_step` on.
+
+    The batches of host `host` of `hosts` are those of its own shards, for its `replicas`, one after another for each step. A
+    batch has `image` [b, S, S, 3] uint8, the evaluation crop, `image_id` [b] int64 and `label` [b] int64, with b = `batch_size`.
+    Every batch has this shape and every host as many: what is missing at the end is padding, whose image ID is PADDING.
     """
     split = _split(manifest, split_name, data_dir)
+    images_of = [sum(shard.records for shard in split.shards[number::hosts]) for number in range(hosts)]
+    most = max(images_of) if image_ids is None else min(max(images_of), len(image_ids))
+    steps = -(-most // (batch_size * replicas))
+    size = config.image_size
+    wanted = np.ones(split.records, bool) if image_ids is None else np.isin(np.arange(split.records), image_ids)
+
+    def is_wanted(serialized: tf.Tensor) -> tf.Tensor:
+        return tf.gather(wanted, _parse(serialized, split.records, manifest.num_classes)[records.IMAGE_ID])
 
     def example(serialized: tf.Tensor) -> Batch:
         parsed = _parse(serialized, split.records, manifest.num_classes)
-        image = central_crop(parsed[records.ENCODED], config.image_size, config.eval_crop_proportion)
-        image = tf.ensure_shape(image, [config.image_size, config.image_size, 3])
-        return {"image": image, "image_id": parsed[records.IMAGE_ID], "label": parsed[records.LABEL]}
+        image = central_crop(parsed[records.ENCODED], size, config.eval_crop_proportion)
+        return {
+            "image": tf.ensure_shape(image, [size, size, 3]),
+            "image_id": parsed[records.IMAGE_ID],
+            "label": parsed[records.LABEL],
+        }
 
+    padding = tf.data.Dataset.from_tensors(
+        {
+            "image": tf.zeros([size, size, 3], tf.uint8),
+            "image_id": tf.constant(PADDING, tf.int64),
+            "label": tf.constant(0, tf.int64),
+        }
+    ).repeat()
+    files = [f"{data_dir.rstrip('/')}/{shard.file}" for shard in split.shards[host::hosts]]
+    serialized = tf.data.TFRecordDataset(tf.constant(files, tf.string))
+    chosen = serialized if image_ids is None else serialized.filter(is_wanted)
     return _untuned(
-        tf.data.TFRecordDataset([f"{data_dir.rstrip('/')}/{shard.file}" for shard in split.shards])
+        chosen.skip(first_step * batch_size * replicas)
         .map(example, num_parallel_calls=_CORES, deterministic=True)
-        .batch(batch_size)
-        .prefetch(2)
+        .concatenate(padding)
+        .batch(batch_size, drop_remainder=True)
+        .take((steps - first_step) * replicas)
+        .prefetch(2 * replicas)
     )
 
 
@@ -140,6 +195,21 @@ def order_of(config: Config, manifest: Manifest) -> Order:
     """Returns the order in which a run sees the training images."""
     sizes = tuple(count for shard in manifest.splits["train"].shards for count in _block_sizes(shard))
     return Order(sizes, config.global_batch_size, config.shuffle_window, config.seed)
+
+
+def naming_wrong_records(batches: Iterable[Batch], data_dir: str, manifest: Manifest, split_name: str) -> Iterator[Batch]:
+    """Yields `batches` of a split. Where one cannot be made, raises UserError that names the file and the wrong record."""
+    coming = iter(batches)
+    while True:
+        try:
+            batch = next(coming)
+        except StopIteration:
+            return
+        except tf.errors.OpError as error:
+            print("a record is wrong; looking for it", file=sys.stderr)
+            wrong = first_wrong_record(data_dir, manifest, split_name)
+            raise wrong or UserError(f"{data_dir} cannot be read: {str(error).splitlines()[0]}") from error
+        yield batch
 
 
 def first_wrong_record(data_dir: str, manifest: Manifest, split_name: str) -> UserError | None:

@@ -186,8 +186,8 @@ def pointwise_normalized(
         mean_in, second = tf.split(replicas.mean(tf.concat([own_mean[None], own_second], axis=0)), [1, own_mean.shape[0]])
         mean_in = mean_in[0]
         covariance = second - mean_in[:, None] * mean_in[None, :]
-        mean = _product(mean_in[None], weights)[0]
-        variance = tf.maximum(tf.reduce_sum(weights * _product(covariance, weights), axis=0), 0.0)
+        mean = product(mean_in[None], weights)[0]
+        variance = tf.maximum(tf.reduce_sum(weights * product(covariance, weights), axis=0), 0.0)
         inverse = tf.math.rsqrt(variance + epsilon)
         scale = gamma * inverse
         outputs = tf.cast(_pointwise(inputs, weights * scale) + (beta - mean * scale), inputs.dtype)
@@ -203,10 +203,10 @@ def pointwise_normalized(
             towards = scale * (mean * along - mean_of_it)
             by_inputs = (
                 _pointwise(upstream, tf.transpose(weights * scale))
-                - _pointwise(inputs, _product(weights * (scale * along), weights, transpose_b=True))
-                + _product(towards[None], weights, transpose_b=True)
+                - _pointwise(inputs, product(weights * (scale * along), weights, transpose_b=True))
+                + product(towards[None], weights, transpose_b=True)
             )
-            own = _count(values) * (own_mean[:, None] * towards - _product(own_second, weights) * (scale * along))
+            own = _count(values) * (own_mean[:, None] * towards - product(own_second, weights) * (scale * along))
             return tf.cast(by_inputs, inputs.dtype), (across * scale + own)[None, None], by_gamma, by_beta
 
         return (outputs, mean, variance), backward
@@ -224,15 +224,15 @@ def _pointwise(inputs: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.nn.conv2d(inputs, tf.cast(weights, inputs.dtype)[None, None], 1, "VALID"), tf.float32)
 
 
-def _product(a: tf.Tensor, b: tf.Tensor, transpose_b: bool = False) -> tf.Tensor:
+def product(a: tf.Tensor, b: tf.Tensor, transpose_a: bool = False, transpose_b: bool = False) -> tf.Tensor:
     """Returns the product of float32 matrices to nearly float32's accuracy, on units too that round factors to bfloat16."""
 
     def rounded(values: tf.Tensor) -> tf.Tensor:
         # By its bits: a compiler may leave out a cast there and back.
         return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(values, tf.uint32), tf.constant(0xFFFF0000, tf.uint32)), tf.float32)
 
-    def product(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-        return tf.matmul(a, b, transpose_b=transpose_b)
+    def multiplied(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+        return tf.matmul(a, b, transpose_a=transpose_a, transpose_b=transpose_b)
 
     first_a, first_b = rounded(a), rounded(b)
-    return product(first_a, first_b) + (product(first_a, b - first_b) + product(a - first_a, b))
+    return multiplied(first_a, first_b) + (multiplied(first_a, b - first_b) + multiplied(a - first_a, b))

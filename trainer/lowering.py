@@ -1,11 +1,11 @@
-"""The train step as a program for XLA, without the machine that it is for: what one replica of many does, as an HLO module.
+"""A step as a program for XLA, without the machine that it is for: what one replica of many does, as an HLO module.
 
 Any compiler of XLA's can say of it what a step needs, and any of its runtimes can run it: `pipelines/xla_program.py` does both.
 """
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -122,8 +122,17 @@ def lower(config: Config, num_images: int, num_classes: int, replicas: int = 1) 
 
 def lower_step(config: Config, state: TrainState, replicas: OneOfMany) -> Program:
     """Returns the program of a step that moves `state`, one replica's."""
-    replica_step = make_replica_step(config, state, replicas)
-    batch = batch_spec(config, replicas.count)
+    step = make_replica_step(config, state, replicas)
+    return to_program(step, batch_spec(config, replicas.count), state.variables(), replicas)
+
+
+def to_program(
+    replica_step: Callable[[dict[str, tf.Tensor]], Mapping[str, tf.Tensor]],
+    batch: Mapping[str, tf.TensorSpec],
+    variables: Mapping[str, tf.Variable],
+    replicas: OneOfMany,
+) -> Program:
+    """Returns the program of what one of `replicas` does with a batch like `batch`, which reads and changes `variables`."""
     metrics: list[str] = []
 
     @tf.function(autograph=False, jit_compile=True)
@@ -135,7 +144,7 @@ def lower_step(config: Config, state: TrainState, replicas: OneOfMany) -> Progra
 
     hlo = to_hlo(step, list(batch.values()))
     traced = step.get_concrete_function(*batch.values())
-    variables = state.variables() | {"replica": replicas.place}
+    variables = {**variables, "replica": replicas.place}
     variables |= {f"received/{number}": variable for number, variable in enumerate(replicas.received)}
     by_handle = {id(variable.handle): (name, variable) for name, variable in variables.items()}
     arguments = {f"batch/{name}": (tuple(spec.shape), spec.dtype.name) for name, spec in batch.items()}

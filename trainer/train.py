@@ -7,7 +7,6 @@ over a dataset, from the newest checkpoint on.
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from trainer.config import Config, config_from_dict
 from trainer.distribution import Replicas, check_divides, jit_compile, make_strategy
 from trainer.encoder import make_encoder
 from trainer.heads import make_classifier, make_projection
-from trainer.input_pipeline import Batch, first_wrong_record, training_batches, training_split
+from trainer.input_pipeline import Batch, naming_wrong_records, training_batches, training_split
 from trainer.losses import (
     VARIANTS,
     alignment,
@@ -338,15 +337,8 @@ class _Batches:
                 replicas=context.num_replicas_in_sync // hosts,
             )
 
-        batches = iter(self.strategy.distribute_datasets_from_function(of_host))
-        while True:
-            try:
-                batch = next(batches)
-            except tf.errors.OpError as error:
-                print("a record is wrong; looking for it", file=sys.stderr)
-                wrong = first_wrong_record(self.data_dir, self.manifest, "train")
-                raise wrong or UserError(f"{self.data_dir} cannot be read: {str(error).splitlines()[0]}") from error
-            yield batch
+        batches = self.strategy.distribute_datasets_from_function(of_host)
+        yield from naming_wrong_records(batches, self.data_dir, self.manifest, "train")
 
 
 class _Pending:

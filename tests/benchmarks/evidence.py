@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -126,8 +127,9 @@ def run_one(run: Run, work: Path) -> dict:
     """Trains and evaluates one run, and returns what is to be recorded of it."""
     import numpy as np
 
-    from eval.cached import fit_with_choice, top_k_accuracy
     from eval.features import extract, load_encoder
+    from eval.logistic import top_k_accuracy
+    from eval.protocols.cached import fit_with_choice
     from trainer import checkpoint as checkpoints
     from trainer.encoder import make_encoder
     from trainer.preemption import PreemptedError
@@ -160,9 +162,11 @@ def run_one(run: Run, work: Path) -> dict:
     trained_seconds = time.process_time() - begun
 
     def evaluate(encoder) -> tuple[np.ndarray, np.ndarray, float]:
-        features = [extract(encoder, config, data, manifest, split) for split in ("train", "validation")]
-        classifier = fit_with_choice(features[0], manifest.num_classes, config.linear_eval)
-        return classifier.logits(features[1].values), features[1].labels, classifier.l2_penalty
+        with tempfile.TemporaryDirectory() as kept:
+            train, validation = (extract(encoder, config, data, manifest, split, kept) for split in ("train", "validation"))
+            classifier = fit_with_choice(train, manifest.num_classes, config.linear_eval)
+            whole = validation.whole()
+        return classifier.logits(whole.values), whole.labels, classifier.l2_penalty
 
     stored = checkpoints.load(result.checkpoint)
     logits, labels, penalty = evaluate(load_encoder(config, stored))

@@ -1,12 +1,12 @@
-"""The train step as a program on another machine: how fast a GPU runs it, and with what share of its peak.
+"""The train step, or the evaluation's forward pass, as a program on another machine: how fast a GPU runs it.
 
-    python tests/benchmarks/portable_step.py write --preset NAME [--set key=value ...] --output DIR    here
-    PYTHON tests/benchmarks/portable_step.py run DIR ... [--repeat N]                                  there
+    python tests/benchmarks/portable_step.py write --preset NAME [--set key=value ...] [--forward N] --output DIR    here
+    PYTHON tests/benchmarks/portable_step.py run DIR ... [--repeat N]                                                there
 
-`write` leaves the step of one replica with the whole batch in DIR: the program that `sogclr plan` compiles, and the shapes
-of what it takes. `run` needs an interpreter with JAX, and of this project the sources alone; it runs each program on the
-first device that JAX has, a GPU or a CPU. The arguments are drawn, for speed does not hang on their values: that the results
-are TensorFlow's is tested on real ones (`tests/test_lowering.py`).
+`write` leaves the step of one replica with the whole batch, or with --forward the forward pass of N images, in DIR: the program
+that `sogclr plan` compiles, and the shapes of what it takes. `run` needs an interpreter with JAX, and of this project the
+sources alone; it runs each program on the first device that JAX has, a GPU or a CPU. The arguments are drawn, for speed does
+not hang on their values: that the results are TensorFlow's is tested on real ones (`tests/test_lowering.py`).
 
     for preset in sogclr_imagenet_r50_b512 sogclr_cifar10_r50_b64; do
         python tests/benchmarks/portable_step.py write --preset $preset --set global_batch_size=128 --output steps/$preset
@@ -32,8 +32,12 @@ PEAKS = {"H200": 989.4e12, "H100 80GB HBM3": 989.4e12, "A100": 312e12}
 """FLOP/s in bfloat16 of dense matrices, as NVIDIA publishes them; by a part of the device's name that no other device has."""
 
 
-def write(preset: str, overrides: list[str], output: Path, fuses: bool = True) -> None:
-    """Leaves a preset's step in a folder, with the operations for a device whose compiler fuses (a TPU), or those for others."""
+def write(preset: str, overrides: list[str], output: Path, fuses: bool = True, forward: int = 0) -> None:
+    """Leaves a preset's step in a folder, with the operations for a device whose compiler fuses (a TPU), or those for others.
+
+    With `forward`, it is the forward pass of so many images.
+    """
+    from eval.programs import lower_forward
     from pipelines import accelerators
     from pipelines.plan import assumptions
     from trainer.lowering import OneOfMany, lower_step
@@ -42,11 +46,20 @@ def write(preset: str, overrides: list[str], output: Path, fuses: bool = True) -
 
     config = resolve(preset, overrides)
     sizes = assumptions(preset, accelerators.get("cpu"))
-    one = OneOfMany(1, fuses)
-    program = lower_step(config, create_train_state(config, sizes.num_images, sizes.num_classes, one), one)
+    if forward:
+        program = lower_forward(config, forward)
+    else:
+        one = OneOfMany(1, fuses)
+        program = lower_step(config, create_train_state(config, sizes.num_images, sizes.num_classes, one), one)
     output.mkdir(parents=True, exist_ok=True)
     (output / PROGRAM).write_bytes(program.hlo)
-    about = {"preset": preset, "settings": overrides, "samples": config.global_batch_size, "precision": config.precision}
+    about = {
+        "preset": preset,
+        "settings": overrides,
+        "samples": forward or config.global_batch_size,
+        "forward": bool(forward),
+        "precision": config.precision,
+    }
     (output / ABOUT).write_text(json.dumps({**about, "fuses": fuses, "arguments": program.arguments}, indent=1))
 
 
@@ -91,11 +104,11 @@ def measure(folder: Path, repeat: int) -> dict[str, Any]:
     product = product_rate(about["precision"], 2048 if device.platform == "cpu" else 8192, repeat)
     _, seconds = xla_program.run(xla_program.read(folder / PROGRAM), drawn(about["arguments"]), steps=3, repeat=repeat)
     module = xla_program.xla_client.XlaComputation((folder / PROGRAM).read_bytes()).get_hlo_module()
-    # As XLA counts before it optimises: the same on every device.
-    flops = xla_program.xla_client._xla.hlo_module_cost_analysis(device.client, module)["flops"]
+    # As XLA counts before it optimises: the same on every device. A GPU's client does not count.
+    flops = xla_program.xla_client._xla.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)["flops"]
     peak = next((rate for name, rate in PEAKS.items() if name in device.device_kind), None)
     return {
-        **{name: about[name] for name in ("preset", "settings", "samples", "precision", "fuses")},
+        **{name: about[name] for name in ("preset", "settings", "forward", "samples", "precision", "fuses")},
         "device": device.device_kind,
         "jax": jax.__version__,
         "step_seconds": seconds,
@@ -115,13 +128,14 @@ def main() -> None:
     one.add_argument("--preset", required=True)
     one.add_argument("--set", nargs="+", default=[], metavar="key=value")
     one.add_argument("--output", type=Path, required=True)
+    one.add_argument("--forward", type=int, default=0, metavar="N", help="the forward pass of N images in place of the step")
     one.add_argument("--for-gpu", action="store_true", help="with the operations that the trainer takes on a GPU, not on a TPU")
     one = commands.add_parser("run")
     one.add_argument("folders", type=Path, nargs="+", help="what write left")
     one.add_argument("--repeat", type=int, default=20)
     args = parser.parse_args()
     if args.command == "write":
-        write(args.preset, args.set, args.output, fuses=not args.for_gpu)
+        write(args.preset, args.set, args.output, fuses=not args.for_gpu, forward=args.forward)
         return
     for folder in args.folders:
         found = measure(folder, args.repeat)

@@ -1,0 +1,223 @@
+"""Multinomial logistic regression, fitted to its optimum on features that are read in pieces, on all replicas.
+
+The problem is convex: the same examples and penalty have one optimum, whatever finds it. Features are standardised, and the
+search goes along their principal axes, each scaled by the curvature there, which takes a third of the steps.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+from scipy.optimize import minimize
+
+from eval.features import Examples
+from trainer.layers import product
+
+_ROWS = 1 << 14
+"""Of a piece, over all replicas."""
+_HELD_BYTES = 1 << 30
+"""Features of a replica, at most, that stay in its memory between passes; more are read from disk at every pass."""
+
+
+@dataclass(frozen=True)
+class LinearClassifier:
+    """Logits are (features - mean) / deviation @ weights + bias."""
+
+    mean: np.ndarray
+    deviation: np.ndarray
+    weights: np.ndarray
+    """[F, C] float32."""
+    bias: np.ndarray
+    l2_penalty: float
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Returns [n, C] float32 for [n, F] float32."""
+        return (features - self.mean) / self.deviation @ self.weights + self.bias
+
+
+def fit(
+    examples: Examples,
+    num_classes: int,
+    l2_penalties: Iterable[float],
+    start: LinearClassifier | None = None,
+    *,
+    tolerance: float = 5e-4,
+    strategy: tf.distribute.Strategy | None = None,
+    on_evaluation: Callable[[float, int, float], None] = lambda penalty, number, loss: None,
+) -> list[LinearClassifier]:
+    """Minimises mean cross-entropy + penalty/2 |W|^2 on standardised features, once a penalty, each started from the one before.
+
+    Stops where no component of the gradient, along the scaled axes, is above `tolerance`. For a penalty above 0 the optimum is
+    unique, and `start`, the weights to begin with (zeros if None), changes nothing but the time. Calls
+    `on_evaluation(penalty, number, loss)` after each pass over the examples.
+    """
+    problem = _Problem(examples, num_classes, strategy or tf.distribute.get_strategy())
+    dim = examples.dim
+    # Where all classes are as likely, the curvature of the cross-entropy is this multiple of the features' second moments.
+    curvature = (1 - 1 / num_classes) / num_classes
+    bias_scale = np.sqrt(curvature)
+    spread, axes = np.linalg.eigh(problem.second_moments)
+
+    def of_scaled(flat: np.ndarray, scaled: np.ndarray, penalty: float, evaluations: list[float]) -> tuple[float, np.ndarray]:
+        ours, of_bias = np.split(flat, [dim * num_classes])
+        weights = scaled @ ours.reshape(dim, num_classes)
+        loss, by_weights, by_bias = problem.evaluate(weights, of_bias / bias_scale)
+        loss += penalty / 2 * float(np.sum(weights**2))
+        evaluations.append(loss)
+        on_evaluation(penalty, len(evaluations), loss)
+        return loss, np.concatenate([(scaled.T @ (by_weights + penalty * weights)).ravel(), by_bias / bias_scale])
+
+    weights = np.zeros((dim, num_classes)) if start is None else start.weights
+    bias = np.zeros(num_classes) if start is None else start.bias
+    classifiers = []
+    for penalty in l2_penalties:
+        scale = np.sqrt(np.maximum(curvature * spread, 0) + penalty + 1e-12)
+        scaled = axes / scale
+        begin = np.concatenate([(scale[:, None] * (axes.T @ weights)).ravel(), bias_scale * bias])
+        options = {"maxiter": 1000, "gtol": tolerance}
+        flat = minimize(of_scaled, begin, (scaled, penalty, []), "L-BFGS-B", jac=True, options=options).x
+        ours, of_bias = np.split(flat, [dim * num_classes])
+        weights, bias = scaled @ ours.reshape(dim, num_classes), of_bias / bias_scale
+        classifiers.append(
+            LinearClassifier(problem.mean, problem.deviation, weights.astype(np.float32), bias.astype(np.float32), float(penalty))
+        )
+    return classifiers
+
+
+def accuracies(classifiers: list[LinearClassifier], examples: Examples) -> list[float]:
+    """Returns the top-1 accuracy of each classifier on examples."""
+    correct = np.zeros(len(classifiers))
+    for values, labels in examples.pieces():
+        if len(labels):
+            correct += [np.sum(one.logits(values).argmax(axis=1) == labels) for one in classifiers]
+    return list(correct / examples.count)
+
+
+def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Returns the part of images whose label is among the `k` largest logits; ties count against it."""
+    own = logits[np.arange(len(labels)), labels][:, None]
+    return float(np.mean(np.sum(logits >= own, axis=1) <= k))
+
+
+def cut(pieces: Iterable[tuple[np.ndarray, ...]], rows: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields arrays that come in pieces, in pieces of `rows` rows and one shorter piece at the end."""
+    held: list[tuple[np.ndarray, ...]] = []
+    count = 0
+    for piece in pieces:
+        begin = 0
+        while begin < len(piece[0]):
+            taken = tuple(array[begin : begin + rows - count] for array in piece)
+            held.append(taken)
+            count += len(taken[0])
+            begin += len(taken[0])
+            if count == rows:
+                yield _joined(held)
+                held, count = [], 0
+    if held:
+        yield _joined(held)
+
+
+def _joined(parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    return parts[0] if len(parts) == 1 else tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+
+def padded(array: np.ndarray, rows: int) -> np.ndarray:
+    """Returns an array with zeros after its rows, so that it has `rows`."""
+    missing = rows - len(array)
+    return array if missing == 0 else np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
+
+
+def over_replicas(strategy: tf.distribute.Strategy, array: np.ndarray) -> tf.Tensor:
+    """Returns an array cut into as many equal runs of rows as there are replicas, each on its own."""
+    parts = np.split(array, strategy.num_replicas_in_sync)
+    return strategy.experimental_distribute_values_from_function(
+        lambda context: tf.constant(parts[context.replica_id_in_sync_group])
+    )
+
+
+class _Problem:
+    """The mean cross-entropy of a linear classifier on standardised examples, as a function of its weights."""
+
+    def __init__(self, examples: Examples, num_classes: int, strategy: tf.distribute.Strategy) -> None:
+        self._examples, self._strategy = examples, strategy
+        replicas = strategy.num_replicas_in_sync
+        self._rows = min(_ROWS, -(-examples.count // replicas) * replicas)
+        self._read_moments(num_classes)
+        self._standardised = self._make_standardised()
+        held = 4 * examples.count * examples.dim <= _HELD_BYTES * replicas
+        self._held = list(self._standard_pieces()) if held else None
+        self._sums = self._make_sums()
+
+    def _read_moments(self, num_classes: int) -> None:
+        """Reads mean, deviation and second moments of the features, and the sums of each class, in one pass."""
+        examples = self._examples
+        shift = np.zeros(examples.dim, np.float32)
+        total, second = np.zeros(examples.dim), np.zeros((examples.dim, examples.dim))
+        by_class, counts = np.zeros((num_classes, examples.dim)), np.zeros(num_classes)
+        for number, (values, labels) in enumerate(cut(examples.pieces(), self._rows)):
+            if number == 0:
+                # Near the mean, so that squares do not swallow what they differ by.
+                shift = values.mean(axis=0)
+            centred = tf.constant(values - shift)
+            total += tf.reduce_sum(centred, axis=0).numpy()
+            second += tf.matmul(centred, centred, transpose_a=True).numpy()
+            by_class += tf.math.unsorted_segment_sum(centred, labels, num_classes).numpy()
+            counts += np.bincount(labels, minlength=num_classes)
+        offset = total / examples.count
+        covariance = second / examples.count - np.outer(offset, offset)
+        deviation = np.maximum(np.sqrt(np.maximum(np.diag(covariance), 0)), 1e-6)
+        self.mean = (shift + offset).astype(np.float32)
+        self.deviation = deviation.astype(np.float32)
+        self.second_moments = covariance / np.outer(deviation, deviation)
+        self._by_class = ((by_class - counts[:, None] * offset) / deviation).T
+        self._counts = counts
+
+    def evaluate(self, weights: np.ndarray, bias: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """Returns the mean cross-entropy with `weights`, [F, C], and `bias`, [C], and its gradients by both, in float64."""
+        count = self._examples.count
+        # What the labels ask for is linear in the weights, and known from the sums of each class.
+        loss = -float(np.sum(self._by_class * weights) + self._counts @ bias)
+        by_weights, by_bias = -self._by_class, -self._counts
+        now = tf.constant(weights, tf.float32), tf.constant(bias, tf.float32)
+        for rows, real in self._standard_pieces() if self._held is None else self._held:
+            log_total, odds_of_weights, odds_of_bias = self._sums(*now, rows, real)
+            loss += float(log_total)
+            by_weights += odds_of_weights.numpy()
+            by_bias += odds_of_bias.numpy()
+        return loss / count, by_weights / count, by_bias / count
+
+    def _standard_pieces(self) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
+        """Yields standardised features, and 1 for each real row, 0 for padding, both cut over the replicas."""
+        for values, _ in cut(self._examples.pieces(), self._rows):
+            rows = over_replicas(self._strategy, padded(values, self._rows))
+            real = over_replicas(self._strategy, padded(np.ones(len(values), np.float32), self._rows))
+            yield self._standardised(rows, real), real
+
+    def _make_standardised(self) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+        mean, inverse = tf.constant(self.mean), tf.constant(1 / self.deviation)
+
+        @tf.function(autograph=False)
+        def standardised(rows: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
+            # Rows of padding become zero, as which they weigh nothing.
+            return self._strategy.run(lambda rows, real: (rows - mean) * inverse * real[:, None], args=(rows, real))
+
+        return standardised
+
+    def _make_sums(self) -> Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
+        strategy = self._strategy
+        multiply = product if any(tf.config.list_physical_devices(kind) for kind in ("TPU", "GPU")) else tf.matmul
+
+        def on_replica(weights: tf.Tensor, bias: tf.Tensor, rows: tf.Tensor, real: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            logits = multiply(rows, weights) + bias
+            chances = tf.nn.softmax(logits)
+            log_total = tf.reduce_max(logits, axis=1) - tf.math.log(tf.reduce_max(chances, axis=1))
+            of_bias = tf.linalg.matvec(chances, real, transpose_a=True)
+            return tf.reduce_sum(tf.cast(real * log_total, tf.float64)), multiply(rows, chances, transpose_a=True), of_bias
+
+        @tf.function(autograph=False)
+        def sums(weights: tf.Tensor, bias: tf.Tensor, rows: tf.Tensor, real: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            found = strategy.run(on_replica, args=(weights, bias, rows, real))
+            return tuple(strategy.reduce(tf.distribute.ReduceOp.SUM, one, axis=None) for one in found)
+
+        return sums

@@ -1,0 +1,75 @@
+"""The images most like an image, by the cosine of their features."""
+
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from eval.features import StoredFeatures
+from eval.logistic import cut, over_replicas, padded
+from trainer.layers import product
+
+_QUERIES_AT_ONCE = 1 << 10
+_BANK_AT_ONCE = 1 << 14
+
+
+def nearest_neighbours(
+    bank: StoredFeatures,
+    queries: np.ndarray,
+    k: int,
+    *,
+    strategy: tf.distribute.Strategy | None = None,
+    on_progress: Callable[[float], None] = lambda done: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the `k` images of `bank` most like each query by cosine, nearest first; of equals, the one that is read first.
+
+    `queries` is [m, F] float32, k at most the number of images. Returns similarities, [m, k] float32 in [-1, 1], and image IDs,
+    [m, k] int64. The bank is read once, in parts, and never whole in memory; the replicas share the queries. Calls
+    `on_progress(part done)` after each piece, in [0, 1].
+    """
+    strategy = strategy or tf.distribute.get_strategy()
+    replicas = strategy.num_replicas_in_sync
+    at_once = min(_QUERIES_AT_ONCE, -(-len(queries) // replicas))
+    blocks = -(-len(queries) // (at_once * replicas))
+    shape = (replicas * blocks, at_once)
+    multiply = product if any(tf.config.list_physical_devices(kind) for kind in ("TPU", "GPU")) else tf.matmul
+
+    def of_block(state: tuple[tf.Tensor, ...], bank: tf.Tensor, bank_ids: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        query, best, ids = state
+        found = multiply(query, bank, transpose_b=True)
+        found = tf.where(bank_ids[None, :] < 0, -np.inf, found)
+        found, places = tf.math.top_k(found, min(k, bank.shape[0]))
+        best, order = tf.math.top_k(tf.concat([best, found], axis=1), k)
+        ids = tf.gather(tf.concat([ids, tf.gather(bank_ids, places)], axis=1), order, batch_dims=1)
+        return query, best, ids
+
+    @tf.function(autograph=False)
+    def merged(state: tuple[tf.Tensor, ...], bank: tf.Tensor, bank_ids: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        def on_replica(state: tuple[tf.Tensor, ...], bank: tf.Tensor, bank_ids: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            bank = tf.math.l2_normalize(bank, axis=1)
+            return tf.map_fn(lambda block: of_block(block, bank, bank_ids), state, parallel_iterations=1)
+
+        return strategy.run(on_replica, args=(state, bank, bank_ids))
+
+    unit = np.asarray(tf.math.l2_normalize(queries, axis=1))
+    state = tuple(
+        over_replicas(strategy, array)
+        for array in (
+            padded(unit, shape[0] * at_once).reshape(*shape, -1),
+            np.full((*shape, k), -np.inf, np.float32),
+            np.full((*shape, k), -1, np.int64),
+        )
+    )
+    rows = min(_BANK_AT_ONCE, bank.count)
+    done = 0
+    for values, image_ids in cut(((part.values, part.image_ids) for part in bank.parts()), rows):
+        # Padding has no ID.
+        numbers = padded(image_ids + 1, rows) - 1
+        state = merged(state, tf.constant(padded(values, rows)), tf.constant(numbers))
+        done += len(image_ids)
+        on_progress(done / bank.count)
+    best, ids = (
+        np.concatenate([part.numpy() for part in strategy.experimental_local_results(of_all)]).reshape(-1, k)[: len(queries)]
+        for of_all in state[1:]
+    )
+    return best, ids

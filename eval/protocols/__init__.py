@@ -1,0 +1,46 @@
+"""The ways to measure an encoder, a file each. Read `protocol.py` first, then `cached.py`.
+
+A new one is a file with a `Protocol`, a line in PROTOCOLS, and its name and settings in trainer/config.py.
+"""
+
+from eval.protocols.cached import CACHED
+from eval.protocols.control import CONTROL
+from eval.protocols.finetune import FINE_TUNING
+from eval.protocols.knn import KNN
+from eval.protocols.official import OFFICIAL
+from eval.protocols.online import ONLINE
+from eval.protocols.protocol import Context, Protocol, Scores, Sizes, Work
+from trainer.config import Config
+
+_BASE_BYTES = 1.5e9
+
+__all__ = ["PROTOCOLS", "Context", "Protocol", "Scores", "Sizes", "Work", "disk_bytes", "memory_bytes", "work_of"]
+
+PROTOCOLS: dict[str, Protocol] = {one.name: one for one in (CACHED, OFFICIAL, ONLINE, KNN, *FINE_TUNING)}
+
+
+def memory_bytes(sizes: Sizes) -> float:
+    """Returns what an evaluation holds in memory at most: nothing that grows with the training images but IDs and labels."""
+    validation = 4.0 * sizes.validation * (2 * sizes.features + 3 * sizes.classes)
+    return _BASE_BYTES + validation + 40.0 * sizes.train
+
+
+def disk_bytes(config: Config, sizes: Sizes) -> float:
+    """Returns how much disk its features take, the control's included."""
+    control = min(sizes.train, config.linear_eval.control_images)
+    images = sizes.train + sizes.validation + (control + sizes.validation if control else 0)
+    return 4.0 * images * sizes.features
+
+
+def chosen(config: Config) -> list[Protocol]:
+    """Returns the protocols of an evaluation in the order in which they are done: `cached` first, always, then the control."""
+    others = (PROTOCOLS[name] for name in dict.fromkeys(config.linear_eval.protocols) if name != CACHED.name)
+    return [CACHED, *([CONTROL] if config.linear_eval.control_images else []), *others]
+
+
+def work_of(config: Config, sizes: Sizes) -> dict[str, Work]:
+    """Returns the work of an evaluation by its rows, in the order in which they are done.
+
+    The row `features` is the forward pass over both splits that protocols share, `untrained` the control.
+    """
+    return {"features": Work(sizes.train + sizes.validation)} | {one.row: one.work(config, sizes) for one in chosen(config)}

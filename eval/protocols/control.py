@@ -1,0 +1,59 @@
+"""The control: an untrained encoder of the same architecture that goes through the protocol `cached`.
+
+It is fitted to at most `linear_eval.control_images` training images, so that on a large set it costs little.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from eval.features import StoredFeatures, extract
+from eval.protocols import cached
+from eval.protocols.cached import CACHED, drawn_order
+from eval.protocols.protocol import Context, Protocol, Scores, Sizes, Work
+from trainer.config import Config
+from trainer.encoder import make_encoder
+
+_FORWARD_SHARE = 0.9
+"""Of the work, as its progress shows it; the rest is the fit."""
+
+
+def scores(context: Context) -> Scores:
+    count, most = context.train.count, context.settings.control_images
+    chosen = np.sort(drawn_order(count, context.settings.seed)[:most]) if most < count else None
+    with context.strategy.scope():
+        encoder = make_encoder(context.config)
+    fitted = min(count, most)
+    images = fitted + len(context.validation.labels)
+
+    def features(split: str, image_ids: np.ndarray | None, before: int) -> StoredFeatures:
+        def on_images(done: int) -> None:
+            context.on_progress(_FORWARD_SHARE * (before + done) / images, "features, untrained")
+
+        return extract(
+            encoder,
+            context.config,
+            context.data_dir,
+            context.manifest,
+            split,
+            context.features_dir,
+            image_ids,
+            strategy=context.strategy,
+            on_progress=on_images,
+            should_stop=context.should_stop,
+        )
+
+    def on_fit(done: float, text: str) -> None:
+        context.on_progress(_FORWARD_SHARE + (1 - _FORWARD_SHARE) * done, f"untrained, {text}")
+
+    train, validation = features("train", chosen, 0), features("validation", None, fitted).whole()
+    found = cached.scores(replace(context, encoder=encoder, train=train, validation=validation, on_progress=on_fit))
+    return replace(found, arrays={})
+
+
+def work(config: Config, sizes: Sizes) -> Work:
+    fitted = replace(sizes, train=min(sizes.train, config.linear_eval.control_images))
+    return replace(cached.work(config, fitted), forward=fitted.train + fitted.validation)
+
+
+CONTROL = Protocol(CACHED.name, CACHED.description, work, scores, encoder="untrained")

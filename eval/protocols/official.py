@@ -1,0 +1,64 @@
+"""The protocol `official`: the published one, a linear classifier by momentum SGD on augmented images, the encoder frozen."""
+
+from dataclasses import asdict
+
+from eval.protocols.protocol import Context, Protocol, Scores, Sizes, Work
+from eval.supervised import Recipe, train_classifier, weights_of
+from trainer.config import Config
+from trainer.distribution import check_divides
+from trainer.optimizer import total_steps
+from trainer.records import Manifest
+
+
+def scores(context: Context) -> Scores:
+    recipe = _recipe(context.config, context.sizes.train)
+    visits = _visits(context.config, recipe)
+    classifier = train_classifier(
+        context.encoder,
+        context.config,
+        context.data_dir,
+        context.manifest,
+        recipe,
+        folder=f"{context.work_dir}/official",
+        strategy=context.strategy,
+        on_progress=lambda done: context.on_progress(done / visits, "official"),
+        should_stop=context.should_stop,
+    )
+    used = {name: value for name, value in asdict(recipe).items() if name != "frozen"}
+    return Scores(classifier(context.validation.values).numpy(), used, weights_of(classifier))
+
+
+def work(config: Config, sizes: Sizes) -> Work:
+    return Work(forward=_visits(config, _recipe(config, sizes.train)))
+
+
+def check(config: Config, manifest: Manifest, replicas: int) -> None:
+    recipe = _recipe(config, manifest.splits["train"].records)
+    check_divides(recipe.batch_size, replicas, "linear_eval.official_batch_size")
+
+
+def _recipe(config: Config, images: int) -> Recipe:
+    settings = config.linear_eval
+    return Recipe(
+        num_images=images,
+        epochs=settings.official_epochs,
+        # A batch of more images than there are would hold some of them twice.
+        batch_size=min(settings.official_batch_size, images),
+        base_learning_rate=settings.official_base_learning_rate,
+        seed=settings.seed,
+        frozen=True,
+    )
+
+
+def _visits(config: Config, recipe: Recipe) -> int:
+    return total_steps(recipe.applied_to(config), recipe.num_images) * recipe.batch_size
+
+
+OFFICIAL = Protocol(
+    "official",
+    "the published one: linear classifier by momentum SGD on augmented images, encoder frozen",
+    work,
+    scores,
+    check,
+    stands_on=("validation",),
+)

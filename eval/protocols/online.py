@@ -1,0 +1,22 @@
+"""The protocol `online`: the classifier that was trained alongside the encoder, as the checkpoint holds it."""
+
+from eval.protocols.protocol import Context, Protocol, Scores, Sizes, Work
+from trainer import checkpoint as checkpoints
+from trainer.config import Config
+from trainer.heads import make_classifier
+from trainer.train import model_variables
+
+
+def scores(context: Context) -> Scores:
+    classifier = make_classifier(context.train.dim, context.manifest.num_classes)
+    checkpoints.restore(model_variables("classifier", classifier), context.checkpoint)
+    return Scores(classifier(context.validation.values).numpy(), {})
+
+
+def work(config: Config, sizes: Sizes) -> Work:
+    return Work()
+
+
+ONLINE = Protocol(
+    "online", "classifier trained alongside, on features that pass no gradient back", work, scores, stands_on=("validation",)
+)
