@@ -94,6 +94,7 @@ def linear_eval(
     output: str,
     overrides: Iterable[str] = (),
     *,
+    strategy: tf.distribute.Strategy | None = None,
     log_metrics: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
     report: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> LinearEvalResult:

@@ -28,13 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         from eval.linear_eval import linear_eval, read_result
+        from trainer.distribution import claim_devices
 
         with ProgressBars() as bars:
+            strategy = claim_devices(say=lambda line: bars.note("linear-eval", line))
             result = linear_eval(
                 args.data,
                 args.checkpoint,
                 args.output,
                 args.overrides,
+                strategy=strategy,
                 report=lambda done, total, text: bars("linear-eval", done, total, text),
             )
     except UserError as error:
