@@ -11,7 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from kfp import dsl
+from mlflow import MlflowClient
 
+from components import steps
 from pipelines import cli, doctor
 from trainer import distribution, hardware
 from trainer.distribution import claim_devices, describe_run
@@ -421,3 +424,26 @@ def test_the_command_of_a_job_says_it_before_it_reads_anything(tmp_path, task):
     assert 'the system shows 1 x NVIDIA A100-SXM4-40GB, but CUDA_VISIBLE_DEVICES="-1" hides it: unset it' in warning
     assert error.startswith("error: /nowhere holds no ")
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize("component", ["pretrain", "linear_eval"])
+def test_a_step_without_its_accelerator_fails_before_it_reads_anything_and_mlflow_says_why(
+    machine, monkeypatch, tmp_path, component
+):
+    machine("tpu")
+    monkeypatch.chdir(tmp_path)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.setenv("SOGCLR_ACCELERATOR", "v5e-8 tpu 8")
+    # An artifact without metadata would end the step with a KeyError as soon as it is used.
+    kinds = {"dataset": dsl.Dataset, "model": dsl.Model, "metrics": dsl.Metrics, "report": dsl.HTML}
+    one = {name: kind(name=name, uri=f"{tmp_path}/job/task/{name}", metadata={}) for name, kind in kinds.items()}
+    arguments = {"preset": "demo"} if component == "pretrain" else {name: one[name] for name in ("metrics", "report")}
+    body = getattr(steps, component).python_func
+    with pytest.raises(UserError, match="this job was given v5e-8, 8 x TPU, and TensorFlow has none"):
+        body(overrides=[], code_version="0", dataset=one["dataset"], model=one["model"], **arguments)
+    (run,) = MlflowClient(store).search_runs(["1"], f"attributes.run_name = '{component.replace('_', '-')}'")
+    assert run.info.status == "FAILED"
+    assert run.data.tags["sogclr.error"].startswith("this job was given v5e-8")
+    assert run.data.tags["sogclr.user_error"] == "true"
