@@ -77,9 +77,10 @@ def pretrain(
     import sys
     from dataclasses import asdict
 
-    from components import tracking, workspace
+    from components import tracking, variables, workspace
     from eval.export import export
     from eval.figures import curves
+    from trainer.distribution import claim_devices, describe_run
     from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
     from trainer.presets import resolve
     from trainer.progress import ProgressBars
@@ -87,6 +88,9 @@ def pretrain(
 
     arguments = {"preset": preset, "overrides": overrides, "code_version": code_version}
     with ProgressBars() as bars, tracking.step("pretrain", arguments, {"model": model}, {"dataset": dataset}) as run:
+        given = os.environ.get(variables.ACCELERATOR, "")
+        strategy = claim_devices(given, say=lambda line: bars.note("pretrain", line))
+        run.log_devices(describe_run(strategy))
         config = resolve(preset, overrides)
         settings = {name: value for name, value in asdict(config).items() if name != "linear_eval"}
         run.log_params(settings)
@@ -103,6 +107,7 @@ def pretrain(
                     model.uri,
                     preset=preset,
                     code_version=code_version,
+                    strategy=strategy,
                     log_metrics=run.log_metrics,
                     report=lambda done, total, text: bars("pretrain", done, total, text),
                     should_stop=should_stop,
@@ -147,16 +152,20 @@ def linear_eval(
     import os
     import sys
 
-    from components import tracking, workspace
+    from components import tracking, variables, workspace
     from eval.card import evaluated_card
     from eval.linear_eval import linear_eval as evaluate
     from eval.report import write_report
+    from trainer.distribution import claim_devices, describe_run
     from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
     from trainer.progress import ProgressBars
 
     arguments = {"overrides": overrides, "code_version": code_version}
     inputs, outputs = {"model": model, "dataset": dataset}, {"metrics": metrics, "report": report}
     with ProgressBars() as bars, tracking.step("linear-eval", arguments, outputs, inputs) as run:
+        given = os.environ.get(variables.ACCELERATOR, "")
+        strategy = claim_devices(given, say=lambda line: bars.note("linear-eval", line))
+        run.log_devices(describe_run(strategy))
         run.log_dataset(dataset, "eval")
         run.use_encoder(model)
         work = metrics.uri
@@ -172,6 +181,7 @@ def linear_eval(
                     metrics.uri,
                     overrides,
                     workspace=work,
+                    strategy=strategy,
                     log_metrics=run.log_metrics,
                     report=lambda done, total, text: bars("linear-eval", done, total, text),
                     should_stop=should_stop,

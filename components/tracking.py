@@ -4,6 +4,7 @@ A pipeline run is a parent run, a component's run is nested in it. Beside MLflow
 
     sogclr.component        what it is: one of `COMPONENTS`, or `pipeline`
     sogclr.run.COMPONENT    the run of COMPONENT that it is, follows from, or, for a pipeline, consists of
+    sogclr.device, sogclr.tensorflow, sogclr.replicas    what a step last ran on
 
 so that one search finds everything that came of a run. The arguments and outputs of a component's run are in its artifact
 `step.json`. Nothing here uses MLflow's notion of an active run: every call names its run.
@@ -66,6 +67,9 @@ _RUN_OF = "sogclr.run."
 _JOB = "sogclr.job"
 _JOB_LINK = "sogclr.job_link"
 _IMAGE = "sogclr.image"
+_DEVICE = "sogclr.device"
+_TENSORFLOW = "sogclr.tensorflow"
+_REPLICAS = "sogclr.replicas"
 _ROOT = "sogclr.root"
 _RESUMED_FROM = "sogclr.resumed_from"
 _COMMAND = "sogclr.command"
@@ -317,6 +321,14 @@ class StepRun:
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Records parameters; those within others get dotted names."""
         _log_params(self._store, self.run_id, params)
+
+    def log_devices(self, devices: Mapping[str, str]) -> None:
+        """Records what the step runs on, as `trainer.distribution.describe_run` returns it.
+
+        Tags, because a later attempt may run on another machine, and MLflow refuses to change a parameter.
+        """
+        names = {_DEVICE: "device", _TENSORFLOW: "tensorflow", _REPLICAS: "replicas"}
+        _set_tags(self._store, self.run_id, {tag: devices[name] for tag, name in names.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Records metrics, without waiting for the store."""
@@ -676,6 +688,8 @@ def _step_note(store: Store, one: Step) -> str:
     for source in (read_step(store, run_id) for run_id in sources if _find(store, run_id)):
         lines.append(f"- From: {_link(store, source.run_id, source.component)}, {_made(source)}")
     lines.append(f"- Made: {_made(one)}")
+    if _DEVICE in tags:
+        lines.append(f"- Ran on: {tags[_DEVICE]}, TensorFlow {tags[_TENSORFLOW]}, replicas: {tags[_REPLICAS]}")
     if "report" in one.outputs:
         lines.append(f"- Report: [{REPORT}](#/experiments/{store.experiment_id}/runs/{one.run_id}/artifacts/{REPORT})")
     if _find(store, tags.get(_RESUMED_FROM, "")):

@@ -14,3 +14,6 @@ COMMIT = "SOGCLR_COMMIT"
 
 RERUN_OF = "SOGCLR_RERUN_OF"
 """MLflow run of the step that this job does again."""
+
+ACCELERATOR = "SOGCLR_ACCELERATOR"
+"""The accelerator that a step was given and must find, as in "v5e-8 tpu 8": name, build of TensorFlow, replicas."""

@@ -33,13 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         from eval.evaluation import read_evaluation
         from eval.linear_eval import linear_eval, read_result
+        from trainer.distribution import claim_devices
 
         with ProgressBars() as bars, sigterm_noted() as should_stop:
+            strategy = claim_devices(say=lambda line: bars.note("linear-eval", line))
             result = linear_eval(
                 args.data,
                 args.checkpoint,
                 args.output,
                 args.overrides,
+                strategy=strategy,
                 report=lambda done, total, text: bars("linear-eval", done, total, text),
                 should_stop=should_stop,
             )

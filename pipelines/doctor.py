@@ -50,13 +50,13 @@ class Finding:
 
 def examine(root: Path, store_uri: str, experiment: str, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Yields what is found, one after another. `store_uri` is MLflow's; nothing is written anywhere."""
-    build, wrong = _build()
+    build, wrong = hardware.installed_build()
     yield Finding("sogclr", f"{metadata.version('sogclr')}, commit {git_commit()[:12] or 'not known'}, code {code_version()}")
     yield Finding("python", f"{platform.python_version()}, {sys.executable}")
     yield Finding("system", f"{platform.platform()}, {platform.machine()}")
     yield Finding("packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
     yield _against_lock(build)
-    yield from _devices(build, wrong)
+    yield from _devices(build, wrong, environ)
     yield _settings(environ)
     yield _processors_and_memory()
     yield from _disk(root)
@@ -74,17 +74,6 @@ def _version(name: str) -> str:
 
 
 # ---- What is installed
-
-
-def _build() -> tuple[str, str]:
-    """Returns the build of TensorFlow that is installed, and what is wrong with it."""
-    installed = [name for name in ("tensorflow-cpu", "tensorflow", "tensorflow-tpu") if _version(name)]
-    if not installed:
-        return "", "TensorFlow is not installed: make setup"
-    if len(installed) > 1:
-        return "", f"{' and '.join(installed)} are installed into the same folder: remove .venv, then make setup"
-    builds = {"tensorflow-cpu": "cpu", "tensorflow-tpu": "tpu"}
-    return builds.get(installed[0]) or ("gpu" if _version("nvidia-cudnn-cu12") else "cpu"), ""
 
 
 def _against_lock(build: str) -> Finding:
@@ -110,7 +99,7 @@ def _against_lock(build: str) -> Finding:
 # ---- Devices
 
 
-def _devices(build: str, wrong: str) -> Iterator[Finding]:
+def _devices(build: str, wrong: str, environ: Mapping[str, str]) -> Iterator[Finding]:
     visible = hardware.visible()
     usable = [one for one in visible if not one.problem]
     yield Finding(
@@ -130,22 +119,14 @@ def _devices(build: str, wrong: str) -> Iterator[Finding]:
     )
     yield Finding("TensorFlow", f"{seen['version']} for {build}, oneDNN {onednn}", slow)
     ours = seen["devices"].get(build.upper(), []) if build != "cpu" else []
+    without = ""
+    if build != "cpu" and not ours and not usable:
+        without = f"this machine has no {build.upper()}: TensorFlow for {build} computes on its CPU"
     yield Finding(
         "accelerators that TensorFlow sees",
         f"{len(ours)} x {ours[0]}" if ours else "none",
-        _why_none(build, usable) if not ours else "",
+        hardware.why_unused(usable, build, {build: len(ours)}, environ) or without,
     )
-
-
-def _why_none(build: str, usable: list[hardware.Devices]) -> str:
-    if not usable:
-        return "" if build == "cpu" else f"this machine has no {build.upper()}: TensorFlow for {build} computes on its CPU"
-    fitting = usable[0]
-    if build != fitting.build:
-        return f"{fitting.name} is here, and TensorFlow for {build} cannot use it: make setup TENSORFLOW={fitting.build}"
-    if build == "gpu":
-        return f"{fitting.name} is here: CUDA_VISIBLE_DEVICES may hide it, or LD_LIBRARY_PATH may name another CUDA"
-    return f"{fitting.name} is here: another process may hold it, or this user may not open it"
 
 
 def tensorflow_devices() -> dict[str, Any]:
@@ -178,13 +159,12 @@ def _settings(environ: Mapping[str, str]) -> Finding:
 
 
 def _processors_and_memory() -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (said := limit.read_text().strip()).isdigit():
         total = min(total, int(said))
     wrong = f"less than {_gigabytes(_LEAST_MEMORY)}: steps may be killed" if total < _LEAST_MEMORY else ""
-    return Finding("cores and memory", f"{cores} cores, {_gigabytes(total)}", wrong)
+    return Finding("cores and memory", f"{hardware.processors()}, {_gigabytes(total)}", wrong)
 
 
 def _disk(root: Path) -> Iterator[Finding]:

@@ -19,12 +19,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.lineage import Artifact
+from components.lineage import COMPONENTS, Artifact
 from trainer.progress import parse_line
 
 _COLOUR = re.compile(r"\x1b\[\d*m")
 _REUSED = re.compile(r"Task ([\w-]+) cache hit ")
 """What KFP says where it takes a step from its cache."""
+_NOTE = re.compile(rf"\[(?:{'|'.join(COMPONENTS)})\] ")
+"""The beginning of a line that a step prints for the user."""
 _SECONDS_TO_END = 15
 
 
@@ -48,8 +50,8 @@ def run(
 ) -> list[str] | None:
     """Runs a pipeline and returns the MLflow runs of what it made or reused, or None where it failed.
 
-    `environment` is added to that of the steps. What they print goes to the file `log`, line by line to `echo`, and, where it
-    is progress, to `report`.
+    `environment` is added to that of the steps. What they print goes to the file `log`, line by line to `echo`, where it is
+    progress to `report`, and where it is a note to stderr.
     """
     project = str(Path(__file__).absolute().parents[1])
     search = os.pathsep.join(filter(None, (project, os.environ.get("PYTHONPATH"))))
@@ -81,10 +83,14 @@ def run(
                 file.write(text)
                 if echo:
                     echo(text)
-                if progress := parse_line(text.strip()):
+                # KFP indents what a step prints.
+                said = text.strip()
+                if progress := parse_line(said):
                     report(*progress)
                 elif reused := _REUSED.search(text):
                     report(reused[1], 1, 1, "reused")
+                elif _NOTE.match(said) and not echo:
+                    print(said, file=sys.stderr, flush=True)
             process.wait()
         finally:
             _end(process)

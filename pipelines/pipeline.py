@@ -114,7 +114,10 @@ class Cluster:
         return self.images.reference(accelerator.build if accelerator else "cpu")
 
     def environment_of(self, component: str) -> dict[str, str]:
-        return {**self.environment, variables.IMAGE: self.image_of(component)}
+        environment = {**self.environment, variables.IMAGE: self.image_of(component)}
+        if accelerator := self.accelerator_of(component):
+            environment[variables.ACCELERATOR] = f"{accelerator.name} {accelerator.build} {accelerator.replicas}"
+        return environment
 
 
 def compile_pipeline(cluster: Cluster, defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,11 +67,26 @@ def test_each_accelerator_compiles_into_the_machine_that_it_is(name):
     assert pool.disk_spec.boot_disk_size_gb == 200
     assert pool.container_spec.image_uri == f"{CUSTOM_JOB}/sogclr-{accelerator.build}:abc"
     environ = {variable.name: variable.value for variable in pool.container_spec.env}
-    assert environ == {"MLFLOW_TRACKING_URI": "https://m", "SOGCLR_IMAGE": pool.container_spec.image_uri}
+    assert environ == {
+        "MLFLOW_TRACKING_URI": "https://m",
+        "SOGCLR_IMAGE": pool.container_spec.image_uri,
+        "SOGCLR_ACCELERATOR": f"{name} {accelerator.build} {accelerator.replicas}",
+    }
     # A topology says how many chips there are.
     if machine.tpu_topology:
         rows, columns = map(int, machine.tpu_topology.split("x"))
         assert rows * columns == accelerator.replicas
+
+
+def test_a_step_is_told_the_accelerator_that_it_must_find():
+    """Each its own; a step on any Kubeflow cluster was given none."""
+    images = Images(CUSTOM_JOB, "abc")
+    spec = pipeline.compile_pipeline(pipeline.Cluster(images, accelerators.get("v5e-8")), {})
+    for component, given in (("pretrain", "v5e-8 tpu 8"), ("linear-eval", "cpu cpu 1")):
+        (pool,) = spec["components"][f"comp-{component}"]["inputDefinitions"]["parameters"]["worker_pool_specs"]["defaultValue"]
+        assert {"name": "SOGCLR_ACCELERATOR", "value": given} in pool["container_spec"]["env"]
+    assert "SOGCLR_ACCELERATOR" not in str(spec["deploymentSpec"])
+    assert "'SOGCLR_ACCELERATOR'" not in str(pipeline.compile_pipeline(pipeline.Cluster(images), {}))
 
 
 def test_pretraining_is_a_custom_job_that_finds_its_checkpoints_again_and_starts_again():

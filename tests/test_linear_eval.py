@@ -416,19 +416,21 @@ def test_a_mistake_gives_one_line_and_exit_code_2(arguments, line, dataset, chec
     with pytest.raises(SystemExit) as ended:
         task.main(["--data", str(dataset), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), *arguments])
     assert ended.value.code == 2
-    said = capfd.readouterr().err
+    *notes, said = capfd.readouterr().err.splitlines()
     assert said.startswith(line)
-    assert said.count("\n") == 1
+    assert all(note.startswith(("[linear-eval] running on ", "[linear-eval] warning: ")) for note in notes)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.thorough
-def test_a_mistake_is_all_that_a_process_of_its_own_says(dataset, tmp_path):
+def test_a_mistake_is_all_that_a_process_of_its_own_says_but_for_what_it_runs_on(dataset, tmp_path):
     given = ["--data", dataset, "--checkpoint", "/nowhere", "--output", tmp_path / "out"]
     done = subprocess.run([sys.executable, "-m", "eval.task", *given], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: /nowhere holds no pretraining run")
-    assert done.stderr.count("\n") == 1
+    running, *warning, error = done.stderr.splitlines()
+    assert running.startswith("[linear-eval] running on ")
+    assert [line for line in warning if not line.startswith("[linear-eval] warning: ")] == warning[1:] == []
+    assert error.startswith("error: /nowhere holds no pretraining run")
 
 
 @pytest.mark.thorough

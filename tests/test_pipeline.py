@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from PIL import Image
 
 from pipelines.cli import main
 from pipelines.vertex import Place, Vertex, credentials
+from trainer.progress import parse_line
 
 COMPONENTS = ["build-tfrecords", "pretrain", "linear-eval"]
 TINY = [
@@ -117,9 +119,16 @@ def interrupted(folder, raw, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def first(folder, raw, interrupted):
-    """What the first run that ends answers, and what it says on the way in `said`."""
-    done = sogclr("run", "--preset", "demo", "--raw", raw, "--set", *TINY, "--json", cwd=folder, **SECRETS)
+def first(folder, raw, interrupted, tmp_path_factory):
+    """What the first run that ends answers, and what it says on the way in `said`.
+
+    Its machine has a GPU, which a variable hides from TensorFlow.
+    """
+    driver = tmp_path_factory.mktemp("driver") / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'NVIDIA L4, 550.54.15'\n")
+    driver.chmod(0o755)
+    environ = {**SECRETS, "PATH": f"{driver.parent}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "-1"}
+    done = sogclr("run", "--preset", "demo", "--raw", raw, "--set", *TINY, "--json", cwd=folder, **environ)
     return answer(done) | {"said": done.stderr}
 
 
@@ -168,8 +177,8 @@ def test_an_interrupted_run_leaves_no_step_running_and_says_so(folder, interrupt
 
 def test_the_run_after_it_reuses_what_was_done_and_goes_on_from_the_newest_checkpoint(folder, interrupted, first):
     assert "[build-tfrecords] 1/1 reused" in first["said"].splitlines()
-    begun = next(line for line in first["said"].splitlines() if line.startswith("[pretrain]"))
-    assert begun.split()[1] == "6/25"
+    begun = next(one for one in map(parse_line, first["said"].splitlines()) if one and one[0] == "pretrain")
+    assert begun[1:3] == (6, 25)
     client = client_of(folder)
     run = client.get_run(step(first, "pretrain")["run_id"])
     (killed,) = client.search_runs(["1"], "attributes.status = 'KILLED' and tags.`sogclr.component` = 'pretrain'")
@@ -193,6 +202,19 @@ def test_a_run_nests_one_run_a_component_and_answers_with_what_they_made(folder,
         assert Path(step(first, component)["outputs"][output]["uri"]).is_dir()
     assert 0 <= first["metrics"]["eval/untrained_top_1_accuracy"] <= 1
     assert Image.open(first["lineage"]).size == (1300, 450)
+
+
+@pytest.mark.parametrize("component", COMPONENTS[1:])
+def test_a_step_says_first_what_it_runs_on_and_what_it_does_not_use_and_mlflow_has_it(folder, first, component):
+    running, warning, *_ = (line for line in first["said"].splitlines() if line.startswith(f"[{component}] "))
+    tags = client_of(folder).get_run(step(first, component)["run_id"]).data.tags
+    device, tensorflow = tags["sogclr.device"], tags["sogclr.tensorflow"]
+    assert running == f"[{component}] running on {device}, TensorFlow {tensorflow}, 1 replica"
+    assert tags["sogclr.replicas"] == "1"
+    assert re.fullmatch(r"\d+ CPU cores? \(.+\)", device)
+    assert f"- Ran on: {device}, TensorFlow {tensorflow}, replicas: 1" in tags["mlflow.note.content"].splitlines()
+    assert warning.startswith(f"[{component}] warning: ")
+    assert 'the system shows 1 x NVIDIA L4, but CUDA_VISIBLE_DEVICES="-1" hides it: unset it' in warning
 
 
 def test_metrics_curves_and_logged_model_are_recorded(folder, first):

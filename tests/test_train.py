@@ -16,6 +16,7 @@ from trainer import records
 from trainer.input_pipeline import evaluation_batches, labelled_batches, training_batches
 from trainer.preemption import EXIT_CODE
 from trainer.presets import resolve
+from trainer.progress import parse_line
 from trainer.records import UserError, read_manifest
 from trainer.task import main
 from trainer.train import create_train_state, make_train_step, train
@@ -157,7 +158,8 @@ def test_a_run_that_is_ended_in_every_way_ends_with_the_same_bits(undisturbed, d
     """Killed between two steps, within a write, and stopped by SIGTERM at a step after which there would be no checkpoint."""
     *ended, finished = endings("kill:4,torn:checkpoint-00000006,term:6,end", tmp_path, dataset)
     assert [code for code, _, _ in ended] == [-signal.SIGKILL, -signal.SIGKILL, EXIT_CODE]
-    assert [err.split()[1] for _, _, err in (*ended, finished)] == ["0/8", "2/8", "4/8", "7/8"]
+    progress = [[one for one in map(parse_line, err.splitlines()) if one] for _, _, err in (*ended, finished)]
+    assert [(done, total) for (_, done, total, _), *_ in progress] == [(0, 8), (2, 8), (4, 8), (7, 8)]
     assert ended[-1][2].splitlines()[-1].startswith("preempted: stopped at step 7 of 8, saved ")
     assert EXIT_CODE == 75
     assert json.loads(finished[1])["state_sha256"] == undisturbed[0].state_sha256
@@ -353,17 +355,20 @@ def test_a_half_written_dataset_is_refused(dataset, tmp_path):
 def test_a_mistake_gives_one_line_and_exit_code_2(arguments, line, tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
         main(["--data", str(tmp_path), "--checkpoint-dir", str(tmp_path / "c"), *arguments])
-    said = capfd.readouterr().err
+    *notes, said = capfd.readouterr().err.splitlines()
     assert ended.value.code == 2
     assert said.startswith(line)
-    assert said.count("\n") == 1
+    assert all(note.startswith(("[pretrain] running on ", "[pretrain] warning: ")) for note in notes)
     assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.thorough
-def test_a_mistake_is_all_that_a_process_of_its_own_says(tmp_path):
+def test_a_mistake_is_all_that_a_process_of_its_own_says_but_for_what_it_runs_on(tmp_path):
     """TensorFlow, which is imported for it, says nothing."""
     given = ["--preset", "demo", "--data", "/nowhere", "--checkpoint-dir", str(tmp_path / "c")]
     done = subprocess.run([sys.executable, "-m", "trainer.task", *given], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("error: /nowhere holds no finished dataset")
+    assert (done.returncode, done.stdout) == (2, "")
+    running, *warning, error = done.stderr.splitlines()
+    assert running.startswith("[pretrain] running on ")
+    assert [line for line in warning if not line.startswith("[pretrain] warning: ")] == warning[1:] == []
+    assert error.startswith("error: /nowhere holds no finished dataset")

@@ -7,11 +7,18 @@ prints what TensorFlow sees of this machine, as one JSON object.
 
 import json
 import os
+import sys
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
+from trainer import hardware
 from trainer.records import UserError
+
+_CONTAINER_OPTION = {"gpu": "--gpus all", "tpu": "--privileged"}
+"""What gives a container the devices of its host."""
 
 
 def make_strategy() -> tf.distribute.Strategy:
@@ -19,12 +26,62 @@ def make_strategy() -> tf.distribute.Strategy:
 
     A TPU slice of several hosts is found by TensorFlow's own variable TPU_NAME; else it is the machine's own TPU.
     """
-    if "TPU_NAME" in os.environ or tf.config.list_physical_devices("TPU"):
+    if _kind_in_use() == "tpu":
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect(os.environ.get("TPU_NAME", "local"))
         return tf.distribute.TPUStrategy(resolver)
     if len(tf.config.list_physical_devices("GPU")) > 1:
         return tf.distribute.MirroredStrategy()
     return tf.distribute.get_strategy()
+
+
+def claim_devices(
+    given: str = "", say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+) -> tf.distribute.Strategy:
+    """Returns the strategy of `make_strategy`, and calls `say` with one line that names what the run runs on.
+
+    If the machine has an accelerator that TensorFlow does not use, a second line is a warning. `given` is the accelerator that
+    the job was given, as "NAME BUILD REPLICAS", for example "v5e-8 tpu 8"; empty if the job was given none. Raises UserError if
+    TensorFlow does not have exactly that accelerator, and for a TPU that does not start.
+    """
+    name, required, replicas = _parse_given(given)
+    if required != "cpu" and _kind_in_use() != required:
+        raise UserError(_what_is_missing(name, required, replicas, 0))
+    try:
+        strategy = make_strategy()
+    except (OSError, RuntimeError, ValueError, tf.errors.OpError) as error:
+        if _kind_in_use() != "tpu":
+            raise
+        cure = "end the process that holds it, or run as root"
+        if "TPU_NAME" in os.environ:
+            cure = f"TPU_NAME={os.environ['TPU_NAME']} names it: mend or unset that"
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"TensorFlow cannot start the TPU ({reason}): {cure}") from error
+    found = strategy.num_replicas_in_sync
+    if required != "cpu" and found != replicas:
+        raise UserError(_what_is_missing(name, required, replicas, found))
+    run = describe_run(strategy)
+    say(f"running on {run['device']}, TensorFlow {run['tensorflow']}, {found} replica{'s' if found > 1 else ''}")
+    # A job that has its accelerator does not wait for the NVIDIA driver.
+    if required == "cpu" and (unused := hardware.why_unused(hardware.visible(), _build(), {_kind_in_use(): found})):
+        say(f"warning: {unused}")
+    return strategy
+
+
+def describe_run(strategy: tf.distribute.Strategy) -> dict[str, str]:
+    """Returns what a run on `strategy` runs on: `device`, count and product; `tensorflow`, version and build; `replicas`."""
+    kind, replicas = _kind_in_use(), strategy.num_replicas_in_sync
+    if kind == "tpu":
+        shown = hardware.tpus()
+        device = f"{replicas} x {shown[0].product if shown else 'TPU'}"
+    elif kind == "gpu":
+        gpus = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
+        products = Counter(details.get("device_name", "NVIDIA GPU") for details in gpus)
+        device = " + ".join(f"{count} x {product}" for product, count in products.items())
+    else:
+        device = hardware.processors()
+    build = _build()
+    tensorflow = f"{tf.__version__} for {build}" if build else tf.__version__
+    return {"device": device, "tensorflow": tensorflow, "replicas": str(replicas)}
 
 
 def describe_devices() -> dict[str, Any]:
@@ -36,6 +93,43 @@ def describe_devices() -> dict[str, Any]:
         details = tf.config.experimental.get_device_details(device)
         devices.setdefault(device.device_type, []).append(details.get("device_name", device.device_type))
     return {"version": tf.__version__, "onednn": bool(_pywrap_util_port.IsMklEnabled()), "devices": devices}
+
+
+def _parse_given(given: str) -> tuple[str, str, int]:
+    """Returns name, build of TensorFlow, and replicas; the build "cpu" requires nothing."""
+    if not given:
+        return "", "cpu", 1
+    try:
+        name, build, replicas = given.split()
+        if build in hardware.BUILDS:
+            return name, build, int(replicas)
+    except ValueError:
+        pass
+    raise UserError(f'"{given}" is no accelerator of a job: write NAME BUILD REPLICAS, for example v5e-8 tpu 8')
+
+
+def _what_is_missing(name: str, kind: str, replicas: int, found: int) -> str:
+    """Returns one line: TensorFlow has `found` of the `replicas` devices of `kind` in the accelerator `name`, why, what to do."""
+    device = kind.upper()
+    given = f"this job was given {name}, {replicas} x {device}, and TensorFlow has {found or 'none'}"
+    shown = [one for one in hardware.visible() if one.build == kind]
+    if reason := hardware.why_unused(shown, _build(), {kind: found}):
+        return f"{given}: {reason}"
+    if found:
+        return f"{given}: run the job on a machine with {name}, or compile it for {found} x {device} (sogclr accelerators)"
+    option = _CONTAINER_OPTION[kind]
+    return f"{given}: the system shows no {device}; run the job on a machine with {name}, and its container with {option}"
+
+
+def _kind_in_use() -> str:
+    """Returns what TensorFlow computes on: `tpu`, `gpu` or `cpu`."""
+    if "TPU_NAME" in os.environ or tf.config.list_physical_devices("TPU"):
+        return "tpu"
+    return "gpu" if tf.config.list_physical_devices("GPU") else "cpu"
+
+
+def _build() -> str:
+    return hardware.installed_build()[0]
 
 
 class Replicas:

@@ -1,5 +1,5 @@
-"""What accelerators the operating system shows, which build of TensorFlow uses them, and what that has to be told. Needs
-nothing but Python.
+"""What accelerators the operating system shows, which build of TensorFlow uses them, what that has to be told, and why it
+leaves an accelerator unused. Needs nothing but Python.
 
     python -m trainer.hardware
 
@@ -8,10 +8,13 @@ prints the build that `make setup` installs by default on this machine, and on a
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 BUILDS = ("cpu", "gpu", "tpu")
@@ -36,6 +39,8 @@ _OLDEST_DRIVER = (525, 60)
 """That CUDA 12 works with."""
 _SECONDS_FOR_DRIVER = 60
 """Where nothing else keeps the GPUs awake, the driver starts each before it answers."""
+_TPU_SELECTION = ("TPU_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS")
+"""Variables that select TPU chips for a process."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,21 @@ class Devices:
     problem: str = ""
     """Why no process can use them, and what to do. Empty where they can be used."""
 
+    @property
+    def count(self) -> int:
+        return int(self.name.partition(" x ")[0])
+
+    @property
+    def product(self) -> str:
+        return self.name.partition(" x ")[2]
+
 
 def visible(system: Path = Path("/")) -> list[Devices]:
-    """Returns the TPUs and the NVIDIA GPUs of this machine, usable or not. `system` is the root of its /dev and /sys."""
-    return [*_tpus(system), *_gpus(system)]
+    """Returns the TPUs and the NVIDIA GPUs of this machine, usable or not. `system` is the root of its /dev and /sys.
+
+    Asks the NVIDIA driver, which may take up to a minute.
+    """
+    return [*tpus(system), *_gpus(system)]
 
 
 def choose_build(found: list[Devices]) -> tuple[str, str]:
@@ -67,15 +83,86 @@ def choose_build(found: list[Devices]) -> tuple[str, str]:
     return "cpu", "no NVIDIA driver answers and no TPU is visible"
 
 
+def installed_build() -> tuple[str, str]:
+    """Returns the build of TensorFlow that is installed, and what is wrong with it; the build is empty where it is unusable."""
+    installed = [name for name in ("tensorflow-cpu", "tensorflow", "tensorflow-tpu") if _is_installed(name)]
+    if not installed:
+        return "", "TensorFlow is not installed: make setup"
+    if len(installed) > 1:
+        return "", f"{' and '.join(installed)} are installed into the same folder: remove .venv, then make setup"
+    builds = {"tensorflow-cpu": "cpu", "tensorflow-tpu": "tpu"}
+    return builds.get(installed[0]) or ("gpu" if _is_installed("nvidia-cudnn-cu12") else "cpu"), ""
+
+
+def why_unused(shown: Iterable[Devices], build: str, used: Mapping[str, int], environ: Mapping[str, str] = os.environ) -> str:
+    """Returns one line: which accelerators TensorFlow leaves unused, why, and what to do. Empty where it uses them all.
+
+    `shown` is what `visible` returns, `build` the build of TensorFlow, and `used` the number of devices that TensorFlow sees, by
+    the build that uses them. Stops at the devices in use: beside a TPU in use, a GPU does not matter.
+    """
+    lines = []
+    for one in shown:
+        count = used.get(one.build, 0)
+        if count < one.count:
+            lines.append(_why_unused(one, build, count, environ))
+        if count:
+            break
+    return "; ".join(lines)
+
+
+def _why_unused(one: Devices, build: str, used: int, environ: Mapping[str, str]) -> str:
+    hiding = _hiding_variable(one, used, environ)
+    if used:
+        reason = f"{hiding} hides the rest, unset it to use all" if hiding else "TF_CPP_MIN_LOG_LEVEL=0 shows TensorFlow's reason"
+        return f"TensorFlow uses {used} of {one.name}: {reason}"
+    them = "it" if one.count == 1 else "them"
+    found = f"the system shows {one.name}, but"
+    if one.problem:
+        return f"{found} {one.problem}"
+    if hiding:
+        return f"{found} {hiding} hides {them}: unset it to use {them}"
+    if build != one.build:
+        cure = f"make setup TENSORFLOW={one.build}, or take the image sogclr-{one.build}"
+        return f"{found} {f'TensorFlow for {build}' if build else 'this TensorFlow'} cannot use {them}: {cure}"
+    if one.build == "gpu":
+        cure = "unset LD_LIBRARY_PATH if it names another CUDA, else remove .venv and make setup TENSORFLOW=gpu"
+        return f"{found} TensorFlow does not find {them}, as where CUDA's libraries do not load: {cure}"
+    return f"{found} TensorFlow does not find {them}: another process may hold {them}; end it, or run as root"
+
+
+def _hiding_variable(one: Devices, used: int, environ: Mapping[str, str]) -> str:
+    """Returns NAME="value" of the variable that hides devices of `one` from TensorFlow, which sees `used`; empty for none."""
+    if one.build == "tpu":
+        return next((f'{name}="{environ[name]}"' for name in _TPU_SELECTION if name in environ), "")
+    selection = environ.get("CUDA_VISIBLE_DEVICES")
+    if selection is None:
+        return ""
+    # CUDA reads indices up to the first that no GPU has; it takes UUIDs too.
+    first = selection.split(",")[0].strip()
+    selects = first.startswith(("GPU-", "MIG-")) or (first.isdigit() and int(first) < one.count)
+    return f'CUDA_VISIBLE_DEVICES="{selection}"' if used or not selects else ""
+
+
+def processors(system: Path = Path("/")) -> str:
+    """Returns the CPU cores that this process may use, as in "2 CPU cores (AMD EPYC 7B13)"."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        named = re.search(r"^model name\s*: (.+)$", (system / "proc" / "cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        named = None
+    product = named[1].strip() if named else platform.processor() or platform.machine()
+    return f"{cores} CPU core{'s' if cores > 1 else ''} ({product})"
+
+
 def tensorflow_environment(system: Path = Path("/")) -> dict[str, str]:
     """Returns the variables that TensorFlow has to find when it is imported on this machine."""
     # It leaves oneDNN off on many processors, where a step takes twice as long without.
     environment = {"TF_ENABLE_ONEDNN_OPTS": "1"}
-    tpus = _tpus(system)
-    if not tpus:
+    found = tpus(system)
+    if not found:
         # libtpu would ask Google's metadata server for minutes.
         environment["TPU_SKIP_MDS_QUERY"] = "1"
-    elif _TPUS[_WITH_PLUGIN] in tpus[0].name and (libtpu := importlib.util.find_spec("libtpu")):
+    elif _TPUS[_WITH_PLUGIN] in found[0].name and (libtpu := importlib.util.find_spec("libtpu")):
         # Without its plug-in named, TensorFlow registers no TPU there.
         (folder,) = libtpu.submodule_search_locations or [""]
         environment["NEXT_PLUGGABLE_DEVICE_USE_C_API"] = "true"
@@ -83,7 +170,8 @@ def tensorflow_environment(system: Path = Path("/")) -> dict[str, str]:
     return environment
 
 
-def _tpus(system: Path) -> list[Devices]:
+def tpus(system: Path = Path("/")) -> list[Devices]:
+    """Returns the TPUs of this machine as `visible` does, at once."""
     devices = [device for vendor, device, _ in _pci(system) if vendor == _GOOGLE and device in _TPUS]
     # v2 to v4 have /dev/accel0 and so on; later ones /dev/vfio/0, which any device lent to a virtual machine has.
     nodes = [path for path in _children(system / "dev") if re.fullmatch(r"accel\d+", path.name)]
@@ -120,6 +208,14 @@ def _gpus(system: Path) -> list[Devices]:
             problem = f"nvidia-smi says: {said}"
     cards = [device for vendor, device, kind in _pci(system) if vendor == _NVIDIA and kind.startswith(_DISPLAY)]
     return [Devices("gpu", f"{len(cards)} x NVIDIA GPU", "PCI bus", problem)] if cards else []
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _too_old(driver: str) -> str:

@@ -2,7 +2,7 @@
 
 A plain line is `[pretrain] 120/640 loss -1.432, 0:31 left`; `parse_line` reads one back but for the
 time left, so that a program that runs a job
-in a process of its own can draw the bar itself.
+in a process of its own can draw the bar itself. A note is a line `[pretrain] running on 8 x TPU v5e`.
 """
 
 import re
@@ -61,6 +61,10 @@ class ProgressBars:
             self._last_line = now
             left = f"{_clock((now - begun) * (total - done) / done)} left" if 0 < done < total else ""
             print(f"[{job}] {done}/{total} {', '.join(filter(None, (text, left)))}".rstrip(), file=sys.stderr, flush=True)
+
+    def note(self, job: str, text: str) -> None:
+        """Prints one line of `job` that stays, above the bars."""
+        print(f"[{job}] {text}", file=sys.stderr, flush=True)
 
 
 def parse_line(line: str) -> tuple[str, int, int, str] | None:

@@ -33,14 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = resolve(args.preset, args.overrides)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        from trainer.distribution import claim_devices
         from trainer.train import train
 
         with ProgressBars() as bars, sigterm_noted() as should_stop:
+            strategy = claim_devices(say=lambda line: bars.note("pretrain", line))
             result = train(
                 config,
                 args.data,
                 args.checkpoint_dir,
                 preset=args.preset,
+                strategy=strategy,
                 report=lambda done, total, text: bars("pretrain", done, total, text),
                 should_stop=should_stop,
             )
