@@ -278,6 +278,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def feature_dim(config: Config) -> int:
+    """Returns the length of a feature vector of the encoder."""
+    return int((512 if config.depth < 50 else 2048) * config.width_multiplier)
+
+
 def config_to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True) + "\n"
 
