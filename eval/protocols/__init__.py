@@ -62,6 +62,6 @@ def memory_bytes(sizes: Sizes) -> float:
     return 1.5e9 + 4.0 * sizes.features * sizes.validation
 
 
-def disk_bytes(sizes: Sizes) -> float:
+def disk_bytes(config: Config, sizes: Sizes) -> float:
     """Returns what the features of all splits take on a disk."""
     return 4.0 * sizes.features * (sizes.train + 2 * sizes.validation + min(50_000, sizes.train))
