@@ -1,4 +1,4 @@
-"""The forward pass of an evaluation as a program for XLA. STUB: the real one takes this file's place when the branches are merged."""
+"""The forward pass of an evaluation as a program for XLA. STUB: the real one takes its place when branches are merged."""
 
 import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""What each protocol of an evaluation asks of a machine. STUB: the real one takes this file's place when the branches are merged."""
+"""What each protocol of an evaluation asks of a machine. STUB: the real one takes its place when branches are merged."""
 
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ _EVALUATIONS = 400
 
 
 def work_of(config: Config, sizes: Sizes) -> dict[str, Work]:
-    """Returns the work of the forward pass, of the untrained control and of each protocol, by name in the order in which it is done."""
+    """Returns the work of forward pass, untrained control and each protocol, by name in the order in which it is done."""
     settings = config.linear_eval
     control = min(50_000, sizes.train)
     a_pass = 4.0 * sizes.features * sizes.classes
