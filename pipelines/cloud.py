@@ -142,6 +142,7 @@ def _kept_plan(args: argparse.Namespace, preset: str, config: Config) -> Plan | 
 
 def _evaluation_plan(args: argparse.Namespace, preset: str, config: Config, option: str = "--eval-accelerator") -> EvaluationPlan:
     """Returns what the evaluation will need; `option` names its machine. It compiles nothing."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Protocols may import TensorFlow, which says much as it begins.
     machine = _eval_accelerator(args)
     return make_evaluation_plan(
         config,

@@ -20,8 +20,8 @@ from trainer.config import Config, feature_dim
 if TYPE_CHECKING:
     from eval.protocols import Work
 
-IMAGES_A_CORE = 700.0
-"""Central crops of 224 px a second from JPEGs of 500x375, as measured: docs/plan.md says how."""
+IMAGES_A_CORE = 530.0
+"""Random crops of 224 px a second from JPEGs of 500x375, as measured: docs/plan.md says how. Central crops are faster."""
 A_DAY = 24.0
 """The most hours that an evaluation may take."""
 _PASSES_A_TRAINED_IMAGE = 3
@@ -220,15 +220,21 @@ def _better_machine(demand: Demand, limits: Limits) -> str:
     return f"take {limits.option} {name} ({_taken(name, hours, price)}), or fewer linear_eval.protocols"
 
 
+def duration(hours: float) -> str:
+    """Returns a time for people, in hours, minutes or seconds."""
+    sizes = (("hours", hours), ("minutes", 60 * hours), ("seconds", 3600 * hours))
+    unit, number = next((one for one in sizes if one[1] >= 1), sizes[-1])
+    return f"{number:,.1f} {unit}"
+
+
 def _taken(accelerator: str, hours: float, price: float) -> str:
-    duration = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-    return f"{duration}{'' if accelerator == 'cpu' else ' at best'}, ${price:,.2f}"
+    return f"{duration(hours)}{'' if accelerator == 'cpu' else ' at best'}, ${price:,.2f}"
 
 
 def _notes(demand: Demand, accelerator: Accelerator, is_compiled: bool) -> Iterator[str]:
     device = device_of(accelerator)
     if accelerator.build == "cpu":
-        yield "a virtual CPU is taken to be as fast as the core that was measured"
+        yield "a virtual CPU is taken to be as fast as the core that was measured, an AMD EPYC's in float32"
     else:
         yield "hours are a roofline: a real evaluation is slower"
         if not is_compiled:

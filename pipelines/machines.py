@@ -43,21 +43,14 @@ class Host:
     """None where no figure is known."""
 
 
-CPU_FLOPS_PER_SECOND = {"bfloat16": 160e9, "float32": 130e9}
-"""Of a core in the forward pass of a ResNet-50 at 224 px, as measured: docs/plan.md says how."""
+CORE_FLOPS_PER_SECOND = 190e9
+"""Of a core in the forward pass of a ResNet-50 at 224 px in float32, as measured: docs/plan.md says how."""
 
 _GIB = 2**30
-_CPUS = 16
 
 DEVICES: Mapping[str, Device] = {
-    "cpu": Device(
-        memory_bytes=64 * _GIB,
-        # The measured rates include what the memory costs.
-        bytes_per_second=math.inf,
-        flops_per_second=_CPUS * CPU_FLOPS_PER_SECOND["bfloat16"],
-        float32_flops_per_second=_CPUS * CPU_FLOPS_PER_SECOND["float32"],
-        dollars_per_hour=0.77694,
-    ),
+    # An n2 (Cascade Lake, Ice Lake) has no bfloat16, so that float32's rate stands in both places. It includes what memory costs.
+    "cpu": Device(64 * _GIB, math.inf, 16 * CORE_FLOPS_PER_SECOND, 0.77694, 16 * CORE_FLOPS_PER_SECOND),
     # A T4 has no bfloat16, so that float32's rate stands in both places.
     "t4": Device(16 * _GIB, 320e9, 8.1e12, 0.35 + 0.38, 8.1e12),
     "l4": Device(24 * _GIB, 300e9, 121e12, 0.56004 + 0.44038, 60e12),

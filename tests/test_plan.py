@@ -223,9 +223,9 @@ def test_a_fit_is_shared_by_the_devices_and_computed_in_float32(evaluated):
 def test_a_cpu_decodes_and_computes_one_after_the_other(evaluated):
     found = evaluated({"features": Work(forward=1_600_000), "cached": Work(flops=1e15)}, "cpu")
     flops = encoder_cost.forward_cost(resolve(PLANNED)).flops
-    passing = 1_600_000 * flops / 16 / machines.CPU_FLOPS_PER_SECOND["bfloat16"] + 1_600_000 / 16 / 1000
+    passing = 1_600_000 * flops / 16 / machines.CORE_FLOPS_PER_SECOND + 1_600_000 / 16 / 1000
     assert seconds(found.protocols["features"]) == pytest.approx(passing)
-    fit = 1e15 / 16 / machines.CPU_FLOPS_PER_SECOND["float32"]
+    fit = 1e15 / 16 / machines.CORE_FLOPS_PER_SECOND
     assert seconds(found.protocols["cached"]) == pytest.approx(fit)
     assert found.values["total_hours"] == pytest.approx((passing + fit) / 3600)
     assert found.values["price"] == pytest.approx(found.values["total_hours"] * 0.77694)
@@ -241,6 +241,16 @@ def test_every_figure_of_an_evaluation_says_where_it_is_from(evaluated):
     for found in (compiled, counted):
         assert set(found.sources) == {*found.values, "protocols"}
         assert json.loads(json.dumps(found.as_json()))["protocols"]["knn"]["fit_flops"] == 1e12
+
+
+def test_times_are_in_the_unit_that_people_use():
+    assert [evaluation_plan.duration(hours) for hours in (1234.56, 1, 0.5, 1 / 3600, 0)] == [
+        "1,234.6 hours",
+        "1.0 hours",
+        "30.0 minutes",
+        "1.0 seconds",
+        "0.0 seconds",
+    ]
 
 
 A_WEEK_ON_A_CPU = {"official": Work(forward=160_000_000)}

@@ -56,7 +56,8 @@ def record(row: str, result: dict[str, Any]) -> None:
     code = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=PROJECT).stdout.strip()
     with RESULTS.open("a") as file:
         file.write(json.dumps({"row": row, "code": code, **result}) + "\n")
-    print(row, {key: result.get(key) for key in ("fits", "bytes_per_sample", "temp_bytes", "compile_seconds")}, flush=True)
+    shown = ("fits", "bytes_per_sample", "temp_bytes", "compile_seconds", "total_hours", "problems")
+    print(row, {key: result[key] for key in shown if key in result}, flush=True)
 
 
 def run(root: str, only: str) -> None:
@@ -183,8 +184,7 @@ def evaluation_table(done: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def taken(machine: str, hours: float) -> str:
-    duration = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
-    return f"{duration}, ${price(machine, hours):,.2f}"
+    return f"{evaluation_plan.duration(hours)}, ${price(machine, hours):,.2f}" if hours else "-"
 
 
 def put_between(marks: tuple[str, str], lines: list[str]) -> None:
