@@ -236,7 +236,7 @@ def _notes(demand: Demand, accelerator: Accelerator, is_compiled: bool) -> Itera
     if accelerator.build == "cpu":
         yield "a virtual CPU is taken to be as fast as the core that was measured, an AMD EPYC's in float32"
     else:
-        yield "hours are a roofline: a real evaluation is slower"
+        yield "times are a roofline, without start, compilation and reading: a real evaluation is slower"
         if not is_compiled:
             yield "FLOPs and bytes are counted from the convolutions; make tpu-check installs the compiler that knows them better"
         elif not device.topology:
