@@ -24,7 +24,7 @@ from eval.statistics import bootstrap_interval
 from trainer import checkpoint as checkpoints
 from trainer.config import LINEAR_EVAL, Config, LinearEval, override
 from trainer.distribution import make_strategy
-from trainer.encoder import forward_flops
+from trainer.encoder_cost import forward_cost
 from trainer.records import Manifest, UserError, read_manifest
 from trainer.train import read_config
 
@@ -126,7 +126,7 @@ def linear_eval(
     tf.io.gfile.makedirs(output)
     images = {split: manifest.splits[split].records for split in SPLITS}
     sizes = Sizes(images["train"], images["validation"], manifest.num_classes, encoder.output_shape[-1])
-    progress = _Progress(work_of(config, sizes), forward_flops(encoder), report)
+    progress = _Progress(work_of(config, sizes), forward_cost(config).flops, report)
 
     features: dict[str, StoredFeatures] = {}
     seconds: dict[str, float] = {}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from components.tracking import Store
 
 _ROOT = "runs"
-_CHECKS = ("options", "region", "memory", "mlflow", "vertex", "bucket", "images", "raw")
+_CHECKS = ("options", "region", "memory", "evaluation", "mlflow", "vertex", "bucket", "images", "raw")
 """Checks of a submission that can be skipped, as `submission.CHECKS` has them."""
 _MADE_BY = {"dataset": "build-tfrecords", "model": "pretrain"}
 _NEEDS = {"build-tfrecords": (), "pretrain": ("dataset",), "linear-eval": ("dataset", "model")}
@@ -116,8 +116,11 @@ _PLAN = """
 examples:
   sogclr plan --preset sogclr_imagenet_r50_b512 --accelerator v5e-8
   sogclr plan --preset sogclr_imagenet_r50_b2048 --accelerator v3-32 --price 1.0 --json
+  sogclr plan --preset sogclr_imagenet_r50_b512 --accelerator v5e-8 --eval-accelerator l4-1 \\
+      --set linear_eval.protocols=cached,official
 
-The step is compiled by the TPU's own compiler, without a TPU: some minutes the first time, which make tpu-check prepares.
+The step, and the evaluation's forward pass, are compiled by the TPU's own compiler, without a TPU: some minutes the first time,
+which make tpu-check prepares.
 """
 
 
@@ -214,16 +217,22 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--wait", action="store_true", help="follow it until it has ended")
         _add_json(one)
 
-    plan = add("plan", _plan, "Say what a run will need before it is paid for: memory, time, money, and what binds it.", _PLAN)
+    summary = "Say what pretraining and evaluation will need before they are paid for: memory, time, money, and what binds them."
+    plan = add("plan", _plan, summary, _PLAN)
     _add_preset(plan)
     plan.add_argument(
         "--accelerator", required=True, metavar="NAME", help="machine of pretraining; sogclr accelerators lists them"
     )
+    _add_eval_accelerator(plan)
+    _add_limits(plan)
     plan.add_argument(
         "--data", metavar="DIR", help="the dataset, for its counts; those of the preset's dataset where it is not given"
     )
     plan.add_argument(
-        "--price", type=float, metavar="DOLLARS", help="of a device (a TPU core of v2 and v3, else a chip) and hour"
+        "--price",
+        type=float,
+        metavar="DOLLARS",
+        help="of a device of --accelerator (a TPU core of v2 and v3, else a chip) and hour",
     )
     plan.add_argument(
         "--images-per-core", type=float, metavar="N", help="what tests/benchmarks/input_pipeline.py measures on a core"
@@ -278,10 +287,21 @@ def _add_place(one: argparse.ArgumentParser, what: str, required: bool = False) 
     group.add_argument("--endpoint", default="", metavar="URL", help="of the API, where it is not Google's public one")
 
 
+def _add_eval_accelerator(one: argparse._ActionsContainer) -> None:
+    one.add_argument(
+        "--eval-accelerator", default="", metavar="NAME", help="machine of the linear eval (default: that of --accelerator)"
+    )
+
+
+def _add_limits(one: argparse._ActionsContainer) -> None:
+    one.add_argument("--timeout-hours", type=float, default=168, metavar="H", help="end an attempt after so long (default: 168)")
+    one.add_argument("--disk-gb", type=int, default=200, metavar="GB", help="boot disk (default: 200)")
+
+
 def _add_cluster(one: argparse.ArgumentParser, what: str, required: bool) -> None:
     group = one.add_argument_group("machines and images")
     group.add_argument("--accelerator", metavar="NAME", required=required, help=what)
-    group.add_argument("--eval-accelerator", default="cpu", metavar="NAME", help="machine of the linear eval (default: cpu)")
+    _add_eval_accelerator(group)
     group.add_argument("--pipeline-root", default="", metavar="gs://...", required=required, help="folder of all that jobs write")
     group.add_argument(
         "--images",
@@ -291,11 +311,8 @@ def _add_cluster(one: argparse.ArgumentParser, what: str, required: bool) -> Non
     )
     group.add_argument("--tag", default="", metavar="TAG", help="of the images (default: the code's commit)")
     group.add_argument("--spot", action="store_true", help="spot machines: cheaper, and taken away at times")
-    group.add_argument(
-        "--timeout-hours", type=float, default=168, metavar="H", help="end an attempt after so long (default: 168)"
-    )
+    _add_limits(group)
     group.add_argument("--retries", type=int, default=3, metavar="N", help="attempts after the first (default: 3)")
-    group.add_argument("--disk-gb", type=int, default=200, metavar="GB", help="boot disk (default: 200)")
     group.add_argument("--service-account", default="", metavar="EMAIL", help="whom the steps run as")
     group.add_argument("--network", default="", metavar="NAME", help="VPC network that the steps are peered with")
     group.add_argument("--encryption-key", default="", metavar="NAME", help="Cloud KMS key of all that the job makes")
@@ -686,28 +703,49 @@ def _accelerators(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from pipelines import evaluation_plan as evaluating
     from pipelines import plan as planning
-    from pipelines.code import PROJECT, plan_version
+    from pipelines.code import PROJECT, program_version
+    from pipelines.machines import PRICES
     from trainer.records import read_manifest
 
     config = resolve(args.preset, args.overrides)
     accelerator = accelerators.get(args.accelerator)
+    eval_accelerator = accelerators.get(args.eval_accelerator or args.accelerator)
     root = _make_root(args.root)
-    assumed = planning.assumptions(args.preset, accelerator, read_manifest(args.data) if args.data else None, args.price)
+    manifest = read_manifest(args.data) if args.data else None
+    assumed = planning.assumptions(args.preset, accelerator, manifest, args.price)
     if args.images_per_core:
         assumed = replace(assumed, images_a_core=args.images_per_core)
+    price = args.price if eval_accelerator == accelerator else None
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    python, cache = planning.tpu_python(PROJECT), root / "plans"
     plan = planning.make_plan(
         args.preset,
         config,
         accelerator,
         assumed,
-        python=planning.tpu_python(PROJECT),
-        cache=root / "plans",
-        version=plan_version(),
+        python=python,
+        cache=cache,
+        version=program_version("trainer/lowering.py"),
         listing=Path(args.listing) if args.listing else None,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        say=say,
     )
+    evaluation = evaluating.make_evaluation_plan(
+        config,
+        eval_accelerator,
+        planning.assumptions(args.preset, eval_accelerator, manifest, price),
+        evaluating.Limits(args.disk_gb, args.timeout_hours),
+        python=python,
+        cache=cache,
+        version=program_version("eval/programs.py"),
+        say=say,
+    )
+    plan = replace(plan, evaluation=evaluation)
     if args.log:
         from components import tracking
 
@@ -719,14 +757,22 @@ def _plan(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", f"{plan.preset} on {plan.accelerator}", "", box=None)
-    for row in planning.as_lines(plan):
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    for note in plan.notes:
-        print(f"note: {note}")
-    if "price" in plan.values and args.price is None:
-        print(f"note: prices are {planning.PRICES}")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for title, rows, notes in (
+        (f"{plan.preset} on {plan.accelerator}", planning.as_lines(plan), plan.notes),
+        (f"its evaluation on {evaluation.accelerator}", evaluating.as_lines(evaluation), evaluation.notes),
+    ):
+        table = Table("", title, "", box=None)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        for note in notes:
+            print(f"note: {note}")
+        print()
+    for problem in evaluation.problems:
+        print(f"cannot end: {problem}")
+    if price is None:
+        print(f"note: prices are {PRICES}")
     return 0
 
 

@@ -14,10 +14,12 @@ from components import variables
 from components.lineage import Artifact
 from pipelines import accelerators, pipeline, vertex
 from pipelines import submission as sending
-from pipelines.code import git_commit, plan_version, step_version, uncommitted
+from pipelines.accelerators import Accelerator
+from pipelines.code import git_commit, program_version, step_version, uncommitted
+from pipelines.evaluation_plan import EvaluationPlan, Limits, make_evaluation_plan
 from pipelines.images import Images
 from pipelines.pipeline import Cluster
-from pipelines.plan import Plan, kept_plan
+from pipelines.plan import Plan, assumptions, kept_plan
 from pipelines.submission import CHECKS, Checked, Submission, base_output_directory, check_options, parse_labels
 from pipelines.vertex import Job, Place, as_json
 from trainer.config import Config, split_overrides
@@ -36,6 +38,9 @@ def compile_(args: argparse.Namespace) -> int:
         plan = _kept_plan(args, args.preset, config)
         if plan and not plan.values["fits"]:
             raise UserError(plan.memory)
+        evaluation = _evaluation_plan(args, args.preset, config)
+        if evaluation.problems:
+            raise UserError(evaluation.problems[0])
 
     defaults = {"preset": args.preset, **_overrides(args), "raw_identity": ""} | ({"raw": args.raw} if args.raw else {})
     if accelerator and args.pipeline_root:
@@ -77,6 +82,7 @@ def submit(args: argparse.Namespace) -> int:
             schedule=args.schedule,
             max_runs=args.max_runs,
             plan=_kept_plan(args, args.preset, config),
+            evaluation=_evaluation_plan(args, args.preset, config),
         ),
     )
 
@@ -84,7 +90,7 @@ def submit(args: argparse.Namespace) -> int:
 def send_step(args: argparse.Namespace, place: Place, job: Job, before: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> int:
     """Does a component of `job` again on Vertex AI."""
     component = args.component
-    plan = None
+    plan = evaluation = None
     root = (args.pipeline_root or job.pipeline_root).rstrip("/")
     args.project, args.region, args.pipeline_root = place.project, place.region, root
     arguments = {**before, "code_version": step_version(component)}
@@ -96,6 +102,9 @@ def send_step(args: argparse.Namespace, place: Place, job: Job, before: Mapping[
     elif component == "linear-eval":
         arguments["overrides"] = [*before["overrides"], *args.overrides]
         args.eval_accelerator = args.accelerator
+        pretraining = job.arguments("pretrain")
+        config = resolve(pretraining["preset"], [*pretraining["overrides"], *arguments["overrides"]])
+        evaluation = _evaluation_plan(args, pretraining["preset"], config, "--accelerator")
     cluster = _cluster(args)
     done = next((task.outputs for task in job.tasks if task.name == component), {})
     source = next((str(one.metadata.get("run_id", "")) for one in done.values()), "")
@@ -118,14 +127,39 @@ def send_step(args: argparse.Namespace, place: Place, job: Job, before: Mapping[
             parameters={},
             components=(component,),
             plan=plan,
+            evaluation=evaluation,
         ),
     )
 
 
 def _kept_plan(args: argparse.Namespace, preset: str, config: Config) -> Plan | None:
     """Returns what `sogclr plan` found of this step, if it was asked before with the same --root."""
-    cache = Path(os.path.abspath(args.root)) / "plans"
-    return kept_plan(preset, config, accelerators.get(args.accelerator), cache=cache, version=plan_version())
+    version = program_version("trainer/lowering.py")
+    return kept_plan(preset, config, accelerators.get(args.accelerator), cache=_plans(args), version=version)
+
+
+def _evaluation_plan(args: argparse.Namespace, preset: str, config: Config, option: str = "--eval-accelerator") -> EvaluationPlan:
+    """Returns what the evaluation will need; `option` names its machine. It compiles nothing."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Protocols may import TensorFlow, which says much as it begins.
+    machine = _eval_accelerator(args)
+    return make_evaluation_plan(
+        config,
+        machine,
+        assumptions(preset, machine),
+        Limits(args.disk_gb, args.timeout_hours, option, args.region),
+        python=None,
+        cache=_plans(args),
+        version=program_version("eval/programs.py"),
+    )
+
+
+def _eval_accelerator(args: argparse.Namespace) -> Accelerator:
+    return accelerators.get(args.eval_accelerator or args.accelerator or "cpu")
+
+
+def _plans(args: argparse.Namespace) -> Path:
+    """Returns the folder where `sogclr plan` keeps what it compiled."""
+    return Path(os.path.abspath(args.root)) / "plans"
 
 
 def _send(args: argparse.Namespace, submission: Submission) -> int:
@@ -283,7 +317,7 @@ def _cluster(args: argparse.Namespace) -> Cluster:
     return Cluster(
         images=images,
         accelerator=accelerators.get(args.accelerator) if args.accelerator else None,
-        eval_accelerator=accelerators.get(args.eval_accelerator),
+        eval_accelerator=_eval_accelerator(args),
         environment={name: value for name, value in environment.items() if value},
         beam_args=_beam_args(args, images.reference("cpu")),
         timeout_hours=args.timeout_hours,

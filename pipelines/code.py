@@ -21,9 +21,9 @@ def code_version(project: Path = PROJECT) -> str:
     return _digest(project, [file for package in _PACKAGES for file in sorted((project / package).rglob("*.py"))])
 
 
-def plan_version(project: Path = PROJECT) -> str:
-    """Returns a short digest of what a plan's compiled figures follow from besides the config: the step and its compiler."""
-    files = _reached({project / "trainer" / "lowering.py"}, project)
+def program_version(lowering: str, project: Path = PROJECT) -> str:
+    """Returns a short digest of what a compiled program follows from besides the config: the file `lowering` and the compiler."""
+    files = _reached({project / lowering}, project)
     return _digest(
         project, sorted(files | {project / "pipelines" / "xla_program.py", project / "requirements" / "tpu-check.lock"})
     )

@@ -14,59 +14,31 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.accelerators import Accelerator, check
+from pipelines.machines import Device, device_of, host_of
 from trainer.config import Config
 from trainer.records import UserError
+
+if TYPE_CHECKING:
+    from pipelines.evaluation_plan import EvaluationPlan
 
 OFFICIAL_BYTES_PER_SAMPLE = 1198e6
 """What the official step moves, float32, 128 samples a chip, ResNet-50 at 224 px, compiled for a v5e."""
 
 
-@dataclass(frozen=True)
-class Device:
-    """What TensorFlow sees as one device of a TPU, by Google's pages on each (docs.cloud.google.com/tpu/docs/v2, v3, v4, v5e)."""
-
-    memory_bytes: float
-    bytes_per_second: float
-    flops_per_second: float
-    """bfloat16."""
-    all_reduce_bytes_per_second: float
-    """A whole pod's, divided by its devices."""
-    topology: str
-    """The smallest slice that the compiler knows it in."""
-    chip_config: str = ""
-    dollars_per_hour: float = 0.0
-    host_cores: Mapping[str, int] | int = 0
-    """Virtual CPUs of a host, by machine type where they differ."""
-
-
-DEVICES = {
-    # A core is half a chip of v2 and v3; the two cores of a v4 chip are one device.
-    "v2": Device(8 * 2**30, 350e9, 23e12, 0.0, "v2:2x2", "", 1.125 / 2, 96),
-    "v3": Device(16 * 2**30, 450e9, 61.5e12, 340e12 / 2048, "v3:2x2", "", 2.00 / 2, 96),
-    "v4": Device(32 * 2**30, 1200e9, 275e12, 1.1e15 / 4096, "v4:2x2x1", "megacore", 3.22, 240),
-    "v5e": Device(
-        16e9,
-        819e9,
-        197e12,
-        51.2e12 / 256,
-        "v5e:2x4",
-        "",
-        1.20,
-        {"ct5lp-hightpu-1t": 24, "ct5lp-hightpu-4t": 112, "ct5lp-hightpu-8t": 224},
-    ),
-}
-PRICES = (
-    "Google's in the USA, on demand, from SkyPilot's catalog (v8/gcp/vms.csv at 006059e), read 2026-11-25: --price takes another"
-)
 _SECONDS_A_COLLECTIVE = 10e-6
 _IMAGES_A_CORE = 453.0
 """Two views of 224 px a second from JPEGs of 500x375: 906 on two cores, docs/trainer.md of 2026-11-24."""
 
-_SIZES = {"imagenet": (1_281_167, 1000), "imagenet_s": (129_395, 100), "cifar10": (50_000, 10), "demo": (1_995, 19)}
-"""Training images and classes, by the dataset in a preset's name."""
+_SIZES = {
+    "imagenet": (1_281_167, 50_000, 1000),
+    "imagenet_s": (129_395, 5_000, 100),
+    "cifar10": (50_000, 10_000, 10),
+    "demo": (1_995, 570, 19),
+}
+"""Training images, validation images and classes, by the dataset in a preset's name."""
 
 Source = Literal["compiled", "measured", "assumed", "computed"]
 
@@ -82,6 +54,7 @@ class Plan:
     sources: Mapping[str, Source]
     """By the same names."""
     notes: tuple[str, ...]
+    evaluation: "EvaluationPlan | None" = None
 
     @property
     def memory(self) -> str:
@@ -102,6 +75,7 @@ class Plan:
             **self.values,
             "sources": dict(self.sources),
             "notes": self.notes,
+            **({"evaluation": self.evaluation.as_json()} if self.evaluation else {}),
         }
 
 
@@ -110,6 +84,7 @@ class Assumptions:
     """What a user may know better."""
 
     num_images: int
+    num_validation: int
     num_classes: int
     dollars_per_device_hour: float
     images_a_core: float = _IMAGES_A_CORE
@@ -120,25 +95,14 @@ def assumptions(
     preset: str, accelerator: Accelerator, manifest: Any = None, price: float | None = None, **known: Any
 ) -> Assumptions:
     """Returns what is assumed of data, host and price; the counts are those of `manifest` where there is one."""
-    device = device_of(accelerator)
     if manifest is not None:
-        images, classes = manifest.splits["train"].records, manifest.num_classes
+        counts = {name: split.records for name, split in manifest.splits.items()}
+        images, validation, classes = counts["train"], counts.get("validation", 0), manifest.num_classes
     else:
         dataset = next((name for name in sorted(_SIZES, key=len, reverse=True) if f"_{name}_" in f"_{preset}_"), "imagenet")
-        images, classes = _SIZES[dataset]
-    cores = device.host_cores if device else 0
-    return Assumptions(
-        images,
-        classes,
-        (device.dollars_per_hour if device else 0.0) if price is None else price,
-        host_cores=cores if isinstance(cores, int) else cores[accelerator.machine_type],
-        **known,
-    )
-
-
-def device_of(accelerator: Accelerator) -> Device | None:
-    """Returns what there is in the tables on an accelerator's device, or None: of CPUs and GPUs, nothing."""
-    return DEVICES.get(accelerator.name.rpartition("-")[0])
+        images, validation, classes = _SIZES[dataset]
+    dollars = device_of(accelerator).dollars_per_hour if price is None else price
+    return Assumptions(images, validation, classes, dollars, host_cores=host_of(accelerator).cpus, **known)
 
 
 def make_plan(
@@ -161,40 +125,54 @@ def make_plan(
     """
     check(accelerator, config)
     device = device_of(accelerator)
-    file = _kept_in(cache, config, accelerator, assumed, version)
-    known = json.loads(file.read_text()) if file.exists() and not listing else {}
-    compiles = python is not None and device is not None
+    file = _step_in(cache, config, accelerator, assumed, version)
+    known = {} if listing else kept(file)
+    compiles = python is not None and device.topology != ""
     if not known or (compiles and "compiled" not in known):
         known = _lower_and_compile(config, accelerator, assumed, device, python if compiles else None, listing, say)
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(known))
-        partial.replace(file)
+        keep(file, known)
     return _plan(preset, config, accelerator, assumed, device, known, python is not None)
 
 
 def kept_plan(preset: str, config: Config, accelerator: Accelerator, *, cache: Path, version: str) -> Plan | None:
     """Returns the plan that follows from what `make_plan` compiled before for the preset's dataset, or None where it did not."""
     assumed = assumptions(preset, accelerator)
-    file = _kept_in(cache, config, accelerator, assumed, version)
-    known = json.loads(file.read_text()) if file.exists() else {}
+    known = kept(_step_in(cache, config, accelerator, assumed, version))
     if "compiled" not in known:
         return None
     return _plan(preset, config, accelerator, assumed, device_of(accelerator), known, has_compiler=True)
 
 
-def _kept_in(cache: Path, config: Config, accelerator: Accelerator, assumed: Assumptions, version: str) -> Path:
-    device = device_of(accelerator)
-    key = {"config": asdict(config), "images": assumed.num_images, "classes": assumed.num_classes}
-    key |= {"device": device and device.topology, "replicas": accelerator.replicas, "version": version}
+def _step_in(cache: Path, config: Config, accelerator: Accelerator, assumed: Assumptions, version: str) -> Path:
+    settings = {name: value for name, value in asdict(config).items() if name != "linear_eval"}
+    key = {"config": settings, "images": assumed.num_images, "classes": assumed.num_classes}
+    key |= {"device": device_of(accelerator).topology, "replicas": accelerator.replicas, "version": version}
+    return kept_in(cache, key)
+
+
+def kept_in(cache: Path, key: Mapping[str, Any]) -> Path:
+    """Returns the file in the folder `cache` that keeps what was found out of `key`, any JSON object."""
     return cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
+
+
+def kept(file: Path) -> dict[str, Any]:
+    """Returns what `keep` left, or nothing."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def keep(file: Path, known: Mapping[str, Any]) -> None:
+    """Writes `known`, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(known))
+    partial.replace(file)
 
 
 def _lower_and_compile(
     config: Config,
     accelerator: Accelerator,
     assumed: Assumptions,
-    device: Device | None,
+    device: Device,
     python: Path | None,
     listing: Path | None,
     say: Callable[[str], None],
@@ -208,7 +186,7 @@ def _lower_and_compile(
         "state_bytes": sum(size for name, size in sizes.items() if not name.startswith(("batch/", "received/", "replica"))),
         "collectives": [asdict(one) for one in program.collectives],
     }
-    if python is not None and device is not None:
+    if python is not None:
         say(f"compiling it for {device.topology}: some minutes")
         known["compiled"] = compile_program(program.hlo, device, python, listing)
     return known
@@ -247,12 +225,17 @@ def compile_program(hlo: bytes, device: Device, python: Path, listing: Path | No
     raise UserError(f"the step does not compile for a TPU: {said[:500]}")
 
 
+def used_bytes(compiled: Mapping[str, Any]) -> float:
+    """Returns what a compiled program holds in the memory of a device."""
+    return sum(compiled[name] for name in ("arguments_bytes", "results_bytes", "temp_bytes", "code_bytes"))
+
+
 def _plan(
     preset: str,
     config: Config,
     accelerator: Accelerator,
     assumed: Assumptions,
-    device: Device | None,
+    device: Device,
     known: Mapping[str, Any],
     has_compiler: bool,
 ) -> Plan:
@@ -273,8 +256,8 @@ def _plan(
     exchanged = sum(one["bytes"] for one in known["collectives"])
     put("computed", collectives=len(known["collectives"]), collectives_bytes=exchanged)
     compiled = known.get("compiled")
-    if device is None:
-        notes.append(f"there is no compiler and no table for {accelerator.name}: only what follows from the config is here")
+    if not device.topology:
+        notes.append(f"no compiler is here for {accelerator.name}: of pretraining there is only what follows from the config")
     elif compiled is None:
         notes.append("memory, time and money need the TPU's compiler: make tpu-check installs it" if not has_compiler else "")
     elif not compiled["fits"]:
@@ -303,7 +286,7 @@ def _put_times(
 ) -> None:
     replicas = accelerator.replicas
     own = config.global_batch_size // replicas
-    used = sum(compiled[name] for name in ("arguments_bytes", "results_bytes", "temp_bytes", "code_bytes"))
+    used = used_bytes(compiled)
     named = ("compiler", "compile_seconds", "arguments_bytes", "temp_bytes", "code_bytes", "flops", "bytes_accessed")
     put("compiled", fits=used <= device.memory_bytes, used_bytes=used, **{name: compiled[name] for name in named})
     put(

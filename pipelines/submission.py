@@ -17,6 +17,7 @@ from google.protobuf import json_format
 
 from components.lineage import COMPONENTS
 from pipelines import accelerators
+from pipelines.evaluation_plan import EvaluationPlan
 from pipelines.images import Images
 from pipelines.pipeline import Cluster
 from pipelines.plan import Plan
@@ -92,6 +93,8 @@ class Submission:
     max_runs: int = 0
     plan: Plan | None = None
     """What `sogclr plan` found of its step, if it was asked."""
+    evaluation: EvaluationPlan | None = None
+    """What its evaluation will need; None where it runs none."""
 
     def lines(self) -> Iterable[tuple[str, str]]:
         """Yields the plan, a name and what it is."""
@@ -258,6 +261,8 @@ def look(submission: Submission, skip: Iterable[str] = ()) -> Checked:
     run("region", lambda: _check_region(submission))
     if "memory" not in skip:
         findings += _memory(submission)
+    if submission.evaluation:
+        run("evaluation", lambda: _check_evaluation(submission))
     run("mlflow", lambda: _check_mlflow(submission))
     run("credentials", have_credentials)
     run("vertex", lambda: _check_vertex(submission, found[0]))
@@ -283,7 +288,7 @@ def look(submission: Submission, skip: Iterable[str] = ()) -> Checked:
     return Checked(checked, tuple(findings), found[0])
 
 
-CHECKS = ("options", "region", "memory", "mlflow", "vertex", "bucket", "images", "raw")
+CHECKS = ("options", "region", "memory", "evaluation", "mlflow", "vertex", "bucket", "images", "raw")
 """Those that can be skipped: all but the one for credentials, without which nothing can be sent."""
 _NEED_CREDENTIALS = ("vertex", "bucket", "images", "raw")
 
@@ -317,6 +322,13 @@ def _memory(submission: Submission) -> list[Finding]:
         text = f"whether the step fits into {accelerator.name} is not known; sogclr plan with the same preset and settings says"
         return [Finding("memory", True, text, looked=False)]
     return [Finding("memory", submission.plan.values["fits"], submission.plan.memory)]
+
+
+def _check_evaluation(submission: Submission) -> str:
+    assert submission.evaluation is not None
+    if submission.evaluation.problems:
+        raise UserError("; ".join(submission.evaluation.problems))
+    return submission.evaluation.summary
 
 
 def _check_mlflow(submission: Submission) -> str:

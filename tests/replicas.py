@@ -33,7 +33,7 @@ class FusingReplicas(Replicas):
 def five_steps(data_dir: str, output: Path, begun: Path | None, replicas: int, fuses: bool, overrides: list[str]) -> None:
     devices = [tf.config.LogicalDeviceConfiguration()] * replicas
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
-    encoder._BLOCKS.update({10: (1, 1), 50: (1, 1)})
+    encoder.BLOCKS.update({10: (1, 1), 50: (1, 1)})
     config, manifest = resolve("demo", overrides), read_manifest(data_dir)
     names = [f"CPU:{i}" for i in range(replicas)]
     strategy = tf.distribute.MirroredStrategy(names) if replicas > 1 else tf.distribute.get_strategy()

@@ -10,8 +10,9 @@ import tensorflow as tf
 
 from eval.programs import lower_forward, lower_labelled_step
 from eval.supervised import Recipe
-from pipelines import accelerators, plan
+from pipelines import plan
 from pipelines.code import PROJECT
+from pipelines.machines import DEVICES
 from trainer import encoder, train
 from trainer.input_pipeline import training_batches
 from trainer.lowering import OneOfMany, arguments_of, lower, lower_step, to_hlo
@@ -37,7 +38,7 @@ TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=16", "epochs=6
 @pytest.fixture
 def one_block(monkeypatch):
     """A network of one bottleneck block, which has every kind of operation that a ResNet-50's step has."""
-    monkeypatch.setitem(encoder._BLOCKS, 50, (1,))
+    monkeypatch.setitem(encoder.BLOCKS, 50, (1,))
 
 
 @needs_compiler
@@ -117,7 +118,7 @@ def test_a_replica_s_program_has_the_negatives_of_the_whole_slice():
 @needs_compiler
 def test_a_tpu_s_compiler_takes_the_step(one_block):
     config = resolve("demo", [*TINY, "depth=50", "blur=true", "precision=bfloat16", "optimizer=lars"])
-    needs = plan.compile_program(lower(config, 48, 6, replicas=8).hlo, plan.DEVICES["v5e"], PYTHON, quick=True)
+    needs = plan.compile_program(lower(config, 48, 6, replicas=8).hlo, DEVICES["v5e"], PYTHON, quick=True)
     assert needs["fits"]
     assert needs["compiler"] == "libtpu 0.0.30"
     assert needs["flops"] > 1e6
@@ -135,7 +136,7 @@ def test_a_tpu_s_compiler_takes_the_steps_of_an_evaluation(one_block, what):
         assert program.arguments["batch/image"] == ((8, 32, 32, 3), "uint8")
     else:
         program = lower_labelled_step(config, recipe, 6, replicas=1 if what == "official" else 4)
-    needs = plan.compile_program(program.hlo, plan.DEVICES["v5e"], PYTHON, quick=True)
+    needs = plan.compile_program(program.hlo, DEVICES["v5e"], PYTHON, quick=True)
     assert needs["fits"]
     assert needs["flops"] > 1e6
 
@@ -155,89 +156,7 @@ def test_a_step_that_no_tpu_can_run_is_refused_with_the_reason(what, reason):
 
     def compiled():
         hlo = to_hlo(tf.function(step, jit_compile=True), [tf.TensorSpec([8])])
-        return plan.compile_program(hlo, plan.DEVICES["v5e"], PYTHON, quick=True)
+        return plan.compile_program(hlo, DEVICES["v5e"], PYTHON, quick=True)
 
     with pytest.raises(UserError, match=reason):
         compiled()
-
-
-PLANNED = "sogclr_imagenet_r50_b512"
-
-
-def planned(tmp_path, monkeypatch, compiled, preset=PLANNED, accelerator="v5e-8", **known):
-    """A plan on what a compiler said before, as the cache keeps it."""
-    machine, config = accelerators.get(accelerator), resolve(preset)
-    assumed = plan.assumptions(preset, machine, **known)
-    stored = {"state_bytes": 300e6, "collectives": [{"kind": "all-reduce", "bytes": 100e6}]} | compiled
-    monkeypatch.setattr(plan, "_lower_and_compile", lambda *args: stored)
-    return plan.make_plan(preset, config, machine, assumed, python=PYTHON, cache=tmp_path, version="1")
-
-
-COMPILED = {
-    "compiled": {
-        "fits": True,
-        "compiler": "libtpu 0",
-        "compile_seconds": 1.0,
-        "arguments_bytes": 300e6,
-        "results_bytes": 0,
-        "temp_bytes": 4e9,
-        "code_bytes": 1e8,
-        "flops": 1.97e12,
-        "bytes_accessed": 40.95e9,
-    }
-}
-
-
-def test_a_plan_says_what_binds_and_what_it_costs(tmp_path, monkeypatch):
-    values = planned(tmp_path, monkeypatch, COMPILED).as_json()
-    assert values["fits"]
-    assert values["bound_by"] == "memory"
-    assert values["memory_seconds"] == pytest.approx(0.05)
-    assert values["compute_seconds"] == pytest.approx(0.01)
-    assert values["interconnect_seconds"] == pytest.approx(2 * 100e6 * 7 / 8 / 200e9 + 10e-6)
-    assert values["step_seconds"] == pytest.approx(values["memory_seconds"] + values["interconnect_seconds"])
-    assert values["bytes_per_sample"] == pytest.approx(40.95e9 / 64)
-    assert values["steps"] == 1_281_167 * 800 // 512 + 1
-    assert values["total_hours"] == pytest.approx(values["steps"] * values["step_seconds"] / 3600)
-    assert values["price"] == pytest.approx(values["total_hours"] * 8 * values["dollars_per_device_hour"])
-    assert 512 < values["largest_batch"] < 512 * 4
-    for key in ("fits", "bytes_per_sample", "flops_per_sample", "temp_bytes", "arguments_bytes", "step_seconds", "price"):
-        assert values["sources"][key] in ("compiled", "computed", "assumed", "measured")
-
-
-def test_a_host_that_is_too_slow_binds(tmp_path, monkeypatch):
-    values = planned(tmp_path, monkeypatch, COMPILED, images_a_core=10.0).as_json()
-    assert values["input_starved"]
-    assert values["bound_by"] == "input"
-    assert values["step_seconds"] == pytest.approx(512 / (224 * 10.0))
-    assert values["host_cores_needed"] > 224
-
-
-def test_a_step_too_large_says_what_would_fit(tmp_path, monkeypatch):
-    values = planned(tmp_path, monkeypatch, {"compiled": {"fits": False, "used_bytes": 32e9}}).as_json()
-    assert not values["fits"]
-    assert 0 < values["largest_batch"] < 512
-    assert "step_seconds" not in values
-
-
-def test_without_the_compiler_there_is_the_arithmetic(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "_lower_and_compile", lambda *args: {"state_bytes": 1.0, "collectives": []})
-    machine = accelerators.get("v5e-8")
-    found = plan.make_plan(
-        PLANNED, resolve(PLANNED), machine, plan.assumptions(PLANNED, machine), python=None, cache=tmp_path, version="1"
-    )
-    assert "make tpu-check" in found.notes[0]
-    assert found.values["steps"] > 1e6
-    assert plan.as_lines(found)
-
-
-def test_a_plan_is_compiled_once_for_a_config_and_a_code_version(tmp_path, monkeypatch):
-    planned(tmp_path, monkeypatch, COMPILED)
-    monkeypatch.setattr(plan, "_lower_and_compile", lambda *args: pytest.fail("it is in the cache"))
-    machine = accelerators.get("v5e-8")
-    again = {"python": PYTHON, "cache": tmp_path}
-    assumed = plan.assumptions(PLANNED, machine, price=0.5)
-    found = plan.make_plan(PLANNED, resolve(PLANNED), machine, assumed, version="1", **again)
-    assert found.values["dollars_per_device_hour"] == 0.5
-    with pytest.raises(pytest.fail.Exception):
-        plan.make_plan(PLANNED, resolve(PLANNED), machine, assumed, version="2", **again)

@@ -122,6 +122,7 @@ def test_a_step_that_was_found_not_to_fit_is_neither_compiled_nor_submitted(goog
     compiled |= {"temp_bytes": 4e9, "code_bytes": 1e8, "flops": 2e12, "bytes_accessed": 4e10}
     known = {"state_bytes": 3e8, "collectives": [], "compiled": compiled}
     monkeypatch.setattr(plan, "_lower_and_compile", lambda *_: known)
+    monkeypatch.setattr(plan, "tpu_python", lambda project: None)
     step = ("--preset", "sogclr_imagenet_r50_b512", "--accelerator", "v5e-8")
     assert cli.main(["plan", *step]) == 0
     assert cli.main([*google.submit, "--dry-run"]) == (0 if fits else 2)
@@ -134,6 +135,50 @@ def test_a_step_that_was_found_not_to_fit_is_neither_compiled_nor_submitted(goog
         error = one_error_line(capsys)
         assert re.search("does not fit into v5e-8: 32.0 of 16.0 GB a device; take --set global_batch_size=192 or less", error)
     assert Path("p.yaml").exists() == fits
+
+
+def machines_of(google, component):
+    """Returns the machine types that the one job asks for, of a component."""
+    inputs = the_job(google)["pipelineSpec"]["components"][f"comp-{component}"]["inputDefinitions"]["parameters"]
+    return [pool["machine_spec"]["machine_type"] for pool in inputs["worker_pool_specs"]["defaultValue"]]
+
+
+@pytest.mark.parametrize(("option", "machine"), [((), "ct5lp-hightpu-8t"), (("--eval-accelerator", "cpu"), "n2-standard-16")])
+def test_the_evaluation_has_pretraining_s_machine_unless_another_is_named(google, bucket, capsys, option, machine):
+    assert cli.main([*google.quick, *option]) == 0
+    assert machines_of(google, "pretrain") == ["ct5lp-hightpu-8t"]
+    assert machines_of(google, "linear-eval") == [machine]
+    assert re.search(r"^ok       evaluation: features, .*, \$.* on (v5e-8|cpu)$", capsys.readouterr().out, re.MULTILINE)
+
+
+DAYS_ON_A_CPU = ("--eval-accelerator", "cpu", "--set", "linear_eval.protocols=official")
+
+
+def test_an_evaluation_of_more_than_a_day_is_refused_with_a_better_machine(google, bucket, capsys):
+    assert cli.main([*google.quick, *DAYS_ON_A_CPU]) == 2
+    said = capsys.readouterr()
+    assert re.search(
+        r"^missing  evaluation: .* hours on cpu, more than a day: take --eval-accelerator v5e-\d \(", said.out, re.MULTILINE
+    )
+    assert said.err == "error: nothing was submitted: evaluation must be mended first\n"
+    assert jobs_made(google) == []
+    assert cli.main([*google.quick, *DAYS_ON_A_CPU, "--skip-check", "evaluation"]) == 0
+    assert machines_of(google, "linear-eval") == ["n2-standard-16"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (DAYS_ON_A_CPU, "more than a day: take --eval-accelerator"),
+        (("--eval-accelerator", "cpu", "--timeout-hours", "0.5"), "more than --timeout-hours 0.5: take --eval-accelerator"),
+        (("--disk-gb", "100", "--set", "width_multiplier=16"), "more than --disk-gb 100: take --disk-gb"),
+    ],
+)
+def test_an_evaluation_that_cannot_end_is_not_compiled(google, capsys, options, named):
+    command = ["compile", "--preset", "sogclr_imagenet_r50_b512", "--accelerator", "v5e-8", "--tag", TAG, "--output", "p.yaml"]
+    assert cli.main([*command, *options]) == 2
+    assert named in one_error_line(capsys)
+    assert not Path("p.yaml").exists()
 
 
 def test_a_key_file_that_is_none_is_named(google, monkeypatch, capsys):
@@ -556,6 +601,16 @@ def test_the_other_steps_are_done_again_on_vertex_too_and_the_plan_is_of_them_al
         assert f"--sdk_container_image={google.url[7:]}/my-project/sogclr/sogclr-cpu@{DIGEST['cpu']}" in given["beam_args"]
     else:
         assert set(tasks[component]["inputs"]["artifacts"]) == {"dataset", "model"}
+
+
+def test_an_evaluation_is_not_done_again_where_it_cannot_end(google, bucket, capsys):
+    leave(google, bucket, dict.fromkeys(("build-tfrecords", "pretrain", "linear-eval", "job"), "SUCCEEDED"))
+    capsys.readouterr()
+    images = google.submit[google.submit.index("--images") :]
+    arguments = ["rerun", "linear-eval", "--run", "vertex:mine", *google.options, "--accelerator", "cpu", *images]
+    assert cli.main([*arguments, "--set", "linear_eval.protocols=official", "--job-id", "again"]) == 2
+    assert "more than a day: take --accelerator v5e-" in capsys.readouterr().out
+    assert len(google.jobs) == 1
 
 
 def test_a_step_without_what_it_needs_is_not_done_again(google, bucket, capsys):

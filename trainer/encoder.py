@@ -1,6 +1,5 @@
 """The encoder: SimCLR's ResNet (v1, He et al. 2016; selective kernels, Li et al. 2019) as a functional Keras model."""
 
-import math
 from dataclasses import dataclass
 
 import keras
@@ -8,19 +7,8 @@ import tensorflow as tf
 
 from trainer.config import Config
 from trainer.distribution import Replicas
+from trainer.encoder_cost import BLOCKS, SMALLEST_SQUEEZE
 from trainer.layers import BatchNorm, PointwiseNorm, initializer
-
-_BLOCKS = {
-    10: (1, 1, 1, 1),
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-    200: (3, 24, 36, 3),
-}
-_SMALLEST_SQUEEZE = 32
-"""Channels that the attention of a selective kernel passes through, at least."""
 
 
 def make_encoder(config: Config, replicas: Replicas | None = None) -> keras.Model:
@@ -34,23 +22,13 @@ def make_encoder(config: Config, replicas: Replicas | None = None) -> keras.Mode
     images = keras.Input((config.image_size, config.image_size, 3), name="images")
     width = int(64 * config.width_multiplier)
     x = build.stem(images, width, config.cifar_stem)
-    for group, blocks in enumerate(_BLOCKS[config.depth]):
+    for group, blocks in enumerate(BLOCKS[config.depth]):
         for block in range(blocks):
             stride = 2 if group > 0 and block == 0 else 1
             make_block = build.basic_block if config.depth < 50 else build.bottleneck_block
             x = make_block(x, width * 2**group, stride, block == 0, f"group{group + 1}_block{block + 1}")
     features = keras.layers.GlobalAveragePooling2D(name="features", dtype="float32")(x)
     return keras.Model(images, features, name="encoder")
-
-
-def forward_flops(encoder: keras.Model) -> float:
-    """Returns the FLOPs of an image's forward pass: of its convolutions, two a product, as papers count them."""
-    flops = 0.0
-    for layer in encoder.layers:
-        if isinstance(layer, keras.layers.Conv2D | PointwiseNorm):
-            _, height, width, _ = layer.output.shape
-            flops += 2.0 * height * width * math.prod(layer.kernel.shape)
-    return flops
 
 
 @dataclass(frozen=True)
@@ -109,7 +87,7 @@ class _Builder:
 
     def selective_kernel(self, x: tf.Tensor, width: int, stride: int, name: str) -> tf.Tensor:
         """Two 3x3 paths, weighed a channel against each other by what the whole image shows."""
-        squeeze = max(int(width * self.selective_kernel_ratio), _SMALLEST_SQUEEZE)
+        squeeze = max(int(width * self.selective_kernel_ratio), SMALLEST_SQUEEZE)
         x = self.norm(self.conv(x, 2 * width, 3, stride, f"{name}_conv2"), f"{name}_norm2", relu=True)
         paths = keras.layers.Reshape((x.shape[1], x.shape[2], 2, width), name=f"{name}_paths", dtype=self.dtype)(x)
         seen = keras.ops.mean(keras.ops.sum(paths, axis=3), axis=(1, 2), keepdims=True)

@@ -1,9 +1,9 @@
-"""The table of plans: ImageNet presets on TPUs, and what each lever does to the step's memory traffic.
+"""The tables of plans: ImageNet presets on TPUs, what each lever does to the step's memory traffic, and the evaluation.
 
     python tests/benchmarks/plans.py run  [--root DIR] [--only TEXT]    compiles what is missing of docs/plans.jsonl, a line each
     python tests/benchmarks/plans.py page                               puts the tables into docs/plan.md
 
-A row takes a core five to ten minutes, once. Needs `make tpu-check`.
+A row takes a core five to ten minutes, once; one of the evaluation a minute or two. Needs `make tpu-check`.
 """
 
 import argparse
@@ -13,15 +13,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from pipelines import accelerators, plan
-from pipelines.code import PROJECT
+from pipelines import accelerators, evaluation_plan, plan
+from pipelines.code import PROJECT, program_version
+from pipelines.machines import DEVICES, device_of
 from trainer.presets import resolve
 
 RESULTS = PROJECT / "docs" / "plans.jsonl"
 PAGE = PROJECT / "docs" / "plan.md"
 MARKS = "<!-- plans: begin -->", "<!-- plans: end -->"
+EVALUATION_MARKS = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 MACHINES = ("v5e-8", "v3-8", "v4-8", "v5e-32")
 BATCHES = (128, 256, 512, 1024, 2048, 4096, 8192)
 LEVER_BATCH = 1024
@@ -31,6 +34,9 @@ LEVERS = {
     "1x1 convolutions normalised as the others are": {"fuses": False},
     "float32": {"precision": "float32"},
 }
+EVALUATED = "sogclr_imagenet_r50_b512"
+PROTOCOLS = ("cached", "knn", "online", "official", "finetune-1", "finetune-10", "finetune-100")
+EVALUATION_MACHINES = ("v5e-8", "v3-8", "a100-1", "l4-1", "cpu")
 
 
 def rows() -> Iterator[tuple[str, list[str]]]:
@@ -50,7 +56,8 @@ def record(row: str, result: dict[str, Any]) -> None:
     code = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=PROJECT).stdout.strip()
     with RESULTS.open("a") as file:
         file.write(json.dumps({"row": row, "code": code, **result}) + "\n")
-    print(row, {key: result.get(key) for key in ("fits", "bytes_per_sample", "temp_bytes", "compile_seconds")}, flush=True)
+    shown = ("fits", "bytes_per_sample", "temp_bytes", "compile_seconds", "total_hours", "problems")
+    print(row, {key: result[key] for key in shown if key in result}, flush=True)
 
 
 def run(root: str, only: str) -> None:
@@ -59,6 +66,10 @@ def run(root: str, only: str) -> None:
         row = f"lever: {lever}"
         if row not in done and only in row:
             record(row, lever_result(changes))
+    for machine in EVALUATION_MACHINES:
+        row = f"evaluation: {machine}"
+        if row not in done and only in row:
+            record(row, evaluation_result(machine, Path(root)))
     for row, arguments in rows():
         if row not in done and only in row:
             command = [sys.executable, "-m", "pipelines.cli", "plan", *arguments, "--root", root, "--json"]
@@ -82,18 +93,33 @@ def lever_result(changes: dict[str, Any]) -> dict[str, Any]:
     program = lower_step(config, create_train_state(config, 1_281_167, 1000, one), one)
     python = plan.tpu_python(PROJECT)
     assert python is not None, "make tpu-check first"
-    compiled = plan.compile_program(program.hlo, plan.DEVICES["v5e"], python)
+    compiled = plan.compile_program(program.hlo, DEVICES["v5e"], python)
     if compiled["fits"]:
         compiled["bytes_per_sample"] = compiled["bytes_accessed"] * machine.replicas / LEVER_BATCH
     return compiled
 
 
+def evaluation_result(machine: str, root: Path) -> dict[str, Any]:
+    """Returns the plan of every protocol of `EVALUATED` on a machine, as `sogclr plan --json` has it under `evaluation`."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    accelerator = accelerators.get(machine)
+    python = plan.tpu_python(PROJECT)
+    assert python is not None, "make tpu-check first"
+    return evaluation_plan.make_evaluation_plan(
+        resolve(EVALUATED, [f"linear_eval.protocols={','.join(PROTOCOLS)}"]),
+        accelerator,
+        plan.assumptions(EVALUATED, accelerator),
+        evaluation_plan.Limits(),
+        python=python,
+        cache=root / "plans",
+        version=program_version("eval/programs.py"),
+    ).as_json()
+
+
 def price(machine: str, hours: float) -> float:
     """Returns dollars by the table of today, whatever it was when a row was compiled."""
     slice_of = accelerators.get(machine)
-    device = plan.device_of(slice_of)
-    assert device is not None
-    return hours * slice_of.replicas * device.dollars_per_hour
+    return hours * slice_of.replicas * device_of(slice_of).dollars_per_hour
 
 
 def page() -> None:
@@ -131,8 +157,40 @@ def page() -> None:
             )
         elif one:
             lines.append(f"| ours, but {lever} | does not fit: {one['used_bytes'] / 1e9:.1f} GB | | | |")
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    PAGE.write_text(before + "\n".join([MARKS[0], *lines, MARKS[1]]) + rest.partition(MARKS[1])[2])
+    put_between(MARKS, lines)
+    put_between(EVALUATION_MARKS, evaluation_table(done))
+
+
+def evaluation_table(done: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns a row for each protocol, and a column of hours and price for each machine."""
+    plans = {machine: done[row] for machine in EVALUATION_MACHINES if (row := f"evaluation: {machine}") in done}
+    if not plans:
+        return []
+    names = list(next(iter(plans.values()))["protocols"])
+    lines = ["| protocol | images forward | images trained | " + " | ".join(plans) + " |", "|" + "---|" * (3 + len(plans))]
+    for name in names:
+        cells = [taken(machine, one["protocols"][name]["hours"]) for machine, one in plans.items()]
+        first = next(iter(plans.values()))["protocols"][name]
+        lines.append(f"| `{name}` | {first['forward_images']:,} | {first['trained_images']:,} | {' | '.join(cells)} |")
+    cells = [taken(machine, one["total_hours"]) for machine, one in plans.items()]
+    lines.append(f"| all | | | {' | '.join(cells)} |")
+    for title, name, unit, size in (
+        ("FLOPs an image", "forward_flops", "G", 1e9),
+        ("traffic an image", "forward_bytes", "MB", 1e6),
+    ):
+        cells = [f"{one[name] / size:.1f} {unit}, {one['sources'][name]}" for one in plans.values()]
+        lines.append(f"| {title} | | | {' | '.join(cells)} |")
+    return lines
+
+
+def taken(machine: str, hours: float) -> str:
+    return f"{evaluation_plan.duration(hours)}, ${price(machine, hours):,.2f}" if hours else "-"
+
+
+def put_between(marks: tuple[str, str], lines: list[str]) -> None:
+    """Puts lines into the page, in the place of those between two marks."""
+    before, _, rest = PAGE.read_text().partition(marks[0])
+    PAGE.write_text(before + "\n".join([marks[0], *lines, marks[1]]) + rest.partition(marks[1])[2])
 
 
 def main() -> None:

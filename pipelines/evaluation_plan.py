@@ -1,0 +1,313 @@
+"""What the evaluation of a run will need, by protocol: hours, price, memory, disk; and whether it can end on that machine.
+
+The encoder's forward pass is compiled for its TPU as the train step is (`pipelines/plan.py`). Without the compiler, as in
+`sogclr submit`, its FLOPs and bytes are counted from the convolutions (`trainer/encoder_cost.py`). Times of TPUs and GPUs are a
+roofline: a real evaluation is slower. Times of CPUs follow from what was measured.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.accelerators import ACCELERATORS, Accelerator
+from pipelines.machines import DEVICES, device_of, host_of
+from pipelines.plan import Assumptions, Source, compile_program, keep, kept, kept_in, used_bytes
+from trainer.config import Config, feature_dim
+from trainer.encoder_cost import Cost, forward_cost
+
+if TYPE_CHECKING:
+    from eval.protocols import Work
+
+IMAGES_A_CORE = 530.0
+"""Random crops of 224 px a second from JPEGs of 500x375, as measured: docs/plan.md says how. Central crops are faster."""
+A_DAY = 24.0
+"""The most hours that an evaluation may take."""
+_PASSES_A_TRAINED_IMAGE = 3
+"""The backward pass costs about two forward passes: of each convolution, the gradients of its input and of its kernel."""
+_SHAPES = ("image_size", "depth", "width_multiplier", "selective_kernel_ratio", "cifar_stem", "precision")
+"""The settings that a forward pass is compiled from, besides its number of images."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a job gives its evaluation."""
+
+    disk_gb: float = 200
+    timeout_hours: float = 168
+    option: str = "--eval-accelerator"
+    """The option that names another machine."""
+    region: str = ""
+    """Where another machine must be; empty for anywhere."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What an evaluation asks of any machine."""
+
+    work: Mapping[str, "Work"]
+    """By protocol, in the order in which they run."""
+    cost: Cost
+    """Of an image in the forward pass."""
+    precision: str
+    """What the encoder computes in."""
+    memory_bytes: float
+    """Of a host."""
+    disk_bytes: float
+
+
+@dataclass(frozen=True)
+class ProtocolPlan:
+    """What one protocol takes."""
+
+    forward_images: int
+    trained_images: int
+    fit_flops: float
+    hours: float
+    price: float
+    bound_by: str
+    """What takes longest: compute, memory, input or fit."""
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What the evaluation of one run will need."""
+
+    accelerator: str
+    protocols: Mapping[str, ProtocolPlan]
+    """By name, in the order in which they run."""
+    values: Mapping[str, Any]
+    sources: Mapping[str, Source]
+    """By the names of `values`, and `protocols`."""
+    problems: tuple[str, ...]
+    """Why the evaluation cannot end on this machine, each with what to do."""
+    notes: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        taken = _taken(self.accelerator, self.values["total_hours"], self.values["price"])
+        return f"{', '.join(self.protocols)} take {taken} on {self.accelerator}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "accelerator": self.accelerator,
+            "protocols": {name: asdict(one) for name, one in self.protocols.items()},
+            **self.values,
+            "fits": not self.problems,
+            "problems": self.problems,
+            "sources": dict(self.sources),
+            "notes": self.notes,
+        }
+
+
+def make_evaluation_plan(
+    config: Config,
+    accelerator: Accelerator,
+    assumed: Assumptions,
+    limits: Limits,
+    *,
+    python: Path | None,
+    cache: Path,
+    version: str,
+    say: Callable[[str], None] = lambda text: None,
+) -> EvaluationPlan:
+    """Returns what the evaluation of a run of `config` needs on `accelerator`, the machine that `assumed` is for.
+
+    `python`, `cache` and `version` are as for `pipelines.plan.make_plan`. Without `python`, the forward pass that was compiled
+    before counts, or else its convolutions do. Raises UserError where the forward pass does not compile for a TPU.
+    """
+    from eval.protocols import Sizes, disk_bytes, memory_bytes, work_of
+
+    compiled = _compiled_forward(config, accelerator, python, cache, version, say)
+    fits = compiled is not None and compiled["fits"]
+    at_once = config.linear_eval.batch_size
+    cost = forward_cost(config)
+    if compiled is not None and fits:
+        cost = Cost(compiled["flops"] / at_once, compiled["bytes_accessed"] / at_once)
+    sizes = Sizes(assumed.num_images, assumed.num_validation, assumed.num_classes, feature_dim(config))
+    demand = Demand(work_of(config, sizes), cost, config.precision, memory_bytes(sizes), disk_bytes(config, sizes))
+    protocols = reckon(demand, accelerator, assumed.dollars_per_device_hour)
+    host = host_of(accelerator)
+    values: dict[str, Any] = {}
+    sources: dict[str, Source] = {"protocols": "computed"}
+
+    def put(source: Source, **named: Any) -> None:
+        values.update(named)
+        sources.update(dict.fromkeys(named, source))
+
+    hours = sum(one.hours for one in protocols.values())
+    put("computed", total_hours=hours, price=sum(one.price for one in protocols.values()))
+    put("computed", memory_bytes=demand.memory_bytes, disk_bytes=demand.disk_bytes)
+    put("compiled" if fits else "computed", forward_flops=cost.flops, forward_bytes=cost.bytes)
+    put("measured", images_per_second_a_core=IMAGES_A_CORE)
+    put("assumed", images_at_once=at_once, host_cores=host.cpus, host_memory_bytes=host.memory_bytes)
+    put("assumed", disk_limit_bytes=1e9 * limits.disk_gb, dollars_per_device_hour=assumed.dollars_per_device_hour)
+
+    problems = list(_problems(demand, accelerator, limits, hours))
+    if compiled is not None and device_of(accelerator).topology and not fits:
+        problems.append(
+            f"{at_once} images at once do not fit into a device of {accelerator.name}: "
+            f"take --set linear_eval.batch_size={max(1, at_once // 2)}"
+        )
+    return EvaluationPlan(accelerator.name, protocols, values, sources, tuple(problems), tuple(_notes(demand, accelerator, fits)))
+
+
+def reckon(demand: Demand, accelerator: Accelerator, dollars_per_device_hour: float) -> dict[str, ProtocolPlan]:
+    """Returns what each protocol takes on `accelerator`.
+
+    Its devices and hosts share images and fits. A CPU decodes images and computes on the same cores, one after the other. On
+    other machines the hosts decode while the devices compute.
+    """
+    device, host = device_of(accelerator), host_of(accelerator)
+    plans = {}
+    for name, work in demand.work.items():
+        passes = (work.forward + _PASSES_A_TRAINED_IMAGE * work.trained) / accelerator.replicas
+        images = (work.forward + work.trained) / accelerator.hosts
+        compute = passes * demand.cost.flops / device.rate(demand.precision)
+        memory = passes * demand.cost.bytes / device.bytes_per_second
+        input_ = images / (host.cpus * IMAGES_A_CORE)
+        fit = work.flops / accelerator.replicas / device.rate("float32")
+        passing = compute + input_ if accelerator.build == "cpu" else max(compute, memory, input_)
+        hours = (passing + fit) / 3600
+        seconds = {"compute": compute, "memory": memory, "input": input_, "fit": fit}
+        plans[name] = ProtocolPlan(
+            forward_images=work.forward,
+            trained_images=work.trained,
+            fit_flops=work.flops,
+            hours=hours,
+            price=hours * accelerator.replicas * dollars_per_device_hour,
+            bound_by=max(seconds, key=seconds.__getitem__),
+        )
+    return plans
+
+
+def _problems(demand: Demand, accelerator: Accelerator, limits: Limits, hours: float) -> Iterator[str]:
+    """Yields why the evaluation cannot end on `accelerator`, where it takes `hours`."""
+    memory = host_of(accelerator).memory_bytes
+    if memory is not None and demand.memory_bytes > memory:
+        yield (
+            f"the evaluation needs {demand.memory_bytes / 1e9:,.0f} GB of memory, and a host of {accelerator.name} has "
+            f"{memory / 1e9:,.0f}: {_better_machine(demand, limits)}"
+        )
+    if hours > min(A_DAY, limits.timeout_hours):
+        limit = "a day" if limits.timeout_hours >= A_DAY else f"--timeout-hours {limits.timeout_hours:g}"
+        yield (
+            f"the evaluation takes {hours:,.1f} hours on {accelerator.name}, more than {limit}: {_better_machine(demand, limits)}"
+        )
+    if demand.disk_bytes > 1e9 * limits.disk_gb:
+        yield (
+            f"features take {demand.disk_bytes / 1e9:,.0f} GB of disk, more than --disk-gb {limits.disk_gb:g}: "
+            f"take --disk-gb {math.ceil(demand.disk_bytes / 1e9)}"
+        )
+
+
+def _better_machine(demand: Demand, limits: Limits) -> str:
+    """Returns advice: the cheapest machine of one host that ends in time and has the memory."""
+    found: list[tuple[float, float, str]] = []
+    for one in ACCELERATORS.values():
+        memory = host_of(one).memory_bytes
+        plans = reckon(demand, one, device_of(one).dollars_per_hour).values()
+        hours = sum(plan.hours for plan in plans)
+        is_there = not limits.region or not one.regions or limits.region in one.regions
+        has_memory = memory is not None and demand.memory_bytes <= memory
+        if one.hosts == 1 and is_there and has_memory and hours <= min(A_DAY, limits.timeout_hours):
+            # Of equal prices, the faster machine.
+            found.append((round(sum(plan.price for plan in plans), 2), hours, one.name))
+    if not found:
+        return "no machine here ends sooner; take fewer linear_eval.protocols"
+    price, hours, name = min(found)
+    return f"take {limits.option} {name} ({_taken(name, hours, price)}), or fewer linear_eval.protocols"
+
+
+def duration(hours: float) -> str:
+    """Returns a time for people, in hours, minutes or seconds."""
+    sizes = (("hours", hours), ("minutes", 60 * hours), ("seconds", 3600 * hours))
+    unit, number = next((one for one in sizes if one[1] >= 1), sizes[-1])
+    return f"{number:,.1f} {unit}"
+
+
+def _taken(accelerator: str, hours: float, price: float) -> str:
+    return f"{duration(hours)}{'' if accelerator == 'cpu' else ' at best'}, ${price:,.2f}"
+
+
+def _notes(demand: Demand, accelerator: Accelerator, is_compiled: bool) -> Iterator[str]:
+    device = device_of(accelerator)
+    if accelerator.build == "cpu":
+        yield "a virtual CPU is taken to be as fast as the core that was measured, an AMD EPYC's in float32"
+    else:
+        yield "times are a roofline, without start, compilation and reading: a real evaluation is slower"
+        if not is_compiled:
+            yield "FLOPs and bytes are counted from the convolutions; make tpu-check installs the compiler that knows them better"
+        elif not device.topology:
+            yield "FLOPs and bytes are those of the program for a v5e"
+    if demand.precision == "float32" and not device.float32_flops_per_second:
+        yield "precision=float32: computed at the device's rate for bfloat16"
+    if any(work.trained for work in demand.work.values()):
+        yield f"fine-tuning: an image is taken to cost {_PASSES_A_TRAINED_IMAGE} forward passes"
+
+
+def _compiled_forward(
+    config: Config, accelerator: Accelerator, python: Path | None, cache: Path, version: str, say: Callable[[str], None]
+) -> Mapping[str, Any] | None:
+    """Returns what the compiler says of the forward pass on one device, or None where it was not asked.
+
+    The program of a GPU is not known here: a v5e's stands in its place. A CPU was measured, so that none is needed.
+    """
+    if accelerator.build == "cpu":
+        return None
+    device = device_of(accelerator) if device_of(accelerator).topology else DEVICES["v5e"]
+    shapes = {name: getattr(config, name) for name in _SHAPES}
+    images = config.linear_eval.batch_size
+    file = kept_in(cache, {"forward": shapes, "images": images, "device": device.topology, "version": version})
+    if known := kept(file):
+        return known
+    if python is None:
+        return None
+    from eval.programs import lower_forward
+
+    say("lowering the forward pass of the evaluation")
+    program = lower_forward(config, images)
+    say(f"compiling it for {device.topology}: a minute or more")
+    known = compile_program(program.hlo, device, python)
+    if known["fits"]:
+        known["fits"] = used_bytes(known) <= device.memory_bytes
+    keep(file, known)
+    return known
+
+
+def as_lines(plan: EvaluationPlan) -> list[tuple[str, str, str]]:
+    """Returns a plan for people: what, how much, and where that comes from."""
+    v, s = plan.values, plan.sources
+    rows: list[tuple[str, str, str]] = [
+        (
+            name,
+            f"{_images(one)}{_taken(plan.accelerator, one.hours, one.price)}, bound by {one.bound_by}",
+            s["protocols"],
+        )
+        for name, one in plan.protocols.items()
+    ]
+    rows.append(("whole evaluation", _taken(plan.accelerator, v["total_hours"], v["price"]), s["total_hours"]))
+    rows.append(
+        (
+            "forward pass",
+            f"{v['forward_flops'] / 1e9:.1f} G FLOPs, {v['forward_bytes'] / 1e6:.0f} MB an image; {v['images_at_once']} at once",
+            s["forward_flops"],
+        )
+    )
+    host = "not known" if v["host_memory_bytes"] is None else f"{v['host_memory_bytes'] / 1e9:,.0f}"
+    rows.append(("memory of a host", f"{v['memory_bytes'] / 1e9:.1f} of {host} GB", s["memory_bytes"]))
+    rows.append(("disk", f"{v['disk_bytes'] / 1e9:.1f} of {v['disk_limit_bytes'] / 1e9:,.0f} GB", s["disk_bytes"]))
+    rows.append(
+        (
+            "input",
+            f"{v['images_per_second_a_core']:,.0f} images/s a virtual CPU, {v['host_cores']} of them in a host",
+            s["images_per_second_a_core"],
+        )
+    )
+    return rows
+
+
+def _images(one: ProtocolPlan) -> str:
+    forward = f"{one.forward_images:,} forward, " if one.forward_images else ""
+    return forward + (f"{one.trained_images:,} trained, " if one.trained_images else "")

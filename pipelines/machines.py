@@ -1,0 +1,130 @@
+"""What the machines of `pipelines/accelerators.py` can do and cost: their devices, their hosts, their prices.
+
+Every figure has its source here. A figure without a source is left out.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipelines.accelerators import Accelerator
+
+
+@dataclass(frozen=True)
+class Device:
+    """What TensorFlow sees as one device: a TPU core of v2 and v3, a TPU chip of v4 and v5e, a GPU, or all CPUs of a machine."""
+
+    memory_bytes: float
+    bytes_per_second: float
+    flops_per_second: float
+    """In bfloat16."""
+    dollars_per_hour: float
+    """Of the device and its part of the host, on demand, in the USA."""
+    float32_flops_per_second: float = 0.0
+    """0 where no figure is published."""
+    all_reduce_bytes_per_second: float = 0.0
+    """A whole pod's rate, divided by its devices. 0 where no figure is published."""
+    topology: str = ""
+    """The smallest slice that the TPU's compiler knows the device in; empty where no compiler is here for it."""
+    chip_config: str = ""
+
+    def rate(self, precision: str) -> float:
+        """Returns FLOP/s in `precision`, "float32" or "bfloat16"; bfloat16's where float32's is not known."""
+        return (self.float32_flops_per_second if precision == "float32" else 0.0) or self.flops_per_second
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a machine type has beside its devices."""
+
+    cpus: int
+    """Virtual CPUs."""
+    memory_bytes: float | None = None
+    """None where no figure is known."""
+
+
+CORE_FLOPS_PER_SECOND = 190e9
+"""Of a core in the forward pass of a ResNet-50 at 224 px in float32, as measured: docs/plan.md says how."""
+
+_GIB = 2**30
+
+DEVICES: Mapping[str, Device] = {
+    # An n2 (Cascade Lake, Ice Lake) has no bfloat16, so that float32's rate stands in both places. It includes what memory costs.
+    "cpu": Device(64 * _GIB, math.inf, 16 * CORE_FLOPS_PER_SECOND, 0.77694, 16 * CORE_FLOPS_PER_SECOND),
+    # A T4 has no bfloat16, so that float32's rate stands in both places.
+    "t4": Device(16 * _GIB, 320e9, 8.1e12, 0.35 + 0.38, 8.1e12),
+    "l4": Device(24 * _GIB, 300e9, 121e12, 0.56004 + 0.44038, 60e12),
+    "a100": Device(40 * _GIB, 1555e9, 312e12, 2.93391 + 0.73948, 156e12),
+    "a100-80gb": Device(80 * _GIB, 2039e9, 312e12, 4.4242 + 1.09962, 156e12),
+    "h100": Device(80 * _GIB, 3350e9, 989.4e12, 9.79655 + 1.18251, 494.7e12),
+    # A core is half a chip of v2 and v3. The two cores of a v4 chip are one device.
+    "v2": Device(8 * _GIB, 350e9, 23e12, 4.50 / 8, topology="v2:2x2"),
+    "v3": Device(16 * _GIB, 450e9, 61.5e12, 8.00 / 8, all_reduce_bytes_per_second=340e12 / 2048, topology="v3:2x2"),
+    "v4": Device(
+        32 * _GIB,
+        1200e9,
+        275e12,
+        12.88 / 4,
+        all_reduce_bytes_per_second=1.1e15 / 4096,
+        topology="v4:2x2x1",
+        chip_config="megacore",
+    ),
+    "v5e": Device(16e9, 819e9, 197e12, 1.20, all_reduce_bytes_per_second=51.2e12 / 256, topology="v5e:2x4"),
+}
+"""By family. TPUs: Google's pages on each (docs.cloud.google.com/tpu/docs/v3, v4, v5e), v2 as remembered.
+
+GPUs: NVIDIA's data sheets of T4, L4, A100 (SXM) and H100 (SXM), dense matrices, TF32 for float32; the memory rates of L4 and T4
+are those of docs.cloud.google.com/compute/docs/gpus. Prices: `PRICES`.
+"""
+
+PRICES = (
+    "Google's in the USA, on demand, from SkyPilot's catalog (v8/gcp/vms.csv at 006059e), read 2026-11-25 (TPUs) and 2026-11-26 "
+    "(others): us-central1, but us-east5 for a100-80gb and us-east4 for h100; --price takes another"
+)
+"""us-central1 lists an a100-80gb and an h100 at less than half of what other regions of the USA do, so theirs are taken."""
+
+HOSTS: Mapping[str, Host] = {
+    "n2-standard-16": Host(16, 64 * _GIB),
+    "n1-standard-8": Host(8, 30 * _GIB),
+    "n1-standard-16": Host(16, 60 * _GIB),
+    "n1-standard-32": Host(32, 120 * _GIB),
+    "g2-standard-12": Host(12, 48 * _GIB),
+    "g2-standard-24": Host(24, 96 * _GIB),
+    "g2-standard-48": Host(48, 192 * _GIB),
+    "g2-standard-96": Host(96, 384 * _GIB),
+    "a2-highgpu-1g": Host(12, 85 * _GIB),
+    "a2-highgpu-2g": Host(24, 170 * _GIB),
+    "a2-highgpu-4g": Host(48, 340 * _GIB),
+    "a2-highgpu-8g": Host(96, 680 * _GIB),
+    "a2-ultragpu-1g": Host(12, 170 * _GIB),
+    "a2-ultragpu-2g": Host(24, 340 * _GIB),
+    "a2-ultragpu-4g": Host(48, 680 * _GIB),
+    "a2-ultragpu-8g": Host(96, 1360 * _GIB),
+    "a3-highgpu-8g": Host(208, 1872 * _GIB),
+    "ct5lp-hightpu-1t": Host(24, 48 * _GIB),
+    "ct5lp-hightpu-4t": Host(112, 192 * _GIB),
+    "ct5lp-hightpu-8t": Host(224, 384 * _GIB),
+    # Vertex AI calls the hosts of v2, v3 and v4 cloud-tpu, whichever they are.
+    "v2": Host(96),
+    "v3": Host(96, 340 * _GIB),
+    "v4": Host(240, 407 * _GIB),
+}
+"""By machine type, or by family for `cloud-tpu`.
+
+As Compute Engine lists its machine types: tools/machinetypes.csv of Cyclenerd/google-cloud-pricing-cost-calculator at 0026ae3,
+v3 and v4 as ct3-hightpu-4t and ct4p-hightpu-4t there. The host of a v2 is as remembered, its memory not known.
+"""
+
+
+def family(accelerator: Accelerator) -> str:
+    """Returns what an accelerator is several of, as in v5e of v5e-8."""
+    return accelerator.name.rpartition("-")[0] or accelerator.name
+
+
+def device_of(accelerator: Accelerator) -> Device:
+    return DEVICES[family(accelerator)]
+
+
+def host_of(accelerator: Accelerator) -> Host:
+    """Returns one of an accelerator's hosts."""
+    return HOSTS[family(accelerator) if accelerator.machine_type == "cloud-tpu" else accelerator.machine_type]

@@ -1,0 +1,101 @@
+"""What an encoder's forward pass costs, counted from its convolutions without TensorFlow and without a compiler.
+
+Batch normalisation and ReLU cost nothing here: compilers fuse them into the convolutions. So the count is a lower bound.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from trainer.config import Config
+
+BLOCKS = {
+    10: (1, 1, 1, 1),
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+}
+"""Blocks of each of the four groups, by depth."""
+SMALLEST_SQUEEZE = 32
+"""Channels that the attention of a selective kernel passes through, at least."""
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image costs."""
+
+    flops: float
+    bytes: float
+    """Moved to and from memory."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One convolution: `side` pixels squared of `channels`, from `side_in` squared of `channels_in`."""
+
+    side_in: int
+    channels_in: int
+    side: int
+    channels: int
+    kernel: int
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.kernel**2 * self.channels_in * self.channels * self.side**2
+
+    @property
+    def values(self) -> int:
+        """How many numbers it reads and writes, its kernel aside: a batch shares that."""
+        return self.side_in**2 * self.channels_in + self.side**2 * self.channels
+
+
+def forward_cost(config: Config) -> Cost:
+    """Returns what an image costs in the encoder of `config`."""
+    layers = list(convolutions(config))
+    return Cost(sum(one.flops for one in layers), float(_BYTES[config.precision] * sum(one.values for one in layers)))
+
+
+def convolutions(config: Config) -> Iterator[Convolution]:
+    """Yields the convolutions of `trainer.encoder.make_encoder`, shortcuts included."""
+    selective = config.selective_kernel_ratio > 0
+    width = int(64 * config.width_multiplier)
+    side, channels = config.image_size, width
+    if config.cifar_stem or not selective:
+        kernel, stride = (3, 1) if config.cifar_stem else (7, 2)
+        yield Convolution(side, 3, _strided(side, stride), width, kernel)
+    else:
+        half = _strided(side, 2)
+        yield Convolution(side, 3, half, width // 2, 3)
+        yield Convolution(half, width // 2, half, width // 2, 3)
+        yield Convolution(half, width // 2, half, width, 3)
+    if not config.cifar_stem:
+        side = _strided(_strided(side, 2), 2)
+    bottleneck = config.depth >= 50
+    for group, blocks in enumerate(BLOCKS[config.depth]):
+        inner = width * 2**group
+        outer = 4 * inner if bottleneck else inner
+        for block in range(blocks):
+            after = _strided(side, 2 if group > 0 and block == 0 else 1)
+            if block == 0:
+                yield Convolution(after, channels, after, outer, 1)
+            if not bottleneck:
+                yield Convolution(side, channels, after, inner, 3)
+                yield Convolution(after, inner, after, inner, 3)
+            else:
+                yield Convolution(side, channels, side, inner, 1)
+                if selective:
+                    squeeze = max(int(inner * config.selective_kernel_ratio), SMALLEST_SQUEEZE)
+                    yield Convolution(side, inner, after, 2 * inner, 3)
+                    yield Convolution(1, inner, 1, squeeze, 1)
+                    yield Convolution(1, squeeze, 1, 2 * inner, 1)
+                else:
+                    yield Convolution(side, inner, after, inner, 3)
+                yield Convolution(after, inner, after, outer, 1)
+            side, channels = after, outer
+
+
+def _strided(side: int, stride: int) -> int:
+    return -(-side // stride)
