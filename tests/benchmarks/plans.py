@@ -180,6 +180,12 @@ def evaluation_table(done: dict[str, dict[str, Any]]) -> list[str]:
     ):
         cells = [f"{one[name] / size:.1f} {unit}, {one['sources'][name]}" for one in plans.values()]
         lines.append(f"| {title} | | | {' | '.join(cells)} |")
+    for title, name, limit in (
+        ("memory of a host, GB", "memory_bytes", "host_memory_bytes"),
+        ("disk, GB", "disk_bytes", "disk_limit_bytes"),
+    ):
+        cells = [f"{one[name] / 1e9:.1f} of {one[limit] / 1e9:,.0f}" for one in plans.values()]
+        lines.append(f"| {title} | | | {' | '.join(cells)} |")
     return lines
 
 
