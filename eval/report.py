@@ -271,12 +271,25 @@ def _views(run: _Run) -> page.Section:
 
 
 def _of_features(run: _Run) -> list[page.Section | None]:
-    try:
-        of_split = {name: read_features(str(file["path"])) for name, file in run.evaluation.result["features"].items()}
-    except UserError:  # They are large, and may have been deleted since.
+    train, validation = (_stored_features(run.evaluation, split) for split in ("train", "validation"))
+    if train is None or validation is None:
         return []
-    validation = of_split["validation"].whole()
-    return [_neighbours(run, of_split["train"], validation), _map(run, validation)]
+    whole = validation.whole()
+    return [_neighbours(run, train, whole), _map(run, whole)]
+
+
+def _stored_features(evaluation: Evaluation, split: str) -> StoredFeatures | None:
+    """Returns the features of a split: where the evaluation left them, or in its folder, with which they may have moved.
+
+    Features are large, and may have been deleted since: then None.
+    """
+    path = str(evaluation.result["features"][split]["path"])
+    for folder in (path, f"{evaluation.folder}/{path.rpartition('/')[2]}"):
+        try:
+            return read_features(folder)
+        except UserError:
+            continue
+    return None
 
 
 def _neighbours(run: _Run, train: StoredFeatures, validation: Features) -> page.Section:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,10 +146,16 @@ def test_what_a_run_lacks_is_left_out(pages, evaluated, dataset, tmp_path):
     assert sections(pages["simclr"]) == [one for one in everything if one != "u"]
     for path in (one := tmp_path / "eval").parent, one:
         path.mkdir(exist_ok=True)
-    for file in ("result.json", "predictions.parquet"):
-        (one / file).write_bytes(Path(evaluated["simclr"][0], file).read_bytes())
+    before = Path(evaluated["simclr"][0])
+    (one / "predictions.parquet").write_bytes((before / "predictions.parquet").read_bytes())
+    # As if the features were deleted.
+    (one / "result.json").write_text((before / "result.json").read_text().replace(str(before), str(tmp_path / "nowhere")))
     write_report(str(tmp_path / "bare.html"), str(one), str(dataset))
     assert sections(tmp_path / "bare.html") == ["accuracies", "views", "classes", "provenance"]
+    for folder in before.glob("features-*"):
+        shutil.copytree(folder, one / folder.name)
+    write_report(str(tmp_path / "moved.html"), str(one), str(dataset))
+    assert sections(tmp_path / "moved.html") == ["accuracies", "views", "neighbours", "map", "classes", "provenance"]
 
 
 @pytest.mark.parametrize("name", ["sogclr", "simclr", "compared"])
