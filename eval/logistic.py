@@ -118,6 +118,11 @@ def cut(pieces: Iterable[tuple[np.ndarray, ...]], rows: int) -> Iterator[tuple[n
         yield _joined(held)
 
 
+def even_rows(count: int, most: int, replicas: int) -> int:
+    """Returns the rows of pieces of about `most` that `count` rows are cut into: equal for all replicas, with hardly any padding."""
+    return -(-count // (-(-count // most) * replicas)) * replicas
+
+
 def _joined(parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
     return parts[0] if len(parts) == 1 else tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
@@ -142,7 +147,7 @@ class _Problem:
     def __init__(self, examples: Examples, num_classes: int, strategy: tf.distribute.Strategy) -> None:
         self._examples, self._strategy = examples, strategy
         replicas = strategy.num_replicas_in_sync
-        self._rows = min(_ROWS, -(-examples.count // replicas) * replicas)
+        self._rows = even_rows(examples.count, _ROWS, replicas)
         self._read_moments(num_classes)
         self._standardised = self._make_standardised()
         held = 4 * examples.count * examples.dim <= _HELD_BYTES * replicas

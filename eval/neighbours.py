@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from eval.features import StoredFeatures
-from eval.logistic import cut, over_replicas, padded
+from eval.logistic import cut, even_rows, over_replicas, padded
 from trainer.layers import product
 
 _QUERIES_AT_ONCE = 1 << 10
@@ -29,7 +29,7 @@ def nearest_neighbours(
     """
     strategy = strategy or tf.distribute.get_strategy()
     replicas = strategy.num_replicas_in_sync
-    at_once = min(_QUERIES_AT_ONCE, -(-len(queries) // replicas))
+    at_once = even_rows(len(queries), _QUERIES_AT_ONCE * replicas, replicas) // replicas
     blocks = -(-len(queries) // (at_once * replicas))
     shape = (replicas * blocks, at_once)
     multiply = product if any(tf.config.list_physical_devices(kind) for kind in ("TPU", "GPU")) else tf.matmul
@@ -60,7 +60,7 @@ def nearest_neighbours(
             np.full((*shape, k), -1, np.int64),
         )
     )
-    rows = min(_BANK_AT_ONCE, bank.count)
+    rows = even_rows(bank.count, _BANK_AT_ONCE, 1)
     done = 0
     for values, image_ids in cut(((part.values, part.image_ids) for part in bank.parts()), rows):
         # Padding has no ID.
