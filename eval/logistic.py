@@ -119,7 +119,7 @@ def cut(pieces: Iterable[tuple[np.ndarray, ...]], rows: int) -> Iterator[tuple[n
 
 
 def even_rows(count: int, most: int, replicas: int) -> int:
-    """Returns the rows of pieces of about `most` that `count` rows are cut into: equal for all replicas, with hardly any padding."""
+    """Returns how many rows a piece has, `most` or fewer, equal for all replicas, so that `count` rows need hardly any padding."""
     return -(-count // (-(-count // most) * replicas)) * replicas
 
 
