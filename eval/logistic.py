@@ -119,7 +119,7 @@ def cut(pieces: Iterable[tuple[np.ndarray, ...]], rows: int) -> Iterator[tuple[n
 
 
 def even_rows(count: int, most: int, replicas: int) -> int:
-    """Returns how many rows a piece has, `most` or fewer, equal for all replicas, so that `count` rows need hardly any padding."""
+    """Returns how many rows a piece has, at most `most`, equal for all replicas, so that `count` need hardly any padding."""
     return -(-count // (-(-count // most) * replicas)) * replicas
 
 
