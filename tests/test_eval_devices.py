@@ -1,6 +1,7 @@
 """The evaluation on several replicas, and after the process died anywhere."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,8 @@ def test_killed_anywhere_it_ends_with_the_bits_of_one_left_alone(odd, checkpoint
     ]
     *ended, finished = endings(",".join(places), tmp_path / "killed", odd, checkpoint)
     assert [code for code, _, _ in ended] == [{"kill": -9, "torn": -9, "term": 75}[one.split(":")[0]] for one in places[:-1]]
+    # From step 9, which the attempt before saved; from the beginning it would be step 2.
+    assert "stopped at step 11 of 12 with labels, saved " in ended[6][2]
     assert "start the same command again to go on" in ended[6][2]
     assert alone[0] == finished[0] == 0
     for name in ("classifier", "classifier-official", "classifier-finetune-100"):
@@ -134,3 +137,18 @@ def test_killed_anywhere_it_ends_with_the_bits_of_one_left_alone(odd, checkpoint
     assert found.result["metrics"] == expected.result["metrics"]
     left = {path.name.partition("-")[0] for path in (tmp_path / "killed" / "out").iterdir()}
     assert left == {"features", "predictions.parquet", "classifier.npz", "classifier", "result.json"}
+
+
+def test_a_disk_that_is_full_in_the_middle_of_features_costs_one_line_and_nothing_else(odd, checkpoint, tmp_path):
+    """A limit on the size of files in the place of a full disk: the index of the features fits into it, a part does not."""
+    given = ["--data", odd, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--set", *SETTINGS]
+    command = [sys.executable, "-m", "eval.task", *given, "linear_eval.protocols=cached"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # noqa: E731
+    full = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert full.returncode == 2
+    said = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "part-00000.parquet cannot be written: " in said[0]
+    assert "Traceback" not in full.stderr
+    assert not list(tmp_path.glob("out/*/*"))
+    assert subprocess.run(command, capture_output=True).returncode == 0

@@ -12,6 +12,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +57,22 @@ def write_arrays(path: str, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def write_whole(path: str, content: bytes) -> None:
-    """Writes a file so that a reader sees its old content or the new, never a part."""
+    """Writes a file so that a reader sees its old content or the new, never a part.
+
+    Raises UserError where this machine cannot write it, as on a full disk; the old content stays.
+    """
     partial = f"{path}.partial"
-    with tf.io.gfile.GFile(partial, "wb") as file:
-        file.write(content)
-    tf.io.gfile.rename(partial, path, overwrite=True)
+    try:
+        with tf.io.gfile.GFile(partial, "wb") as file:
+            file.write(content)
+        tf.io.gfile.rename(partial, path, overwrite=True)
+    except tf.errors.OpError as error:
+        if "://" in path:
+            raise
+        with suppress(tf.errors.OpError):
+            tf.io.gfile.remove(partial)
+        reason = str(error.message).rpartition("; ")[2]
+        raise UserError(f"{path} cannot be written: {reason}; mend that and start the same command again") from error
 
 
 def paths(folder: str) -> list[str]:
