@@ -21,7 +21,7 @@ from eval.evaluation import read_evaluation
 from eval.features import Examples, Features, digest_of, extract, load_encoder, read_features
 from eval.linear_eval import linear_eval
 from eval.logistic import cut, fit, top_k_accuracy
-from eval.protocols import cached
+from eval.protocols import Sizes, cached, memory_bytes, work_of
 from eval.protocols.cached import fit_with_choice
 from eval.protocols.knn import knn_scores
 from trainer import checkpoint as checkpoints
@@ -447,3 +447,18 @@ def test_the_command_prints_a_row_for_each_protocol_with_its_interval(dataset, c
         assert f" {one.top_1:.1%}  {100 * low:.1f} to {100 * high:.1f} " in row
     assert last == "17 validation images; intervals by bootstrap over them"
     assert control.startswith("untrained control: ")
+
+
+@pytest.mark.parametrize(("train", "validation", "classes"), [(1_281_167, 50_000, 1000), (129_395, 5_000, 100)])
+def test_the_control_costs_less_than_half_of_the_forward_passes_of_a_large_set(train, validation, classes):
+    work = work_of(resolve("sogclr_imagenet_r50_b512"), Sizes(train, validation, classes, 2048))
+    assert list(work) == ["features", "cached", "untrained", "knn", "online"]
+    assert work["features"].forward == train + validation
+    assert work["features"].forward + work["untrained"].forward < 1.5 * work["features"].forward
+    assert work["cached"].forward == work["knn"].forward == 0
+
+
+def test_the_memory_that_an_evaluation_plans_for_hardly_grows_with_the_training_images():
+    small, large = (Sizes(train, 50_000, 1000, 2048) for train in (100_000, 1_281_167))
+    assert memory_bytes(large) < 6e9
+    assert memory_bytes(large) - memory_bytes(small) < 0.1 * 4 * 2048 * (1_281_167 - 100_000)
