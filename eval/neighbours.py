@@ -34,25 +34,33 @@ def nearest_neighbours(
     shape = (replicas * blocks, at_once)
     multiply = product if any(tf.config.list_physical_devices(kind) for kind in ("TPU", "GPU")) else tf.matmul
 
-    def of_block(state: tuple[tf.Tensor, ...], bank: tf.Tensor, bank_ids: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        query, best, ids = state
+    def of_block(
+        query: tf.Tensor, best: tf.Tensor, ids: tf.Tensor, bank: tf.Tensor, bank_ids: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         found = multiply(query, bank, transpose_b=True)
         found = tf.where(bank_ids[None, :] < 0, -np.inf, found)
         found, places = tf.math.top_k(found, min(k, bank.shape[0]))
         best, order = tf.math.top_k(tf.concat([best, found], axis=1), k)
-        ids = tf.gather(tf.concat([ids, tf.gather(bank_ids, places)], axis=1), order, batch_dims=1)
-        return query, best, ids
+        return best, tf.gather(tf.concat([ids, tf.gather(bank_ids, places)], axis=1), order, batch_dims=1)
 
     @tf.function(autograph=False)
-    def merged(state: tuple[tf.Tensor, ...], bank: tf.Tensor, bank_ids: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        def on_replica(state: tuple[tf.Tensor, ...], bank: tf.Tensor, bank_ids: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def merged(*arguments: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        def on_replica(
+            query: tf.Tensor, best: tf.Tensor, ids: tf.Tensor, bank: tf.Tensor, bank_ids: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor]:
             bank = tf.math.l2_normalize(bank, axis=1)
-            return tf.map_fn(lambda block: of_block(block, bank, bank_ids), state, parallel_iterations=1)
+            return tf.map_fn(
+                # By number, so that the queries are not copied.
+                lambda number: of_block(query[number], best[number], ids[number], bank, bank_ids),
+                tf.range(blocks),
+                parallel_iterations=1,
+                fn_output_signature=(tf.float32, tf.int64),
+            )
 
-        return strategy.run(on_replica, args=(state, bank, bank_ids))
+        return strategy.run(on_replica, args=arguments)
 
-    unit = np.asarray(tf.math.l2_normalize(queries, axis=1))
-    state = tuple(
+    unit = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
+    query, best, ids = (
         over_replicas(strategy, array)
         for array in (
             padded(unit, shape[0] * at_once).reshape(*shape, -1),
@@ -65,11 +73,11 @@ def nearest_neighbours(
     for values, image_ids in cut(((part.values, part.image_ids) for part in bank.parts()), rows):
         # Padding has no ID.
         numbers = padded(image_ids + 1, rows) - 1
-        state = merged(state, tf.constant(padded(values, rows)), tf.constant(numbers))
+        best, ids = merged(query, best, ids, tf.constant(padded(values, rows)), tf.constant(numbers))
         done += len(image_ids)
         on_progress(done / bank.count)
-    best, ids = (
-        np.concatenate([part.numpy() for part in strategy.experimental_local_results(of_all)]).reshape(-1, k)[: len(queries)]
-        for of_all in state[1:]
+    similarities, image_ids = (
+        np.concatenate([part.numpy() for part in strategy.experimental_local_results(found)]).reshape(-1, k)[: len(queries)]
+        for found in (best, ids)
     )
-    return best, ids
+    return similarities, image_ids
