@@ -6,6 +6,7 @@ search goes along their principal axes, each scaled by the curvature there, whic
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -37,6 +38,13 @@ class LinearClassifier:
 
 
 def fit(
+    examples: Examples, num_classes: int, l2_penalty: float, start: LinearClassifier | None = None, **how: Any
+) -> LinearClassifier:
+    """Returns the classifier of one penalty; `how` goes to `fit_path`."""
+    return next(fit_path(examples, num_classes, [l2_penalty], start, **how))
+
+
+def fit_path(
     examples: Examples,
     num_classes: int,
     l2_penalties: Iterable[float],
@@ -45,12 +53,13 @@ def fit(
     tolerance: float = 5e-4,
     strategy: tf.distribute.Strategy | None = None,
     on_evaluation: Callable[[float, int, float], None] = lambda penalty, number, loss: None,
-) -> list[LinearClassifier]:
+) -> Iterator[LinearClassifier]:
     """Minimises mean cross-entropy + penalty/2 |W|^2 on standardised features, once a penalty, each started from the one before.
 
-    Stops where no component of the gradient, along the scaled axes, is above `tolerance`. For a penalty above 0 the optimum is
-    unique, and `start`, the weights to begin with (zeros if None), changes nothing but the time. Calls
-    `on_evaluation(penalty, number, loss)` after each pass over the examples.
+    Yields each classifier before it begins with the next, so that who has seen enough can stop. A search stops where no
+    component of the gradient, along the scaled axes, is above `tolerance`. For a penalty above 0 the optimum is unique, and
+    `start`, the weights to begin with (zeros if None), changes nothing but the time. Calls `on_evaluation(penalty, number,
+    loss)` after each pass over the examples.
     """
     problem = _Problem(examples, num_classes, strategy or tf.distribute.get_strategy())
     dim = examples.dim
@@ -70,7 +79,6 @@ def fit(
 
     weights = np.zeros((dim, num_classes)) if start is None else start.weights
     bias = np.zeros(num_classes) if start is None else start.bias
-    classifiers = []
     for penalty in l2_penalties:
         scale = np.sqrt(np.maximum(curvature * spread, 0) + penalty + 1e-12)
         scaled = axes / scale
@@ -79,10 +87,9 @@ def fit(
         flat = minimize(of_scaled, begin, (scaled, penalty, []), "L-BFGS-B", jac=True, options=options).x
         ours, of_bias = np.split(flat, [dim * num_classes])
         weights, bias = scaled @ ours.reshape(dim, num_classes), of_bias / bias_scale
-        classifiers.append(
-            LinearClassifier(problem.mean, problem.deviation, weights.astype(np.float32), bias.astype(np.float32), float(penalty))
+        yield LinearClassifier(
+            problem.mean, problem.deviation, weights.astype(np.float32), bias.astype(np.float32), float(penalty)
         )
-    return classifiers
 
 
 def accuracies(classifiers: list[LinearClassifier], examples: Examples) -> list[float]:

@@ -20,7 +20,7 @@ from eval import logistic, neighbours, task
 from eval.evaluation import read_evaluation
 from eval.features import Examples, Features, digest_of, extract, load_encoder, read_features
 from eval.linear_eval import linear_eval
-from eval.logistic import cut, fit, top_k_accuracy
+from eval.logistic import cut, fit, fit_path, top_k_accuracy
 from eval.protocols import Sizes, cached, memory_bytes, work_of
 from eval.protocols.cached import fit_with_choice
 from eval.protocols.knn import knn_scores
@@ -63,7 +63,7 @@ def stored(folder: Path, values: np.ndarray, labels: np.ndarray, rows: int = 64)
 
 def test_fit_is_the_optimum_that_scikit_learn_finds():
     values, labels = blobs(300, 0)
-    ours = fit(Examples.of(values, labels), 4, [1.0, 0.01], tolerance=1e-6)[-1]
+    *_, ours = fit_path(Examples.of(values, labels), 4, [1.0, 0.01], tolerance=1e-6)
     standard = (values - values.mean(0)) / values.std(0)
     theirs = LogisticRegression(C=1 / (0.01 * len(values)), tol=1e-8, max_iter=5000).fit(standard, labels)
     np.testing.assert_allclose(ours.weights.T, theirs.coef_, atol=2e-3)
@@ -112,10 +112,10 @@ def test_a_small_temperature_does_not_overflow(tmp_path):
 
 def test_a_fit_that_reads_its_features_at_every_pass_is_that_of_one_that_holds_them(monkeypatch, tmp_path):
     values, labels = blobs(300, 0)
-    held = fit(stored(tmp_path, values, labels).examples(), 4, [0.01], tolerance=1e-6)[0]
+    held = fit(stored(tmp_path, values, labels).examples(), 4, 0.01, tolerance=1e-6)
     monkeypatch.setattr(logistic, "_HELD_BYTES", 0)
     monkeypatch.setattr(logistic, "_ROWS", 70)
-    read = fit(stored(tmp_path, values, labels).examples(), 4, [0.01], tolerance=1e-6)[0]
+    read = fit(stored(tmp_path, values, labels).examples(), 4, 0.01, tolerance=1e-6)
     np.testing.assert_allclose(read.weights, held.weights, atol=1e-3)
     np.testing.assert_allclose(read.mean, values.mean(0), rtol=1e-5)
     np.testing.assert_allclose(read.deviation, values.std(0), rtol=1e-5)
@@ -124,9 +124,9 @@ def test_a_fit_that_reads_its_features_at_every_pass_is_that_of_one_that_holds_t
 def test_features_that_hardly_differ_are_told_apart():
     """Of a feature that is 1000 plus little, the little counts."""
     values, labels = blobs(300, 0)
-    ours = fit(Examples.of((values / 100 + 1000).astype(np.float32), labels), 4, [0.01])[0]
+    ours = fit(Examples.of((values / 100 + 1000).astype(np.float32), labels), 4, 0.01)
     accuracy = np.mean(ours.logits((values / 100 + 1000).astype(np.float32)).argmax(1) == labels)
-    expected = fit(Examples.of(values, labels), 4, [0.01])[0]
+    expected = fit(Examples.of(values, labels), 4, 0.01)
     assert accuracy == pytest.approx(np.mean(expected.logits(values).argmax(1) == labels), abs=0.01)
 
 
@@ -312,18 +312,28 @@ def test_the_control_can_be_turned_off_or_fitted_to_a_part(evaluated, dataset, c
         assert about == "turned off: linear_eval.control_images=0"
 
 
-def test_the_penalty_of_a_large_split_is_chosen_with_a_part_of_it(monkeypatch, tmp_path):
+def test_a_penalty_that_is_chosen_with_a_part_is_proved_on_all(monkeypatch, tmp_path):
+    """With a part the largest is taken; on all images smaller ones are tried, until one is no better."""
     fitted = []
 
-    def watched(examples, *args, **kwargs):
-        fitted.append(examples.count)
-        return fit(examples, *args, **kwargs)
+    def watched(examples, num_classes, penalties, *args, **kwargs):
+        for one in fit_path(examples, num_classes, penalties, *args, **kwargs):
+            fitted.append((examples.count, one.l2_penalty))
+            yield one
 
-    monkeypatch.setattr(cached, "fit", watched)
-    values, labels = blobs(500, 0)
-    settings = LinearEval(l2_penalties=(1e-1, 1e-2), holdout_fraction=0.25, choice_images=200)
-    fit_with_choice(stored(tmp_path, values, labels), 4, settings)
-    assert fitted == [150, 500]
+    with_a_part = {1.0: 0.9, 0.1: 0.8, 0.01: 0.7, 0.001: 0.6}
+    with_all = {1.0: 0.5, 0.1: 0.6, 0.01: 0.6, 0.001: 0.9}
+
+    def accuracies(those, examples):
+        assert examples.count == 50
+        return [(with_all if len(those) == 1 else with_a_part)[one.l2_penalty] for one in those]
+
+    monkeypatch.setattr(cached, "fit_path", watched)
+    monkeypatch.setattr(cached, "accuracies", accuracies)
+    settings = LinearEval(l2_penalties=tuple(with_a_part), holdout_fraction=0.25, choice_images=200)
+    chosen = fit_with_choice(stored(tmp_path, *blobs(500, 0)), 4, settings)
+    assert fitted == [(150, 1.0), (150, 0.1), (150, 0.01), (150, 0.001), (450, 1.0), (450, 0.1), (450, 0.01)]
+    assert chosen.l2_penalty == 0.1
 
 
 def test_the_encoder_that_is_evaluated_is_the_checkpoints(checkpoint):

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,31 +76,34 @@ def cached(train: Any, validation: Any, classes: int, passes: int, part: float) 
     from trainer.config import LinearEval
 
     times: dict[str, list[float]] = {}
-    fitted, fit = [], logistic.fit
+    path = logistic.fit_path
 
-    def timed(examples: Any, num_classes: int, penalties: Any, start: Any = None, **how: Any) -> Any:
-        name = "fit" if examples.count == train.count else "choice"
-        begun = time.perf_counter()
-        own = times.setdefault(name, [])
+    def timed(examples: Any, num_classes: int, penalties: Any, start: Any = None, **how: Any) -> Iterator[Any]:
+        name = {train.count: "fit", 90_000: "choice"}.get(examples.count, "choice_on_all")
+        own, begun, said = times.setdefault(name, []), time.perf_counter(), how.pop("on_evaluation")
 
         def on_evaluation(penalty: float, number: int, loss: float) -> None:
             own.append(time.perf_counter() - begun)
-            how["on_evaluation_before"](penalty, number, loss)
+            said(penalty, number, loss)
             if passes and len(own) == passes:
                 raise EnoughError
 
-        how["on_evaluation_before"] = how.pop("on_evaluation")
-        watched = {name: value for name, value in how.items() if name != "on_evaluation_before"}
+        found = []
         try:
-            found = fit(examples, num_classes, penalties, start, on_evaluation=on_evaluation, **watched)
+            for classifier in path(examples, num_classes, penalties, start, on_evaluation=on_evaluation, **how):
+                found.append(classifier)
+                yield classifier
         except EnoughError:
-            zero = np.zeros((train.dim, num_classes), np.float32)
-            one = np.ones(train.dim, np.float32)
-            found = [logistic.LinearClassifier(0 * one, one, zero, zero[0], penalty) for penalty in penalties]
-        fitted.append((examples.count, len(own)))
-        return found
+            # What is left of a path is as its last.
+            one, zero = np.ones(train.dim, np.float32), np.zeros((train.dim, num_classes), np.float32)
+            last = found[-1] if found else logistic.LinearClassifier(0 * one, one, zero, zero[0], 0.0)
+            for penalty in list(penalties)[len(found) :]:
+                yield replace(last, l2_penalty=penalty)
 
-    protocol.fit = timed
+    protocol.fit_path = timed
+    protocol.fit = lambda examples, num_classes, penalty, start, **how: next(
+        timed(examples, num_classes, [penalty], start, **how)
+    )
     classifier = protocol.fit_with_choice(train, classes, LinearEval())
     logits = classifier.logits(validation.whole().values)
     correct = logistic.top_k_accuracy(logits, validation.labels_by_id(), 1)
@@ -203,10 +207,10 @@ def beside(images: int, features: int, classes: int, penalty: float) -> None:
     ours = fit(
         Examples.of(values, labels),
         classes,
-        [penalty],
+        penalty,
         tolerance=TOLERANCE,
         on_evaluation=lambda penalty, number, loss: losses.append((time.perf_counter() - begun, loss)),
-    )[0]
+    )
     rows = {
         "ours": (losses[-1][0], len(losses), ours.weights, ours.bias),
         "scikit-learn": (seconds_sklearn, int(sklearn.n_iter_[0]), sklearn.coef_.T, sklearn.intercept_),
