@@ -2,16 +2,18 @@
 
 import json
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 import mlflow
 import pytest
 from kfp import dsl
+from loopback import answering
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from components import tracking
+from components import outbox, tracking
 from trainer.records import UserError
 
 FINGERPRINT = "3fa9" * 16
@@ -320,6 +322,65 @@ def test_a_store_that_cannot_be_used_is_the_user_s_to_mend(tmp_path):
         tracking.open_store("nonsense://somewhere")
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is not set"), tracking.step("pretrain", {}, {}, environ={}):
         pass
+
+
+PASSWORD = "planted-password"
+
+
+@pytest.mark.parametrize(
+    ("status", "answers"),
+    [(500, "answers HTTP 500"), (503, "answers HTTP 503"), (None, "does not answer")],
+)
+def test_a_server_that_is_waited_for_is_said_to_answer_what_it_answers(monkeypatch, capsys, status, answers):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(outbox, "_SHORTEST_WAIT", 0.01)
+    with answering(status or 200) as server:
+        url = server.url
+        uri = (url if status else "http://127.0.0.1:9").replace("http://", f"http://someone:{PASSWORD}@")
+        with pytest.raises(UserError, match=f"MLflow {answers}") as raised:
+            tracking.open_store(uri, patience=0.1)
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"MLflow {answers} at {url if status else 'http://127.0.0.1:9'}/api/2.0/mlflow/experiments/get-by-name"
+    )
+    assert said.endswith("; waiting for it\n" if status else " (connection refused); waiting for it\n")
+    assert said.count("\n") == 1
+    assert PASSWORD not in said + str(raised.value)
+
+
+def test_a_server_that_comes_back_is_waited_for(monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(outbox, "_SHORTEST_WAIT", 0.01)
+    found: list[tracking.Store] = []
+    with answering(503) as server:
+        opening = threading.Thread(target=lambda: found.append(tracking.open_store(server.url, patience=600)))
+        opening.start()
+        for _ in range(3):
+            assert server.asked.acquire(timeout=60)
+        server.status, server.body = 200, json.dumps({"experiment": {"experiment_id": "7", "name": "sogclr"}})
+        opening.join(60)
+    assert [store.experiment_id for store in found] == ["7"]
+    assert "waiting for it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "hint"),
+    [
+        (
+            "Invalid Host header - possible DNS rebinding attack detected",
+            r"the server accepts no requests for the host HOST: start mlflow server with --allowed-hosts HOST$",
+        ),
+        (json.dumps({"error_code": "PERMISSION_DENIED", "message": "not yours"}), "not yours; set MLFLOW_TRACKING_USERNAME"),
+    ],
+)
+def test_a_server_that_forbids_says_how_to_be_let_in(body, hint):
+    with answering(403, body) as server:
+        host = server.url.removeprefix("http://")
+        for use in (tracking.open_store, tracking.describe_store):
+            with pytest.raises(UserError, match=hint.replace("HOST", host)) as raised:
+                use(f"http://someone:{PASSWORD}@{host}")
+            assert "\n" not in str(raised.value)
+            assert PASSWORD not in str(raised.value)
 
 
 def test_telemetry_is_off_before_mlflow_is_imported():
