@@ -103,11 +103,15 @@ def _rest_status(error: BaseException) -> int | None:
     return int(status()) if type(error).__name__ == "RestException" and status is not None else None
 
 
+class UnansweredError(UserError):
+    """A service did not do its work for as long as patience lasts."""
+
+
 def patiently(call: Callable[[], T], patience: float, service: str = "MLflow") -> T:
     """Returns what `call` returns. While it fails in a way that may pass, calls again for `patience` seconds.
 
-    Says once on stderr what the service answers. Raises UserError with the last answer when patience ends; without patience,
-    and where the error will not pass, raises the error itself.
+    Says once on stderr what the service answers. Raises UnansweredError with the last answer when patience ends, and
+    the error itself where it will not pass.
     """
     until = time.monotonic() + patience
     wait, told = _SHORTEST_WAIT, False
@@ -118,8 +122,8 @@ def patiently(call: Callable[[], T], patience: float, service: str = "MLflow") -
             if not is_transient(error) or not patience:
                 raise
             if time.monotonic() + wait > until:
-                raise UserError(
-                    f"{service} {answer(error)}, and did for {patience:.0f} s; start the same command again once it works"
+                raise UnansweredError(
+                    f"{service} {answer(error)}; gave up after {patience:.0f} s: start the same command again once it works"
                 ) from error
             if not told:
                 _say(f"{service} {answer(error)}; waiting for it")
@@ -230,7 +234,8 @@ class Outbox:
                 kept = f"; undelivered metrics are kept in {self._file}" if self._file else ""
                 what = "refuses metrics" if self._refused else f"took no metrics for {self._patience:.0f} s"
                 said = answer(self._failure) if self._failure else "does not answer"
-                raise UserError(f"MLflow {what}: it {said}{kept}") from self._failure
+                kind = UserError if self._refused else UnansweredError
+                raise kind(f"MLflow {what}: it {said}{kept}") from self._failure
 
     def close(self, finished: bool = False) -> None:
         """Tries once more to deliver, stores what is left in the file, and ends both threads. Takes 60 s at most.

@@ -9,18 +9,19 @@ A pipeline run is a parent run, a component's run is nested in it. Beside MLflow
 so that one search finds everything that came of a run. The arguments and outputs of a component's run are in its artifact
 `step.json`. Nothing here uses MLflow's notion of an active run: every call names its run.
 
-A server that does not answer stops no job. Metrics wait in a file until they are delivered; all else waits where it is, as
-long as the store's patience lasts.
+An unreachable server does not stop a job: metrics queue in a file, and other calls are repeated until the store's patience
+ends.
 """
 
 import json
 import os
 import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,7 +50,17 @@ from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
 from components import figures, variables
 from components.lineage import COMPONENTS, Artifact, Lineage, Step, short
-from components.outbox import Outbox, PatientClient, Point, answer, hide_credentials, is_transient, one_line, patiently
+from components.outbox import (
+    Outbox,
+    PatientClient,
+    Point,
+    UnansweredError,
+    answer,
+    hide_credentials,
+    is_transient,
+    one_line,
+    patiently,
+)
 from trainer.records import UserError
 
 EXPERIMENT = "sogclr"
@@ -156,6 +167,11 @@ def patient(client: MlflowClient) -> MlflowClient:
     """Returns a client that waits for a server that is down, as long as a step does."""
     inner = client.impatient if isinstance(client, PatientClient) else client
     return cast(MlflowClient, PatientClient(inner, _PATIENCE_OF_STEPS))
+
+
+def _impatient(store: Store) -> Store:
+    """Returns the same store with a client that makes every call once."""
+    return replace(store, client=store.client.impatient) if isinstance(store.client, PatientClient) else store
 
 
 def without_credentials(uri: str) -> str:
@@ -329,7 +345,7 @@ class StepRun:
     def __init__(self, store: Store, run_id: str) -> None:
         self.run_id = run_id
         self._store = store
-        client = store.client.impatient if isinstance(store.client, PatientClient) else store.client
+        client = _impatient(store).client
         self._outbox = Outbox(
             lambda points: client.log_batch(run_id, metrics=[Metric(*point) for point in points]), _PATIENCE_OF_STEPS
         )
@@ -533,15 +549,24 @@ def step(
         _log_step(store, run_id, arguments, outputs)
     except BaseException as error:
         run.close()
-        user_error = isinstance(error, UserError)
-        text = one_line(error) if user_error else f"{type(error).__name__}: {one_line(error)}"
-        _set_tags(store, run_id, {_ERROR: text, _USER_ERROR: str(user_error).lower()})
-        store.client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
-        redraw(store, pipeline_id)
+        # A step that waited for the server as long as it may does not wait again, and fails for its own reason.
+        try:
+            _record_failure(_impatient(store) if isinstance(error, UnansweredError) else store, run_id, pipeline_id, error)
+        except Exception as unrecorded:
+            what = f"MLflow {answer(unrecorded)}" if is_transient(unrecorded) else one_line(unrecorded)
+            print(f"warning: MLflow does not know that this step failed: {what}", file=sys.stderr, flush=True)
         raise
     store.client.set_terminated(run_id, "FINISHED")
     redraw(store, pipeline_id)
     run.close(finished=True)
+
+
+def _record_failure(store: Store, run_id: str, pipeline_id: str, error: BaseException) -> None:
+    user_error = isinstance(error, UserError)
+    text = one_line(error) if user_error else f"{type(error).__name__}: {one_line(error)}"
+    _set_tags(store, run_id, {_ERROR: text, _USER_ERROR: str(user_error).lower()})
+    store.client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+    redraw(store, pipeline_id)
 
 
 def _open_run(

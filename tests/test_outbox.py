@@ -260,6 +260,36 @@ def test_a_finished_run_whose_file_cannot_be_removed_says_so_and_ends(storage, f
     assert f"{folder}/{outbox.FILE} cannot be removed (HTTP response code 403)" in capsys.readouterr().err
 
 
+def test_a_step_that_ends_waits_for_the_server_and_says_what_it_answers(capsys):
+    with answering(503) as server:
+        run = step_run(server.url)
+        log(run)
+        ending = threading.Thread(target=run.flush)
+        ending.start()
+        for _ in range(3):
+            assert server.asked.acquire(timeout=HANGS)
+        server.status = 200
+        ending.join(HANGS)
+        assert sorted(set(server.steps())) == list(range(POINTS))
+        soon(run.close)
+    said = capsys.readouterr().err
+    assert said == f"MLflow answers HTTP 503 at {server.url}/api/2.0/mlflow/runs/log-batch; waiting for it\n"
+
+
+def test_a_step_that_ends_fails_in_one_line_when_patience_ends(folder, monkeypatch):
+    monkeypatch.setattr(tracking, "_PATIENCE_OF_STEPS", 0.1)
+    with answering(503) as server:
+        run = step_run(server.url)
+        run.keep_metrics_in(folder)
+        log(run)
+        with pytest.raises(
+            UserError, match=r"took no metrics for 0 s: it answers HTTP 503 .*; undelivered metrics are kept in"
+        ) as raised:
+            soon(run.flush)
+        assert "\n" not in str(raised.value)
+        soon(run.close)
+
+
 def test_a_server_that_refuses_for_a_while_gets_every_metric(folder):
     with answering(403, "who are you") as server:
         run = step_run(server.url)

@@ -226,6 +226,33 @@ def test_a_step_that_fails_says_why_in_one_line_and_leaves_its_pipeline_open(ben
     assert (failed.status, failed.error.strip(), failed.user_error) == (status, message, mendable)
 
 
+@pytest.mark.parametrize("error", [MemoryError("no room"), outbox.UnansweredError("MLflow answers HTTP 503")])
+def test_a_step_that_fails_while_the_server_is_down_fails_for_its_own_reason(bench, monkeypatch, capsys, error):
+    monkeypatch.setattr(outbox, "_SHORTEST_WAIT", 0.01)
+    monkeypatch.setattr(tracking, "_PATIENCE_OF_STEPS", 0.1)
+    pipeline_id = bench.pipeline()
+    dataset = bench.artifact(dsl.Dataset, type(error).__name__, "build-tfrecords", "dataset")
+    asked = []
+
+    def nobody(*_, **__):
+        asked.append(1)
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    def fail():
+        for call in ("log_batch", "set_tag", "set_terminated", "get_run"):
+            down.setattr(MlflowClient, call, nobody)
+        raise error
+
+    step = tracking.step("build-tfrecords", {}, {"dataset": dataset}, environ=bench.environ(pipeline_id))
+    with monkeypatch.context() as down, pytest.raises(type(error), match=str(error)), step:
+        fail()
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("warning: MLflow does not know that this step failed: MLflow does not answer (connection refused)")
+    if isinstance(error, outbox.UnansweredError):
+        assert len(asked) == 1, "the step has waited once already"
+    assert tracking.end_pipeline(bench.store, pipeline_id, "FAILED").failed.status == "KILLED"
+
+
 def test_a_step_that_vanished_is_said_to_be_killed(bench):
     pipeline_id = bench.pipeline()
     dataset = bench.artifact(dsl.Dataset, "vanished", "build-tfrecords", "dataset")
