@@ -68,7 +68,8 @@ def answer(error: BaseException) -> str:
             statuses.append(f"{int(one.code)} ({one_line(getattr(one, 'message', one))})")
         elif type(one).__module__.startswith("requests.") and getattr(one, "response", None) is not None:
             statuses.append(str(one.response.status_code))
-    if not statuses and (status := _rest_status(error)) is not None:
+    coded = re.search(r"failed with error code (\d{3}) ", str(error))
+    if not statuses and (status := coded[1] if coded else _rest_status(error)):
         statuses.append(f"{status} ({one_line(error)})")
     if statuses:
         return f"answers HTTP {statuses[0]}{where}"
@@ -252,7 +253,7 @@ class Outbox:
             stored = set(self._stored)
             lost = [point for point in self._waiting if point not in stored]
             left_over = finished and self._file and not self._waiting and not self._removed
-            met = one_line(self._write_failure or "storage does not answer")
+            met = _reason(self._write_failure) if self._write_failure else "storage does not answer"
             said = answer(self._failure) if self._failure else "does not answer"
         if lost:
             kept = f"{self._file} cannot be written ({met})" if self._file else "no file keeps them"
@@ -273,11 +274,13 @@ class Outbox:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._flushing or self._closing, pause)
+                if self._closed:
+                    return
                 self._try_now = False
                 batch, closing = self._waiting[:_POINTS_PER_CALL], self._closing
             failure = None
             try:
-                if batch and not self._closed:
+                if batch:
                     self._deliver(batch)
             except Exception as error:
                 failure = error
@@ -287,7 +290,7 @@ class Outbox:
                     del self._waiting[: len(batch)]
                     self._file_is_old = True
                 self._flushing = self._flushing and bool(self._waiting)
-                if self._closed or (closing and (failure or not self._waiting)):
+                if closing and (failure or not self._waiting):
                     self._delivering = False
                     self._changed.notify_all()
                     return
@@ -340,7 +343,7 @@ class Outbox:
         except Exception as error:
             failure = error
             if self._write_failure is None and not self._closing:
-                _say(f"warning: {file} cannot be written ({one_line(error)}); undelivered metrics are in memory only")
+                _say(f"warning: {file} cannot be written ({_reason(error)}); undelivered metrics are in memory only")
         with self._changed:
             self._write_failure = failure
             if failure is None:
@@ -352,6 +355,11 @@ class Outbox:
 def _point(stored: list[Any]) -> Point:
     name, value, timestamp, step = stored
     return str(name), float(value), int(timestamp), int(step)
+
+
+def _reason(error: Exception) -> str:
+    # `write_whole` says on top of the system's words what a user does about a checkpoint.
+    return one_line(error.__cause__ or error)
 
 
 def _as_text(owner: str, points: Sequence[Point]) -> str:

@@ -50,11 +50,11 @@ class Storage:
             self.writes += 1
             self.asked.release()
             self.open.wait()
-            if self.failure:
+            if failure := self.failure:
                 if real is self.rename:
                     # A second write to a file in ram:// appends to it.
                     self.remove(args[0])
-                raise self.failure
+                raise failure
             return real(*args, **named)
 
         return take
@@ -296,7 +296,10 @@ def test_a_server_that_refuses_for_a_while_gets_every_metric(folder):
         run.keep_metrics_in(folder)
         log(run, [0])
         assert server.asked.acquire(timeout=HANGS)
-        with pytest.raises(UserError, match=r"MLflow refuses metrics: .*403.*; undelivered metrics are kept in ram://"):
+        with pytest.raises(
+            UserError,
+            match=r"MLflow refuses metrics: it answers HTTP 403 .*who are you.*; undelivered metrics are kept in ram://",
+        ):
             soon(run.flush)
         server.status, server.body = 200, "{}"
         log(run, range(1, POINTS))
