@@ -1,10 +1,23 @@
-"""An HTTP server on a loopback address that answers as a test says, with every path."""
+"""An HTTP server on a loopback address that answers every request as a test says, and a clock for whoever waits for it."""
 
 import contextlib
 import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Clock:
+    """Stands in for the module `time`: time passes only while somebody sleeps, and then at once."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
 class Loopback:

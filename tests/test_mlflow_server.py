@@ -15,6 +15,7 @@ from google.auth.exceptions import DefaultCredentialsError
 from google.cloud import secretmanager
 from holding import Hold, started
 from kfp import dsl
+from loopback import Clock
 from mlflow import MlflowClient
 from mlflow_server import PASSWORD, USER, serving
 from test_pipeline import raw_archives
@@ -79,7 +80,7 @@ SECRET = "projects/p/secrets/mlflow/versions/1"
 def google(monkeypatch):
     """A loopback Secret Manager, which `read_secret` asks."""
     client = secretmanager.SecretManagerServiceClient
-    monkeypatch.setattr(outbox, "_SHORTEST_WAIT", 0.01)
+    monkeypatch.setattr(outbox, "time", Clock())
     with serving_google() as google:
         options = {"api_endpoint": google.url}
         monkeypatch.setattr(
@@ -125,8 +126,7 @@ def test_a_secret_manager_that_is_down_is_waited_for(google, capsys, fault):
         (404, r"secret .*mlflow/versions/1 cannot be read \(answers HTTP 404 .*: give --mlflow-secret a version that exists"),
     ],
 )
-def test_a_secret_that_cannot_be_had_is_one_line(google, monkeypatch, fault, message):
-    monkeypatch.setattr(tracking, "_PATIENCE_OF_STEPS", 0.1)
+def test_a_secret_that_cannot_be_had_is_one_line(google, fault, message):
     google.fail(*[fault] * 1000, path="/secrets/")
     with pytest.raises(UserError, match=message) as raised:
         tracking.read_secret({variables.SECRET: SECRET})
