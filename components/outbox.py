@@ -1,14 +1,15 @@
-"""What stands between a job and a server that may be down: calls that are made again, metrics that wait in a file.
+"""Calls that are repeated while a service is down, and metrics that wait in a file until MLflow has them.
 
-Knows of MLflow only how its errors look.
+Knows of MLflow, Google Cloud and storage only how their errors look.
 """
 
 import json
+import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from trainer.records import UserError
 
@@ -16,42 +17,128 @@ FILE = "undelivered-metrics.json"
 
 _POINTS_PER_CALL = 500
 _SECONDS_BETWEEN_CALLS = 5.0
+_SECONDS_BETWEEN_REMOTE_WRITES = 10.0
+"""One write in Cloud Storage takes about six requests."""
+_SECONDS_BETWEEN_LOCAL_WRITES = 0.2
+_SECONDS_TO_CLOSE = 60.0
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.5, 10.0
 _TRANSIENT = (429, 500, 502, 503, 504)
+_TRANSIENT_IN_STORAGE = (
+    "AbortedError",
+    "DeadlineExceededError",
+    "InternalError",
+    "ResourceExhaustedError",
+    "UnavailableError",
+    "UnknownError",
+)
+"""Names of TensorFlow's exceptions."""
+
+T = TypeVar("T")
 
 
 def is_transient(error: BaseException) -> bool:
-    """Returns whether a call that failed so may go through later: no answer, too many calls, a server that is not itself."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ConnectionError | TimeoutError) or type(cause).__module__.startswith("requests."):
+    """Returns whether the same call may succeed later: no answer, too many calls, or an error inside the service."""
+    if isinstance(error, UserError):
+        return False
+    for cause in _causes(error):
+        module = type(cause).__module__
+        if isinstance(cause, ConnectionError | TimeoutError) or module.startswith("requests."):
             response = getattr(cause, "response", None)
             return response is None or response.status_code in _TRANSIENT
-        cause = cause.__cause__ or cause.__context__
+        if module.startswith("google.api_core."):
+            return getattr(cause, "code", None) in _TRANSIENT
+        if module.startswith("google.auth.") and getattr(cause, "retryable", False):
+            return True
+        if module.startswith("tensorflow."):
+            return type(cause).__name__ in _TRANSIENT_IN_STORAGE
     # Of MLflow's exceptions only those of its REST client come from a server; others name an error of this process.
+    return _rest_status(error) in _TRANSIENT
+
+
+def answer(error: BaseException) -> str:
+    """Says what a failed call met, as in "answers HTTP 503 at https://mlflow.example.com": one line, without credentials."""
+    causes = list(_causes(error))
+    urls = [request.url for one in causes if (request := getattr(one, "request", None)) is not None and hasattr(request, "url")]
+    where = f" at {hide_credentials(str(urls[0])).partition('?')[0]}" if urls else ""
+    # MLflow's client tries twice itself, and then keeps only this of the answer.
+    counted = re.search(r"too many (\d{3}) error responses", str(error))
+    statuses = [counted[1]] if counted else []
+    for one in causes:
+        if type(one).__module__.startswith("google.api_core.") and getattr(one, "code", None) is not None:
+            statuses.append(f"{int(one.code)} ({one_line(getattr(one, 'message', one))})")
+        elif type(one).__module__.startswith("requests.") and getattr(one, "response", None) is not None:
+            statuses.append(str(one.response.status_code))
+    coded = re.search(r"failed with error code (\d{3}) ", str(error))
+    if not statuses and (status := coded[1] if coded else _rest_status(error)):
+        statuses.append(f"{status} ({one_line(error)})")
+    if statuses:
+        return f"answers HTTP {statuses[0]}{where}"
+    if any(isinstance(one, TimeoutError) or "Timeout" in type(one).__name__ for one in causes):
+        return f"does not answer{where} (timeout)"
+    reasons = [one.strerror for one in causes if isinstance(one, OSError) and one.strerror]
+    if is_transient(error) and (reasons or urls):
+        return f"does not answer{where} ({reasons[-1].lower() if reasons else one_line(causes[-1])})"
+    return f"fails ({type(error).__name__}: {one_line(error)})"
+
+
+def one_line(what: object) -> str:
+    """Returns a text as one line of at most 500 characters without the credentials of any URL in it."""
+    return hide_credentials(" ".join(str(what).split()))[:500]
+
+
+def hide_credentials(text: str) -> str:
+    """Returns `text` without USER:PASSWORD@ in its URLs."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
+def _causes(error: BaseException) -> Iterator[Any]:
+    """Yields an exception and those that led to it, the first one last."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _rest_status(error: BaseException) -> int | None:
     status = getattr(error, "get_http_status_code", None)
-    return type(error).__name__ == "RestException" and status is not None and status() in _TRANSIENT
+    return int(status()) if type(error).__name__ == "RestException" and status is not None else None
 
 
-def patiently(call: Callable[[], Any], patience: float) -> Any:
-    """Returns what `call` returns, calling again while it fails in a way that may pass, for `patience` seconds."""
+class UnansweredError(UserError):
+    """A service did not do its work for as long as patience lasts."""
+
+
+def patiently(call: Callable[[], T], patience: float, service: str = "MLflow") -> T:
+    """Returns what `call` returns. While it fails in a way that may pass, calls again for `patience` seconds.
+
+    Says once on stderr what the service answers. Raises UnansweredError with the last answer when patience ends, and
+    the error itself where it will not pass.
+    """
     until = time.monotonic() + patience
     wait, told = _SHORTEST_WAIT, False
     while True:
         try:
             return call()
         except Exception as error:
-            if time.monotonic() + wait > until or not is_transient(error):
+            if not is_transient(error) or not patience:
                 raise
-        if not told:
-            print("MLflow does not answer; waiting for it", file=sys.stderr, flush=True)
-            told = True
+            if time.monotonic() + wait > until:
+                raise UnansweredError(
+                    f"{service} {answer(error)}; gave up after {patience:.0f} s: start the same command again once it works"
+                ) from error
+            if not told:
+                _say(f"{service} {answer(error)}; waiting for it")
+                told = True
         time.sleep(wait)
         wait = min(2 * wait, _LONGEST_WAIT)
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 class PatientClient:
-    """A client whose every call is made again while the server does not answer, for `patience` seconds."""
+    """A client that repeats every call while the server does not answer, for `patience` seconds."""
 
     def __init__(self, client: Any, patience: float) -> None:
         self.impatient = client
@@ -69,108 +156,214 @@ Point = tuple[str, float, int, int]
 
 
 class Outbox:
-    """Metrics on their way to a server: delivered by a thread, kept in a file until then.
+    """Metrics on their way to a server: one thread delivers them, another keeps the undelivered ones in a file.
 
-    `deliver` sends points, and may fail. What is in the file survives the process. Points that are delivered twice, because
-    an answer was lost, are the same points to MLflow.
+    `deliver` sends points, and may fail or hang; so may the storage of the file. Neither ends a thread, and `put` waits for
+    neither. The file follows `put` within 10 s on remote storage and 0.2 s on a local disk, plus the time of two writes: a
+    SIGKILL loses no undelivered point that is older, as long as the storage takes the file. Points that are delivered twice,
+    because an answer was lost, are the same points to MLflow.
     """
 
     def __init__(self, deliver: Callable[[Sequence[Point]], object], patience: float) -> None:
         self._deliver = deliver
         self._patience = patience
-        self._waiting: list[Point] = []
-        self._file = ""
-        self._owner = ""
         self._changed = threading.Condition()
-        self._wanted = False
-        """Whether someone waits for all to be delivered."""
-        self._closing = False
-        self._over = False
-        """Whether it was given up, since the server refuses."""
+        """Guards all that follows. No thread holds it while it waits for the server or for storage."""
+        self._waiting: list[Point] = []
+        """Points that are not delivered yet, oldest first."""
+        self._file, self._owner = "", ""
+        self._stored: Sequence[Point] = ()
+        """The points in the file."""
+        self._file_is_old = False
+        self._flushing = False
+        self._try_now = False
+        """Whether `flush` was called after the last attempt to deliver."""
+        self._refused = False
+        """Whether the last attempt to deliver failed in a way that will not pass by itself."""
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
+        """Why the last attempt to deliver failed."""
+        self._write_failure: Exception | None = None
+        self._closing, self._finished, self._closed = False, False, False
+        self._removed = False
+        self._delivering, self._writing = True, True
+        """Whether the threads still work."""
+        for work in (self._deliver_until_closed, self._write_until_closed):
+            threading.Thread(target=work, daemon=True).start()
 
-    def keep_in(self, folder: str, owner: str) -> str:
-        """Keeps what waits in `folder` from now on, for the run `owner`, and delivers what is there already.
+    def keep_in(self, folder: str, owner: str, inherit: Callable[[str], Sequence[Point]] = lambda run: ()) -> str:
+        """Keeps undelivered points in `folder` from now on, for the run `owner`, and delivers the points that lie there.
 
-        Returns the run that the folder was of before, or nothing.
+        Where the folder was another run's, `inherit` gets that run and returns points that `owner` takes over from it. The
+        folder becomes `owner`'s in the same write that stores these points. Waits for storage up to patience. Returns the
+        run that the folder was of before, or nothing. Raises UserError where the file cannot be read or written.
         """
         file = f"{folder}/{FILE}"
-        stored = json.loads(_read(file) or "{}")
+        stored = json.loads(self._from_storage(file, lambda: _read(file)) or "{}")
+        before = str(stored.get("run_id", ""))
+        earlier = [_point(one) for one in stored.get("metrics", ())]
+        earlier += inherit(before) if before and before != owner else ()
         with self._changed:
-            self._file, self._owner = file, owner
-            self._waiting += map(_point, stored.get("metrics", ()))
-            self._write()
-        return str(stored.get("run_id", ""))
+            points = [*self._waiting, *earlier]
+        self._from_storage(file, lambda: _make_folder(folder))
+        self._from_storage(file, lambda: _write_whole(file, _as_text(owner, points)))
+        with self._changed:
+            self._file, self._owner, self._stored = file, owner, points
+            self._waiting += earlier
+            self._file_is_old = True
+            self._changed.notify_all()
+        return before
 
     def put(self, points: Sequence[Point]) -> None:
-        """Takes points; when it returns they are in the file, if there is one."""
+        """Takes points, and waits for nothing."""
         with self._changed:
             self._waiting += points
-            self._write()
+            self._file_is_old = True
+            self._changed.notify_all()
 
     def flush(self) -> None:
-        """Waits until all is delivered. Raises what stands in the way where patience ends or there is no hope."""
+        """Waits up to patience until all points are delivered. Raises UserError at once where the server refuses them."""
+        until = time.monotonic() + self._patience
         with self._changed:
-            self._wanted = True
+            self._flushing = self._try_now = True
+            self._failure, self._refused = None, False
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._waiting or self._over, self._patience)
+            self._changed.wait_for(lambda: not self._waiting or self._failure, self._patience)
+            if self._waiting and self._failure and not self._refused:
+                _say(f"MLflow {answer(self._failure)}; waiting for it")
+            self._changed.wait_for(lambda: not self._waiting or self._refused, until - time.monotonic())
             if self._waiting:
-                kept = f"; what it lacks is kept in {self._file}" if self._file else ""
-                what = "refuses metrics" if self._over else f"took no metrics for {self._patience:.0f} s"
-                raise UserError(f"MLflow {what} ({self._failure}){kept}") from self._failure
+                kept = f"; undelivered metrics are kept in {self._file}" if self._file else ""
+                what = "refuses metrics" if self._refused else f"took no metrics for {self._patience:.0f} s"
+                said = answer(self._failure) if self._failure else "does not answer"
+                kind = UserError if self._refused else UnansweredError
+                raise kind(f"MLflow {what}: it {said}{kept}") from self._failure
 
     def close(self, finished: bool = False) -> None:
-        """Tries once more to deliver what waits, and ends the thread; what could not be delivered stays in the file.
+        """Tries once more to deliver, stores what is left in the file, and ends both threads. Takes 60 s at most.
 
-        Where the job is `finished` and nothing is left, the file goes.
+        Where the job is `finished` and all points are delivered, removes the file. Says in one line on stderr how many
+        points are lost, if neither the server nor storage took them.
         """
         with self._changed:
-            self._closing = True
+            self._closing, self._finished = True, finished
             self._changed.notify_all()
-        self._thread.join()
-        if finished and self._file and not self._waiting:
-            _remove(self._file)
+            self._changed.wait_for(lambda: not self._delivering and not self._writing, _SECONDS_TO_CLOSE)
+            self._closed = True
+            self._changed.notify_all()
+            stored = set(self._stored)
+            lost = [point for point in self._waiting if point not in stored]
+            left_over = finished and self._file and not self._waiting and not self._removed
+            met = _reason(self._write_failure) if self._write_failure else "storage does not answer"
+            said = answer(self._failure) if self._failure else "does not answer"
+        if lost:
+            kept = f"{self._file} cannot be written ({met})" if self._file else "no file keeps them"
+            _say(f"warning: {len(lost)} metric values are lost: MLflow {said}, and {kept}")
+        elif left_over:
+            _say(f"warning: {self._file} cannot be removed ({met}): remove it, or the same work will start in this folder again")
 
-    def _work(self) -> None:
-        wait = _SECONDS_BETWEEN_CALLS
+    def _from_storage(self, file: str, call: Callable[[], T]) -> T:
+        try:
+            return patiently(call, self._patience, f"the storage of {file}")
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{file} cannot be read or written ({one_line(error)}): mend that and start again") from error
+
+    def _deliver_until_closed(self) -> None:
+        pause = _SECONDS_BETWEEN_CALLS
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._wanted or self._closing, wait)
+                self._changed.wait_for(lambda: self._flushing or self._closing, pause)
+                if self._closed:
+                    return
+                self._try_now = False
                 batch, closing = self._waiting[:_POINTS_PER_CALL], self._closing
+            failure = None
             try:
                 if batch:
                     self._deliver(batch)
             except Exception as error:
-                with self._changed:
-                    self._failure = error
-                    if closing or not is_transient(error):
-                        self._over = True
-                        self._changed.notify_all()
-                        return
-                    wait = min(2 * wait, _LONGEST_WAIT)
-                    self._changed.wait_for(lambda: self._closing, wait)
-                continue
-            wait = _SECONDS_BETWEEN_CALLS
+                failure = error
             with self._changed:
-                if batch:
+                self._failure, self._refused = failure, failure is not None and not is_transient(failure)
+                if failure is None and batch:
                     del self._waiting[: len(batch)]
-                    self._write()
-                if not self._waiting:
-                    self._wanted = False
+                    self._file_is_old = True
+                self._flushing = self._flushing and bool(self._waiting)
+                if closing and (failure or not self._waiting):
+                    self._delivering = False
                     self._changed.notify_all()
-                    if self._closing:
-                        return
+                    return
+                self._changed.notify_all()
+                if failure:
+                    pause = min(2 * pause, _LONGEST_WAIT)
+                    self._changed.wait_for(lambda: self._try_now or self._closing, pause)
+                else:
+                    pause = _SECONDS_BETWEEN_CALLS
+
+    def _write_until_closed(self) -> None:
+        pause = 0.0
+        while not self._closing:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing, pause)
+                self._changed.wait_for(lambda: self._closing or (self._file and self._file_is_old))
+            self._write()
+            between = _SECONDS_BETWEEN_REMOTE_WRITES if "://" in self._file else _SECONDS_BETWEEN_LOCAL_WRITES
+            pause = _LONGEST_WAIT if self._write_failure else between
+        # The first write is at once, because the machine may be about to go; the last knows what was delivered.
+        self._write()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._delivering or self._closed)
+        pause = _SHORTEST_WAIT
+        while not self._closed:
+            self._write()
+            if self._write_failure is None or not is_transient(self._write_failure):
+                break
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed, pause)
+            pause = min(2 * pause, _LONGEST_WAIT)
+        with self._changed:
+            self._writing = False
+            self._changed.notify_all()
 
     def _write(self) -> None:
-        if self._file:
-            _write_whole(self._file, json.dumps({"run_id": self._owner, "metrics": self._waiting}))
+        """Makes the file hold the points that are not delivered, or removes it where it is no longer needed."""
+        with self._changed:
+            file, owner, points = self._file, self._owner, self._waiting.copy()
+            remove = self._finished and not self._delivering and not points
+            self._file_is_old = False
+        if not file or (self._stored == points and not remove):
+            return
+        failure = None
+        try:
+            if remove:
+                _remove(file)
+            else:
+                _write_whole(file, _as_text(owner, points))
+        except Exception as error:
+            failure = error
+            if self._write_failure is None and not self._closing:
+                _say(f"warning: {file} cannot be written ({_reason(error)}); undelivered metrics are in memory only")
+        with self._changed:
+            self._write_failure = failure
+            if failure is None:
+                self._stored, self._removed = points, remove
+            else:
+                self._file_is_old = True
 
 
 def _point(stored: list[Any]) -> Point:
     name, value, timestamp, step = stored
     return str(name), float(value), int(timestamp), int(step)
+
+
+def _reason(error: Exception) -> str:
+    # `write_whole` says on top of the system's words what a user does about a checkpoint.
+    return one_line(error.__cause__ or error)
+
+
+def _as_text(owner: str, points: Sequence[Point]) -> str:
+    return json.dumps({"run_id": owner, "metrics": points})
 
 
 # Files by path, local or gs:// alike. TensorFlow knows both, and a job that keeps a file has loaded it.
@@ -185,12 +378,15 @@ def _read(file: str) -> str:
         return str(opened.read())
 
 
-def _write_whole(file: str, text: str) -> None:
+def _make_folder(folder: str) -> None:
     import tensorflow as tf
 
+    tf.io.gfile.makedirs(folder)
+
+
+def _write_whole(file: str, text: str) -> None:
     from trainer.checkpoint import write_whole
 
-    tf.io.gfile.makedirs(file.rpartition("/")[0])
     write_whole(file, text.encode())
 
 

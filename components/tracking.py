@@ -9,18 +9,19 @@ A pipeline run is a parent run, a component's run is nested in it. Beside MLflow
 so that one search finds everything that came of a run. The arguments and outputs of a component's run are in its artifact
 `step.json`. Nothing here uses MLflow's notion of an active run: every call names its run.
 
-A server that does not answer stops no job. Metrics wait in a file until they are delivered; all else waits where it is, as
-long as the store's patience lasts.
+An unreachable server does not stop a job: metrics queue in a file, and other calls are repeated until the store's patience
+ends.
 """
 
 import json
 import os
 import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,7 +50,17 @@ from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
 from components import figures, variables
 from components.lineage import COMPONENTS, Artifact, Lineage, Step, short
-from components.outbox import Outbox, PatientClient
+from components.outbox import (
+    Outbox,
+    PatientClient,
+    Point,
+    UnansweredError,
+    answer,
+    hide_credentials,
+    is_transient,
+    one_line,
+    patiently,
+)
 from trainer.records import UserError
 
 EXPERIMENT = "sogclr"
@@ -94,6 +105,9 @@ _DESCRIPTION_LENGTH = 5000
 _LOADER = "eval.serving"
 _SERVED_WITH = ("mlflow", "numpy", "pandas", "keras", "protobuf")
 """What a server installs besides TensorFlow, in the versions that are here."""
+_INVALID_HOST = "Invalid Host header"
+"""What an MLflow server says where --allowed-hosts lacks the host that the client asked for."""
+_SECONDS_FOR_A_SECRET = 30.0
 _PATIENCE_OF_STEPS = 3600.0
 """Seconds that a step waits for a server that is down, before it gives up what it made to the next attempt."""
 
@@ -138,9 +152,13 @@ def _refused_in_one_line(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        said = _one_line(error).replace(uri, without_credentials(uri))
-        hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        if error.get_http_status_code() not in (401, 403):
+        said = f"it {answer(error)}" if is_transient(error) else one_line(error)
+        host = urlsplit(without_credentials(uri)).netloc
+        if _INVALID_HOST in said:
+            hint = f"the server accepts no requests for the host {host}: start mlflow server with --allowed-hosts {host}"
+        elif error.get_http_status_code() in (401, 403):
+            hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        else:
             hint = "mend or unset MLFLOW_TRACKING_URI"
         raise UserError(f"MLflow cannot use {without_credentials(uri)}: {said}; {hint}") from error
 
@@ -151,11 +169,14 @@ def patient(client: MlflowClient) -> MlflowClient:
     return cast(MlflowClient, PatientClient(inner, _PATIENCE_OF_STEPS))
 
 
+def _impatient(store: Store) -> Store:
+    """Returns the same store with a client that makes every call once."""
+    return replace(store, client=store.client.impatient) if isinstance(store.client, PatientClient) else store
+
+
 def without_credentials(uri: str) -> str:
     """Returns `uri` as it may be shown."""
-    scheme, separator, rest = uri.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+    return hide_credentials(uri)
 
 
 def move_credentials(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -170,21 +191,32 @@ def move_credentials(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def read_secret(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Puts the secret that `environ` names, if it names one, where MLflow looks for credentials."""
+    """Puts the secret that `environ` names, if it names one, where MLflow looks for credentials.
+
+    Waits for Secret Manager as long as a step waits for MLflow. Raises UserError where the secret cannot be read.
+    """
     name = environ.get(variables.SECRET)
     if not name:
         return
-    from google.api_core.exceptions import GoogleAPICallError
+    from google.api_core.exceptions import Forbidden, GoogleAPICallError
+    from google.auth.exceptions import GoogleAuthError
     from google.cloud import secretmanager
 
+    def read() -> str:
+        # The client's own retries end after 60 s in an exception that hides the answer.
+        client = secretmanager.SecretManagerServiceClient()
+        return str(client.access_secret_version(name=name, retry=None, timeout=_SECONDS_FOR_A_SECRET).payload.data.decode())
+
     try:
-        answer = secretmanager.SecretManagerServiceClient().access_secret_version(name=name)
+        secret = patiently(read, _PATIENCE_OF_STEPS, f"Secret Manager, asked for {name},")
     except GoogleAPICallError as error:
-        raise UserError(
-            f"the secret {name} cannot be read ({error.message}): the service account of the steps needs "
-            "roles/secretmanager.secretAccessor on it"
-        ) from error
-    user, separator, password = answer.payload.data.decode().strip().partition(":")
+        hint = "give --mlflow-secret a version that exists, as in projects/P/secrets/S/versions/latest"
+        if isinstance(error, Forbidden):
+            hint = "the service account of the steps needs roles/secretmanager.secretAccessor on it"
+        raise UserError(f"the secret {name} cannot be read ({answer(error)}): {hint}") from error
+    except GoogleAuthError as error:
+        raise UserError(f"the secret {name} cannot be read without credentials of Google Cloud ({one_line(error)})") from error
+    user, separator, password = secret.strip().partition(":")
     if separator:
         environ.update(MLFLOW_TRACKING_USERNAME=user, MLFLOW_TRACKING_PASSWORD=password)
     else:
@@ -313,7 +345,7 @@ class StepRun:
     def __init__(self, store: Store, run_id: str) -> None:
         self.run_id = run_id
         self._store = store
-        client = store.client.impatient if isinstance(store.client, PatientClient) else store.client
+        client = _impatient(store).client
         self._outbox = Outbox(
             lambda points: client.log_batch(run_id, metrics=[Metric(*point) for point in points]), _PATIENCE_OF_STEPS
         )
@@ -348,11 +380,15 @@ class StepRun:
 
         Where the earlier attempt had another run, this one gets that one's history too, and says whose it is.
         """
-        before = self._outbox.keep_in(folder, self.run_id)
-        if before and before != self.run_id and knows(self._store, before):
-            for name, points in _history(self._store, before).items():
-                self._outbox.put([(name, point.value, point.timestamp, point.step) for point in points])
+
+        def inherit(before: str) -> list[Point]:
+            if not knows(self._store, before):
+                return []
             self._store.client.set_tag(self.run_id, _RESUMED_FROM, before)
+            history = _history(self._store, before)
+            return [(name, one.value, one.timestamp, one.step) for name, points in history.items() for one in points]
+
+        self._outbox.keep_in(folder, self.run_id, inherit)
 
     def history(self) -> dict[str, list[tuple[int, float]]]:
         """Returns all that was recorded of each metric, by name: (step, value), in order."""
@@ -513,15 +549,24 @@ def step(
         _log_step(store, run_id, arguments, outputs)
     except BaseException as error:
         run.close()
-        user_error = isinstance(error, UserError)
-        text = _one_line(error) if user_error else f"{type(error).__name__}: {_one_line(error)}"
-        _set_tags(store, run_id, {_ERROR: text, _USER_ERROR: str(user_error).lower()})
-        store.client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
-        redraw(store, pipeline_id)
+        # A step that waited for the server as long as it may does not wait again, and fails for its own reason.
+        try:
+            _record_failure(_impatient(store) if isinstance(error, UnansweredError) else store, run_id, pipeline_id, error)
+        except Exception as unrecorded:
+            what = f"MLflow {answer(unrecorded)}" if is_transient(unrecorded) else one_line(unrecorded)
+            print(f"warning: MLflow does not know that this step failed: {what}", file=sys.stderr, flush=True)
         raise
     store.client.set_terminated(run_id, "FINISHED")
     redraw(store, pipeline_id)
     run.close(finished=True)
+
+
+def _record_failure(store: Store, run_id: str, pipeline_id: str, error: BaseException) -> None:
+    user_error = isinstance(error, UserError)
+    text = one_line(error) if user_error else f"{type(error).__name__}: {one_line(error)}"
+    _set_tags(store, run_id, {_ERROR: text, _USER_ERROR: str(user_error).lower()})
+    store.client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+    redraw(store, pipeline_id)
 
 
 def _open_run(
@@ -824,7 +869,3 @@ def _described(card: str) -> str:
     while len(card) > _DESCRIPTION_LENGTH:
         card = card.rpartition("\n## ")[0] or card[:_DESCRIPTION_LENGTH]
     return card
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]

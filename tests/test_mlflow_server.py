@@ -11,9 +11,11 @@ from urllib.parse import quote
 import pytest
 from fake_vertex import serving as serving_google
 from google.auth.credentials import AnonymousCredentials
+from google.auth.exceptions import DefaultCredentialsError
 from google.cloud import secretmanager
 from holding import Hold, started
 from kfp import dsl
+from loopback import Clock
 from mlflow import MlflowClient
 from mlflow_server import PASSWORD, USER, serving
 from test_pipeline import raw_archives
@@ -71,26 +73,73 @@ def test_a_password_in_the_address_goes_where_mlflow_repeats_it_in_no_error(serv
     assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == (USER, PASSWORD)
 
 
-@pytest.mark.parametrize("secret", [f"{USER}:{PASSWORD}\n", "token-1"])
-def test_credentials_come_from_secret_manager(server, monkeypatch, secret):
-    name = "projects/p/secrets/mlflow/versions/1"
-    environ = {variables.SECRET: name}
+SECRET = "projects/p/secrets/mlflow/versions/1"
+
+
+@pytest.fixture
+def google(monkeypatch):
+    """A loopback Secret Manager, which `read_secret` asks."""
     client = secretmanager.SecretManagerServiceClient
+    monkeypatch.setattr(outbox, "time", Clock())
     with serving_google() as google:
-        google.secrets[name] = secret
         options = {"api_endpoint": google.url}
         monkeypatch.setattr(
             secretmanager,
             "SecretManagerServiceClient",
             lambda: client(transport="rest", client_options=options, credentials=AnonymousCredentials()),
         )
-        tracking.read_secret(environ)
-        with pytest.raises(UserError, match=r"roles/secretmanager\.secretAccessor"):
-            tracking.read_secret({variables.SECRET: name.replace("mlflow", "other")})
+        yield google
+
+
+@pytest.mark.parametrize("secret", [f"{USER}:{PASSWORD}\n", "token-1"])
+def test_credentials_come_from_secret_manager(google, secret):
+    environ = {variables.SECRET: SECRET}
+    google.secrets[SECRET] = secret
+    tracking.read_secret(environ)
+    with pytest.raises(UserError, match=r"roles/secretmanager\.secretAccessor"):
+        tracking.read_secret({variables.SECRET: SECRET.replace("mlflow", "other")})
     if ":" in secret:
         assert (environ["MLFLOW_TRACKING_USERNAME"], environ["MLFLOW_TRACKING_PASSWORD"]) == (USER, PASSWORD)
     else:
         assert environ["MLFLOW_TRACKING_TOKEN"] == secret
+
+
+@pytest.mark.parametrize("fault", [503, 500, 429, "cut"])
+def test_a_secret_manager_that_is_down_is_waited_for(google, capsys, fault):
+    environ = {variables.SECRET: SECRET}
+    google.secrets[SECRET] = "token-1"
+    google.fail(fault, fault, fault, path="/secrets/")
+    tracking.read_secret(environ)
+    assert environ["MLFLOW_TRACKING_TOKEN"] == "token-1"
+    answers = "does not answer at http" if fault == "cut" else f"answers HTTP {fault} (GET {google.url}"
+    said = capsys.readouterr().err
+    assert said.startswith(f"Secret Manager, asked for {SECRET}, {answers}")
+    assert said.endswith("; waiting for it\n")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (503, r"Secret Manager, asked for .*mlflow/versions/1, answers HTTP 503 .*on demand.*start the same command again"),
+        ("cut", r"Secret Manager, asked for .*mlflow/versions/1, does not answer at http"),
+        (404, r"secret .*mlflow/versions/1 cannot be read \(answers HTTP 404 .*: give --mlflow-secret a version that exists"),
+    ],
+)
+def test_a_secret_that_cannot_be_had_is_one_line(google, fault, message):
+    google.fail(*[fault] * 1000, path="/secrets/")
+    with pytest.raises(UserError, match=message) as raised:
+        tracking.read_secret({variables.SECRET: SECRET})
+    assert "\n" not in str(raised.value)
+
+
+def test_without_credentials_of_google_a_secret_is_refused_in_one_line(monkeypatch):
+    def client():
+        raise DefaultCredentialsError("Your default credentials were not found.\nTo set up, see there.")
+
+    monkeypatch.setattr(secretmanager, "SecretManagerServiceClient", client)
+    with pytest.raises(UserError, match=r"credentials were not found\. To set up"):
+        tracking.read_secret({variables.SECRET: SECRET})
 
 
 # ---- One job, several machines

@@ -2,16 +2,18 @@
 
 import json
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 import mlflow
 import pytest
 from kfp import dsl
+from loopback import Clock, answering
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from components import tracking
+from components import outbox, tracking
 from trainer.records import UserError
 
 FINGERPRINT = "3fa9" * 16
@@ -224,6 +226,32 @@ def test_a_step_that_fails_says_why_in_one_line_and_leaves_its_pipeline_open(ben
     assert (failed.status, failed.error.strip(), failed.user_error) == (status, message, mendable)
 
 
+@pytest.mark.parametrize("error", [MemoryError("no room"), outbox.UnansweredError("MLflow answers HTTP 503")])
+def test_a_step_that_fails_while_the_server_is_down_fails_for_its_own_reason(bench, monkeypatch, capsys, error):
+    monkeypatch.setattr(outbox, "time", Clock())
+    pipeline_id = bench.pipeline()
+    dataset = bench.artifact(dsl.Dataset, type(error).__name__, "build-tfrecords", "dataset")
+    asked = []
+
+    def nobody(*_, **__):
+        asked.append(1)
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    def fail():
+        for call in ("log_batch", "set_tag", "set_terminated", "get_run"):
+            down.setattr(MlflowClient, call, nobody)
+        raise error
+
+    step = tracking.step("build-tfrecords", {}, {"dataset": dataset}, environ=bench.environ(pipeline_id))
+    with monkeypatch.context() as down, pytest.raises(type(error), match=str(error)), step:
+        fail()
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("warning: MLflow does not know that this step failed: MLflow does not answer (connection refused)")
+    if isinstance(error, outbox.UnansweredError):
+        assert len(asked) == 1, "the step has waited once already"
+    assert tracking.end_pipeline(bench.store, pipeline_id, "FAILED").failed.status == "KILLED"
+
+
 def test_a_step_that_vanished_is_said_to_be_killed(bench):
     pipeline_id = bench.pipeline()
     dataset = bench.artifact(dsl.Dataset, "vanished", "build-tfrecords", "dataset")
@@ -320,6 +348,65 @@ def test_a_store_that_cannot_be_used_is_the_user_s_to_mend(tmp_path):
         tracking.open_store("nonsense://somewhere")
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is not set"), tracking.step("pretrain", {}, {}, environ={}):
         pass
+
+
+PASSWORD = "planted-password"
+
+
+@pytest.mark.parametrize(
+    ("status", "answers"),
+    [(500, "answers HTTP 500"), (503, "answers HTTP 503"), (None, "does not answer")],
+)
+def test_a_server_that_is_waited_for_is_said_to_answer_what_it_answers(monkeypatch, capsys, status, answers):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(outbox, "time", Clock())
+    with answering(status or 200) as server:
+        url = server.url
+        uri = (url if status else "http://127.0.0.1:9").replace("http://", f"http://someone:{PASSWORD}@")
+        with pytest.raises(UserError, match=f"MLflow {answers}.*gave up after 60 s") as raised:
+            tracking.open_store(uri, patience=60)
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"MLflow {answers} at {url if status else 'http://127.0.0.1:9'}/api/2.0/mlflow/experiments/get-by-name"
+    )
+    assert said.endswith("; waiting for it\n" if status else " (connection refused); waiting for it\n")
+    assert said.count("\n") == 1
+    assert PASSWORD not in said + str(raised.value)
+
+
+def test_a_server_that_comes_back_is_waited_for(monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(outbox, "time", Clock())
+    found: list[tracking.Store] = []
+    with answering(503) as server:
+        opening = threading.Thread(target=lambda: found.append(tracking.open_store(server.url, patience=1e9)))
+        opening.start()
+        for _ in range(3):
+            server.asked.acquire()
+        server.status, server.body = 200, json.dumps({"experiment": {"experiment_id": "7", "name": "sogclr"}})
+        opening.join()
+    assert [store.experiment_id for store in found] == ["7"]
+    assert "waiting for it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "hint"),
+    [
+        (
+            "Invalid Host header - possible DNS rebinding attack detected",
+            r"the server accepts no requests for the host HOST: start mlflow server with --allowed-hosts HOST$",
+        ),
+        (json.dumps({"error_code": "PERMISSION_DENIED", "message": "not yours"}), "not yours; set MLFLOW_TRACKING_USERNAME"),
+    ],
+)
+def test_a_server_that_forbids_says_how_to_be_let_in(body, hint):
+    with answering(403, body) as server:
+        host = server.url.removeprefix("http://")
+        for use in (tracking.open_store, tracking.describe_store):
+            with pytest.raises(UserError, match=hint.replace("HOST", host)) as raised:
+                use(f"http://someone:{PASSWORD}@{host}")
+            assert "\n" not in str(raised.value)
+            assert PASSWORD not in str(raised.value)
 
 
 def test_telemetry_is_off_before_mlflow_is_imported():
