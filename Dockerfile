@@ -32,11 +32,12 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
 FROM python AS image
 ARG BUILD
 ARG COMMIT
-RUN test -n "${COMMIT}" || { echo "error: --build-arg COMMIT=... must say which commit the code is of"; exit 2; } \
-    && useradd --uid 1000 --create-home sogclr
+RUN test -n "${COMMIT}" || { echo "error: --build-arg COMMIT=... must say which commit the code is of"; exit 2; }
 COPY --from=beam /opt/apache/beam /opt/apache/beam
 COPY --from=installed /opt/sogclr /opt/sogclr
+# Beam's boot would make a virtual environment of its own, which does not see the packages in /opt/sogclr.
 ENV PATH=/opt/sogclr/bin:$PATH \
+    RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT=1 \
     PYTHONUNBUFFERED=1 \
     SOGCLR_COMMIT=${COMMIT} \
     MLFLOW_DISABLE_TELEMETRY=true \
@@ -44,6 +45,8 @@ ENV PATH=/opt/sogclr/bin:$PATH \
 LABEL org.opencontainers.image.title="sogclr-${BUILD}" \
       org.opencontainers.image.revision="${COMMIT}" \
       org.opencontainers.image.licenses="Apache-2.0"
-USER sogclr
-WORKDIR /home/sogclr
+# Root owns what the steps write and open: /gcs on Vertex AI, /var/opt on a Dataflow worker, /dev/vfio on a TPU VM. Google's own
+# training images run as root too.
+USER root
+WORKDIR /root
 ENTRYPOINT ["/opt/apache/beam/boot"]
