@@ -2,6 +2,7 @@
 #
 # Each can be a step of the pipeline and, on Dataflow, a worker: Beam's own program starts it there, KFP names a command here.
 
+ARG BUILD
 ARG BASE=docker.io/library/debian:bookworm-slim
 ARG BEAM_SDK=docker.io/apache/beam_python3.11_sdk:2.77.0
 FROM ${BEAM_SDK} AS beam
@@ -29,7 +30,17 @@ COPY pipelines /tmp/source/pipelines
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
     /tmp/pip/bin/pip --python /opt/sogclr/bin/python3 install --quiet --no-cache-dir --no-deps --no-build-isolation /tmp/source
 
-FROM python AS image
+FROM python AS for-cpu
+FROM python AS for-tpu
+FROM python AS for-gpu
+# As in NVIDIA's own images. The first two tell NVIDIA's container runtime what to mount; Google's machines have no such runtime
+# and mount the driver at /usr/local/nvidia.
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib:/usr/local/nvidia/lib64 \
+    PATH=/usr/local/nvidia/bin:$PATH
+
+FROM for-${BUILD} AS image
 ARG BUILD
 ARG COMMIT
 RUN test -n "${COMMIT}" || { echo "error: --build-arg COMMIT=... must say which commit the code is of"; exit 2; }

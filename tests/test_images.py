@@ -91,6 +91,18 @@ def test_an_image_runs_as_root(build):
     assert image_of(build).user == "root"
 
 
+def test_the_gpu_image_asks_for_the_gpus_and_finds_the_driver():
+    """Google's machines mount NVIDIA's driver at /usr/local/nvidia; NVIDIA's runtime reads the two variables."""
+    gpu, cpu, tpu = (image_of(build).environ for build in ("gpu", "cpu", "tpu"))
+    assert gpu["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert gpu["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    assert "/usr/local/nvidia/lib64" in gpu["LD_LIBRARY_PATH"].split(":")
+    # There lies nvidia-smi, which trainer/hardware.py asks; the project's own python comes first.
+    assert gpu["PATH"].split(":")[:2] == ["/opt/sogclr/bin", "/usr/local/nvidia/bin"]
+    for other in (cpu, tpu):
+        assert not {"NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "LD_LIBRARY_PATH"} & set(other)
+
+
 @pytest.fixture
 def container(tmp_path):
     """A folder that stands for the root of a container: the project is installed in /opt/sogclr, as by the Dockerfile."""
