@@ -302,6 +302,9 @@ def _add_cluster(one: argparse.ArgumentParser, what: str, required: bool) -> Non
     group = one.add_argument_group("machines and images")
     group.add_argument("--accelerator", metavar="NAME", required=required, help=what)
     _add_eval_accelerator(group)
+    group.add_argument(
+        "--force-accelerator", action="store_true", help="have a machine that sogclr accelerators lists as refused"
+    )
     group.add_argument("--pipeline-root", default="", metavar="gs://...", required=required, help="folder of all that jobs write")
     group.add_argument(
         "--images",
@@ -692,13 +695,13 @@ def _doctor(args: argparse.Namespace) -> int:
 def _accelerators(args: argparse.Namespace) -> int:
     known = accelerators.ACCELERATORS.values()
     if args.json:
-        print(json.dumps([asdict(one) for one in known]))
+        print(json.dumps([{**asdict(one), "refused": one.refused} for one in known]))
         return 0
-    rows = [("accelerator", "image", "machine", "replicas", "regions")]
-    rows += [(one.name, one.build, one.summary, str(one.replicas), ", ".join(one.regions)) for one in known]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    rows = [("accelerator", "image", "machine", "replicas", "refused", "regions")]
+    rows += [(one.name, one.build, one.summary, str(one.replicas), one.refused, ", ".join(one.regions)) for one in known]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
-        print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[4]]).rstrip())
+        print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[5]]).rstrip())
     return 0
 
 

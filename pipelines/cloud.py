@@ -32,6 +32,7 @@ def compile_(args: argparse.Namespace) -> int:
     output = Path(os.path.abspath(args.output))
     if not output.parent.is_dir() or output.is_dir():
         raise UserError(f"--output {args.output} cannot be written: name a file in a folder that exists")
+    _check_machines(args)
     accelerator = accelerators.get(args.accelerator) if args.accelerator else None
     if accelerator:
         accelerators.check(accelerator, config)
@@ -52,6 +53,7 @@ def compile_(args: argparse.Namespace) -> int:
 
 def submit(args: argparse.Namespace) -> int:
     config = resolve(args.preset, args.overrides)
+    _check_machines(args)
     accelerators.check(accelerators.get(args.accelerator), config)
     for name in ("project", "region", "pipeline_root", "raw"):
         if not getattr(args, name):
@@ -90,6 +92,7 @@ def submit(args: argparse.Namespace) -> int:
 def send_step(args: argparse.Namespace, place: Place, job: Job, before: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> int:
     """Does a component of `job` again on Vertex AI."""
     component = args.component
+    _check_machines(args)
     plan = evaluation = None
     root = (args.pipeline_root or job.pipeline_root).rstrip("/")
     args.project, args.region, args.pipeline_root = place.project, place.region, root
@@ -151,6 +154,14 @@ def _evaluation_plan(args: argparse.Namespace, preset: str, config: Config, opti
         cache=_plans(args),
         version=program_version("eval/programs.py"),
     )
+
+
+def _check_machines(args: argparse.Namespace) -> None:
+    """Raises UserError where a custom job cannot have the machine that an option names."""
+    machines = {"--accelerator": args.accelerator, "--eval-accelerator": args.eval_accelerator} if args.accelerator else {}
+    for option, name in machines.items():
+        if name:
+            accelerators.check_usable(accelerators.get(name), option, spot=args.spot, force=args.force_accelerator)
 
 
 def _eval_accelerator(args: argparse.Namespace) -> Accelerator:
