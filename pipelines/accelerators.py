@@ -151,7 +151,9 @@ def check_usable(accelerator: Accelerator, option: str, *, spot: bool = False, f
         )
     if spot and accelerator.hosts > 1:
         # Source: docs.cloud.google.com/vertex-ai/docs/predictions/use-spot-vms, "Using Spot VMs with TPU Pods isn't supported".
-        raise UserError(f"--spot: Vertex AI sells no TPU slice of several hosts, as {accelerator.name} is, as spot: leave out --spot")
+        raise UserError(
+            f"--spot: Vertex AI sells no TPU slice of several hosts, as {accelerator.name} is, as spot: leave out --spot"
+        )
 
 
 def check(accelerator: Accelerator, config: Config) -> None:

@@ -72,6 +72,9 @@ def _imported(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 # ---- On a cluster
 
+_PIPELINE_S_ACCOUNT = "{{$.pipeline_service_account}}"
+"""Vertex AI puts the account of the pipeline in this place. Without an account, a custom job runs as Vertex AI's own agent."""
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -90,6 +93,7 @@ class Cluster:
     spot: bool = False
     disk_gb: int = 200
     service_account: str = ""
+    """Of all steps; empty for the account that the pipeline runs as."""
     network: str = ""
     encryption_key: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -228,7 +232,7 @@ def _custom_job(cluster: Cluster, component: str) -> Callable:
         boot_disk_size_gb=cluster.disk_gb,
         timeout=f"{round(cluster.timeout_hours * 3600)}s",
         restart_job_on_worker_restart=True,
-        service_account=cluster.service_account,
+        service_account=cluster.service_account or _PIPELINE_S_ACCOUNT,
         network=cluster.network,
         encryption_spec_key_name=cluster.encryption_key,
         labels=dict(cluster.labels),

@@ -177,7 +177,9 @@ def test_no_slice_of_several_hosts_is_spot():
 def test_a_better_machine_for_the_evaluation_is_none_that_is_refused(monkeypatch):
     def reckon(demand, accelerator, dollars):
         cheapest = {"v4-8": 1.0, "v5e-16": 2.0, "v5e-8": 3.0}
-        return {"official": evaluation_plan.ProtocolPlan(0, 0, 0, hours=1, price=cheapest.get(accelerator.name, 9), bound_by="fit")}
+        return {
+            "official": evaluation_plan.ProtocolPlan(0, 0, 0, hours=1, price=cheapest.get(accelerator.name, 9), bound_by="fit")
+        }
 
     monkeypatch.setattr(evaluation_plan, "reckon", reckon)
     demand = evaluation_plan.Demand({}, evaluation_plan.Cost(0, 0), "float32", memory_bytes=0, disk_bytes=0)
@@ -235,7 +237,9 @@ def test_the_table_in_the_docs_is_this_one(capsys):
         topology = one.tpu_topology or "-"
         count = f"{one.accelerator_type} x {one.accelerator_count}" if one.accelerator_type else "-"
         refused = one.refused or "-"
-        rows.append(f"| {one.name} | {one.machine_type} | {count} | {topology} | {one.replicas} | sogclr-{one.build} | {refused} |")
+        rows.append(
+            f"| {one.name} | {one.machine_type} | {count} | {topology} | {one.replicas} | sogclr-{one.build} | {refused} |"
+        )
     assert table.splitlines() == rows
     listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert all(one.refused in listed[one.name] for one in accelerators.ACCELERATORS.values())

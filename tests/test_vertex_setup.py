@@ -82,6 +82,29 @@ def test_no_role_is_wider_than_it_must_be_and_the_docs_list_each(script):
     assert roles <= documented
 
 
+def roles_of(planned, who, where):
+    """Returns the roles that the commands give to, or take from, `who` on `where`."""
+    given = [one for one in planned if where in one and any(word.startswith("--member=") and who in word for word in one)]
+    return {word.removeprefix("--role=") for one in given for word in one if word.startswith("--role=")}
+
+
+@pytest.mark.parametrize("who", ["sogclr-steps@", "me@example.com"])
+def test_reading_raw_archives_may_ask_for_their_bucket_too(script, who):
+    """Cloud Storage's client asks for the metadata of a bucket when it reads an object."""
+    planned = commands(script(*OPTIONS)[0].stdout)
+    assert roles_of(planned, who, "gs://r") == {"roles/storage.objectViewer", "roles/storage.legacyBucketReader"}
+
+
+@pytest.mark.parametrize("who", ["sogclr-steps@", "me@example.com"])
+def test_calls_may_use_the_quota_of_the_project(script, who):
+    assert "roles/serviceusage.serviceUsageConsumer" in roles_of(commands(script(*OPTIONS)[0].stdout), who, "my-project")
+
+
+def test_deleting_takes_every_role_on_the_project_from_the_steps(script):
+    given, taken = (commands(script(*OPTIONS, *more)[0].stdout) for more in ([], ["--delete"]))
+    assert roles_of(taken, "sogclr-steps@", "projects") == roles_of(given, "sogclr-steps@", "projects")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud itself says whether it takes a command")
 def test_gcloud_takes_every_command(script, tmp_path):
