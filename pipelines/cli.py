@@ -315,7 +315,7 @@ def _add_cluster(one: argparse.ArgumentParser, what: str, required: bool) -> Non
     group.add_argument("--tag", default="", metavar="TAG", help="of the images (default: the code's commit)")
     group.add_argument("--spot", action="store_true", help="spot machines: cheaper, and taken away at times")
     _add_limits(group)
-    group.add_argument("--retries", type=int, default=3, metavar="N", help="attempts after the first (default: 3)")
+    group.add_argument("--retries", type=int, default=3, metavar="N", help="attempts after the first, of each step (default: 3)")
     group.add_argument("--service-account", default="", metavar="EMAIL", help="whom the steps run as")
     group.add_argument("--network", default="", metavar="NAME", help="VPC network that the steps are peered with")
     group.add_argument("--encryption-key", default="", metavar="NAME", help="Cloud KMS key of all that the job makes")

@@ -89,7 +89,7 @@ class Cluster:
     beam_args: tuple[str, ...] = ()
     timeout_hours: float = 168
     retries: int = 3
-    """How often pretraining goes on after a machine was lost."""
+    """How often a step that fails, or whose machine is lost, is started again."""
     spot: bool = False
     disk_gb: int = 200
     service_account: str = ""
@@ -210,14 +210,17 @@ def _task(cluster: Cluster, component: str, **arguments: Any) -> Any:
         if component == "build-tfrecords" and cluster.beam_args:
             return task.set_cpu_limit("2").set_memory_limit("8G")
         return task.set_cpu_limit("8").set_memory_limit("32G")
-    task = _custom_job(cluster, component)(**arguments).set_caching_options(cluster.caching)
-    return task.set_retry(cluster.retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="3600s")
+    return _retried(cluster, _custom_job(cluster, component)(**arguments).set_caching_options(cluster.caching))
 
 
 def _place(cluster: Cluster, component: str, task: Any) -> Any:
     for name, value in cluster.environment_of(component).items():
         task.set_env_variable(name, value)
-    return task.set_caching_options(cluster.caching)
+    return _retried(cluster, task.set_caching_options(cluster.caching))
+
+
+def _retried(cluster: Cluster, task: Any) -> Any:
+    return task.set_retry(cluster.retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="3600s")
 
 
 def _custom_job(cluster: Cluster, component: str) -> Callable:

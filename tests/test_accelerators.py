@@ -100,6 +100,19 @@ def test_pretraining_is_a_custom_job_that_finds_its_checkpoints_again_and_starts
     assert task.retry_policy.max_retry_count == 3
 
 
+@pytest.mark.parametrize("name", ["v5e-8", None])
+def test_every_step_is_tried_again_after_a_pause(name):
+    """Also the one that closes the MLflow run: a pod may be lost, or the server be away for an hour."""
+    cluster = pipeline.Cluster(Images(CUSTOM_JOB, "abc"), accelerators.get(name) if name else None, retries=5)
+    proto = json_format.ParseDict(pipeline.compile_pipeline(cluster, {}), pipeline_spec_pb2.PipelineSpec())
+    tasks = {**proto.components["comp-exit-handler-1"].dag.tasks, "end-pipeline": proto.root.dag.tasks["end-pipeline"]}
+    assert set(tasks) == {"build-tfrecords", "pretrain", "linear-eval", "record-lineage", "end-pipeline"}
+    for task in tasks.values():
+        policy = task.retry_policy
+        assert (policy.max_retry_count, policy.backoff_duration.seconds, policy.backoff_factor) == (5, 60, 2.0)
+        assert policy.backoff_max_duration.seconds == 3600
+
+
 def test_a_machine_that_is_taken_away_tells_the_step_and_not_a_shell(tmp_path):
     _, pool = compiled("v5e-8")
     python = tmp_path / "python3"
