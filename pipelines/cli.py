@@ -294,7 +294,9 @@ def _add_eval_accelerator(one: argparse._ActionsContainer) -> None:
 
 
 def _add_limits(one: argparse._ActionsContainer) -> None:
-    one.add_argument("--timeout-hours", type=float, default=168, metavar="H", help="end an attempt after so long (default: 168)")
+    one.add_argument(
+        "--timeout-hours", type=float, default=168, metavar="H", help="end an attempt after so long (default and limit: 168)"
+    )
     one.add_argument("--disk-gb", type=int, default=200, metavar="GB", help="boot disk (default: 200)")
 
 

@@ -18,7 +18,7 @@ from pipelines.accelerators import Accelerator
 from pipelines.code import git_commit, program_version, step_version, uncommitted
 from pipelines.evaluation_plan import EvaluationPlan, Limits, make_evaluation_plan
 from pipelines.images import Images
-from pipelines.pipeline import Cluster
+from pipelines.pipeline import LONGEST_HOURS, Cluster
 from pipelines.plan import Plan, assumptions, kept_plan
 from pipelines.submission import CHECKS, Checked, Submission, base_output_directory, check_options, parse_labels
 from pipelines.vertex import Job, Place, as_json
@@ -314,8 +314,13 @@ def _cluster(args: argparse.Namespace) -> Cluster:
         }
     )
     for name, value in (("--timeout-hours", args.timeout_hours), ("--dataflow-workers", args.dataflow_workers)):
-        if value <= 0:
-            raise UserError(f"{name} {value} makes no sense: it must be above 0")
+        if not value > 0:
+            raise UserError(f"{name} {value:g} makes no sense: it must be above 0")
+    if args.timeout_hours > LONGEST_HOURS:
+        raise UserError(
+            f"--timeout-hours {args.timeout_hours:g} is more than {LONGEST_HOURS:g}: Vertex AI runs a custom job for 7 days at "
+            "most; a job that is submitted again goes on from the newest checkpoint"
+        )
     if args.retries < 0 or args.disk_gb < 100:
         raise UserError("--retries must be 0 or more, --disk-gb at least 100")
     environment = {

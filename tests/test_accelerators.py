@@ -226,9 +226,10 @@ def compile_with(*options):
         (("--accelerator", "v4-8"), "--accelerator v4-8 is refused: Vertex AI lists no v4 for TensorFlow; take v5e-8"),
         (("--accelerator", "v5e-8", "--eval-accelerator", "v3-32"), "--eval-accelerator v3-32 is refused: .* take v3-8"),
         (("--accelerator", "v5e-16", "--spot", "--force-accelerator"), "leave out --spot"),
+        (("--accelerator", "v5e-8", "--timeout-hours", "169"), "--timeout-hours 169 is more than 168"),
     ],
 )
-def test_a_machine_that_cannot_train_is_not_compiled(tmp_path, monkeypatch, capsys, options, named):
+def test_what_vertex_ai_cannot_run_is_not_compiled(tmp_path, monkeypatch, capsys, options, named):
     monkeypatch.chdir(tmp_path)
     assert compile_with(*options) == 2
     assert re.fullmatch(f"error: [^\n]*{named}[^\n]*\n", capsys.readouterr().err)
