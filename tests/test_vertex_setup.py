@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -103,6 +104,21 @@ def test_calls_may_use_the_quota_of_the_project(script, who):
 def test_deleting_takes_every_role_on_the_project_from_the_steps(script):
     given, taken = (commands(script(*OPTIONS, *more)[0].stdout) for more in ([], ["--delete"]))
     assert roles_of(taken, "sogclr-steps@", "projects") == roles_of(given, "sogclr-steps@", "projects")
+
+
+def test_the_mlflow_server_of_the_docs_answers_at_the_address_that_the_docs_submit_with():
+    """Bound to another host than loopback, MLflow answers 403 Invalid Host header to names that it was not told."""
+    from mlflow.cli import cli as mlflow_cli
+    from mlflow.server.security_utils import is_allowed_host_header
+
+    text = DOCS.read_text().replace("\\\n", " ")
+    words = shlex.split(re.search(r"^    (?:\w+=\S+ )?mlflow server (.*)$", text, re.MULTILINE)[1])
+    options = mlflow_cli.commands["server"].make_context("server", words).params
+    uri = urlsplit(re.search(r"--mlflow-uri (\S+) --mlflow-secret", text)[1])
+    assert is_allowed_host_header((options["allowed_hosts"] or "localhost").split(","), uri.netloc)
+    assert (uri.scheme, options["port"]) == ("https", 443)
+    assert "--ssl-certfile" in options["uvicorn_opts"]
+    assert options["app_name"] != "basic-auth" or "MLFLOW_FLASK_SERVER_SECRET_KEY=" in text
 
 
 @pytest.mark.slow
