@@ -17,10 +17,10 @@ RUN apt-get update -qq \
 FROM python AS installed
 ARG BUILD
 COPY requirements/${BUILD}.lock /tmp/requirements.lock
+# pip stays in the image: Beam's boot asks it whether Beam is installed, and a worker without it does not start.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
-    python3.11 -m venv --without-pip /opt/sogclr \
-    && python3.11 -m venv /tmp/pip \
-    && /tmp/pip/bin/pip --python /opt/sogclr/bin/python3 install --quiet --no-cache-dir --no-deps --require-hashes --requirement /tmp/requirements.lock
+    python3.11 -m venv /opt/sogclr \
+    && /opt/sogclr/bin/pip install --quiet --no-cache-dir --no-deps --require-hashes --requirement /tmp/requirements.lock
 COPY pyproject.toml README.md LICENSE /tmp/source/
 COPY trainer /tmp/source/trainer
 COPY eval /tmp/source/eval
@@ -28,7 +28,7 @@ COPY beam_jobs /tmp/source/beam_jobs
 COPY components /tmp/source/components
 COPY pipelines /tmp/source/pipelines
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
-    /tmp/pip/bin/pip --python /opt/sogclr/bin/python3 install --quiet --no-cache-dir --no-deps --no-build-isolation /tmp/source
+    /opt/sogclr/bin/pip install --quiet --no-cache-dir --no-deps --no-build-isolation /tmp/source
 
 FROM python AS for-cpu
 FROM python AS for-tpu

@@ -105,21 +105,26 @@ def test_the_gpu_image_asks_for_the_gpus_and_finds_the_driver():
 
 @pytest.fixture
 def container(tmp_path):
-    """A folder that stands for the root of a container: the project is installed in /opt/sogclr, as by the Dockerfile."""
+    """A folder that stands for the root of a container: the project lies in /opt/sogclr, made as the Dockerfile makes it."""
+    (options,) = re.findall(r"python3\.11 -m venv (.*)/opt/sogclr", DOCKERFILE)
     env = tmp_path / "opt" / "sogclr"
-    run(sys._base_executable, "-m", "venv", "--without-pip", env)
+    run(sys._base_executable, "-m", "venv", *options.split(), env)
     (packages,) = env.glob("lib/python3*/site-packages")
     worker = packages / "apache_beam" / "runners" / "worker"
     worker.mkdir(parents=True)
     (worker / "sdk_worker_main.py").write_text("import beam_jobs, os; print(*sorted(os.environ))")
     (packages / "beam_jobs.py").touch()
+    known = packages / "apache_beam-2.77.0.dist-info"
+    known.mkdir()
+    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: apache-beam\nVersion: 2.77.0\n")
     return tmp_path
 
 
 def boot(image, container):
-    """Starts a Dataflow worker by the steps that Beam documents for its program `boot`. Returns what the worker prints.
+    """Starts a Dataflow worker by the steps of Beam's program `boot`. Returns what the worker prints.
 
-    Files of the image belong to root. `container` is the root folder.
+    Files of the image belong to root. `container` is the root folder. Source of the steps: sdks/python/container/boot.go and
+    piputil.go of apache/beam.
     """
     assert image.entrypoint == ["/opt/apache/beam/boot"], "Dataflow gives the entry point options, and no command"
 
@@ -129,22 +134,20 @@ def boot(image, container):
         (container / folder.lstrip("/")).mkdir(parents=True)
         return container / folder.lstrip("/")
 
-    path = [str(container / folder.lstrip("/")) for folder in image.environ["PATH"].split(":")]
-    if image.environ.get("RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT") != "1":
+    environ = {**image.environ, "PATH": ":".join(str(container / one.lstrip("/")) for one in image.environ["PATH"].split(":"))}
+
+    def python(*arguments):
+        return run(shutil.which("python", path=environ["PATH"]), *arguments, env=environ, cwd=container)
+
+    if not environ.get("RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT"):
         venv = make("/opt/apache/beam-venv/beam-venv-worker-1")
-        run(shutil.which("python", path=":".join(path)), "-m", "venv", "--without-pip", "--system-site-packages", venv)
-        path.insert(0, str(venv / "bin"))
-    staged = make("/var/opt/google/staged").parent
-    environ = {
-        **image.environ,
-        "PATH": ":".join(path),
-        "WORKER_ID": "1",
-        "PIPELINE_OPTIONS": "{}",
-        "SEMI_PERSISTENT_DIRECTORY": str(staged),
-        **{f"{name}_API_SERVICE_DESCRIPTOR": "url: 'localhost:1'" for name in ("LOGGING", "CONTROL", "STATUS")},
-    }
-    python = shutil.which("python", path=environ["PATH"])
-    return run(python, "-m", "apache_beam.runners.worker.sdk_worker_main", env=environ, cwd=container)
+        python("-m", "venv", "--system-site-packages", venv)
+        environ["PATH"] = f"{venv / 'bin'}:{environ['PATH']}"
+    staged = make("/var/opt/google/staged")
+    python("-m", "pip", "show", "apache-beam")
+    environ |= {"WORKER_ID": "1", "PIPELINE_OPTIONS": "{}", "SEMI_PERSISTENT_DIRECTORY": str(staged.parent)}
+    environ |= {f"{name}_API_SERVICE_DESCRIPTOR": "url: 'localhost:1'" for name in ("LOGGING", "CONTROL", "STATUS")}
+    return python("-m", "apache_beam.runners.worker.sdk_worker_main")
 
 
 def test_a_worker_of_dataflow_starts_and_finds_the_project(container):
@@ -153,7 +156,11 @@ def test_a_worker_of_dataflow_starts_and_finds_the_project(container):
 
 @pytest.mark.parametrize(
     ("user", "default_environment", "fault"),
-    [("sogclr", "0", "may not write /opt/apache"), ("sogclr", "1", "may not write /var/opt"), ("root", "0", "No module named")],
+    [
+        ("sogclr", "", "may not write /opt/apache"),
+        ("sogclr", "1", "may not write /var/opt"),
+        ("root", "", "not found: apache-beam"),
+    ],
 )
 def test_a_worker_of_dataflow_needs_root_and_the_image_s_own_environment(container, user, default_environment, fault):
     image = image_of("cpu")
