@@ -137,9 +137,9 @@ def get(name: str) -> Accelerator:
 
 
 def check_usable(accelerator: Accelerator, option: str, *, spot: bool = False, force: bool = False) -> None:
-    """Raises UserError where Vertex AI cannot train this project on `accelerator`, or does not sell it as spot.
+    """Raises UserError where Vertex AI cannot run a custom job of this project on `accelerator`, or does not sell it as spot.
 
-    `option` is the one that named it. `force` allows what `Accelerator.refused` refuses.
+    `option` is the command-line option that names the machine. `force` allows a machine that is refused, though not as spot.
     """
     if accelerator.refused and not force:
         family = accelerator.name.rpartition("-")[0]
@@ -147,12 +147,13 @@ def check_usable(accelerator: Accelerator, option: str, *, spot: bool = False, f
         best = max(usable, key=lambda one: (one.name.startswith(f"{family}-"), one.name == "v5e-8", one.replicas))
         raise UserError(
             f"{option} {accelerator.name} is refused: {accelerator.refused}; take {best.name}, "
-            "or --force-accelerator to have it all the same"
+            "or --force-accelerator to use it all the same"
         )
     if spot and accelerator.hosts > 1:
         # Source: docs.cloud.google.com/vertex-ai/docs/predictions/use-spot-vms, "Using Spot VMs with TPU Pods isn't supported".
         raise UserError(
-            f"--spot: Vertex AI sells no TPU slice of several hosts, as {accelerator.name} is, as spot: leave out --spot"
+            "--spot: Vertex AI does not sell TPU slices of several hosts as spot, and "
+            f"{accelerator.name} has {accelerator.hosts}: leave out --spot"
         )
 
 

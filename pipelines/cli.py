@@ -304,9 +304,7 @@ def _add_cluster(one: argparse.ArgumentParser, what: str, required: bool) -> Non
     group = one.add_argument_group("machines and images")
     group.add_argument("--accelerator", metavar="NAME", required=required, help=what)
     _add_eval_accelerator(group)
-    group.add_argument(
-        "--force-accelerator", action="store_true", help="have a machine that sogclr accelerators lists as refused"
-    )
+    group.add_argument("--force-accelerator", action="store_true", help="use a machine that sogclr accelerators lists as refused")
     group.add_argument("--pipeline-root", default="", metavar="gs://...", required=required, help="folder of all that jobs write")
     group.add_argument(
         "--images",
@@ -318,7 +316,12 @@ def _add_cluster(one: argparse.ArgumentParser, what: str, required: bool) -> Non
     group.add_argument("--spot", action="store_true", help="spot machines: cheaper, and taken away at times")
     _add_limits(group)
     group.add_argument("--retries", type=int, default=3, metavar="N", help="attempts after the first, of each step (default: 3)")
-    group.add_argument("--service-account", default="", metavar="EMAIL", help="whom the steps run as")
+    group.add_argument(
+        "--service-account",
+        default="",
+        metavar="EMAIL",
+        help="account that all steps run as (default: the project's default service account of Compute Engine)",
+    )
     group.add_argument("--network", default="", metavar="NAME", help="VPC network that the steps are peered with")
     group.add_argument("--encryption-key", default="", metavar="NAME", help="Cloud KMS key of all that the job makes")
     group.add_argument("--label", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="label of job and machines")

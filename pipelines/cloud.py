@@ -318,8 +318,8 @@ def _cluster(args: argparse.Namespace) -> Cluster:
             raise UserError(f"{name} {value:g} makes no sense: it must be above 0")
     if args.timeout_hours > LONGEST_HOURS:
         raise UserError(
-            f"--timeout-hours {args.timeout_hours:g} is more than {LONGEST_HOURS:g}: Vertex AI runs a custom job for 7 days at "
-            "most; a job that is submitted again goes on from the newest checkpoint"
+            f"--timeout-hours {args.timeout_hours:g} is more than {LONGEST_HOURS:g}: Google documents no custom job of more "
+            "than 7 days; a job that is submitted again goes on from the newest checkpoint"
         )
     if args.retries < 0 or args.disk_gb < 100:
         raise UserError("--retries must be 0 or more, --disk-gb at least 100")

@@ -73,10 +73,10 @@ def _imported(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 # ---- On a cluster
 
 LONGEST_HOURS = 168.0
-"""The most that this project asks of a custom job. 7 days is Vertex AI's default, and its pages name no higher limit."""
-_READING = {"GCS_READ_CACHE_BLOCK_SIZE_MB": "8"}
+"""The longest timeout of a custom job. 7 days is Vertex AI's default, and its pages name no longer one."""
+_GCS_READING = {"GCS_READ_CACHE_BLOCK_SIZE_MB": "8"}
 """TensorFlow reads a file of gs:// in blocks. Its default of 64 MiB reads 7.3 times the dataset's bytes, this 1.3 times."""
-_PIPELINE_S_ACCOUNT = "{{$.pipeline_service_account}}"
+_PIPELINE_ACCOUNT = "{{$.pipeline_service_account}}"
 """Vertex AI puts the account of the pipeline in this place. Without an account, a custom job runs as Vertex AI's own agent."""
 
 
@@ -122,7 +122,7 @@ class Cluster:
         return self.images.reference(accelerator.build if accelerator else "cpu")
 
     def environment_of(self, component: str) -> dict[str, str]:
-        environment = {**_READING, **self.environment, variables.IMAGE: self.image_of(component)}
+        environment = {**_GCS_READING, **self.environment, variables.IMAGE: self.image_of(component)}
         if accelerator := self.accelerator_of(component):
             environment[variables.ACCELERATOR] = f"{accelerator.name} {accelerator.build} {accelerator.replicas}"
         return environment
@@ -239,7 +239,7 @@ def _custom_job(cluster: Cluster, component: str) -> Callable:
         boot_disk_size_gb=cluster.disk_gb,
         timeout=f"{round(cluster.timeout_hours * 3600)}s",
         restart_job_on_worker_restart=True,
-        service_account=cluster.service_account or _PIPELINE_S_ACCOUNT,
+        service_account=cluster.service_account or _PIPELINE_ACCOUNT,
         network=cluster.network,
         encryption_spec_key_name=cluster.encryption_key,
         labels=dict(cluster.labels),

@@ -197,7 +197,7 @@ def test_what_refuses_a_machine_names_one_that_is_not_refused():
 
 
 def test_no_slice_of_several_hosts_is_spot():
-    for name, said in (("v5e-16", "as v5e-16 is, as spot"), ("v3-32", "as v3-32 is, as spot")):
+    for name, said in (("v5e-16", "v5e-16 has 4: leave out"), ("v3-32", "v3-32 has 4: leave out")):
         with pytest.raises(UserError, match=said):
             accelerators.check_usable(accelerators.get(name), "--accelerator", spot=True, force=True)
 

@@ -213,7 +213,7 @@ def test_a_key_file_that_is_none_is_named(google, monkeypatch, capsys):
         (["--mlflow-uri", "https://me:planted-password@mlflow.example"], "without credentials"),
         (["--mlflow-secret", SECRET], "--mlflow-secret"),
         (["--timeout-hours", "0"], "--timeout-hours"),
-        (["--timeout-hours", "169"], "--timeout-hours 169 is more than 168: Vertex AI runs a custom job for 7 days at most"),
+        (["--timeout-hours", "169"], "--timeout-hours 169 is more than 168: Google documents no custom job of more than 7 days"),
         (["--timeout-hours", "inf"], "--timeout-hours inf is more than 168"),
         (["--timeout-hours", "nan"], "--timeout-hours nan"),
         (["--skip-check", "all"], "--skip-check all"),
