@@ -103,11 +103,12 @@ def test_the_gpu_image_asks_for_the_gpus_and_finds_the_driver():
         assert not {"NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "LD_LIBRARY_PATH"} & set(other)
 
 
-@pytest.fixture
-def container(tmp_path):
+@pytest.fixture(scope="module")
+def container(tmp_path_factory):
     """A folder that stands for the root of a container: the project lies in /opt/sogclr, made as the Dockerfile makes it."""
+    root = tmp_path_factory.mktemp("container")
     (options,) = re.findall(r"python3\.11 -m venv (.*)/opt/sogclr", DOCKERFILE)
-    env = tmp_path / "opt" / "sogclr"
+    env = root / "opt" / "sogclr"
     run(sys._base_executable, "-m", "venv", *options.split(), env)
     (packages,) = env.glob("lib/python3*/site-packages")
     worker = packages / "apache_beam" / "runners" / "worker"
@@ -117,7 +118,7 @@ def container(tmp_path):
     known = packages / "apache_beam-2.77.0.dist-info"
     known.mkdir()
     (known / "METADATA").write_text("Metadata-Version: 2.1\nName: apache-beam\nVersion: 2.77.0\n")
-    return tmp_path
+    return root
 
 
 def boot(image, container):
@@ -131,7 +132,7 @@ def boot(image, container):
     def make(folder):
         if image.user != "root":
             raise PermissionError(f"{image.user} may not write {folder}")
-        (container / folder.lstrip("/")).mkdir(parents=True)
+        (container / folder.lstrip("/")).mkdir(parents=True, exist_ok=True)
         return container / folder.lstrip("/")
 
     environ = {**image.environ, "PATH": ":".join(str(container / one.lstrip("/")) for one in image.environ["PATH"].split(":"))}
