@@ -112,13 +112,17 @@ def test_the_mlflow_server_of_the_docs_answers_at_the_address_that_the_docs_subm
     from mlflow.server.security_utils import is_allowed_host_header
 
     text = DOCS.read_text().replace("\\\n", " ")
-    words = shlex.split(re.search(r"^    (?:\w+=\S+ )?mlflow server (.*)$", text, re.MULTILINE)[1])
-    options = mlflow_cli.commands["server"].make_context("server", words).params
+    variables, words = re.search(r"^    ((?:\w+=\S+ +)*)mlflow server (.*)$", text, re.MULTILINE).groups()
+    options = mlflow_cli.commands["server"].make_context("server", shlex.split(words)).params
     uri = urlsplit(re.search(r"--mlflow-uri (\S+) --mlflow-secret", text)[1])
     assert is_allowed_host_header((options["allowed_hosts"] or "localhost").split(","), uri.netloc)
     assert (uri.scheme, options["port"]) == ("https", 443)
     assert "--ssl-certfile" in options["uvicorn_opts"]
-    assert options["app_name"] != "basic-auth" or "MLFLOW_FLASK_SERVER_SECRET_KEY=" in text
+    assert options["app_name"] == "basic-auth"
+    assert {one.partition("=")[0] for one in variables.split()} == {
+        "MLFLOW_FLASK_SERVER_SECRET_KEY",
+        "MLFLOW_AUTH_ADMIN_PASSWORD",
+    }
 
 
 @pytest.mark.slow
