@@ -42,6 +42,7 @@ if [[ -n $apply ]] && ! command -v gcloud >/dev/null; then
 fi
 
 steps=sogclr-steps@$project.iam.gserviceaccount.com
+steps_roles=(aiplatform.user dataflow.developer dataflow.worker logging.logWriter serviceusage.serviceUsageConsumer)
 
 run() {
     printf '%q ' "$@"
@@ -68,7 +69,7 @@ if [[ -n $delete ]]; then
     run gcloud storage rm "gs://$bucket" --recursive
     run gcloud artifacts repositories delete sogclr --project="$project" --location="$region" --quiet
     run gcloud secrets delete sogclr-mlflow --project="$project" --quiet
-    for role in aiplatform.user dataflow.developer dataflow.worker logging.logWriter; do
+    for role in "${steps_roles[@]}"; do
         run gcloud projects remove-iam-policy-binding "$project" --member="serviceAccount:$steps" --role="roles/$role" \
             --condition=None --quiet
     done
@@ -91,7 +92,7 @@ unless gcloud artifacts repositories describe sogclr --project="$project" --loca
 echo "# The steps, as whom they run: to start custom jobs and Dataflow jobs as themselves, to be a Dataflow worker, to log"
 unless gcloud iam service-accounts describe "$steps" --project="$project" -- \
     gcloud iam service-accounts create sogclr-steps --project="$project" --display-name="steps of sogclr"
-for role in aiplatform.user dataflow.developer dataflow.worker logging.logWriter; do
+for role in "${steps_roles[@]}"; do
     grant_project "serviceAccount:$steps" "roles/$role"
 done
 run gcloud iam service-accounts add-iam-policy-binding "$steps" --project="$project" --member="serviceAccount:$steps" \
@@ -100,6 +101,7 @@ grant_bucket "$bucket" "serviceAccount:$steps" roles/storage.objectUser
 grant_bucket "$bucket" "serviceAccount:$steps" roles/storage.legacyBucketReader
 if [[ -n $raw_bucket && $raw_bucket != "$bucket" ]]; then
     grant_bucket "$raw_bucket" "serviceAccount:$steps" roles/storage.objectViewer
+    grant_bucket "$raw_bucket" "serviceAccount:$steps" roles/storage.legacyBucketReader
 fi
 run gcloud artifacts repositories add-iam-policy-binding sogclr --project="$project" --location="$region" \
     --member="serviceAccount:$steps" --role=roles/artifactregistry.reader
@@ -113,6 +115,7 @@ run gcloud secrets add-iam-policy-binding sogclr-mlflow --project="$project" --m
 
 echo "# Who submits: to make jobs, to have them run as the steps' account, to push images, to look at data"
 grant_project "user:$user" roles/aiplatform.user
+grant_project "user:$user" roles/serviceusage.serviceUsageConsumer
 run gcloud iam service-accounts add-iam-policy-binding "$steps" --project="$project" --member="user:$user" \
     --role=roles/iam.serviceAccountUser
 run gcloud artifacts repositories add-iam-policy-binding sogclr --project="$project" --location="$region" \
@@ -121,6 +124,7 @@ grant_bucket "$bucket" "user:$user" roles/storage.objectUser
 grant_bucket "$bucket" "user:$user" roles/storage.legacyBucketReader
 if [[ -n $raw_bucket && $raw_bucket != "$bucket" ]]; then
     grant_bucket "$raw_bucket" "user:$user" roles/storage.objectViewer
+    grant_bucket "$raw_bucket" "user:$user" roles/storage.legacyBucketReader
 fi
 
 [[ -n $apply ]] || echo "# nothing was done: --apply does it"

@@ -1,7 +1,7 @@
 """The machines that a step can be given on Vertex AI, and which of them a config can use.
 
-`get` finds one by name, `check` refuses what cannot work before anything is paid for. TPUs are named as Google names them:
-v2, v3 and v4 by cores, v5e by chips.
+`get` finds one by name. `check_usable` and `check` refuse what cannot work before anything is paid for. `sogclr plan` reckons
+with all of them. TPUs are named as Google names them: v2, v3 and v4 by cores, v5e by chips.
 """
 
 from dataclasses import dataclass
@@ -31,6 +31,15 @@ class Accelerator:
     hosts: int = 1
     regions: tuple[str, ...] = ()
     """Where Google lists it; empty where this project keeps no list."""
+
+    @property
+    def refused(self) -> str:
+        """Returns why Vertex AI cannot train this project on it; empty where it can."""
+        if self.accelerator_type == "TPU_V4_POD":
+            return "Vertex AI lists no v4 for TensorFlow"
+        if self.hosts > 1:
+            return f"each of its {self.hosts} hosts would train alone"
+        return ""
 
     @property
     def machine_spec(self) -> dict[str, Any]:
@@ -116,13 +125,36 @@ def get(name: str) -> Accelerator:
     family, _, size = wanted.rpartition("-")
     if (family or wanted).startswith(_TOO_NEW):
         raise UserError(
-            f"--accelerator {name}: TPU {family or wanted} runs no TensorFlow; tensorflow-tpu ends at 2.20, which supports "
-            "v2, v3, v4 and v5e: take v5e-8 or another of these"
+            f"--accelerator {name}: TPU {family or wanted} runs no TensorFlow; tensorflow-tpu ends at 2.20: "
+            "take v5e-8, or another v2, v3 or v5e"
         )
-    sizes = [one.removeprefix(f"{family}-") for one in ACCELERATORS if one.rpartition("-")[0] == family]
-    if sizes and size:
-        raise UserError(f"--accelerator {name}: there is no {family} of size {size}, only {', '.join(sizes)}")
-    raise UserError(f"there is no accelerator {name}{nearest(wanted, ACCELERATORS)}; sogclr accelerators lists them")
+    usable = [one for one in ACCELERATORS if not ACCELERATORS[one].refused]
+    if size and any(one.startswith(f"{family}-") for one in ACCELERATORS):
+        same = [one for one in usable if one.rpartition("-")[0] == family]
+        advice = f": take {' or '.join(same)}" if same else "; sogclr accelerators lists them"
+        raise UserError(f"--accelerator {name}: there is no {family} of size {size}{advice}")
+    raise UserError(f"there is no accelerator {name}{nearest(wanted, usable)}; sogclr accelerators lists them")
+
+
+def check_usable(accelerator: Accelerator, option: str, *, spot: bool = False, force: bool = False) -> None:
+    """Raises UserError where Vertex AI cannot run a custom job of this project on `accelerator`, or does not sell it as spot.
+
+    `option` is the command-line option that names the machine. `force` allows a machine that is refused, though not as spot.
+    """
+    if accelerator.refused and not force:
+        family = accelerator.name.rpartition("-")[0]
+        usable = [one for one in ACCELERATORS.values() if one.build == "tpu" and not one.refused]
+        best = max(usable, key=lambda one: (one.name.startswith(f"{family}-"), one.name == "v5e-8", one.replicas))
+        raise UserError(
+            f"{option} {accelerator.name} is refused: {accelerator.refused}; take {best.name}, "
+            "or --force-accelerator to use it all the same"
+        )
+    if spot and accelerator.hosts > 1:
+        # Source: docs.cloud.google.com/vertex-ai/docs/predictions/use-spot-vms, "Using Spot VMs with TPU Pods isn't supported".
+        raise UserError(
+            "--spot: Vertex AI does not sell TPU slices of several hosts as spot, and "
+            f"{accelerator.name} has {accelerator.hosts}: leave out --spot"
+        )
 
 
 def check(accelerator: Accelerator, config: Config) -> None:

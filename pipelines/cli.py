@@ -294,7 +294,9 @@ def _add_eval_accelerator(one: argparse._ActionsContainer) -> None:
 
 
 def _add_limits(one: argparse._ActionsContainer) -> None:
-    one.add_argument("--timeout-hours", type=float, default=168, metavar="H", help="end an attempt after so long (default: 168)")
+    one.add_argument(
+        "--timeout-hours", type=float, default=168, metavar="H", help="end an attempt after so long (default and limit: 168)"
+    )
     one.add_argument("--disk-gb", type=int, default=200, metavar="GB", help="boot disk (default: 200)")
 
 
@@ -302,6 +304,7 @@ def _add_cluster(one: argparse.ArgumentParser, what: str, required: bool) -> Non
     group = one.add_argument_group("machines and images")
     group.add_argument("--accelerator", metavar="NAME", required=required, help=what)
     _add_eval_accelerator(group)
+    group.add_argument("--force-accelerator", action="store_true", help="use a machine that sogclr accelerators lists as refused")
     group.add_argument("--pipeline-root", default="", metavar="gs://...", required=required, help="folder of all that jobs write")
     group.add_argument(
         "--images",
@@ -312,8 +315,13 @@ def _add_cluster(one: argparse.ArgumentParser, what: str, required: bool) -> Non
     group.add_argument("--tag", default="", metavar="TAG", help="of the images (default: the code's commit)")
     group.add_argument("--spot", action="store_true", help="spot machines: cheaper, and taken away at times")
     _add_limits(group)
-    group.add_argument("--retries", type=int, default=3, metavar="N", help="attempts after the first (default: 3)")
-    group.add_argument("--service-account", default="", metavar="EMAIL", help="whom the steps run as")
+    group.add_argument("--retries", type=int, default=3, metavar="N", help="attempts after the first, of each step (default: 3)")
+    group.add_argument(
+        "--service-account",
+        default="",
+        metavar="EMAIL",
+        help="account that all steps run as (default: the project's default service account of Compute Engine)",
+    )
     group.add_argument("--network", default="", metavar="NAME", help="VPC network that the steps are peered with")
     group.add_argument("--encryption-key", default="", metavar="NAME", help="Cloud KMS key of all that the job makes")
     group.add_argument("--label", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="label of job and machines")
@@ -692,13 +700,13 @@ def _doctor(args: argparse.Namespace) -> int:
 def _accelerators(args: argparse.Namespace) -> int:
     known = accelerators.ACCELERATORS.values()
     if args.json:
-        print(json.dumps([asdict(one) for one in known]))
+        print(json.dumps([{**asdict(one), "refused": one.refused} for one in known]))
         return 0
-    rows = [("accelerator", "image", "machine", "replicas", "regions")]
-    rows += [(one.name, one.build, one.summary, str(one.replicas), ", ".join(one.regions)) for one in known]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    rows = [("accelerator", "image", "machine", "replicas", "refused", "regions")]
+    rows += [(one.name, one.build, one.summary, str(one.replicas), one.refused, ", ".join(one.regions)) for one in known]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
-        print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[4]]).rstrip())
+        print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[5]]).rstrip())
     return 0
 
 

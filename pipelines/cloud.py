@@ -18,7 +18,7 @@ from pipelines.accelerators import Accelerator
 from pipelines.code import git_commit, program_version, step_version, uncommitted
 from pipelines.evaluation_plan import EvaluationPlan, Limits, make_evaluation_plan
 from pipelines.images import Images
-from pipelines.pipeline import Cluster
+from pipelines.pipeline import LONGEST_HOURS, Cluster
 from pipelines.plan import Plan, assumptions, kept_plan
 from pipelines.submission import CHECKS, Checked, Submission, base_output_directory, check_options, parse_labels
 from pipelines.vertex import Job, Place, as_json
@@ -32,6 +32,7 @@ def compile_(args: argparse.Namespace) -> int:
     output = Path(os.path.abspath(args.output))
     if not output.parent.is_dir() or output.is_dir():
         raise UserError(f"--output {args.output} cannot be written: name a file in a folder that exists")
+    _check_machines(args)
     accelerator = accelerators.get(args.accelerator) if args.accelerator else None
     if accelerator:
         accelerators.check(accelerator, config)
@@ -52,6 +53,7 @@ def compile_(args: argparse.Namespace) -> int:
 
 def submit(args: argparse.Namespace) -> int:
     config = resolve(args.preset, args.overrides)
+    _check_machines(args)
     accelerators.check(accelerators.get(args.accelerator), config)
     for name in ("project", "region", "pipeline_root", "raw"):
         if not getattr(args, name):
@@ -90,6 +92,7 @@ def submit(args: argparse.Namespace) -> int:
 def send_step(args: argparse.Namespace, place: Place, job: Job, before: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> int:
     """Does a component of `job` again on Vertex AI."""
     component = args.component
+    _check_machines(args)
     plan = evaluation = None
     root = (args.pipeline_root or job.pipeline_root).rstrip("/")
     args.project, args.region, args.pipeline_root = place.project, place.region, root
@@ -151,6 +154,14 @@ def _evaluation_plan(args: argparse.Namespace, preset: str, config: Config, opti
         cache=_plans(args),
         version=program_version("eval/programs.py"),
     )
+
+
+def _check_machines(args: argparse.Namespace) -> None:
+    """Raises UserError where a custom job cannot have the machine that an option names."""
+    machines = {"--accelerator": args.accelerator, "--eval-accelerator": args.eval_accelerator} if args.accelerator else {}
+    for option, name in machines.items():
+        if name:
+            accelerators.check_usable(accelerators.get(name), option, spot=args.spot, force=args.force_accelerator)
 
 
 def _eval_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -303,8 +314,13 @@ def _cluster(args: argparse.Namespace) -> Cluster:
         }
     )
     for name, value in (("--timeout-hours", args.timeout_hours), ("--dataflow-workers", args.dataflow_workers)):
-        if value <= 0:
-            raise UserError(f"{name} {value} makes no sense: it must be above 0")
+        if not value > 0:
+            raise UserError(f"{name} {value:g} makes no sense: it must be above 0")
+    if args.timeout_hours > LONGEST_HOURS:
+        raise UserError(
+            f"--timeout-hours {args.timeout_hours:g} is more than {LONGEST_HOURS:g}: Google documents no custom job of more "
+            "than 7 days; a job that is submitted again goes on from the newest checkpoint"
+        )
     if args.retries < 0 or args.disk_gb < 100:
         raise UserError("--retries must be 0 or more, --disk-gb at least 100")
     environment = {

@@ -203,7 +203,7 @@ def _problems(demand: Demand, accelerator: Accelerator, limits: Limits, hours: f
 
 
 def _better_machine(demand: Demand, limits: Limits) -> str:
-    """Returns advice: the cheapest machine of one host that ends in time and has the memory."""
+    """Returns advice: the cheapest machine that Vertex AI can have, ends in time and has the memory."""
     found: list[tuple[float, float, str]] = []
     for one in ACCELERATORS.values():
         memory = host_of(one).memory_bytes
@@ -211,7 +211,7 @@ def _better_machine(demand: Demand, limits: Limits) -> str:
         hours = sum(plan.hours for plan in plans)
         is_there = not limits.region or not one.regions or limits.region in one.regions
         has_memory = memory is not None and demand.memory_bytes <= memory
-        if one.hosts == 1 and is_there and has_memory and hours <= min(A_DAY, limits.timeout_hours):
+        if not one.refused and is_there and has_memory and hours <= min(A_DAY, limits.timeout_hours):
             # Of equal prices, the faster machine.
             found.append((round(sum(plan.price for plan in plans), 2), hours, one.name))
     if not found:

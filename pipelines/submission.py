@@ -49,6 +49,11 @@ _PATTERNS = {
 _LABEL = re.compile(r"[a-z][-_a-z0-9]{0,62}=[-_a-z0-9]{0,63}")
 _PATIENCE = 120.0
 """Seconds that Cloud Storage is asked again while it fails in a way that may pass."""
+_DEFAULT_ACCOUNT = (
+    "PROJECT_NUMBER-compute@developer.gserviceaccount.com, the project's default service account of Compute Engine; "
+    "--service-account names another"
+)
+"""Whom Vertex AI's pipelines and Dataflow's workers run as where no account is named."""
 _NEEDED_OF_BUCKET = ["storage.objects.create", "storage.objects.delete", "storage.objects.get", "storage.objects.list"]
 
 
@@ -109,7 +114,7 @@ class Submission:
             )
         )
         yield "where", f"project {place.project}, region {place.region}{f', API at {place.endpoint}' if place.endpoint else ''}"
-        yield "who", cluster.service_account or "the project's default service account of Compute Engine"
+        yield "who", cluster.service_account or _DEFAULT_ACCOUNT
         beam = [one for one in cluster.beam_args if one.startswith(("--region", "--max_num_workers", "--worker_machine_type"))]
         for component in self.components:
             if component == "build-tfrecords":
@@ -377,7 +382,7 @@ def _check_raw(submission: Submission) -> tuple[str, str]:
     from beam_jobs.archives import raw_identity
 
     bucket = submission.raw.removeprefix("gs://").partition("/")[0]
-    with _storage_errors(bucket, "roles/storage.objectViewer on it allows it"):
+    with _storage_errors(bucket, "roles/storage.objectViewer and roles/storage.legacyBucketReader on it allow it"):
         try:
             identity = raw_identity(submission.raw)
         except BeamIOError as error:

@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from string import Template
 
 import pytest
 from fake_vertex import serving
@@ -42,12 +45,129 @@ def test_all_locks_have_the_same_versions():
         assert not {"pytest", "ruff", "mypy", "gcp-storage-emulator"} & set(locked(build))
 
 
-def test_an_image_runs_as_nobody_in_particular_and_says_its_commit():
-    last = DOCKERFILE.rpartition("\nFROM ")[2]
-    assert re.search(r"^USER sogclr$", last, re.MULTILINE)
-    assert "org.opencontainers.image.revision" in last
-    assert "SOGCLR_COMMIT=${COMMIT}" in last
+@dataclass(frozen=True)
+class Image:
+    """What the Dockerfile says of an image, as far as a container's start depends on it."""
+
+    environ: dict[str, str]
+    user: str
+    entrypoint: list[str]
+
+
+def image_of(build):
+    """Returns the image of a build, read from ENV, USER and ENTRYPOINT of the last stage and of the stages under it."""
+    variables = {"BUILD": build, "COMMIT": "c0ffee"}
+    stages = {}
+    for line in re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", DOCKERFILE, flags=re.MULTILINE)).splitlines():
+        word, _, rest = line.partition(" ")
+        match word:
+            case "FROM":
+                base, _, name = Template(rest).safe_substitute(variables).partition(" AS ")
+                stage = stages[name] = (
+                    replace(under) if (under := stages.get(base)) else Image({"PATH": "/usr/bin:/bin"}, "root", [])
+                )
+            case "ENV":
+                known = {**variables, **stage.environ}
+                pairs = (pair.partition("=") for pair in shlex.split(rest))
+                environ = stage.environ | {key: Template(value).substitute(known) for key, _, value in pairs}
+                stage = stages[name] = replace(stage, environ=environ)
+            case "USER":
+                stage = stages[name] = replace(stage, user=rest)
+            case "ENTRYPOINT":
+                stage = stages[name] = replace(stage, entrypoint=json.loads(rest))
+    return stage
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_an_image_says_its_commit(build):
+    assert image_of(build).environ["SOGCLR_COMMIT"] == "c0ffee"
+    assert "org.opencontainers.image.revision" in DOCKERFILE
     assert ":latest" not in DOCKERFILE
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_an_image_runs_as_root(build):
+    """Root owns Vertex AI's /gcs, Dataflow's /var/opt and a TPU's /dev/vfio."""
+    assert image_of(build).user == "root"
+
+
+def test_the_gpu_image_asks_for_the_gpus_and_finds_the_driver():
+    """Google's machines mount NVIDIA's driver at /usr/local/nvidia; NVIDIA's runtime reads the two variables."""
+    gpu, cpu, tpu = (image_of(build).environ for build in ("gpu", "cpu", "tpu"))
+    assert gpu["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert gpu["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    assert "/usr/local/nvidia/lib64" in gpu["LD_LIBRARY_PATH"].split(":")
+    # There lies nvidia-smi, which trainer/hardware.py asks; the project's own python comes first.
+    assert gpu["PATH"].split(":")[:2] == ["/opt/sogclr/bin", "/usr/local/nvidia/bin"]
+    for other in (cpu, tpu):
+        assert not {"NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "LD_LIBRARY_PATH"} & set(other)
+
+
+@pytest.fixture(scope="module")
+def container(tmp_path_factory):
+    """A folder that stands for the root of a container: the project lies in /opt/sogclr, made as the Dockerfile makes it."""
+    root = tmp_path_factory.mktemp("container")
+    (options,) = re.findall(r"python3\.11 -m venv (.*)/opt/sogclr", DOCKERFILE)
+    env = root / "opt" / "sogclr"
+    run(sys._base_executable, "-m", "venv", *options.split(), env)
+    (packages,) = env.glob("lib/python3*/site-packages")
+    worker = packages / "apache_beam" / "runners" / "worker"
+    worker.mkdir(parents=True)
+    (worker / "sdk_worker_main.py").write_text("import beam_jobs, os; print(*sorted(os.environ))")
+    (packages / "beam_jobs.py").touch()
+    known = packages / "apache_beam-2.77.0.dist-info"
+    known.mkdir()
+    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: apache-beam\nVersion: 2.77.0\n")
+    return root
+
+
+def boot(image, container):
+    """Starts a Dataflow worker by the steps of Beam's program `boot`. Returns what the worker prints.
+
+    Files of the image belong to root. `container` is the root folder. Source of the steps: sdks/python/container/boot.go and
+    piputil.go of apache/beam.
+    """
+    assert image.entrypoint == ["/opt/apache/beam/boot"], "Dataflow gives the entry point options, and no command"
+
+    def make(folder):
+        if image.user != "root":
+            raise PermissionError(f"{image.user} may not write {folder}")
+        (container / folder.lstrip("/")).mkdir(parents=True, exist_ok=True)
+        return container / folder.lstrip("/")
+
+    environ = {**image.environ, "PATH": ":".join(str(container / one.lstrip("/")) for one in image.environ["PATH"].split(":"))}
+
+    def python(*arguments):
+        return run(shutil.which("python", path=environ["PATH"]), *arguments, env=environ, cwd=container)
+
+    if not environ.get("RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT"):
+        venv = make("/opt/apache/beam-venv/beam-venv-worker-1")
+        python("-m", "venv", "--system-site-packages", venv)
+        environ["PATH"] = f"{venv / 'bin'}:{environ['PATH']}"
+    staged = make("/var/opt/google/staged")
+    python("-m", "pip", "show", "apache-beam")
+    environ |= {"WORKER_ID": "1", "PIPELINE_OPTIONS": "{}", "SEMI_PERSISTENT_DIRECTORY": str(staged.parent)}
+    environ |= {f"{name}_API_SERVICE_DESCRIPTOR": "url: 'localhost:1'" for name in ("LOGGING", "CONTROL", "STATUS")}
+    return python("-m", "apache_beam.runners.worker.sdk_worker_main")
+
+
+def test_a_worker_of_dataflow_starts_and_finds_the_project(container):
+    assert {"WORKER_ID", "SOGCLR_COMMIT"} < set(boot(image_of("cpu"), container).split())
+
+
+@pytest.mark.parametrize(
+    ("user", "default_environment", "fault"),
+    [
+        ("sogclr", "", "may not write /opt/apache"),
+        ("sogclr", "1", "may not write /var/opt"),
+        ("root", "", "not found: apache-beam"),
+    ],
+)
+def test_a_worker_of_dataflow_needs_root_and_the_image_s_own_environment(container, user, default_environment, fault):
+    image = image_of("cpu")
+    environ = {**image.environ, "RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT": default_environment}
+    with pytest.raises((PermissionError, AssertionError), match=fault):
+        boot(replace(image, user=user, environ=environ), container)
 
 
 def test_beam_s_worker_is_of_the_version_that_the_image_has():
@@ -156,6 +276,6 @@ def test_the_dockerfile_builds(tmp_path, build):
     container = run(*buildah, "from", "sogclr").strip()
     code = "import tensorflow, components.steps, beam_jobs.build_tfrecords, pipelines.code; print(pipelines.code.git_commit())"
     inside = [*buildah, "run", "--isolation", "chroot", "--env", "TPU_SKIP_MDS_QUERY=1", container, "--"]
-    assert run(*inside, "id", "-un").strip() == "sogclr"
+    assert run(*inside, "id", "-un").strip() == "root"
     assert run(*inside, "python3", "-c", code).strip() == "0" * 40
     run(*buildah, "rm", "--all")

@@ -194,6 +194,9 @@ def test_a_key_file_that_is_none_is_named(google, monkeypatch, capsys):
         (["--accelerator", "v6e-8"], "runs no TensorFlow"),
         (["--accelerator", "v5e-7"], "no v5e of size 7"),
         (["--accelerator", "v5-8"], "did you mean v"),
+        (["--accelerator", "v3-32"], "--accelerator v3-32 is refused: each of its 4 hosts would train alone; take v3-8"),
+        (["--eval-accelerator", "v4-8"], "--eval-accelerator v4-8 is refused"),
+        (["--accelerator", "v5e-16", "--force-accelerator", "--spot"], "leave out --spot"),
         (["--set", "global_batch_size=500"], "does not divide among the 8 replicas"),
         (["--set", "global_batch_size=4"], "take --set global_batch_size=8"),
         (["--pipeline-root", "/tmp/runs"], "--pipeline-root"),
@@ -210,6 +213,9 @@ def test_a_key_file_that_is_none_is_named(google, monkeypatch, capsys):
         (["--mlflow-uri", "https://me:planted-password@mlflow.example"], "without credentials"),
         (["--mlflow-secret", SECRET], "--mlflow-secret"),
         (["--timeout-hours", "0"], "--timeout-hours"),
+        (["--timeout-hours", "169"], "--timeout-hours 169 is more than 168: Google documents no custom job of more than 7 days"),
+        (["--timeout-hours", "inf"], "--timeout-hours inf is more than 168"),
+        (["--timeout-hours", "nan"], "--timeout-hours nan"),
         (["--skip-check", "all"], "--skip-check all"),
         (["--skip-check", "credentials"], "--skip-check credentials"),
         (["--project", ""], "--project is empty"),
@@ -261,7 +267,10 @@ def test_the_bucket_s_faults_are_one_line_each(google, monkeypatch, capsys):
         said = capsys.readouterr()
         assert re.search(rf"^missing  bucket: .*{text}", said.out, re.MULTILINE), said.out
         assert said.err == "error: it would not work: bucket must be mended first\n"
-    for fault, text in {403: "roles/storage.objectViewer", 404: "there is no bucket gs://a-bucket"}.items():
+    for fault, text in {
+        403: "roles/storage.objectViewer and roles/storage.legacyBucketReader",
+        404: "there is no bucket gs://a-bucket",
+    }.items():
         google.fail(*[fault] * 1000, path="/storage/")
         assert cli.main(arguments) == 2
         assert re.search(rf"^missing  raw: .*{text}", capsys.readouterr().out, re.MULTILINE)
@@ -324,6 +333,24 @@ def test_a_submitted_job_is_what_was_asked_for(google, bucket, capsys):
     )
     (image,) = (one for one in beam if one.startswith("--sdk_container_image="))
     assert image.endswith(DIGEST["cpu"])
+
+
+@pytest.mark.parametrize("account", ["", "s@my-project.iam.gserviceaccount.com"])
+def test_pipeline_custom_jobs_and_dataflow_run_as_the_one_account_that_the_plan_names(google, bucket, capsys, account):
+    """Vertex AI would run a custom job without an account as an agent of its own, which may read other things."""
+    assert cli.main([*google.submit, *(("--service-account", account) if account else ())]) == 0
+    who = re.search(r"^who +(\S+)", capsys.readouterr().out, re.MULTILINE)[1]
+    assert who == (account or "PROJECT_NUMBER-compute@developer.gserviceaccount.com,")
+    job = the_job(google)
+    assert job.get("serviceAccount", "") == account
+    spec = job["pipelineSpec"]
+    for component in ("pretrain", "linear-eval"):
+        inputs = spec["components"][f"comp-{component}"]["inputDefinitions"]["parameters"]
+        assert inputs["service_account"]["defaultValue"] == (account or "{{$.pipeline_service_account}}")
+    tasks = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    beam = tasks["build-tfrecords"]["inputs"]["parameters"]["beam_args"]["runtimeValue"]["constant"]
+    # Without the option, a worker of Dataflow runs as Compute Engine's default account too.
+    assert [one for one in beam if "service_account" in one] == ([f"--service_account_email={account}"] if account else [])
 
 
 def test_no_secret_is_in_the_job_or_said(google, bucket, capsys):

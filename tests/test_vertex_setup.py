@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -80,6 +81,48 @@ def test_no_role_is_wider_than_it_must_be_and_the_docs_list_each(script):
     assert not roles & {"roles/owner", "roles/editor", "roles/storage.admin", "roles/aiplatform.admin"}
     documented = set(re.findall(r"roles/[\w.]+", DOCS.read_text()))
     assert roles <= documented
+
+
+def roles_of(planned, who, where):
+    """Returns the roles that the commands give to, or take from, `who` on `where`."""
+    given = [one for one in planned if where in one and any(word.startswith("--member=") and who in word for word in one)]
+    return {word.removeprefix("--role=") for one in given for word in one if word.startswith("--role=")}
+
+
+@pytest.mark.parametrize("who", ["sogclr-steps@", "me@example.com"])
+def test_reading_raw_archives_may_ask_for_their_bucket_too(script, who):
+    """Cloud Storage's client asks for the metadata of a bucket when it reads an object."""
+    planned = commands(script(*OPTIONS)[0].stdout)
+    assert roles_of(planned, who, "gs://r") == {"roles/storage.objectViewer", "roles/storage.legacyBucketReader"}
+
+
+@pytest.mark.parametrize("who", ["sogclr-steps@", "me@example.com"])
+def test_calls_may_use_the_quota_of_the_project(script, who):
+    assert "roles/serviceusage.serviceUsageConsumer" in roles_of(commands(script(*OPTIONS)[0].stdout), who, "my-project")
+
+
+def test_deleting_takes_every_role_on_the_project_from_the_steps(script):
+    given, taken = (commands(script(*OPTIONS, *more)[0].stdout) for more in ([], ["--delete"]))
+    assert roles_of(taken, "sogclr-steps@", "projects") == roles_of(given, "sogclr-steps@", "projects")
+
+
+def test_the_mlflow_server_of_the_docs_answers_at_the_address_that_the_docs_submit_with():
+    """Bound to another host than loopback, MLflow answers 403 Invalid Host header to names that it was not told."""
+    from mlflow.cli import cli as mlflow_cli
+    from mlflow.server.security_utils import is_allowed_host_header
+
+    text = DOCS.read_text().replace("\\\n", " ")
+    variables, words = re.search(r"^    ((?:\w+=\S+ +)*)mlflow server (.*)$", text, re.MULTILINE).groups()
+    options = mlflow_cli.commands["server"].make_context("server", shlex.split(words)).params
+    uri = urlsplit(re.search(r"--mlflow-uri (\S+) --mlflow-secret", text)[1])
+    assert is_allowed_host_header((options["allowed_hosts"] or "localhost").split(","), uri.netloc)
+    assert (uri.scheme, options["port"]) == ("https", 443)
+    assert "--ssl-certfile" in options["uvicorn_opts"]
+    assert options["app_name"] == "basic-auth"
+    assert {one.partition("=")[0] for one in variables.split()} == {
+        "MLFLOW_FLASK_SERVER_SECRET_KEY",
+        "MLFLOW_AUTH_ADMIN_PASSWORD",
+    }
 
 
 @pytest.mark.slow
