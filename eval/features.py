@@ -32,7 +32,7 @@ from trainer.train import model_variables
 
 INDEX = "features.json"
 _DIGEST = b"sogclr.digest"
-_PART_BYTES = 1 << 27
+PART_BYTES = 1 << 27
 """Of features in a part, at most, but for the last batch in it."""
 _SETTINGS = (
     "image_size",
@@ -219,7 +219,7 @@ def extract(
     expected = np.arange(manifest.splits[split].records) if image_ids is None else np.sort(image_ids)
     dim = encoder.output_shape[-1]
     replicas, at_once = strategy.num_replicas_in_sync, config.linear_eval.batch_size
-    steps_a_part = max(1, _PART_BYTES // (4 * dim * at_once * replicas))
+    steps_a_part = max(1, PART_BYTES // (4 * dim * at_once * replicas))
     # A part of an earlier attempt is of use where its batches were as large.
     layout = f"{digest} {steps_a_part} x {replicas} x {at_once}"
     rows: list[int] = []

@@ -17,7 +17,7 @@ from trainer.layers import product
 
 _ROWS = 1 << 14
 """Of a piece, over all replicas."""
-_HELD_BYTES = 1 << 30
+HELD_BYTES = 1 << 30
 """Features of a replica, at most, that stay in its memory between passes; more are read from disk at every pass."""
 
 
@@ -157,7 +157,7 @@ class _Problem:
         self._rows = even_rows(examples.count, _ROWS, replicas)
         self._read_moments(num_classes)
         self._standardised = self._make_standardised()
-        held = 4 * examples.count * examples.dim <= _HELD_BYTES * replicas
+        held = 4 * examples.count * examples.dim <= HELD_BYTES * replicas
         self._held = list(self._standard_pieces()) if held else None
         self._sums = self._make_sums()
 

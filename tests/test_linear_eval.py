@@ -113,7 +113,7 @@ def test_a_small_temperature_does_not_overflow(tmp_path):
 def test_a_fit_that_reads_its_features_at_every_pass_is_that_of_one_that_holds_them(monkeypatch, tmp_path):
     values, labels = blobs(300, 0)
     held = fit(stored(tmp_path, values, labels).examples(), 4, 0.01, tolerance=1e-6)
-    monkeypatch.setattr(logistic, "_HELD_BYTES", 0)
+    monkeypatch.setattr(logistic, "HELD_BYTES", 0)
     monkeypatch.setattr(logistic, "_ROWS", 70)
     read = fit(stored(tmp_path, values, labels).examples(), 4, 0.01, tolerance=1e-6)
     np.testing.assert_allclose(read.weights, held.weights, atol=1e-3)
@@ -185,7 +185,7 @@ def test_features_are_of_every_image_once(dataset, checkpoint, tmp_path):
 
 def test_an_interrupted_forward_pass_goes_on_after_its_last_part(dataset, checkpoint, tmp_path, monkeypatch):
     """A torn part, one of other batches and one of another encoder are computed again."""
-    monkeypatch.setattr(storing, "_PART_BYTES", 1)
+    monkeypatch.setattr(storing, "PART_BYTES", 1)
     config, manifest = resolve("demo", [*TINY, "linear_eval.batch_size=7"]), read_manifest(str(dataset))
     encoder = load_encoder(config, checkpoints.load_latest(str(checkpoint)))
 

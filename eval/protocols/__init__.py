@@ -3,6 +3,8 @@
 A new one is a file with a `Protocol`, a line in PROTOCOLS, and its name and settings in trainer/config.py.
 """
 
+from eval.features import PART_BYTES
+from eval.logistic import HELD_BYTES
 from eval.protocols.cached import CACHED
 from eval.protocols.control import CONTROL
 from eval.protocols.finetune import FINE_TUNING
@@ -13,6 +15,9 @@ from eval.protocols.protocol import Context, Protocol, Scores, Sizes, Work
 from trainer.config import Config
 
 _BASE_BYTES = 1.5e9
+"""Of TensorFlow, the encoder and a batch."""
+_SEARCH_VECTORS = 30
+"""As long as the weights, float64, that L-BFGS remembers and works with."""
 
 __all__ = ["PROTOCOLS", "Context", "Protocol", "Scores", "Sizes", "Work", "disk_bytes", "memory_bytes", "work_of"]
 
@@ -20,9 +25,15 @@ PROTOCOLS: dict[str, Protocol] = {one.name: one for one in (CACHED, OFFICIAL, ON
 
 
 def memory_bytes(sizes: Sizes) -> float:
-    """Returns what an evaluation holds in memory at most: nothing that grows with the training images but IDs and labels."""
+    """Returns what an evaluation holds in memory at most; docs/evaluation.md has what was measured.
+
+    The validation images' features and scores, the vectors of a fit's search, the features that it holds, and parts that are read
+    ahead. What grows with the training images is their IDs and labels.
+    """
     validation = 4.0 * sizes.validation * (2 * sizes.features + 3 * sizes.classes)
-    return _BASE_BYTES + validation + 40.0 * sizes.train
+    search = 8.0 * _SEARCH_VECTORS * sizes.features * sizes.classes
+    held = min(4.0 * sizes.train * sizes.features, HELD_BYTES)
+    return _BASE_BYTES + validation + search + held + 4.0 * PART_BYTES + 40.0 * sizes.train
 
 
 def disk_bytes(config: Config, sizes: Sizes) -> float:
