@@ -18,7 +18,7 @@ from holding import started
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from components import tracking
-from components.lineage import COMPONENTS
+from components.lineage import COMPONENTS, Artifact, Lineage, Step
 from pipelines import cli, code, local
 from trainer.presets import PRESETS
 
@@ -314,3 +314,15 @@ def test_the_ui_of_a_server_is_the_server_s(monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
     assert cli.main(["ui"]) == 2
     assert "open http://mlflow.example" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("controlled", [True, False])
+def test_a_run_s_summary_shows_the_control_if_there_was_one(controlled, tmp_path):
+    accuracies = {"top_1_accuracy": 0.686, "top_5_accuracy": 0.956}
+    if controlled:
+        accuracies |= {"untrained_top_1_accuracy": 0.537, "untrained_top_5_accuracy": 0.863}
+    metrics = Artifact("system.Metrics", "metrics", accuracies)
+    step = Step("linear-eval", "1" * 32, "0" * 32, "FINISHED", 1.0, {}, {"metrics": metrics}, {})
+    said = "\n".join(cli._summary(Lineage("0" * 32, "run", (step,)), "lineage.png", tmp_path))
+    assert re.search(r"top-1 +68\.6%" + (r" +53\.7%" if controlled else "$"), said, re.M)
+    assert ("untrained" in said) == controlled
