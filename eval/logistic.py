@@ -140,6 +140,11 @@ def padded(array: np.ndarray, rows: int) -> np.ndarray:
     return array if missing == 0 else np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
 
 
+def matrix_product() -> Callable[..., tf.Tensor]:
+    """Returns a product of float32 matrices to float32's accuracy, which TPUs and GPUs do not have by themselves."""
+    return product if any(tf.config.list_physical_devices(kind) for kind in ("TPU", "GPU")) else tf.matmul
+
+
 def over_replicas(strategy: tf.distribute.Strategy, array: np.ndarray) -> tf.Tensor:
     """Returns an array cut into as many equal runs of rows as there are replicas, each on its own."""
     parts = np.split(array, strategy.num_replicas_in_sync)
@@ -218,7 +223,7 @@ class _Problem:
 
     def _make_sums(self) -> Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
         strategy = self._strategy
-        multiply = product if any(tf.config.list_physical_devices(kind) for kind in ("TPU", "GPU")) else tf.matmul
+        multiply = matrix_product()
 
         def on_replica(weights: tf.Tensor, bias: tf.Tensor, rows: tf.Tensor, real: tf.Tensor) -> tuple[tf.Tensor, ...]:
             logits = multiply(rows, weights) + bias

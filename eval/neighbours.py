@@ -6,8 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from eval.features import StoredFeatures
-from eval.logistic import cut, even_rows, over_replicas, padded
-from trainer.layers import product
+from eval.logistic import cut, even_rows, matrix_product, over_replicas, padded
 
 _QUERIES_AT_ONCE = 1 << 10
 _BANK_AT_ONCE = 1 << 14
@@ -32,7 +31,7 @@ def nearest_neighbours(
     at_once = even_rows(len(queries), _QUERIES_AT_ONCE * replicas, replicas) // replicas
     blocks = -(-len(queries) // (at_once * replicas))
     shape = (replicas * blocks, at_once)
-    multiply = product if any(tf.config.list_physical_devices(kind) for kind in ("TPU", "GPU")) else tf.matmul
+    multiply = matrix_product()
 
     def of_block(
         query: tf.Tensor, best: tf.Tensor, ids: tf.Tensor, bank: tf.Tensor, bank_ids: tf.Tensor

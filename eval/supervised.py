@@ -59,6 +59,10 @@ class Recipe:
             seed=self.seed,
         )
 
+    def image_visits(self, config: Config) -> int:
+        """Returns how many images go through the encoder in all."""
+        return total_steps(self.applied_to(config), self.num_images) * self.batch_size
+
 
 @dataclass(frozen=True)
 class State:

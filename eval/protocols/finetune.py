@@ -11,7 +11,6 @@ from eval.subsets import balanced_counts, balanced_subset, read_subset
 from eval.supervised import Recipe, train_classifier, weights_of
 from trainer.config import Config, LinearEval
 from trainer.distribution import check_divides
-from trainer.optimizer import total_steps
 from trainer.records import Manifest
 
 
@@ -38,7 +37,7 @@ _TRAINING_SHARE = 0.95
 def _scores(part: _Part, context: Context) -> Scores:
     image_ids = _image_ids(part, context)
     recipe = _recipe(part, context.config, context.sizes.train if image_ids is None else len(image_ids))
-    visits = _visits(context.config, recipe)
+    visits = recipe.image_visits(context.config)
     with context.strategy.scope():
         encoder = load_encoder(context.config, context.checkpoint)
     folder = f"{context.work_dir}/{part.name}"
@@ -74,7 +73,7 @@ def _scores(part: _Part, context: Context) -> Scores:
 
 def _work(part: _Part, config: Config, sizes: Sizes) -> Work:
     images = sizes.train if part.fraction == 1 else max(sizes.classes, round(part.fraction * sizes.train))
-    return Work(forward=sizes.validation, trained=_visits(config, _recipe(part, config, images)))
+    return Work(forward=sizes.validation, trained=_recipe(part, config, images).image_visits(config))
 
 
 def _check(part: _Part, config: Config, manifest: Manifest, replicas: int) -> None:
@@ -106,10 +105,6 @@ def _recipe(part: _Part, config: Config, images: int) -> Recipe:
         seed=settings.seed,
         frozen=False,
     )
-
-
-def _visits(config: Config, recipe: Recipe) -> int:
-    return total_steps(recipe.applied_to(config), recipe.num_images) * recipe.batch_size
 
 
 def _protocol(part: _Part) -> Protocol:

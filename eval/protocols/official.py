@@ -6,13 +6,12 @@ from eval.protocols.protocol import Context, Protocol, Scores, Sizes, Work
 from eval.supervised import Recipe, train_classifier, weights_of
 from trainer.config import Config
 from trainer.distribution import check_divides
-from trainer.optimizer import total_steps
 from trainer.records import Manifest
 
 
 def scores(context: Context) -> Scores:
     recipe = _recipe(context.config, context.sizes.train)
-    visits = _visits(context.config, recipe)
+    visits = recipe.image_visits(context.config)
     classifier = train_classifier(
         context.encoder,
         context.config,
@@ -29,7 +28,7 @@ def scores(context: Context) -> Scores:
 
 
 def work(config: Config, sizes: Sizes) -> Work:
-    return Work(forward=_visits(config, _recipe(config, sizes.train)))
+    return Work(forward=_recipe(config, sizes.train).image_visits(config))
 
 
 def check(config: Config, manifest: Manifest, replicas: int) -> None:
@@ -48,10 +47,6 @@ def _recipe(config: Config, images: int) -> Recipe:
         seed=settings.seed,
         frozen=True,
     )
-
-
-def _visits(config: Config, recipe: Recipe) -> int:
-    return total_steps(recipe.applied_to(config), recipe.num_images) * recipe.batch_size
 
 
 OFFICIAL = Protocol(
