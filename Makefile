@@ -50,9 +50,9 @@ test-pythons: ## make test with each Python from 3.11 to 3.13 that is found, eac
 test-slow: setup ## minutes and gigabytes: the locks of GPU and TPU installed, an image built
 	$(IN) pytest -n 0 -m slow
 
-# FAULT=NAME has something go wrong on the way, FAULT=all one after another; make rehearse FAULT=? lists them.
+# TROUBLE='NAME ...' has things go wrong on the way, TROUBLE=all everything; MORE are further options of tests/vertex/rehearse.py.
 rehearse: setup ## a whole job on Vertex AI, on loopback servers: docs/vertex.md's first run, about five minutes; needs root
-	$(IN) PYTHONPATH=tests python -m vertex.world python -m vertex.rehearse $(if $(FAULT),--fault $(FAULT))
+	$(IN) PYTHONPATH=tests python -m vertex.rehearse $(if $(TROUBLE),--trouble $(TROUBLE)) $(MORE)
 
 # IMAGES names the repository, as in REGION-docker.pkg.dev/PROJECT/sogclr; push=yes sends them there.
 images: ## container images of this commit, sogclr-cpu, sogclr-gpu and sogclr-tpu

@@ -134,7 +134,24 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-if __name__ == "__main__":
+def main() -> int:
+    import argparse
     import sys
 
-    make_raw(sys.argv[1])
+    from trainer.progress import ProgressBars
+
+    parser = argparse.ArgumentParser(prog="python -m pipelines.demo_data", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", metavar="DIR", help="folder that the raw data goes to, new or empty")
+    folder = parser.parse_args().folder
+    try:
+        with ProgressBars() as bars:
+            make_raw(folder, report=lambda done, total: bars("demo-raw", done, total))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{folder}: {', '.join(_FILES)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -27,6 +27,8 @@ State = aiplatform_v1.PipelineTaskDetail.State
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "SKIPPED", "NOT_TRIGGERED")
 _SECONDS_TO_END = 30.0
 """Between SIGTERM and SIGKILL, as Vertex AI gives them."""
+_LAUNCHES = ".launcher"
+"""Ends the name of a task whose own code runs in the custom job that it launches."""
 _LAUNCHER = "gcr.io/ml-pipeline/google-cloud-pipeline-components:"
 
 
@@ -40,6 +42,8 @@ class Attempt:
     container: Container
     log: Path
     begun: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+    """That it took; 0 while it runs."""
 
 
 class FailedError(Exception):
@@ -63,7 +67,7 @@ class Executor:
         self.logs = logs
         self.lose_result_of: set[str] = set()
         """Steps whose next success Vertex AI does not hear of: their machine is lost as it says so."""
-        self._world, self._watch, self._scale = world, watch, time_scale
+        self._world, self.watch, self._scale = world, watch, time_scale
         self._cancelled: set[str] = set()
         self._running: dict[str, Container] = {}
         """Containers by the name of the pipeline job or custom job that they are of."""
@@ -113,13 +117,14 @@ class Executor:
         log = self.logs / f"{step}-{number}.log"
         container = self._world.container(image, command, environ, log)
         self._running[owner] = container
-        if not step.endswith(".launcher"):
-            attempt = Attempt(step, number, container, log)
+        attempt = Attempt(step, number, container, log)
+        if not step.endswith(_LAUNCHES):
             self.attempts.append(attempt)
-            self._watch(attempt)
+            self.watch(attempt)
         if owner in self._cancelled:
             container.stop(_SECONDS_TO_END)
         status = container.wait()
+        attempt.seconds = time.monotonic() - attempt.begun
         if status == 0 and step in self.lose_result_of:
             self.lose_result_of.remove(step)
             return 1
@@ -290,7 +295,7 @@ class _Run:
         image = self._executor.image(container["image"])
         policy = task.get("retryPolicy", {})
         wait = float(policy.get("backoffDuration", "0s").rstrip("s"))
-        step = f"{name}.launcher" if "custom_job.launcher" in " ".join(container["command"]) else name
+        step = f"{name}{_LAUNCHES}" if "custom_job.launcher" in " ".join(container["command"]) else name
         # Vertex AI makes the folders of outputs before a container starts.
         local = self._world.google.storage.folder / folder.removeprefix("gs://")
         local.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ goes wrong on the way; the job must succeed all the same, with the same bits, on
 """
 
 import argparse
+import json
 import os
 import random
 import re
@@ -14,22 +15,41 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vertex.accounts import write_key
+from vertex.container import possible
 from vertex.dataflow import Dataflow
 from vertex.executor import Attempt, Executor, end
-from vertex.image import REPOSITORY
-from vertex.world import MLFLOW, World, world
+from vertex.image import REPOSITORY, layers
+from vertex.world import MLFLOW, TRUST, World, enter, world
 
 PAGE = REPOSITORY / "docs" / "vertex.md"
 SECTION = "## A first cheap run"
 NOT_TRIED = "# not tried"
+_PRELUDE = """
+# Stands in for Google's program, which no package index has.
+gcloud() {
+    case $* in
+        "storage cp --recursive "*) cp -r "$4" "$BUCKETS/${5#gs://}" ;;
+        *) echo "gcloud $*: not in a rehearsal" >&2; return 1 ;;
+    esac
+}
+# A tree that differs from its commit is refused without a tag; the image here is made of the tree.
+sogclr() {
+    if [[ $1 == submit ]]; then command sogclr "$@" --tag "$TAG" $MORE; else command sogclr "$@"; fi
+}
+cd "$(mktemp -d)"
+set -x
+"""
 PROJECT, BUCKET, SECRET = "my-project", "my-bucket", "projects/my-project/secrets/sogclr-mlflow/versions/latest"
 USER, PASSWORD = "admin", "planted-mlflow-password"
+TAG = "rehearsed"
+_ASKED, _LEFT = "asked.json", "left.json"
 KEPT = REPOSITORY / "build" / "rehearsal"
 _STORAGE = r"(www|storage)\.googleapis\.com/.*storage|storage\.googleapis\.com/"
 
@@ -38,49 +58,62 @@ _STORAGE = r"(www|storage)\.googleapis\.com/.*storage|storage\.googleapis\.com/"
 
 
 @dataclass(frozen=True)
-class Fault:
-    """Something that goes wrong on the way."""
+class Ending:
+    """An attempt at `step` ends by `kind`, so many seconds after it began. Each takes the next attempt."""
+
+    step: str
+    kind: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outage:
+    """For so many seconds from when `step` begins, requests that match `where` meet a fault of `google.Fault`'s kinds."""
+
+    step: str
+    kind: str | int
+    where: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What goes wrong on the way."""
 
     summary: str
-    begin: Callable[["Rehearsal"], None]
+    endings: tuple[Ending, ...] = ()
+    outages: tuple[Outage, ...] = ()
+    lost: tuple[str, ...] = ()
+    """Steps whose success Vertex AI does not hear of: their machine is lost as it says so."""
 
 
-def _ending(step: str, kind: str, seconds: float) -> Callable[["Rehearsal"], None]:
-    """Ends the first attempt at a step, so many seconds after it began."""
+_STORAGE = r"(www|storage)\.googleapis\.com/"
+_WRITES = r"^(POST|PUT) \S+/upload/"
+STEPS = ("build-tfrecords", "pretrain", "linear-eval")
 
-    def begin(rehearsal: "Rehearsal") -> None:
-        rehearsal.endings.append((step, kind, seconds))
-
-    return begin
-
-
-def _failing(step: str, kind: str | int, where: str, seconds: float) -> Callable[["Rehearsal"], None]:
-    """Lets requests go wrong for a while, from when a step begins."""
-
-    def begin(rehearsal: "Rehearsal") -> None:
-        rehearsal.outages.append((step, kind, where, seconds))
-
-    return begin
-
-
-def _losing(step: str) -> Callable[["Rehearsal"], None]:
-    def begin(rehearsal: "Rehearsal") -> None:
-        rehearsal.executor.lose_result_of.add(step)
-
-    return begin
-
-
-FAULTS = {
-    "kill-build": Fault("SIGKILL of build-tfrecords while Dataflow works", _ending("build-tfrecords", "SIGKILL", 12)),
-    "kill-pretrain": Fault("SIGKILL of pretrain", _ending("pretrain", "SIGKILL", 25)),
-    "kill-eval": Fault("SIGKILL of linear-eval", _ending("linear-eval", "SIGKILL", 12)),
-    "sigterm": Fault("SIGTERM of pretrain", _ending("pretrain", "SIGTERM", 25)),
-    "lost-result": Fault("pretrain ends well, and its machine is lost as it says so", _losing("pretrain")),
-    "storage-503": Fault("Cloud Storage answers 503 for 200 s in pretrain", _failing("pretrain", 503, _STORAGE, 200)),
-    "storage-taken": Fault("writes fail after their bytes were taken", _failing("pretrain", "taken", r"(POST|PUT) .*upload", 15)),
-    "storage-lost": Fault("answers of Cloud Storage are lost", _failing("linear-eval", "lost", r"(POST|PUT) .*upload", 15)),
-    "quota": Fault("Cloud Storage is out of quota for 45 s", _failing("pretrain", 429, _STORAGE, 45)),
+TROUBLES = {
+    "sigkill": Trouble("SIGKILL of each step", tuple(Ending(step, "SIGKILL", 15) for step in STEPS)),
+    "sigterm": Trouble("SIGTERM of each step", tuple(Ending(step, "SIGTERM", 15) for step in STEPS)),
+    "lost-result": Trouble("each step ends well, and its machine is lost as it says so", lost=STEPS),
+    "storage-503": Trouble(
+        "Cloud Storage answers 503 for 200 s in each step", outages=tuple(Outage(step, 503, _STORAGE, 200) for step in STEPS)
+    ),
+    "storage-taken": Trouble(
+        "writes are answered 503 after their bytes were taken",
+        outages=tuple(Outage(step, "taken", _WRITES, 15) for step in STEPS),
+    ),
+    "storage-lost": Trouble("answers to writes are lost", outages=tuple(Outage(step, "lost", _WRITES, 15) for step in STEPS)),
+    "quota": Trouble(
+        "Cloud Storage is out of quota for 45 s in each step", outages=tuple(Outage(step, 429, _STORAGE, 45) for step in STEPS)
+    ),
 }
+
+
+def random_kills(kills: int, seconds: dict[str, float], seed: int) -> Trouble:
+    """Returns SIGKILLs of every step at random moments of the seconds that an attempt at it takes."""
+    draw = random.Random(seed)
+    endings = [Ending(step, "SIGKILL", draw.uniform(0, seconds[step])) for step in STEPS for _ in range(kills)]
+    return Trouble(f"{kills} SIGKILLs of each step at random moments, seed {seed}", tuple(endings))
 
 
 # ---- The rehearsal
@@ -92,26 +125,28 @@ class Rehearsal:
     executor: Executor
     dataflow: Dataflow
     logs: Path
-    endings: list[tuple[str, str, float]] = field(default_factory=list)
-    outages: list[tuple[str, str | int, str, float]] = field(default_factory=list)
+    trouble: Trouble
+    _met: list[Ending | Outage] = field(default_factory=list)
 
     def watch(self, attempt: Attempt) -> None:
-        """Carries out what is to go wrong with an attempt: it has just begun."""
+        """Lets go wrong what is to go wrong with an attempt that begins."""
         say(f"{attempt.step}, attempt {attempt.number}")
-        for one in [one for one in self.outages if one[0] == attempt.step]:
-            self.outages.remove(one)
-            _, kind, where, seconds = one
-            say(f"  for {seconds:.0f} s requests that match {where} meet {kind}")
-            self.world.google.fail_for(kind, seconds, where)
-        for one in [one for one in self.endings if one[0] == attempt.step][:1]:
-            self.endings.remove(one)
-            threading.Thread(target=self._end_later, args=(attempt, *one[1:]), daemon=True).start()
+        for outage in self._next(self.trouble.outages, attempt.step):
+            self._met.append(outage)
+            say(f"  for {outage.seconds:.0f} s requests that match {outage.where} meet {outage.kind}")
+            self.world.google.fail_for(outage.kind, outage.seconds, outage.where)
+        for ending in self._next(self.trouble.endings, attempt.step)[:1]:
+            self._met.append(ending)
+            threading.Thread(target=self._end_later, args=(attempt, ending), daemon=True).start()
 
-    def _end_later(self, attempt: Attempt, kind: str, seconds: float) -> None:
-        time.sleep(seconds)
+    def _next(self, all_of_them: Sequence[Any], step: str) -> list[Any]:
+        return [one for one in all_of_them if one.step == step and not any(one is met for met in self._met)]
+
+    def _end_later(self, attempt: Attempt, ending: Ending) -> None:
+        time.sleep(ending.seconds)
         if attempt.container.poll() is None:
-            say(f"  {kind} of {attempt.step}, {seconds:.1f} s after it began")
-            end(attempt, kind)
+            say(f"  {ending.kind} of {attempt.step}, {ending.seconds:.1f} s after it began")
+            end(attempt, ending.kind)
 
 
 def say(line: str) -> None:
@@ -127,64 +162,98 @@ def commands() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="make rehearse", description=__doc__)
-    parser.add_argument("--fault", action="append", choices=[*FAULTS, "all"], default=[], help="what goes wrong, again and again")
+    parser = argparse.ArgumentParser(prog="make rehearse", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    listed = "\n".join(f"{name}: {trouble.summary}" for name, trouble in TROUBLES.items())
+    parser.add_argument("--trouble", nargs="+", choices=[*TROUBLES, "all"], default=[], help=f"what goes wrong:\n{listed}")
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="N jobs with random kills")
+    parser.add_argument("--kills", type=int, default=3, metavar="N", help="kills of each step in such a job (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first such job (default: 0)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the jobs, to make them shorter")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="jobs at the same time (default: 1)")
     args = parser.parse_args(argv)
-    faults = list(FAULTS) if "all" in args.fault else args.fault
-    found = rehearse("plain")
-    report(found)
-    failed = complaints(found, found)
-    for name in faults:
-        say(f"with a fault: {FAULTS[name].summary}")
-        faulted = rehearse(name, FAULTS[name].begin)
-        report(faulted)
-        failed += complaints(faulted, found)
+    if reason := possible():
+        parser.error(reason)
+    layers()  # once, and where packages can be had
+    more = f"--set {' '.join(args.set)}" if args.set else ""
+    plain = rehearsed("plain", Trouble("nothing goes wrong"), more)
+    if plain is None:
+        return 1
+    troubles = {name: TROUBLES[name] for name in (TROUBLES if "all" in args.trouble else args.trouble)}
+    for seed in range(args.seed, args.seed + args.jobs):
+        troubles[f"kills-{seed}"] = random_kills(args.kills, plain["seconds_of"], seed)
+    with ThreadPoolExecutor(args.at_once) as pool:
+        asked = [pool.submit(rehearsed, name, trouble, more) for name, trouble in troubles.items()]
+        found = [plain, *(one.result() for one in asked)]
+    failed = [complaint for one in found for complaint in (complaints(one, plain) if one else ["a rehearsal broke off"])]
     for one in failed:
         print(f"error: {one}", file=sys.stderr)
+    print(f"{len(found)} jobs, {'all as they should be' if not failed else f'{len(failed)} complaints'}")
     return 1 if failed else 0
 
 
-def rehearse(name: str, begin: Callable[[Rehearsal], None] = lambda rehearsal: None) -> dict[str, Any]:
-    """Runs the page's commands in a world of their own; returns what the job left."""
+def rehearsed(name: str, trouble: Trouble, more: str = "") -> dict[str, Any] | None:
+    """Returns what a job left that ran in a world of its own, or None where that broke off. Says it too.
+
+    `more` are options of `sogclr submit`.
+    """
     logs = KEPT / "logs" / name
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
+    (logs / _ASKED).write_text(json.dumps({**asdict(trouble), "more": more}))
+    print(f"{name}: {trouble.summary}; logs in {os.path.relpath(logs, REPOSITORY)}", flush=True)
+    done = enter([sys.executable, "-u", "-m", "vertex.rehearse", "--inside", str(logs)])
+    if done or not (logs / _LEFT).exists():
+        return None
+    found = json.loads((logs / _LEFT).read_text())
+    report(found)
+    return found
+
+
+def inside(logs: Path) -> None:
+    """Runs the page's commands in a world, and writes down what the job left."""
+    asked = json.loads((logs / _ASKED).read_text())
+    trouble = Trouble(
+        asked["summary"],
+        tuple(Ending(**one) for one in asked["endings"]),
+        tuple(Outage(**one) for one in asked["outages"]),
+        tuple(asked["lost"]),
+    )
     began = time.monotonic()
     with world(page=20) as place:
         executor = Executor(place, logs)
-        rehearsal = Rehearsal(place, executor, Dataflow(place, logs), logs)
-        executor._watch = rehearsal.watch
-        begin(rehearsal)
+        rehearsal = Rehearsal(place, executor, Dataflow(place, logs), logs, trouble)
+        executor.watch = rehearsal.watch
+        executor.lose_result_of |= set(trouble.lost)
         google = place.google
-        bucket = google.storage.bucket(BUCKET)
+        google.storage.bucket(BUCKET)
         google.accounts.secrets[SECRET] = f"{USER}:{PASSWORD}"
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-        google.accounts.images[f"{PROJECT}/sogclr/sogclr-cpu:{commit[:12]}"] = "sha256:" + "c" * 64
+        for number, build in enumerate(("cpu", "gpu", "tpu"), start=1):
+            google.accounts.images[f"{PROJECT}/sogclr/sogclr-{build}:{TAG}"] = f"sha256:{number}" + "c" * 63
         with mlflow_server(place, logs):
-            shell(place, logs, bucket)
+            shell(place, logs, asked["more"])
             executor.wait()
-            return {"name": name, "seconds": time.monotonic() - began, **left(rehearsal)}
+            seconds = time.monotonic() - began
+            found = {"name": logs.name, "seconds": seconds, **left(rehearsal)}
+    (logs / _LEFT).write_text(json.dumps(found, indent=1))
 
 
-def shell(place: World, logs: Path, bucket: Path) -> None:
-    """Runs the page's commands, as a user with credentials and the checkout does; says what they print."""
+def shell(place: World, logs: Path, more: str) -> None:
+    """Runs the page's commands, as a user with credentials does; shows what they print."""
     home = place.folder / "home"
     home.mkdir()
-    key = write_key(home, PROJECT, "https://oauth2.googleapis.com")
     environ = {
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
         "HOME": str(home),
-        "GOOGLE_APPLICATION_CREDENTIALS": str(key),
-        "BUCKET_FOLDER": str(bucket),
-        "PYTHONPATH": "",
+        "TMPDIR": str(home),
+        "GOOGLE_APPLICATION_CREDENTIALS": str(write_key(home, PROJECT, "https://oauth2.googleapis.com")),
+        "BUCKETS": str(place.machine.gcs),
+        "TAG": TAG,
+        "MORE": more,
+        **TRUST,
     }
-    from vertex.world import TRUST
-
-    script = commands()
     process = subprocess.Popen(
-        ["bash", "-euxo", "pipefail", "-c", script],
-        cwd=REPOSITORY,
-        env={**environ, **TRUST},
+        ["bash", "-eu", "-o", "pipefail", "-c", _PRELUDE + commands()],
+        env=environ,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -210,8 +279,6 @@ class mlflow_server:  # noqa: N801  it is used as a function is
         command += ["--app-name", "basic-auth", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1"]
         command += ["--artifacts-destination", f"gs://{BUCKET}/mlflow"]
         command += ["--uvicorn-opts", f"--ssl-keyfile={key} --ssl-certfile={certificate}"]
-        from vertex.world import TRUST
-
         environ = {
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
@@ -273,6 +340,7 @@ def left(rehearsal: Rehearsal) -> dict[str, Any]:
         "dataflow": rehearsal.dataflow.active(),
         "attempts": Counter(one.step for one in rehearsal.executor.attempts),
         "custom_jobs": len(google.vertex.custom),
+        "seconds_of": {one.step: one.seconds for one in rehearsal.executor.attempts},
         "requests": dict(google.counts),
         "still_running": [one.step for one in rehearsal.executor.attempts if one.container.poll() is None],
     }
@@ -292,8 +360,8 @@ def report(found: dict[str, Any]) -> None:
     print(flush=True)
 
 
-def complaints(found: dict[str, Any], plain: dict[str, Any]) -> Iterator[str]:
-    """Yields what a job left otherwise than it should have; `plain` is one that nothing went wrong with."""
+def complaints(found: dict[str, Any], plain: dict[str, Any]) -> list[str]:
+    """Returns what a job left otherwise than it should have; `plain` is one that nothing went wrong with."""
     return list(_complaints(found, plain))
 
 
@@ -321,5 +389,7 @@ def _complaints(found: dict[str, Any], plain: dict[str, Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    random.seed(0)
-    sys.exit(main())
+    if sys.argv[1:2] == ["--inside"]:
+        inside(Path(sys.argv[2]))
+    else:
+        sys.exit(main())

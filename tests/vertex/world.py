@@ -82,8 +82,6 @@ class World:
 @contextlib.contextmanager
 def world(page: int = 1000) -> Iterator[World]:
     """Makes Google's hosts of this network, which `enter` made. Fails at the end where a request was of no known kind."""
-    if os.getpid() != 1 and os.getppid() not in (0, 1):
-        raise RuntimeError("world() is for what python -m vertex.world runs")
     with tempfile.TemporaryDirectory(prefix="world-") as scratch:
         folder = Path(scratch)
         _raise_interface()
