@@ -21,6 +21,7 @@ _SECONDS_BETWEEN_REMOTE_WRITES = 10.0
 """One write in Cloud Storage takes about six requests."""
 _SECONDS_BETWEEN_LOCAL_WRITES = 0.2
 _SECONDS_TO_CLOSE = 60.0
+_SECONDS_TO_SETTLE = 60.0
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.5, 10.0
 _TRANSIENT = (429, 500, 502, 503, 504)
 _TRANSIENT_IN_STORAGE = (
@@ -160,8 +161,8 @@ class Outbox:
 
     `deliver` sends points, and may fail or hang; so may the storage of the file. Neither ends a thread, and `put` waits for
     neither. The file follows `put` within 10 s on remote storage and 0.2 s on a local disk, plus the time of two writes: a
-    SIGKILL loses no undelivered point that is older, as long as the storage takes the file. Points that are delivered twice,
-    because an answer was lost, are the same points to MLflow.
+    SIGKILL loses no undelivered point that is older, as long as the storage takes the file. After `settle` it loses none.
+    Points that are delivered twice, because an answer was lost, are the same points to MLflow.
     """
 
     def __init__(self, deliver: Callable[[Sequence[Point]], object], patience: float) -> None:
@@ -176,6 +177,7 @@ class Outbox:
         """The points in the file."""
         self._file_is_old = False
         self._flushing = False
+        self._write_now = False
         self._try_now = False
         """Whether `flush` was called after the last attempt to deliver."""
         self._refused = False
@@ -219,6 +221,19 @@ class Outbox:
             self._waiting += points
             self._file_is_old = True
             self._changed.notify_all()
+
+    def settle(self) -> None:
+        """Returns once every point is delivered, or is in the file: then the process may be killed. Waits 60 s at most."""
+        until = time.monotonic() + _SECONDS_TO_SETTLE
+        with self._changed:
+            self._flushing = self._try_now = True
+            self._failure = None
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._waiting or self._failure, _SECONDS_BETWEEN_CALLS)
+            if self._waiting and self._file:
+                self._write_now = True
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: set(self._waiting) <= set(self._stored), until - time.monotonic())
 
     def flush(self) -> None:
         """Waits up to patience until all points are delivered. Raises UserError at once where the server refuses them."""
@@ -305,8 +320,9 @@ class Outbox:
         pause = 0.0
         while not self._closing:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing, pause)
+                self._changed.wait_for(lambda: self._closing or self._write_now, pause)
                 self._changed.wait_for(lambda: self._closing or (self._file and self._file_is_old))
+                self._write_now = False
             self._write()
             between = _SECONDS_BETWEEN_REMOTE_WRITES if "://" in self._file else _SECONDS_BETWEEN_LOCAL_WRITES
             pause = _LONGEST_WAIT if self._write_failure else between
@@ -350,6 +366,7 @@ class Outbox:
                 self._stored, self._removed = points, remove
             else:
                 self._file_is_old = True
+            self._changed.notify_all()
 
 
 def _point(stored: list[Any]) -> Point:

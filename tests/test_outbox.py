@@ -325,3 +325,17 @@ def test_a_folder_is_taken_over_whole_or_not_at_all(folder):
         assert json.loads(file.read()) == {"run_id": "after", "metrics": [["before", 1.0, 2, 3]]}
     blocked.set()
     box.close()
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_once_the_outbox_has_settled_a_sigkill_loses_nothing(storage, folder, monkeypatch, status):
+    """Whichever of the two answers: the server has the points, or the file has."""
+    monkeypatch.setattr(outbox, "_SECONDS_BETWEEN_REMOTE_WRITES", 3600.0)
+    with answering(status) as server:
+        run = step_run(server.url)
+        run.keep_metrics_in(folder)
+        for first in (0, POINTS):
+            log(run, range(first, first + POINTS))
+            run.settle()
+            assert sorted({*server.steps(), *steps_in(folder)}) == list(range(first + POINTS))
+        run.close()

@@ -224,13 +224,15 @@ def train(
     strategy: tf.distribute.Strategy | None = None,
     log_metrics: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
     report: Callable[[int, int, str], None] = lambda done, total, text: None,
+    before_checkpoint: Callable[[], None] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Pretrains on the dataset in `data_dir`, from the newest checkpoint in `checkpoint_dir` if there is one.
 
     Runs on `strategy`'s replicas, by default on whatever the machine has. Calls `log_metrics(metrics, step)` every
     `config.log_every_steps` and at the end, `report(steps done, steps in all, text)` as often, and `should_stop()` after every
-    step: where that is true it saves the state and raises PreemptedError. Leaves config.json, the newest checkpoints and
+    step: where that is true it saves the state and raises PreemptedError. Calls `before_checkpoint()` before it saves: a run
+    that goes on from the checkpoint does not log again what came before it. Leaves config.json, the newest checkpoints and
     result.json. Killed and started again, it ends with the same bits.
 
     Raises UserError for data that cannot be used, a checkpoint folder of another run, and a loss that is not finite.
@@ -273,6 +275,7 @@ def train(
             log_metrics(metrics, step)
             report(step, total, f"loss {metrics['train/contrastive_loss']:.3f}, {_rate(metrics)}")
         if saves:
+            before_checkpoint()
             saved = checkpoints.Checkpoint(step, state.arrays(), metrics, run)
             path = checkpoints.save(checkpoint_dir, saved, config.keep_checkpoints)
         if stopping:
