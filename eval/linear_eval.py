@@ -210,8 +210,22 @@ def linear_eval(
             name = "classifier" if one is cached else f"classifier-{one.accuracy.protocol}"
             checkpoints.write_arrays(f"{output}/{name}.npz", one.arrays)
     checkpoints.write_whole(f"{output}/{RESULT}", (json.dumps(written, indent=1, sort_keys=True) + "\n").encode())
-    tf.io.gfile.rmtree(unfinished)
+    _clear(unfinished, whole=workspace == output.rstrip("/"))
     return result
+
+
+def _clear(unfinished: str, whole: bool) -> None:
+    """Deletes what is of use only until an evaluation is finished.
+
+    Where the workspace is not the output, whoever called may yet fail to record the result, and does the same again into another
+    output: then the rows of finished protocols, which are small, stay. What cannot be deleted harms nobody.
+    """
+    try:
+        folders = [f"{unfinished}/{name.rstrip('/')}" for name in tf.io.gfile.listdir(unfinished)]
+        for folder in [unfinished] if whole else filter(tf.io.gfile.isdir, folders):
+            tf.io.gfile.rmtree(folder)
+    except tf.errors.OpError as error:
+        print(f"warning: {unfinished} is no longer needed and cannot be deleted: {error.message}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
