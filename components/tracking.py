@@ -20,7 +20,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -49,6 +49,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
 from components import figures, registration, variables
+from components.lease import LostLeaseError
 from components.lineage import COMPONENTS, Artifact, Lineage, Step, short
 from components.outbox import (
     Outbox,
@@ -347,9 +348,14 @@ def knows(store: Store, run_id: str) -> bool:
 class StepRun:
     """The run of a component while it runs."""
 
-    def __init__(self, store: Store, run_id: str) -> None:
+    def __init__(self, store: Store, run_id: str, job: str = "") -> None:
         self.run_id = run_id
+        self.job = job
+        """Names the pipeline job that this is a step of, on Vertex AI as the API does."""
         self._store = store
+        self._recorded: set[tuple[str, int]] = set()
+        """Metrics and steps that earlier attempts recorded."""
+        self._at_end: list[Callable[[bool], None]] = []
         client = _impatient(store).client
         self._outbox = Outbox(
             lambda points: client.log_batch(run_id, metrics=[Metric(*point) for point in points]), _PATIENCE_OF_STEPS
@@ -368,9 +374,19 @@ class StepRun:
         _set_tags(self._store, self.run_id, {tag: devices[name] for tag, name in names.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Records metrics, without waiting for the store."""
+        """Records metrics, without waiting for the store. Those that an earlier attempt recorded of the same step stay."""
         now = int(time.time() * 1000)
-        self._outbox.put([(name, float(value), now, step) for name, value in metrics.items()])
+        new = {name: float(value) for name, value in metrics.items() if (name, step) not in self._recorded}
+        self._outbox.put([(name, value, now, step) for name, value in new.items()])
+
+    def skip_recorded_metrics(self) -> None:
+        """Reads what earlier attempts recorded in this run, which goes on before the last step that they logged."""
+        for name, points in _history(self._store, self.run_id).items():
+            self._recorded |= {(name, point.step) for point in points}
+
+    def at_end(self, end: Callable[[bool], None]) -> None:
+        """Has `end` called when the step ends and its metrics are delivered or stored, with whether it is finished."""
+        self._at_end.append(end)
 
     def flush(self) -> None:
         """Waits until every metric is with the store. Raises what stands in the way where there is no hope."""
@@ -379,6 +395,12 @@ class StepRun:
     def close(self, finished: bool = False) -> None:
         """Sends what can be sent at once; what cannot stays in the outbox's file, which goes once the step is `finished`."""
         self._outbox.close(finished)
+        for end in self._at_end:
+            end(finished)
+
+    def abandon(self) -> None:
+        """Keeps no metric that is not with the store yet, since another process does the same work now."""
+        self._outbox.abandon()
 
     def keep_metrics_in(self, folder: str) -> None:
         """Keeps metrics that were not delivered yet in `folder`, and delivers those that an earlier attempt left there.
@@ -394,6 +416,7 @@ class StepRun:
             return [(name, one.value, one.timestamp, one.step) for name, points in history.items() for one in points]
 
         self._outbox.keep_in(folder, self.run_id, inherit)
+        self._recorded |= {(name, step) for name, _, _, step in self._outbox.taken_over}
 
     def history(self) -> dict[str, list[tuple[int, float]]]:
         """Returns all that was recorded of each metric, by name: (step, value), in order."""
@@ -543,6 +566,33 @@ class StepRun:
             return False
 
 
+def recorded_before(
+    component: str, arguments: Mapping[str, Any], outputs: Mapping[str, KfpArtifact], environ: Mapping[str, str] = os.environ
+) -> bool:
+    """Returns whether an earlier attempt of the same pipeline job recorded all of `component`; then `outputs` are what it made.
+
+    An attempt can fail after that: KFP stores the outputs when the component's own code has ended.
+    """
+    store = open_job_store(environ)
+    pipeline_id = environ.get("MLFLOW_RUN_ID") or find_job(store, job_of(next(iter(outputs.values())).uri), environ)
+    earlier = _attempts(store, component, pipeline_id) if pipeline_id else []
+    if not pipeline_id or not earlier:
+        return False
+    run_id = earlier[-1].info.run_id
+    recorded = _recorded(store, run_id)
+    if recorded["outputs"].keys() != outputs.keys() or recorded["arguments"] != json.loads(json.dumps(dict(arguments))):
+        return False
+    for name, artifact in outputs.items():
+        artifact.uri = recorded["outputs"][name]["uri"]
+        artifact.metadata.update(recorded["outputs"][name]["metadata"])
+    print(f"{component} was finished by an earlier attempt, as run {run_id}", file=sys.stderr, flush=True)
+    if earlier[-1].info.status != "FINISHED":
+        _reopen(store, earlier[-1])
+        store.client.set_terminated(run_id, "FINISHED")
+    redraw(store, pipeline_id)
+    return True
+
+
 @contextmanager
 def step(
     component: str,
@@ -560,17 +610,26 @@ def step(
     store = open_job_store(environ)
     first = next(iter(outputs.values()))
     pipeline_id = environ.get("MLFLOW_RUN_ID") or pipeline_of_job(store, job_of(first.uri), environ)
-    run_id = _open_run(store, component, pipeline_id, arguments, inputs or {}, environ)
+    earlier = [run for run in _attempts(store, component, pipeline_id)[-1:] if run.info.status != "FINISHED"]
+    run_id = _open_run(store, component, pipeline_id, arguments, inputs or {}, environ, earlier)
     for artifact in outputs.values():
         artifact.metadata["run_id"] = run_id
 
-    run = StepRun(store, run_id)
+    folder = environ.get(variables.JOB_FOLDER, "")
+    run = StepRun(store, run_id, f"{folder}/pipelineJobs/{job_of(first.uri)}" if folder else f"pipeline run {pipeline_id}")
+    if earlier:
+        run.skip_recorded_metrics()
     run.log_params(arguments)
     _log_step(store, run_id, arguments, {})
     try:
         yield run
         run.flush()
         _log_step(store, run_id, arguments, outputs)
+    except LostLeaseError:
+        # Whoever has the folder now may be the next attempt, in the same run.
+        run.abandon()
+        run.close()
+        raise
     except BaseException as error:
         run.close()
         # A step that waited for the server as long as it may does not wait again, and fails for its own reason.
@@ -593,6 +652,18 @@ def _record_failure(store: Store, run_id: str, pipeline_id: str, error: BaseExce
     redraw(store, pipeline_id)
 
 
+def _attempts(store: Store, component: str, pipeline_id: str) -> list[Run]:
+    """Returns the runs of a component in a pipeline run, the oldest first."""
+    return [run for run in _search(store, _PARENT, pipeline_id) if run.data.tags.get(_COMPONENT) == component]
+
+
+def _reopen(store: Store, run: Run) -> None:
+    """Takes back that a run failed."""
+    store.client.update_run(run.info.run_id, status="RUNNING")
+    for tag in {_ERROR, _USER_ERROR} & set(run.data.tags):
+        store.client.delete_tag(run.info.run_id, tag)
+
+
 def _open_run(
     store: Store,
     component: str,
@@ -600,15 +671,12 @@ def _open_run(
     arguments: Mapping[str, Any],
     inputs: Mapping[str, KfpArtifact],
     environ: Mapping[str, str],
+    earlier: Sequence[Run],
 ) -> str:
-    """Returns the run of `component` in a pipeline run: the one that an earlier attempt left, else a new one."""
-    earlier = [run for run in _search(store, _PARENT, pipeline_id) if run.data.tags.get(_COMPONENT) == component]
-    if earlier and earlier[-1].info.status != "FINISHED":
-        run_id = earlier[-1].info.run_id
-        store.client.update_run(run_id, status="RUNNING")
-        for tag in {_ERROR, _USER_ERROR} & set(earlier[-1].data.tags):
-            store.client.delete_tag(run_id, tag)
-        return run_id
+    """Returns the run of `component` in a pipeline run: the one of an `earlier` attempt, else a new one."""
+    if earlier:
+        _reopen(store, earlier[-1])
+        return earlier[-1].info.run_id
     inherited = store.client.get_run(pipeline_id).data.tags
     tags = {_COMPONENT: component, _PARENT: pipeline_id, _CODE: str(arguments.get("code_version", ""))}
     tags |= {key: inherited[key] for key in (_COMMIT, _ROOT, _JOB_LINK) if key in inherited}
@@ -672,8 +740,7 @@ def read_step(store: Store, run_id: str) -> Step:
     """Returns what a component's run recorded."""
     run = store.client.get_run(run_id)
     tags = run.data.tags
-    with tempfile.TemporaryDirectory() as folder:
-        recorded = json.loads(Path(store.client.download_artifacts(run_id, _STEP, folder)).read_text())
+    recorded = _recorded(store, run_id)
     return Step(
         component=tags[_COMPONENT],
         run_id=run_id,
@@ -818,6 +885,15 @@ def _runs_named_by(run: Run) -> dict[str, str]:
 def _history(store: Store, run_id: str) -> dict[str, list[Metric]]:
     names = store.client.get_run(run_id).data.metrics
     return {name: list(store.client.get_metric_history(run_id, name)) for name in names}
+
+
+def _recorded(store: Store, run_id: str) -> dict[str, Any]:
+    """Returns the arguments and outputs of a component's run; none where it was killed before it recorded them."""
+    if not any(file.path == _STEP for file in store.client.list_artifacts(run_id)):
+        return {"arguments": {}, "outputs": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, Any] = json.loads(Path(store.client.download_artifacts(run_id, _STEP, folder)).read_text())
+    return found
 
 
 def _set_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
