@@ -7,12 +7,13 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from fake_vertex import give_credentials, nothing_leaves_this_machine, serving
 from gcp_storage_emulator.server import create_server
 from google.cloud import storage
 from kfp import dsl
 from mlflow import MlflowClient
 from test_pipeline import raw_archives
+from vertex.accounts import give_credentials, nothing_leaves_this_machine
+from vertex.google import serving
 
 from components.steps import build_tfrecords
 
