@@ -1,8 +1,9 @@
 """Two jobs that do the same at once: who gets which folder on gs://, and what becomes of the one that loses it.
 
-Google's own client talks to a loopback bucket. Looks at a lease wait in `Waits`, so no test depends on a clock.
+Google's own client talks to a loopback Cloud Storage. Looks at a lease wait in `Waits`, so no test depends on a clock.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -10,9 +11,9 @@ import threading
 import time
 from pathlib import Path
 
-import bucket as loopback
 import pytest
 from holding import started
+from vertex.google import serving
 
 from components import lease, outbox, workspace
 from trainer.records import UserError
@@ -36,10 +37,11 @@ class Waits:
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-    with loopback.serving() as bucket:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket.url)
-        yield bucket
+def google(tmp_path, monkeypatch):
+    (tmp_path / "gcs" / "bucket").mkdir(parents=True)
+    with serving(tmp_path / "gcs") as google:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", google.url)
+        yield google
 
 
 @pytest.fixture
@@ -71,12 +73,27 @@ def number(claimed):
     return int(claimed.folder.rpartition("-")[2])
 
 
+def fail(google, *kinds):
+    """Makes the next requests for objects go wrong."""
+    google.fail(*kinds, path="/b/bucket/o")
+
+
+def requests(google):
+    """Returns how often objects were asked for. Once the client asks by itself what kind of bucket it is."""
+    return sum("/b/bucket/o" in target for _, target, _ in google.requests)
+
+
+def record(google, claimed):
+    path = google.storage.folder / claimed.folder.removeprefix("gs://") / lease.FILE
+    return json.loads(path.read_text())
+
+
 def eventually(holds):
     while not holds():
         time.sleep(0.01)
 
 
-def test_of_two_jobs_at_once_the_second_works_elsewhere(bucket, waits, capsys):
+def test_of_two_jobs_at_once_the_second_works_elsewhere(google, waits, capsys):
     first = claim("jobs/a")
     waits.do = lambda: renew(first)
     second = claim("jobs/b")
@@ -89,7 +106,7 @@ def test_of_two_jobs_at_once_the_second_works_elsewhere(bucket, waits, capsys):
         one.release(finished=False)
 
 
-def test_two_jobs_that_begin_in_the_same_moment_get_two_folders(bucket, waits):
+def test_two_jobs_that_begin_in_the_same_moment_get_two_folders(google, waits):
     waits.do = lambda: [renew(one) for one in claimed]
     claimed = []
     barrier = threading.Barrier(4)
@@ -109,7 +126,7 @@ def test_two_jobs_that_begin_in_the_same_moment_get_two_folders(bucket, waits):
         one.require()
 
 
-def test_what_was_released_is_gone_on_with_and_what_was_finished_is_left_to_its_own_job(bucket, waits):
+def test_what_was_released_is_gone_on_with_and_what_was_finished_is_left_to_its_own_job(google, waits):
     claim("jobs/a").release(finished=False)
     again = claim("jobs/b")
     assert number(again) == 1
@@ -119,7 +136,7 @@ def test_what_was_released_is_gone_on_with_and_what_was_finished_is_left_to_its_
     assert waits.count == 0
 
 
-def test_the_next_attempt_of_the_same_job_takes_over_at_once_and_the_one_before_stops(bucket, waits):
+def test_the_next_attempt_of_the_same_job_takes_over_at_once_and_the_one_before_stops(google, waits):
     before = claim("jobs/a")
     should_stop = before.stopping(lambda: False)
     assert not should_stop()
@@ -132,7 +149,7 @@ def test_the_next_attempt_of_the_same_job_takes_over_at_once_and_the_one_before_
     before.release(finished=True)
     renew(after)
     after.require()
-    assert '"state": "working"' in bucket.texts[f"{after.folder.removeprefix('gs://bucket/')}/lease.json"]
+    assert record(google, after)["state"] == "working"
 
 
 KILLED = """
@@ -144,7 +161,7 @@ time.sleep(3600)
 """
 
 
-def test_what_a_killed_job_left_is_gone_on_with_by_the_next_once_it_is_thought_dead(bucket, waits):
+def test_what_a_killed_job_left_is_gone_on_with_by_the_next_once_it_is_thought_dead(google, waits):
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with started([sys.executable, "-c", KILLED, ROOT], env=environ, stdout=subprocess.PIPE, text=True) as process:
         left = process.stdout.readline().strip()
@@ -156,12 +173,12 @@ def test_what_a_killed_job_left_is_gone_on_with_by_the_next_once_it_is_thought_d
     after.require()
 
 
-def test_a_holder_that_storage_kept_from_renewing_is_not_thought_dead(bucket, waits):
+def test_a_holder_that_storage_kept_from_renewing_is_not_thought_dead(google, waits):
     first = claim("jobs/a")
 
     def do():
         if waits.count == lease._LOOKS - 2:
-            bucket.fail(*[503] * 20)
+            fail(google, *[503] * 20)
         if waits.count == 2 * lease._LOOKS - 4:
             renew(first)
 
@@ -170,34 +187,33 @@ def test_a_holder_that_storage_kept_from_renewing_is_not_thought_dead(bucket, wa
     first.require()
 
 
-def test_renewing_outlives_errors_and_lost_answers(bucket, monkeypatch, capsys):
+def test_renewing_outlives_errors_and_lost_answers(google, monkeypatch, capsys):
     monkeypatch.setattr(lease, "_SECONDS_BETWEEN_RENEWALS", 0.01)
-    bucket.fail("lost", "lost")
+    fail(google, "lost", "lost")
     held = claim("jobs/a")
     for faults in ([503] * 5, ["lost"] * 3, [429, 403, "lost", 500]):
-        bucket.fail(*faults)
-        eventually(lambda: not bucket.faults)
-        seen = len(bucket.asked)
-        eventually(lambda seen=seen: len(bucket.asked) > seen + 3)
+        fail(google, *faults)
+        eventually(lambda: not google.faults)
+        seen = requests(google)
+        eventually(lambda seen=seen: requests(google) > seen + 3)
         held.require()
     assert "lease.json is not renewed: it answers HTTP 503" in capsys.readouterr().err
-    bucket.fail(503, "lost")
+    fail(google, 503, "lost")
     held.release(finished=True)
-    (state,) = {one["metadata"]["state"] for one in bucket.objects.values()}
-    assert state == "finished"
+    assert record(google, held)["state"] == "finished"
 
 
-def test_a_lease_takes_two_requests_to_have_and_one_to_keep(bucket):
+def test_a_lease_takes_two_requests_to_have_and_one_to_keep(google):
     held = claim("jobs/a")
-    assert len(bucket.asked) == 2
+    assert requests(google) == 2
     renew(held)
-    assert len(bucket.asked) == 3
+    assert requests(google) == 3
     held.release(finished=True)
-    assert len(bucket.asked) == 4
+    assert requests(google) == 4
 
 
-def test_storage_that_refuses_is_one_line(bucket):
-    bucket.fail(403)
+def test_storage_that_refuses_is_one_line(google):
+    fail(google, 403)
     with pytest.raises(UserError, match=r"lease.json cannot be read or written: it answers HTTP 403") as raised:
         claim("jobs/a")
     assert "\n" not in str(raised.value)
