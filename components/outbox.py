@@ -18,7 +18,7 @@ FILE = "undelivered-metrics.json"
 _POINTS_PER_CALL = 500
 _SECONDS_BETWEEN_CALLS = 5.0
 _SECONDS_BETWEEN_REMOTE_WRITES = 10.0
-"""One write in Cloud Storage takes about six requests."""
+"""One write in Cloud Storage takes two requests or more."""
 _SECONDS_BETWEEN_LOCAL_WRITES = 0.2
 _SECONDS_TO_CLOSE = 60.0
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.5, 10.0
