@@ -149,7 +149,7 @@ def test_the_command_of_make_setup_needs_no_package():
 
 
 def test_tensorflow_is_told_of_the_tpu_s_plug_in_where_it_needs_one(system, tmp_path, monkeypatch):
-    assert hardware.tensorflow_environment(system) == {"TF_ENABLE_ONEDNN_OPTS": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    assert {"TF_ENABLE_ONEDNN_OPTS": "1", "TPU_SKIP_MDS_QUERY": "1"}.items() <= hardware.tensorflow_environment(system).items()
     (tmp_path / "libtpu").mkdir()
     (tmp_path / "libtpu" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from vertex import container
 from vertex.google import serving
-from vertex.image import image_of, tree
+from vertex.image import image_of, layers
 
 from pipelines.images import Images
 from trainer import hardware
@@ -79,7 +79,7 @@ def machine(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "etc" / "passwd").write_text("root:x:0:0::/root:/bin/sh\nsogclr:x:1000:1000::/home:/bin/sh\n")
     (tmp_path / "gcs").chmod(0o755)
-    return container.Machine(tree(), tmp_path / "etc", tmp_path / "gcs")
+    return container.Machine(layers(), tmp_path / "etc", tmp_path / "gcs")
 
 
 def start(machine, image, *command, **environ):

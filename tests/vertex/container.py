@@ -21,7 +21,7 @@ from vertex.image import Image, mounted
 
 _START = """
 set -e
-mount -t overlay overlay -o "lowerdir=$TREE,upperdir=$SCRATCH/upper,workdir=$SCRATCH/work" "$SCRATCH/root"
+mount -t overlay overlay -o "lowerdir=$LAYERS,upperdir=$SCRATCH/upper,workdir=$SCRATCH/work" "$SCRATCH/root"
 cd "$SCRATCH/root"
 for folder in $MOUNTED; do mount --rbind -o ro "/$folder" "$folder"; done
 mount --bind "$ETC" etc
@@ -46,7 +46,8 @@ def possible() -> str:
 class Machine:
     """What is the same for every container on it."""
 
-    tree: Path
+    layers: tuple[Path, ...]
+    """Folders with the image's files, each over the next."""
     etc: Path
     """Mounted at /etc: names of hosts, certificates."""
     gcs: Path
@@ -66,11 +67,11 @@ class Container:
         unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child=KILL", "--ipc"]
         given = {
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-            "TREE": str(machine.tree),
+            "LAYERS": ":".join(map(str, machine.layers)),
             "ETC": str(machine.etc),
             "GCS": str(machine.gcs),
             "SCRATCH": str(self._scratch),
-            "MOUNTED": shlex.join(mounted(machine.tree)),
+            "MOUNTED": shlex.join(mounted(machine.layers[-1])),
         }
         with log.open("ab") as output:
             self._process = subprocess.Popen(

@@ -121,11 +121,12 @@ class Dataflow:
         _, _, digest = image.partition("@")
         assert digest in self._world.google.accounts.images.values(), f"no registry here has {image}"
         assert job.environment.service_account_email, "workers would run as another account than the steps"
-        machine = {name: str(path) for name, path in asdict(self._world.machine).items()}
         log = self._logs / f"dataflow-{len(self.jobs)}.log"
         asked = self._logs / f"dataflow-{len(self.jobs)}.json"
         pipeline = self._world.machine.gcs / str(options["pipelineUrl"]).removeprefix("gs://")
-        asked.write_text(json.dumps({"pipeline": str(pipeline), "machine": machine, "log": str(log)}))
+        asked.write_text(
+            json.dumps({"pipeline": str(pipeline), "machine": asdict(self._world.machine), "log": str(log)}, default=str)
+        )
         with self._lock, log.open("ab") as output:
             if job.current_state.name == "JOB_STATE_CANCELLED":
                 return
@@ -173,7 +174,7 @@ def run(asked: Path) -> None:
 def work(asked: Path) -> int:
     """Starts a worker in the image and waits until it ends."""
     about = json.loads(asked.read_text())
-    machine = Machine(**{name: Path(path) for name, path in about["machine"].items()})
+    machine = Machine(tuple(map(Path, about["machine"]["layers"])), Path(about["machine"]["etc"]), Path(about["machine"]["gcs"]))
     image = image_of("cpu")
     address = {
         name: re.search(r'url:\s*"([^"]+)"', os.environ[f"{name}_API_SERVICE_DESCRIPTOR"])[1]  # type: ignore[index]

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
@@ -61,36 +62,52 @@ def image_of(build: str) -> Image:
 
 
 @functools.cache
-def tree() -> Path:
-    """Returns a folder with the CPU image's files: Python's environment as locked, and this project as it is now.
+def layers() -> tuple[Path, Path]:
+    """Returns the CPU image's files as two folders, the first over the second: this project as it is now, and all else.
 
-    Debian's own folders are those of this machine, mounted when a container starts. The environment is kept in build/ and made
-    anew when the lock changes.
+    Debian's own folders are those of this machine, mounted when a container starts. Python's environment is as locked. Both
+    folders are kept in build/ and are made anew when what they are made of changes.
     """
     lock = REPOSITORY / "requirements" / "cpu.lock"
-    digest = hashlib.sha256(lock.read_bytes() + platform.python_version().encode()).hexdigest()[:12]
     kept = REPOSITORY / "build" / "rehearsal"
-    folder, installed = kept / f"image-{digest}", kept / f"image-{digest}.installed"
     kept.mkdir(parents=True, exist_ok=True)
-    with (kept / "lock").open("w") as held:
+    with (kept / "lock").open("w") as held, tempfile.TemporaryDirectory() as scratch:
         fcntl.flock(held, fcntl.LOCK_EX)
-        python = folder / "opt" / "sogclr" / "bin" / "python3"
-        install = [Path(sys.executable).with_name("uv"), "pip", "install", "--quiet", "--no-deps", "--python", python]
-        if not installed.exists():
-            print("building the image's folder", file=sys.stderr, flush=True)
-            shutil.rmtree(folder, ignore_errors=True)
+
+        def made(name: str, depends_on: bytes, make: Callable[[Path], None]) -> Path:
+            folder = kept / f"{name}-{hashlib.sha256(depends_on).hexdigest()[:12]}"
+            if not folder.exists():
+                print(f"making the image's layer {folder.name}", file=sys.stderr, flush=True)
+                partial = kept / f"{name}.partial"
+                shutil.rmtree(partial, ignore_errors=True)
+                make(partial)
+                partial.rename(folder)
+            return folder
+
+        def environment(folder: Path) -> None:
             _skeleton(folder)
             # The venv's options and the lock are the Dockerfile's, uv is pip in a fraction of its time.
             _run(sys._base_executable, "-m", "venv", folder / "opt" / "sogclr")
-            _run(*install, "--require-hashes", "--compile-bytecode", "--requirement", lock)
-            installed.touch()
-        with tempfile.TemporaryDirectory() as source:
-            for line in re.findall(r"^COPY (?!--from)([^$\n]+) /tmp/source", DOCKERFILE, re.MULTILINE):
-                for name in line.split():
-                    copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
-                    copy(REPOSITORY / name, Path(source, name))
-            _run(*install, "--no-build-isolation", "--compile-bytecode", "--reinstall", source)
-    return folder
+            python = folder / "opt" / "sogclr" / "bin" / "python3"
+            _run(*_INSTALL, "--compile-bytecode", "--require-hashes", "--python", python, "--requirement", lock)
+
+        def project(folder: Path) -> None:
+            packages = next(below.glob("opt/sogclr/lib/python3*/site-packages")).relative_to(below)
+            _run(*_INSTALL, "--compile-bytecode", "--no-build-isolation", "--target", folder / packages, source)
+
+        below = made("environment", lock.read_bytes() + platform.python_version().encode(), environment)
+        source = Path(scratch, "source")
+        source.mkdir()
+        for line in re.findall(r"^COPY (?!--from)([^$\n]+) /tmp/source", DOCKERFILE, re.MULTILINE):
+            for name in line.split():
+                copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
+                copy(REPOSITORY / name, source / name)
+        files = sorted(path for path in source.rglob("*") if path.is_file() and path.suffix != ".pyc")
+        content = b"".join(str(path.relative_to(source)).encode() + path.read_bytes() for path in files)
+        return made("project", content, project), below
+
+
+_INSTALL = (Path(sys.executable).with_name("uv"), "pip", "install", "--quiet", "--no-deps")
 
 
 def _skeleton(root: Path) -> None:

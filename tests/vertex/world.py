@@ -30,7 +30,7 @@ from cryptography.x509.oid import NameOID
 
 from vertex.container import Container, Machine, possible
 from vertex.google import Google, Server
-from vertex.image import REPOSITORY, Image, tree
+from vertex.image import REPOSITORY, Image, layers
 
 REGION = "europe-west4"
 MLFLOW = "mlflow.example.com"
@@ -46,6 +46,8 @@ _HOSTS = (
 )
 _METADATA = ("metadata.google.internal", "169.254.169.254")
 _CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+_REPLACED = ("hosts", "resolv.conf", "nsswitch.conf", _CERTIFICATES.removeprefix("/etc/"))
+"""Files of /etc that the world's own take the place of."""
 TRUST = dict.fromkeys(
     ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", "HTTPLIB2_CA_CERTS", "CURL_CA_BUNDLE"),
     _CERTIFICATES,
@@ -88,9 +90,9 @@ def world(page: int = 1000) -> Iterator[World]:
         _write_certificates(folder)
         etc = folder / "etc"
         _write_etc(etc, (folder / "authority.pem").read_text())
-        for name in ("hosts", "resolv.conf", "nsswitch.conf", _CERTIFICATES.removeprefix("/etc/")):
-            if Path("/etc", name).exists():
-                subprocess.run(["mount", "--bind", etc / name, Path("/etc", name)], check=True)
+        replaced = [name for name in _REPLACED if Path("/etc", name).exists()]
+        for name in replaced:
+            subprocess.run(["mount", "--bind", etc / name, Path("/etc", name)], check=True)
         gcs = folder / "gcs"
         gcs.mkdir()
         google = Google(gcs, page)
@@ -105,10 +107,15 @@ def world(page: int = 1000) -> Iterator[World]:
         ]
         for server in servers:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        yield World(google, Machine(tree(), etc, gcs), folder)
-        for server in servers:
-            server.shutdown()
-        services.stop(None)
+        try:
+            yield World(google, Machine(layers(), etc, gcs), folder)
+        finally:
+            for server in servers:
+                server.shutdown()
+                server.server_close()
+            services.stop(None).wait()
+            for name in replaced:
+                subprocess.run(["umount", Path("/etc", name)], check=True)
         assert google.unknown == [], f"no service here knows: {google.unknown}"
 
 
@@ -196,5 +203,5 @@ def _write_etc(folder: Path, authority: str) -> None:
 if __name__ == "__main__":
     if reason := possible():
         sys.exit(f"error: {reason}")
-    tree()  # outside of it, where packages can be had
+    layers()  # outside of it, where packages can be had
     sys.exit(enter(sys.argv[1:]))
