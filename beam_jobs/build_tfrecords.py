@@ -40,7 +40,7 @@ from rich.progress import Progress
 from beam_jobs import archives, files, images, proof, subsets, survey
 from beam_jobs.convert import Convert, Index, Writers, local_writers
 from beam_jobs.plan import SPLITS, WORK, Plan, shards_for
-from beam_jobs.publish import publish
+from beam_jobs.publish import publish, was_made_by
 from trainer.records import MANIFEST, Manifest, UserError, manifest_from_json
 
 VERIFY = ("headers", "decode")
@@ -139,15 +139,19 @@ def build(
     called with how many parts of the job are done and how many there are, from another thread; `options` are those of
     `make_plan`. The output is the same to the byte whatever the runner.
 
+    A dataset that the same conversion finished before is left as it is. One of other raw data or options raises UserError.
+
     Raises UserError for input that cannot be converted whole, after reading all of it, and `proof.LostRecordsError`; then
     `output` has neither manifest nor shards. Interrupted, or without room, it has finished shards, which the same call uses.
     """
     plan = make_plan(raw, output, **options)
     pipeline = _pipeline(beam_args, processes)
     if files.find(files.join(output, MANIFEST)):
-        if _made_here(plan) != plan.identity:
+        # Its work folder is there where an earlier job of this kind was interrupted when all but clearing up was done.
+        if _made_here(plan) != plan.identity and not was_made_by(plan):
             raise _finished(plan)
-        return publish(plan)  # an earlier job of this kind was interrupted when all but clearing up was done
+        print(f"{output} is already there: the same conversion finished before", file=sys.stderr, flush=True)
+        return publish(plan)
     _prepare(plan)
     pipeline | Convert(plan, Writers() if _names_runner(beam_args) else local_writers(processes or 1))
     with _watched(plan, report):

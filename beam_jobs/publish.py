@@ -5,8 +5,13 @@ from typing import Any
 
 from beam_jobs import files, proof
 from beam_jobs.plan import Plan
-from trainer.records import ENCODED, IMAGE_ID, LABEL, MANIFEST, Manifest, manifest_from_json, manifest_to_json
+from trainer.records import ENCODED, IMAGE_ID, LABEL, MANIFEST, Manifest, UserError, manifest_from_json, manifest_to_json
 
+CONVERSION = ".conversion"
+"""File of a dataset that holds the `Plan.identity` of the conversion that made it.
+
+It is not in the manifest, because it knows the times of the raw files, and equal datasets have equal manifests.
+"""
 _FEATURES = "tensorflow_datasets.core.features"
 
 
@@ -23,9 +28,29 @@ def publish(plan: Plan) -> Manifest:
         for name, text in _tfds_metadata(plan, manifest).items():
             files.write(files.join(plan.output, name), text.encode())
         files.delete_temporary(plan.output)
+        files.write(files.join(plan.output, CONVERSION), plan.identity.encode())
         files.write(path, manifest_to_json(manifest).encode())
     files.delete_folder(plan.work)
     return manifest
+
+
+def was_made_by(plan: Plan) -> bool:
+    """Returns whether the finished dataset in the output folder is what `plan` makes.
+
+    Raises UserError where it is and a shard is not there in its whole length.
+    """
+    path = files.join(plan.output, CONVERSION)
+    if not files.find(path) or files.read(path).decode() != plan.identity:
+        return False
+    manifest = manifest_from_json(files.read(files.join(plan.output, MANIFEST)).decode())
+    sizes = {file.name: file.size for file in files.tree(plan.output, depth=0)}
+    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+        if sizes.get(shard.file) != shard.bytes:
+            found = f"has {sizes[shard.file]} bytes, not {shard.bytes}" if shard.file in sizes else "is missing"
+            raise UserError(
+                f"{plan.output} has a finished dataset whose {shard.file} {found}: delete the folder to make it again"
+            )
+    return True
 
 
 def _tfds_metadata(plan: Plan, manifest: Manifest) -> dict[str, str]:

@@ -18,7 +18,7 @@ FILE = "undelivered-metrics.json"
 _POINTS_PER_CALL = 500
 _SECONDS_BETWEEN_CALLS = 5.0
 _SECONDS_BETWEEN_REMOTE_WRITES = 10.0
-"""One write in Cloud Storage takes about six requests."""
+"""One write in Cloud Storage takes two requests or more."""
 _SECONDS_BETWEEN_LOCAL_WRITES = 0.2
 _SECONDS_TO_CLOSE = 60.0
 _SECONDS_TO_SETTLE = 60.0
@@ -172,6 +172,8 @@ class Outbox:
         """Guards all that follows. No thread holds it while it waits for the server or for storage."""
         self._waiting: list[Point] = []
         """Points that are not delivered yet, oldest first."""
+        self.taken_over: Sequence[Point] = ()
+        """Points of earlier attempts that `keep_in` found, and delivers."""
         self._file, self._owner = "", ""
         self._stored: Sequence[Point] = ()
         """The points in the file."""
@@ -209,7 +211,7 @@ class Outbox:
         self._from_storage(file, lambda: _make_folder(folder))
         self._from_storage(file, lambda: _write_whole(file, _as_text(owner, points)))
         with self._changed:
-            self._file, self._owner, self._stored = file, owner, points
+            self._file, self._owner, self._stored, self.taken_over = file, owner, points, earlier
             self._waiting += earlier
             self._file_is_old = True
             self._changed.notify_all()
@@ -252,6 +254,13 @@ class Outbox:
                 said = answer(self._failure) if self._failure else "does not answer"
                 kind = UserError if self._refused else UnansweredError
                 raise kind(f"MLflow {what}: it {said}{kept}") from self._failure
+
+    def abandon(self) -> None:
+        """Forgets all points and the file, which another process has taken over: the same points are its to deliver."""
+        with self._changed:
+            self._waiting.clear()
+            self._file = ""
+            self._changed.notify_all()
 
     def close(self, finished: bool = False) -> None:
         """Tries once more to deliver, stores what is left in the file, and ends both threads. Takes 60 s at most.
@@ -301,7 +310,7 @@ class Outbox:
                 failure = error
             with self._changed:
                 self._failure, self._refused = failure, failure is not None and not is_transient(failure)
-                if failure is None and batch:
+                if failure is None and batch and self._waiting[: len(batch)] == batch:
                     del self._waiting[: len(batch)]
                     self._file_is_old = True
                 self._flushing = self._flushing and bool(self._waiting)

@@ -31,6 +31,8 @@ def build_tfrecords(
     from trainer.progress import ProgressBars
 
     arguments = {"raw": raw, "raw_identity": raw_identity, "beam_args": beam_args, "code_version": code_version}
+    if tracking.recorded_before("build-tfrecords", arguments, {"dataset": dataset}):
+        return
     with ProgressBars() as bars, tracking.step("build-tfrecords", arguments, {"dataset": dataset}) as run:
         if beam_args:
             # Dataflow's runner says the job's link, its states and its errors here.
@@ -87,6 +89,8 @@ def pretrain(
     from trainer.train import train
 
     arguments = {"preset": preset, "overrides": overrides, "code_version": code_version}
+    if tracking.recorded_before("pretrain", arguments, {"model": model}):
+        return
     with ProgressBars() as bars, tracking.step("pretrain", arguments, {"model": model}, {"dataset": dataset}) as run:
         given = os.environ.get(variables.ACCELERATOR, "")
         strategy = claim_devices(given, say=lambda line: bars.note("pretrain", line))
@@ -95,10 +99,13 @@ def pretrain(
         settings = {name: value for name, value in asdict(config).items() if name != "linear_eval"}
         run.log_params(settings)
         run.log_dataset(dataset, "training")
+        claim = workspace.Claim(model.uri)
         if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):
-            fingerprint = dataset.metadata["fingerprint"]
-            model.uri = workspace.claim(checkpoints, settings=settings, dataset=fingerprint, code_version=code_version)
-        run.keep_metrics_in(model.uri)
+            about = {"settings": settings, "dataset": dataset.metadata["fingerprint"]}
+            claim = workspace.claim(checkpoints, run.job, **about, code_version=code_version)
+            run.at_end(claim.release)
+        model.uri = claim.folder
+        run.keep_metrics_in(claim.folder)
         try:
             with sigterm_noted() as should_stop:
                 result = train(
@@ -110,11 +117,12 @@ def pretrain(
                     strategy=strategy,
                     log_metrics=run.log_metrics,
                     report=lambda done, total, text: bars("pretrain", done, total, text),
-                    should_stop=should_stop,
+                    should_stop=claim.stopping(should_stop),
                 )
         except PreemptedError as preempted:
             print(f"preempted: {preempted}", file=sys.stderr)
             sys.exit(EXIT_CODE)
+        claim.require()
         if drawn := curves({"": run.history()}):
             run.log_figure(drawn, "curves.png")
         model.metadata.update(preset=preset, steps=result.steps, state_sha256=result.state_sha256)
@@ -162,17 +170,20 @@ def linear_eval(
 
     arguments = {"overrides": overrides, "code_version": code_version}
     inputs, outputs = {"model": model, "dataset": dataset}, {"metrics": metrics, "report": report}
+    if tracking.recorded_before("linear-eval", arguments, outputs):
+        return
     with ProgressBars() as bars, tracking.step("linear-eval", arguments, outputs, inputs) as run:
         given = os.environ.get(variables.ACCELERATOR, "")
         strategy = claim_devices(given, say=lambda line: bars.note("linear-eval", line))
         run.log_devices(describe_run(strategy))
         run.log_dataset(dataset, "eval")
         run.use_encoder(model)
-        work = metrics.uri
+        claim = workspace.Claim(metrics.uri)
         if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):
             about = {"model": model.metadata["state_sha256"], "dataset": dataset.metadata["fingerprint"]}
-            work = workspace.claim(checkpoints, linear_eval=overrides, **about, code_version=code_version)
-        run.keep_metrics_in(work)
+            claim = workspace.claim(checkpoints, run.job, linear_eval=overrides, **about, code_version=code_version)
+            run.at_end(claim.release)
+        run.keep_metrics_in(claim.folder)
         try:
             with sigterm_noted() as should_stop:
                 result = evaluate(
@@ -180,15 +191,16 @@ def linear_eval(
                     model.uri,
                     metrics.uri,
                     overrides,
-                    workspace=work,
+                    workspace=claim.folder,
                     strategy=strategy,
                     log_metrics=run.log_metrics,
                     report=lambda done, total, text: bars("linear-eval", done, total, text),
-                    should_stop=should_stop,
+                    should_stop=claim.stopping(should_stop),
                 )
         except PreemptedError as preempted:
             print(f"preempted: {preempted}", file=sys.stderr)
             sys.exit(EXIT_CODE)
+        claim.require()
         run.log_final_metrics(result.metrics, model.metadata["model_id"], dataset, int(model.metadata["steps"]))
         run.rate_encoder(model, dataset, evaluated_card(model.uri, metrics.uri), result.metrics["eval/top_1_accuracy"])
         run.log_features(dataset, result.features)

@@ -3,6 +3,7 @@
 A pipeline run is a parent run, a component's run is nested in it. Beside MLflow's own, runs carry these tags:
 
     sogclr.component        what it is: one of `COMPONENTS`, or `pipeline`
+    sogclr.job, sogclr.job_folder    name of a pipeline job, and where it is: projects/PROJECT/locations/REGION
     sogclr.run.COMPONENT    the run of COMPONENT that it is, follows from, or, for a pipeline, consists of
     sogclr.device, sogclr.tensorflow, sogclr.replicas    what a step last ran on
 
@@ -19,7 +20,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -43,12 +44,12 @@ from mlflow.entities import (
     Run,
     RunTag,
 )
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
-from components import figures, variables
+from components import figures, registration, variables
+from components.lease import LostLeaseError
 from components.lineage import COMPONENTS, Artifact, Lineage, Step, short
 from components.outbox import (
     Outbox,
@@ -61,11 +62,10 @@ from components.outbox import (
     one_line,
     patiently,
 )
+from components.registration import ENCODER
 from trainer.records import UserError
 
 EXPERIMENT = "sogclr"
-ENCODER = "sogclr-encoder"
-"""Name of the registered model."""
 CHAMPION = "champion"
 """Alias of the version that measured best."""
 
@@ -76,6 +76,7 @@ LINEAGE_PICTURE = "lineage.png"
 _COMPONENT = "sogclr.component"
 _RUN_OF = "sogclr.run."
 _JOB = "sogclr.job"
+_JOB_FOLDER = "sogclr.job_folder"
 _JOB_LINK = "sogclr.job_link"
 _IMAGE = "sogclr.image"
 _DEVICE = "sogclr.device"
@@ -100,8 +101,6 @@ _VIEW = "?workflowType=machine_learning"
 """The UI's own word for pages about training; it shows those about agents otherwise."""
 _DIGEST_LENGTH = 36
 """What MLflow has room for."""
-_DESCRIPTION_LENGTH = 5000
-"""What the registry has room for."""
 _LOADER = "eval.serving"
 _SERVED_WITH = ("mlflow", "numpy", "pandas", "keras", "protobuf")
 """What a server installs besides TensorFlow, in the versions that are here."""
@@ -268,7 +267,8 @@ def end_pipeline(store: Store, pipeline_id: str, status: str, run_ids: Iterable[
     chain = lineage(store, pipeline_id)
     result = chain.output("metrics")
     if status == "FINISHED" and result is not None:
-        _log_metrics(store, pipeline_id, {f"eval/{key}": value for key, value in result.metadata.items() if key != "run_id"})
+        final = {f"eval/{key}": value for key, value in result.metadata.items() if key != "run_id"}
+        _log_once(store, pipeline_id, final, step=0)
     store.client.set_terminated(pipeline_id, status)
     redraw(store, pipeline_id)
     return chain
@@ -289,23 +289,29 @@ def job_of(output_uri: str) -> str:
     return output_uri.rstrip("/").split("/")[-3]
 
 
-def find_job(store: Store, job: str) -> str | None:
-    """Returns the parent run of a pipeline job, if there is one: the first of several that began at once."""
-    found = _search(store, _JOB, job)
+def find_job(store: Store, job: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Returns the parent run of a pipeline job, if there is one: the first of several that began at once.
+
+    The folder of jobs that `environ` names tells jobs of one name in several projects or regions apart. Without one it is a
+    run that has none.
+    """
+    folder = environ.get(variables.JOB_FOLDER, "")
+    found = [run for run in _search(store, _JOB, job) if run.data.tags.get(_JOB_FOLDER, "") == folder]
     return found[0].info.run_id if found else None
 
 
 def pipeline_of_job(store: Store, job: str, environ: Mapping[str, str] = os.environ) -> str:
     """Returns the parent run, new if need be, of a pipeline job."""
-    known = find_job(store, job)
+    known = find_job(store, job, environ)
     if known:
         return known
-    tags = {_COMPONENT: PIPELINE, _JOB: job, _IMAGE: environ.get(variables.IMAGE, "")}
+    folder = environ.get(variables.JOB_FOLDER, "")
+    tags = {_COMPONENT: PIPELINE, _JOB: job, _JOB_FOLDER: folder, _IMAGE: environ.get(variables.IMAGE, "")}
     tags |= {_RERUN_OF: environ.get(variables.RERUN_OF, "")}
-    tags |= {_COMMIT: environ.get(variables.COMMIT, ""), _JOB_LINK: job_link(environ.get(variables.JOB_FOLDER, ""), job)}
+    tags |= {_COMMIT: environ.get(variables.COMMIT, ""), _JOB_LINK: job_link(folder, job)}
     run_id = store.client.create_run(store.experiment_id, run_name=job, tags={k: v for k, v in tags.items() if v}).info.run_id
     # Another step may have done the same meanwhile; whoever looks later finds the first.
-    return find_job(store, job) or run_id
+    return find_job(store, job, environ) or run_id
 
 
 def job_link(folder: str, job: str) -> str:
@@ -342,9 +348,14 @@ def knows(store: Store, run_id: str) -> bool:
 class StepRun:
     """The run of a component while it runs."""
 
-    def __init__(self, store: Store, run_id: str) -> None:
+    def __init__(self, store: Store, run_id: str, job: str = "") -> None:
         self.run_id = run_id
+        self.job = job
+        """Names the pipeline job that this is a step of, on Vertex AI as the API does."""
         self._store = store
+        self._recorded: set[tuple[str, int]] = set()
+        """Metrics and steps that earlier attempts recorded."""
+        self._at_end: list[Callable[[bool], None]] = []
         client = _impatient(store).client
         self._outbox = Outbox(
             lambda points: client.log_batch(run_id, metrics=[Metric(*point) for point in points]), _PATIENCE_OF_STEPS
@@ -363,9 +374,19 @@ class StepRun:
         _set_tags(self._store, self.run_id, {tag: devices[name] for tag, name in names.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Records metrics, without waiting for the store."""
+        """Records metrics, without waiting for the store. Those that an earlier attempt recorded of the same step stay."""
         now = int(time.time() * 1000)
-        self._outbox.put([(name, float(value), now, step) for name, value in metrics.items()])
+        new = {name: float(value) for name, value in metrics.items() if (name, step) not in self._recorded}
+        self._outbox.put([(name, value, now, step) for name, value in new.items()])
+
+    def skip_recorded_metrics(self) -> None:
+        """Reads what earlier attempts recorded in this run, which goes on before the last step that they logged."""
+        for name, points in _history(self._store, self.run_id).items():
+            self._recorded |= {(name, point.step) for point in points}
+
+    def at_end(self, end: Callable[[bool], None]) -> None:
+        """Has `end` called when the step ends and its metrics are delivered or stored, with whether it is finished."""
+        self._at_end.append(end)
 
     def flush(self) -> None:
         """Waits until every metric is with the store. Raises what stands in the way where there is no hope."""
@@ -374,6 +395,12 @@ class StepRun:
     def close(self, finished: bool = False) -> None:
         """Sends what can be sent at once; what cannot stays in the outbox's file, which goes once the step is `finished`."""
         self._outbox.close(finished)
+        for end in self._at_end:
+            end(finished)
+
+    def abandon(self) -> None:
+        """Keeps no metric that is not with the store yet, since another process does the same work now."""
+        self._outbox.abandon()
 
     def keep_metrics_in(self, folder: str) -> None:
         """Keeps metrics that were not delivered yet in `folder`, and delivers those that an earlier attempt left there.
@@ -389,6 +416,7 @@ class StepRun:
             return [(name, one.value, one.timestamp, one.step) for name, points in history.items() for one in points]
 
         self._outbox.keep_in(folder, self.run_id, inherit)
+        self._recorded |= {(name, step) for name, _, _, step in self._outbox.taken_over}
 
     def history(self) -> dict[str, list[tuple[int, float]]]:
         """Returns all that was recorded of each metric, by name: (step, value), in order."""
@@ -455,25 +483,40 @@ class StepRun:
     ) -> None:
         """Records an encoder as a logged model with its final metrics, and registers it; its metadata say so.
 
+        What an earlier attempt recorded of the same state, by `params["state_sha256"]`, is completed, not recorded again.
         The model holds `files` and what `eval.export` wrote into the folder `exported`, and any MLflow can serve it. A store in
         a database looks for the model to register where MLFLOW_TRACKING_URI says, so that must name this store.
         """
         client = self._store.client
         texts = {name: str(value) for name, value in params.items()}
-        logged = client.create_logged_model(self._store.experiment_id, ENCODER, self.run_id, params=texts, model_type="encoder")
+        logged = registration.logged_model(client, self._store.experiment_id, self.run_id, texts)
         with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as fetched:
             source = Path(mlflow.artifacts.download_artifacts(artifact_uri=exported, dst_path=fetched))
-            _save_servable(made, source / "saved_model", logged.model_id, self.run_id)
-            for file in (*files, str(source / "encoder.keras"), str(source / "README.md")):
-                mlflow.artifacts.download_artifacts(artifact_uri=file, dst_path=made)
             card = (source / "README.md").read_text()
-            client.log_model_artifacts(logged.model_id, made)
-        client.finalize_logged_model(logged.model_id, "READY")
-        client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step)])
+            if not registration.is_ready(logged):
+                _save_servable(made, source / "saved_model", logged.model_id, self.run_id)
+                for file in (*files, str(source / "encoder.keras"), str(source / "README.md")):
+                    mlflow.artifacts.download_artifacts(artifact_uri=file, dst_path=made)
+                client.log_model_artifacts(logged.model_id, made)
+                client.finalize_logged_model(logged.model_id, "READY")
+        self._log_output(logged.model_id, step)
         self.log_final_metrics(metrics, logged.model_id, dataset, step)
         tags = {"dataset_fingerprint": dataset.metadata["fingerprint"], "uri": model.uri, **texts}
-        version = _register(client, logged.model_id, self.run_id, card, tags)
+        version = registration.register(client, logged, self._store.experiment_id, self.run_id, card, tags)
         model.metadata.update(model_id=logged.model_id, model_name=ENCODER, model_version=version)
+
+    def _log_output(self, model_id: str, step: int) -> None:
+        def is_there() -> bool:
+            outputs = self._store.client.get_run(self.run_id).outputs
+            return outputs is not None and any(one.model_id == model_id for one in outputs.model_outputs)
+
+        # A store in a database refuses to record it twice, also where the answer to a first call was lost.
+        if not is_there():
+            try:
+                self._store.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
+            except MlflowException:
+                if not is_there():
+                    raise
 
     def use_encoder(self, model: KfpArtifact) -> None:
         """Records an encoder that `log_encoder` logged as this run's input; by its path where another store has it."""
@@ -489,14 +532,14 @@ class StepRun:
         unless it is a version's that was measured on another dataset: accuracies on different images do not compare.
         """
         client, fingerprint = self._store.client, dataset.metadata["fingerprint"]
-        versions = _versions(client)
+        versions = registration.versions(client)
         own = next((one for one in versions if one.source == f"models:/{model.metadata['model_id']}"), None)
         if own is None:
             return
-        client.update_model_version(ENCODER, own.version, _described(card))
+        client.update_model_version(ENCODER, own.version, registration.described(card))
         for key, value in {_TOP_1: str(top_1), _TOP_1_DATASET: fingerprint, _TOP_1_RUN: self.run_id}.items():
             client.set_model_version_tag(ENCODER, own.version, key, value)
-        measured = {one.version: one.tags for one in _versions(client) if _TOP_1 in one.tags}
+        measured = {one.version: one.tags for one in registration.versions(client) if _TOP_1 in one.tags}
         rivals = [version for version, tags in measured.items() if tags[_TOP_1_DATASET] == fingerprint]
         best = max(rivals, key=lambda version: (float(measured[version][_TOP_1]), -int(version)))
         holder = client.get_registered_model(ENCODER).aliases.get(CHAMPION)
@@ -505,10 +548,14 @@ class StepRun:
             client.set_registered_model_alias(ENCODER, CHAMPION, best)
 
     def log_final_metrics(self, metrics: Mapping[str, float], model_id: str, dataset: KfpArtifact, step: int) -> None:
-        """Records metrics as those of a model on a dataset; on the dataset alone where another store has the model."""
+        """Records metrics as those of a model on a dataset; on the dataset alone where another store has the model.
+
+        Adds no point to those that this run has of the same step, from training or from an earlier attempt.
+        """
         about = {f"dataset_{key}": value for key, value in _name_and_digest(dataset).items()}
         about |= {"model_id": model_id} if self._has_model(model_id) else {}
-        _log_metrics(self._store, self.run_id, metrics, step, **about)
+        self.flush()
+        _log_once(self._store, self.run_id, metrics, step, **about)
 
     def _has_model(self, model_id: str) -> bool:
         try:
@@ -517,6 +564,33 @@ class StepRun:
             if error.get_http_status_code() != 404:
                 raise
             return False
+
+
+def recorded_before(
+    component: str, arguments: Mapping[str, Any], outputs: Mapping[str, KfpArtifact], environ: Mapping[str, str] = os.environ
+) -> bool:
+    """Returns whether an earlier attempt of the same pipeline job recorded all of `component`; then `outputs` are what it made.
+
+    An attempt can fail after that: KFP stores the outputs when the component's own code has ended.
+    """
+    store = open_job_store(environ)
+    pipeline_id = environ.get("MLFLOW_RUN_ID") or find_job(store, job_of(next(iter(outputs.values())).uri), environ)
+    earlier = _attempts(store, component, pipeline_id) if pipeline_id else []
+    if not pipeline_id or not earlier:
+        return False
+    run_id = earlier[-1].info.run_id
+    recorded = _recorded(store, run_id)
+    if recorded["outputs"].keys() != outputs.keys() or recorded["arguments"] != json.loads(json.dumps(dict(arguments))):
+        return False
+    for name, artifact in outputs.items():
+        artifact.uri = recorded["outputs"][name]["uri"]
+        artifact.metadata.update(recorded["outputs"][name]["metadata"])
+    print(f"{component} was finished by an earlier attempt, as run {run_id}", file=sys.stderr, flush=True)
+    if earlier[-1].info.status != "FINISHED":
+        _reopen(store, earlier[-1])
+        store.client.set_terminated(run_id, "FINISHED")
+    redraw(store, pipeline_id)
+    return True
 
 
 @contextmanager
@@ -536,17 +610,26 @@ def step(
     store = open_job_store(environ)
     first = next(iter(outputs.values()))
     pipeline_id = environ.get("MLFLOW_RUN_ID") or pipeline_of_job(store, job_of(first.uri), environ)
-    run_id = _open_run(store, component, pipeline_id, arguments, inputs or {}, environ)
+    earlier = [run for run in _attempts(store, component, pipeline_id)[-1:] if run.info.status != "FINISHED"]
+    run_id = _open_run(store, component, pipeline_id, arguments, inputs or {}, environ, earlier)
     for artifact in outputs.values():
         artifact.metadata["run_id"] = run_id
 
-    run = StepRun(store, run_id)
+    folder = environ.get(variables.JOB_FOLDER, "")
+    run = StepRun(store, run_id, f"{folder}/pipelineJobs/{job_of(first.uri)}" if folder else f"pipeline run {pipeline_id}")
+    if earlier:
+        run.skip_recorded_metrics()
     run.log_params(arguments)
     _log_step(store, run_id, arguments, {})
     try:
         yield run
         run.flush()
         _log_step(store, run_id, arguments, outputs)
+    except LostLeaseError:
+        # Whoever has the folder now may be the next attempt, in the same run.
+        run.abandon()
+        run.close()
+        raise
     except BaseException as error:
         run.close()
         # A step that waited for the server as long as it may does not wait again, and fails for its own reason.
@@ -569,6 +652,18 @@ def _record_failure(store: Store, run_id: str, pipeline_id: str, error: BaseExce
     redraw(store, pipeline_id)
 
 
+def _attempts(store: Store, component: str, pipeline_id: str) -> list[Run]:
+    """Returns the runs of a component in a pipeline run, the oldest first."""
+    return [run for run in _search(store, _PARENT, pipeline_id) if run.data.tags.get(_COMPONENT) == component]
+
+
+def _reopen(store: Store, run: Run) -> None:
+    """Takes back that a run failed."""
+    store.client.update_run(run.info.run_id, status="RUNNING")
+    for tag in {_ERROR, _USER_ERROR} & set(run.data.tags):
+        store.client.delete_tag(run.info.run_id, tag)
+
+
 def _open_run(
     store: Store,
     component: str,
@@ -576,15 +671,12 @@ def _open_run(
     arguments: Mapping[str, Any],
     inputs: Mapping[str, KfpArtifact],
     environ: Mapping[str, str],
+    earlier: Sequence[Run],
 ) -> str:
-    """Returns the run of `component` in a pipeline run: the one that an earlier attempt left, else a new one."""
-    earlier = [run for run in _search(store, _PARENT, pipeline_id) if run.data.tags.get(_COMPONENT) == component]
-    if earlier and earlier[-1].info.status != "FINISHED":
-        run_id = earlier[-1].info.run_id
-        store.client.update_run(run_id, status="RUNNING")
-        for tag in {_ERROR, _USER_ERROR} & set(earlier[-1].data.tags):
-            store.client.delete_tag(run_id, tag)
-        return run_id
+    """Returns the run of `component` in a pipeline run: the one of an `earlier` attempt, else a new one."""
+    if earlier:
+        _reopen(store, earlier[-1])
+        return earlier[-1].info.run_id
     inherited = store.client.get_run(pipeline_id).data.tags
     tags = {_COMPONENT: component, _PARENT: pipeline_id, _CODE: str(arguments.get("code_version", ""))}
     tags |= {key: inherited[key] for key in (_COMMIT, _ROOT, _JOB_LINK) if key in inherited}
@@ -604,7 +696,7 @@ def log_plan(store: Store, name: str, plan: Mapping[str, Any]) -> str:
     run_id = store.client.create_run(store.experiment_id, run_name=name, tags={_COMPONENT: "plan"}).info.run_id
     store.client.log_dict(run_id, dict(plan), "plan.json")
     numbers = {key: value for key, value in plan.items() if isinstance(value, int | float) and not isinstance(value, bool)}
-    _log_metrics(store, run_id, {f"plan/{key}": value for key, value in numbers.items()})
+    _log_once(store, run_id, {f"plan/{key}": value for key, value in numbers.items()}, step=0)
     _log_params(store, run_id, {key: plan[key] for key in ("preset", "accelerator", "fits", "bound_by") if key in plan})
     store.client.set_terminated(run_id)
     return run_id
@@ -648,8 +740,7 @@ def read_step(store: Store, run_id: str) -> Step:
     """Returns what a component's run recorded."""
     run = store.client.get_run(run_id)
     tags = run.data.tags
-    with tempfile.TemporaryDirectory() as folder:
-        recorded = json.loads(Path(store.client.download_artifacts(run_id, _STEP, folder)).read_text())
+    recorded = _recorded(store, run_id)
     return Step(
         component=tags[_COMPONENT],
         run_id=run_id,
@@ -796,6 +887,15 @@ def _history(store: Store, run_id: str) -> dict[str, list[Metric]]:
     return {name: list(store.client.get_metric_history(run_id, name)) for name in names}
 
 
+def _recorded(store: Store, run_id: str) -> dict[str, Any]:
+    """Returns the arguments and outputs of a component's run; none where it was killed before it recorded them."""
+    if not any(file.path == _STEP for file in store.client.list_artifacts(run_id)):
+        return {"arguments": {}, "outputs": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, Any] = json.loads(Path(store.client.download_artifacts(run_id, _STEP, folder)).read_text())
+    return found
+
+
 def _set_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
     store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
@@ -811,9 +911,14 @@ def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _log_metrics(store: Store, run_id: str, metrics: Mapping[str, float], step: int = 0, **of: str) -> None:
-    now = int(time.time() * 1000)
-    store.client.log_batch(run_id, metrics=[Metric(name, float(value), now, step, **of) for name, value in metrics.items()])
+def _log_once(store: Store, run_id: str, metrics: Mapping[str, float], step: int, **of: str) -> None:
+    """Records metrics; where the run has the same value of the same step, as that point: MLflow keeps equal points once."""
+    now, points = int(time.time() * 1000), []
+    for name, value in metrics.items():
+        there = store.client.get_metric_history(run_id, name)
+        same = [point.timestamp for point in there if (point.step, point.value) == (step, float(value))]
+        points.append(Metric(name, float(value), min(same, default=now), step, **of))
+    store.client.log_batch(run_id, metrics=points)
 
 
 def _log_step(store: Store, run_id: str, arguments: Mapping[str, Any], outputs: Mapping[str, KfpArtifact]) -> None:
@@ -846,26 +951,3 @@ def _save_servable(folder: str, saved_model: Path, model_id: str, run_id: str) -
             run_id=run_id, model_id=model_id, signature=ModelSignature(inputs=Schema([inputs]), outputs=Schema([outputs]))
         ),
     )
-
-
-def _register(client: MlflowClient, model_id: str, run_id: str, card: str, tags: Mapping[str, str]) -> str:
-    """Makes a logged model the next version of `ENCODER`; returns the version."""
-    if not client.search_registered_models(f"name = '{ENCODER}'"):
-        client.create_registered_model(ENCODER, description="Encoders pretrained by the pipeline, one version a run.")
-    version = client.create_model_version(
-        ENCODER, f"models:/{model_id}", run_id, dict(tags), description=_described(card), model_id=model_id
-    ).version
-    # The UI shows on a logged model the versions that this tag names.
-    client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps([{"name": ENCODER, "version": version}])})
-    return str(version)
-
-
-def _versions(client: MlflowClient) -> list[ModelVersion]:
-    return list(client.search_model_versions(f"name = '{ENCODER}'"))
-
-
-def _described(card: str) -> str:
-    """Returns as many whole sections of a card as the registry has room for."""
-    while len(card) > _DESCRIPTION_LENGTH:
-        card = card.rpartition("\n## ")[0] or card[:_DESCRIPTION_LENGTH]
-    return card

@@ -2,7 +2,7 @@
 
     python -m eval.export --checkpoint CHECKPOINTS --output EXPORT [--data DATA] [--evaluation EVAL]
 
-leaves in EXPORT, whole or not at all:
+leaves in EXPORT, whole or not at all (on object stores the card is written last, and a folder without it is no export):
 
     saved_model/    needs TensorFlow alone; its signatures, all of whose batches may be of any size:
                       serving_default    image_bytes, [n] string, to features, [n, F] float32
@@ -16,9 +16,11 @@ RGB, transparency is dropped. What is no picture fails the batch.
 
 import argparse
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -59,25 +61,49 @@ def export(checkpoint: str, output: str, *, data_dir: str = "", evaluation: str 
     stored = checkpoints.load(checkpoint) if checkpoint.endswith(".npz") else checkpoints.load_latest(folder)
     if stored is None:
         raise UserError(f"{folder} holds no whole checkpoint: pretraining has not come so far")
-    if tf.io.gfile.exists(output) and not tf.io.gfile.exists(f"{output}/{SAVED_MODEL}"):
+    if tf.io.gfile.exists(output) and not _is_export(output):
         raise UserError(f"{output} is there and is no earlier export: name a folder that is not there yet")
     encoder = make_encoder(config)
     card = model_card(encoder, folder, stored.step, data_dir=data_dir, evaluation=evaluation)
     checkpoints.restore(model_variables("encoder", encoder), stored)
 
-    partial = f"{output}.partial"
-    if tf.io.gfile.exists(partial):
-        tf.io.gfile.rmtree(partial)
-    tf.io.gfile.makedirs(partial)
-    _save(encoder, config, f"{partial}/{SAVED_MODEL}")
-    with tempfile.TemporaryDirectory() as local:
-        encoder.save(f"{local}/{KERAS}")
-        tf.io.gfile.copy(f"{local}/{KERAS}", f"{partial}/{KERAS}")
-    checkpoints.write_whole(f"{partial}/{CARD}", card.encode())
-    if tf.io.gfile.exists(output):
-        tf.io.gfile.rmtree(output)
-    tf.io.gfile.rename(partial, output)
+    if "://" in output:
+        with tempfile.TemporaryDirectory(prefix="export-") as made:
+            _write(encoder, config, card, made)
+            _upload(made, output)
+    else:
+        partial = f"{output}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+        _write(encoder, config, card, partial)
+        shutil.rmtree(output, ignore_errors=True)
+        os.rename(partial, output)
     return Exported(output, stored.step, encoder.output_shape[-1])
+
+
+def _is_export(folder: str) -> bool:
+    """Returns whether a folder holds an export, or on an object store the part of one that was interrupted."""
+    names = {name.rstrip("/") for name in tf.io.gfile.listdir(folder)} if tf.io.gfile.isdir(folder) else {folder}
+    return SAVED_MODEL in names or ("://" in folder and names <= {SAVED_MODEL, KERAS, CARD})
+
+
+def _write(encoder: keras.Model, config: Config, card: str, folder: str) -> None:
+    """Writes an export into a local folder."""
+    _save(encoder, config, f"{folder}/{SAVED_MODEL}")
+    encoder.save(f"{folder}/{KERAS}")
+    checkpoints.write_whole(f"{folder}/{CARD}", card.encode())
+
+
+def _upload(made: str, output: str) -> None:
+    """Copies an export to an object store, where a folder cannot be renamed at once: the card goes first and comes last."""
+    if tf.io.gfile.exists(f"{output}/{CARD}"):
+        tf.io.gfile.remove(f"{output}/{CARD}")
+    if tf.io.gfile.isdir(output):
+        tf.io.gfile.rmtree(output)
+    files = [str(path.relative_to(made)) for path in sorted(Path(made).rglob("*")) if path.is_file()]
+    for file in sorted(files, key=lambda file: file == CARD):
+        tf.io.gfile.makedirs(os.path.dirname(f"{output}/{file}"))
+        tf.io.gfile.copy(f"{made}/{file}", f"{output}/{file}", overwrite=True)
 
 
 def _save(encoder: keras.Model, config: Config, path: str) -> None:

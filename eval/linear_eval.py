@@ -151,7 +151,7 @@ def linear_eval(
         seconds[split] = time.perf_counter() - begun
     validation = features["validation"].whole()
 
-    unfinished = f"{workspace}/unfinished-{_key(encoder, config, manifest)}"
+    protocols_dir = f"{workspace}/protocols-{_key(encoder, config, manifest)}"
     context = Context(
         config,
         data_dir,
@@ -162,12 +162,12 @@ def linear_eval(
         features["train"],
         validation,
         features_dir=workspace,
-        work_dir=unfinished,
+        work_dir=protocols_dir,
         should_stop=should_stop,
     )
     measured: list[_Measured] = []
     for protocol in protocols:
-        path = f"{unfinished}/scores-{protocol.row}.npz"
+        path = f"{protocols_dir}/scores-{protocol.row}.npz"
         found = _Measured.read(path)
         if found is None:
             begun = time.perf_counter() - sum(seconds[split] for split in protocol.stands_on)
@@ -210,8 +210,22 @@ def linear_eval(
             name = "classifier" if one is cached else f"classifier-{one.accuracy.protocol}"
             checkpoints.write_arrays(f"{output}/{name}.npz", one.arrays)
     checkpoints.write_whole(f"{output}/{RESULT}", (json.dumps(written, indent=1, sort_keys=True) + "\n").encode())
-    tf.io.gfile.rmtree(unfinished)
+    _clear(protocols_dir, whole=workspace == output.rstrip("/"))
     return result
+
+
+def _clear(work: str, whole: bool) -> None:
+    """Deletes what protocols left in the folder `work` for an attempt after a kill.
+
+    Where the workspace is not the output, the caller may yet fail to record the result and evaluate again into another output:
+    then the rows of finished protocols stay, which are small. What cannot be deleted harms nobody.
+    """
+    try:
+        folders = [f"{work}/{name.rstrip('/')}" for name in tf.io.gfile.listdir(work)]
+        for folder in [work] if whole else filter(tf.io.gfile.isdir, folders):
+            tf.io.gfile.rmtree(folder)
+    except tf.errors.OpError as error:
+        print(f"warning: {work} is no longer needed and cannot be deleted: {error.message}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from beam_jobs import archives
+from beam_jobs.publish import CONVERSION
 from trainer.records import ENCODED, IMAGE_ID, LABEL, read_manifest
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
@@ -78,7 +79,8 @@ def expected(split: str) -> list[tuple[str, bytes]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Returns the files of a dataset, without the one that depends on the times of the raw files."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != CONVERSION}
 
 
 def parse(record: bytes) -> tuple[int, int, bytes]:

@@ -33,8 +33,9 @@ from raw_data import (
 )
 
 from beam_jobs import archives, convert, files, shards
-from beam_jobs.build_tfrecords import build
+from beam_jobs.build_tfrecords import build, main
 from beam_jobs.proof import LostRecordsError
+from beam_jobs.publish import CONVERSION
 from trainer.records import ENCODED, IMAGE_ID, LABEL, RECORDS_PER_BLOCK, UserError, read_manifest, reading_places
 
 
@@ -281,6 +282,43 @@ def test_a_finished_dataset_is_neither_overwritten_nor_touched(raw, built):
     with pytest.raises(UserError, match=read_manifest(str(built)).fingerprint):
         build(str(raw), str(built), num_shards=3)
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in built.iterdir()} == before
+
+
+def test_a_finished_dataset_of_the_same_conversion_is_already_there(raw, tmp_path, capsys):
+    output = tmp_path / "output"
+    command = ["--raw", str(raw), "--output", str(output), "--num-shards", "2"]
+    assert main(command) == 0
+    first = capsys.readouterr()
+    assert "already there" not in first.err
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.iterdir()}
+    assert main(command) == 0
+    again = capsys.readouterr()
+    assert again.out == first.out
+    assert again.err == f"{output} is already there: the same conversion finished before\n"
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.iterdir()} == before
+
+    changed = tmp_path / "raw"
+    changed.mkdir()
+    for path in raw.iterdir():
+        (changed / path.name).write_bytes(path.read_bytes())
+    with (changed / TRAIN).open("ab") as archive:
+        archive.write(b"\0" * 512)
+    for others in (["--images-per-class", "3"], ["--raw", str(changed)]):
+        assert main([*command, *others]) == 2
+        assert f"{output} has a finished dataset, fingerprint" in capsys.readouterr().err
+    shard = next(output.glob("*-train.tfrecord-*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert main(command) == 2
+    assert f"a finished dataset whose {shard.name} has" in capsys.readouterr().err
+
+
+def test_a_dataset_from_before_conversions_were_kept_is_not_touched(raw, tmp_path):
+    output = str(tmp_path / "output")
+    build(str(raw), output, num_shards=2)
+    (tmp_path / "output" / CONVERSION).unlink()
+    with pytest.raises(UserError, match="has a finished dataset"):
+        build(str(raw), output, num_shards=2)
+    assert read_manifest(output).fingerprint
 
 
 def test_a_folder_with_the_records_of_others_is_refused(raw, tmp_path):

@@ -258,6 +258,46 @@ def test_the_command_line_replaces_an_earlier_export_and_nothing_else(checkpoint
         assert said in error
 
 
+@pytest.mark.parametrize("fails_at", range(1, 5))
+def test_an_export_to_an_object_store_that_failed_in_the_middle_is_made_again(checkpoint, monkeypatch, fails_at):
+    """In ram://, which counts as remote, with Cloud Storage's renaming of folders: file by file."""
+    output = f"ram://exports/{fails_at}"
+    real, real_rename, copied = tf.io.gfile.copy, tf.io.gfile.rename, []
+
+    def copy(source, target, overwrite=False):
+        copied.append(target.removeprefix(output))
+        if len(copied) == fails_at:
+            raise tf.errors.UnavailableError(None, None, "HTTP response code 503")
+        real(source, target, overwrite)
+
+    def rename(source, target, overwrite=False):
+        if not tf.io.gfile.isdir(source):
+            real_rename(source, target, overwrite)
+        for folder, _, files in tf.io.gfile.walk(source):
+            for file in files:
+                path = f"{folder}/{file}"
+                tf.io.gfile.makedirs(os.path.dirname(path.replace(source, target, 1)))
+                copy(path, path.replace(source, target, 1))
+                tf.io.gfile.remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.io.gfile, "copy", copy)
+        patch.setattr(tf.io.gfile, "rename", rename)
+        with pytest.raises(tf.errors.UnavailableError):
+            export(str(checkpoint), output)
+    assert not tf.io.gfile.exists(f"{output}/README.md"), "what decides is not there before all else is"
+    for _ in range(2):
+        assert export(str(checkpoint), output).features == 32
+        assert sorted(name.rstrip("/") for name in tf.io.gfile.listdir(output)) == ["README.md", "encoder.keras", "saved_model"]
+        model = tf.saved_model.load(f"{output}/saved_model")
+        assert model.signatures["images"](images=tf.zeros([1, 32, 32, 3]))["features"].shape == (1, 32)
+    tf.io.gfile.makedirs(f"{output}-theirs")
+    with tf.io.gfile.GFile(f"{output}-theirs/notes.txt", "w") as file:
+        file.write("precious")
+    with pytest.raises(UserError, match="is there and is no earlier export"):
+        export(str(checkpoint), f"{output}-theirs")
+
+
 # ---- On MLflow's server
 
 

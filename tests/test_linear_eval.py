@@ -258,9 +258,21 @@ def test_the_whole_validation_split_counts_and_the_control_stands_beside(evaluat
         assert (file["images"], file["dimensions"]) == (count, 32)
         found = read_features(file["path"])
         assert (found.digest, found.count) == (file["digest"], count)
-    assert not list(folder.glob("unfinished*"))
+    assert not list(folder.glob("protocols-*"))
     with np.load(folder / "classifier.npz") as stored:
         assert stored["weights"].shape == (32, 6)
+
+
+def test_an_evaluation_that_was_not_recorded_is_not_done_again_in_its_workspace(dataset, checkpoint, tmp_path, monkeypatch):
+    def evaluate(output):
+        given = ["linear_eval.l2_penalties=1e-2", "linear_eval.protocols=finetune-100"]
+        return linear_eval(str(dataset), str(checkpoint), str(tmp_path / output), given, workspace=str(tmp_path / "work"))
+
+    first = evaluate("first")
+    monkeypatch.setattr("eval.linear_eval._measure", lambda *_: pytest.fail("a protocol ran again"))
+    assert evaluate("second").metrics == first.metrics
+    assert (tmp_path / "first" / "result.json").read_bytes() == (tmp_path / "second" / "result.json").read_bytes()
+    assert not list((tmp_path / "work").glob("protocols-*/*/")), "the states of training with labels are large"
 
 
 def test_every_prediction_is_written_and_is_what_the_accuracies_count(evaluated):

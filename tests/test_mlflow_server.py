@@ -145,8 +145,9 @@ def test_without_credentials_of_google_a_secret_is_refused_in_one_line(monkeypat
 # ---- One job, several machines
 
 
-def test_a_job_s_steps_are_one_run_and_a_retry_goes_on_with_its_step_s_run(server, tmp_path):
+def test_a_job_s_steps_are_one_run_and_a_retry_goes_on_with_its_step_s_run(server, tmp_path, monkeypatch):
     store = tracking.open_store(server.uri)
+    monkeypatch.setenv(variables.JOB_FOLDER, "projects/p/locations/europe-west4")
     environ = {
         **server.environ,
         variables.IMAGE: "registry/sogclr-tpu@sha256:77",
@@ -223,8 +224,8 @@ def test_an_interrupted_step_is_gone_on_with_by_a_run_that_has_its_history(serve
 
 
 def test_unfinished_work_is_claimed_again_and_finished_work_never(tmp_path):
-    def claim(**depends_on):
-        return Path(workspace.claim(str(tmp_path), **depends_on))
+    def claim(job="jobs/a", **depends_on):
+        return Path(workspace.claim(str(tmp_path), job, **depends_on).folder)
 
     def end_process():
         while workspace._held:
@@ -236,10 +237,12 @@ def test_unfinished_work_is_claimed_again_and_finished_work_never(tmp_path):
     first.mkdir()
     (first / outbox.FILE).write_text("{}")
     end_process()
-    assert claim(seed=0) == first
+    assert claim("jobs/b", seed=0) == first
     end_process()
+    # As an earlier version left it, without a word on jobs.
+    first.with_name(f".{first.name}.lock").write_text("")
     (first / outbox.FILE).unlink()
-    assert claim(seed=0) == first.with_name(first.name.replace("-1", "-2"))
+    assert claim("jobs/c", seed=0) == first.with_name(first.name.replace("-1", "-2"))
 
 
 @pytest.mark.thorough

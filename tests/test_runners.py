@@ -17,6 +17,7 @@ from raw_data import contents
 from beam_jobs import archives, build_tfrecords, convert, files
 from beam_jobs.build_tfrecords import build
 from beam_jobs.plan import SPLITS
+from beam_jobs.publish import CONVERSION
 from trainer.records import MANIFEST, UserError, manifest_from_json, read_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -302,9 +303,11 @@ def test_gs_to_gs_gives_the_same_bytes_by_ranged_reads(raw, references, bucket, 
     assert asked == [3000]
     build("gs://bucket/raw", "gs://bucket/out/1.0.0", name="images", num_shards=8)
     written = {blob.name.removeprefix("out/1.0.0/"): blob.download_as_bytes() for blob in bucket.list_blobs(prefix="out/")}
+    assert written.pop(CONVERSION)
     assert written == references[8]
+    assert build("gs://bucket/raw", "gs://bucket/out/1.0.0", name="images", num_shards=8).fingerprint == fingerprint(written)
     with pytest.raises(UserError, match="a finished dataset"):
-        build("gs://bucket/raw", "gs://bucket/out/1.0.0", name="images", num_shards=8)
+        build("gs://bucket/raw", "gs://bucket/out/1.0.0", name="images", num_shards=5)
 
 
 def dataflow(*more: str) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from loopback import Clock, answering
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from components import outbox, tracking
+from components import outbox, tracking, variables
 from trainer.records import UserError
 
 FINGERPRINT = "3fa9" * 16
@@ -67,14 +68,15 @@ class Bench:
             self.log_encoder(run, dataset, model)
         return model
 
-    def log_encoder(self, run, dataset, model=None):
+    def log_encoder(self, run, dataset, model=None, state=""):
         model = model or self.artifact(dsl.Model, "job", "pretrain", "model")
         for file in ("checkpoint.npz", "export/saved_model/saved_model.pb", "export/encoder.keras", "export/README.md"):
             path = Path(model.uri, file)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("weights")
         model.metadata.update(preset="demo", steps=3)
-        about = {"params": {"preset": "demo"}, "metrics": {"train/contrastive_loss": -1 / 3}, "step": 3}
+        params = {"preset": "demo", "state_sha256": state or uuid.uuid4().hex}
+        about = {"params": params, "metrics": {"train/contrastive_loss": -1 / 3}, "step": 3}
         run.log_encoder(model, dataset, [f"{model.uri}/checkpoint.npz"], f"{model.uri}/export", **about)
         return model
 
@@ -273,6 +275,24 @@ def test_without_a_parent_in_the_environment_the_job_s_name_finds_it(bench):
     assert parent == tracking.pipeline_of_job(bench.store, "a-job")
 
 
+def test_jobs_of_one_name_in_two_projects_or_regions_are_two_runs(bench):
+    europe, asia, elsewhere = (
+        f"projects/{p}/locations/{r}" for p, r in (("p", "europe-west4"), ("p", "asia-east1"), ("q", "asia-east1"))
+    )
+    old = bench.client.create_run(
+        bench.store.experiment_id, tags={"sogclr.component": "pipeline", "sogclr.job": "twin"}
+    ).info.run_id
+
+    def run_of(folder):
+        return tracking.pipeline_of_job(bench.store, "twin", {variables.JOB_FOLDER: folder} if folder else {})
+
+    runs = {folder: run_of(folder) for folder in (europe, asia, elsewhere)}
+    assert len({old, *runs.values()}) == 4
+    assert {folder: run_of(folder) for folder in runs} == runs
+    assert bench.client.get_run(runs[asia]).data.tags["sogclr.job_folder"] == asia
+    assert run_of("") == old, "from before jobs had folders"
+
+
 def test_a_run_is_found_by_the_beginning_of_its_id(bench, chain):
     assert tracking.find_run(bench.store, chain["pretrain"][:8]) == chain["pretrain"]
     for prefix, message in ((chain["pretrain"][:7], "too short"), ("0" * 32, "there is no run")):
@@ -317,6 +337,64 @@ def test_the_champion_is_the_best_measured_on_its_dataset_and_latest_the_newest(
     latest = mlflow.models.get_model_info(f"models:/{tracking.ENCODER}/latest")
     assert latest.model_id == newest.metadata["model_id"]
     run.close()
+
+
+class Killed(BaseException):
+    """Ends an attempt as SIGKILL does: nothing after it is done."""
+
+
+class Failing:
+    """A client whose call number `at` is carried out, and whose answer is `error`."""
+
+    def __init__(self, client, at, error):
+        self.client, self.at, self.error, self.calls = client, at, error, 0
+
+    def __getattr__(self, name):
+        def call(*args, **named):
+            answer = getattr(self.client, name)(*args, **named)
+            self.calls += 1
+            if self.calls == self.at:
+                raise self.error
+            return answer
+
+        return call
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("error", [Killed(), ConnectionResetError(104, "Connection reset by peer")], ids=["killed", "lost"])
+def test_recording_an_encoder_leaves_one_model_and_one_version_wherever_it_was_cut(bench, error, monkeypatch):
+    monkeypatch.setattr(outbox, "time", Clock())
+    dataset = bench.artifact(dsl.Dataset, "job", "cut", "dataset")
+    dataset.metadata.update(name="images", fingerprint=FINGERPRINT)
+    at, cut = 0, True
+    while cut:
+        at += 1
+        run_id = bench.client.create_run(bench.store.experiment_id).info.run_id
+        bench.client.log_metric(run_id, "train/contrastive_loss", -1 / 3, step=3)
+        failing = Failing(bench.client, at, error)
+        patient = outbox.PatientClient(failing, 60)
+        for client in (patient, bench.client):
+            run = tracking.StepRun(tracking.Store(client, bench.store.experiment_id), run_id)
+            try:
+                model = bench.log_encoder(run, dataset, state=run_id)
+                run.rate_encoder(model, dataset, "# Card", 0.0)
+            except Killed:
+                pass
+            finally:
+                run.close()
+        cut = failing.calls >= at
+        found = bench.client.search_logged_models([bench.store.experiment_id], f"source_run_id = '{run_id}'")
+        assert [(one.model_id, str(one.status)) for one in found] == [(model.metadata["model_id"], "READY")], at
+        (version,) = bench.client.search_model_versions(f"run_id = '{run_id}'")
+        assert (str(version.version), version.source) == (model.metadata["model_version"], f"models:/{found[0].model_id}")
+        assert version.tags.items() >= {"state_sha256": run_id, "top_1": "0.0", "dataset_fingerprint": FINGERPRINT}.items()
+        assert version.description == "# Card"
+        assert json.loads(found[0].tags["mlflow.modelVersions"]) == [{"name": tracking.ENCODER, "version": str(version.version)}]
+        recorded = bench.client.get_run(run_id)
+        assert [one.model_id for one in recorded.outputs.model_outputs] == [found[0].model_id]
+        assert [metric.key for metric in found[0].metrics] == ["train/contrastive_loss"]
+        assert len(bench.client.get_metric_history(run_id, "train/contrastive_loss")) == 1, at
+    assert at > 10
 
 
 def test_an_encoder_that_another_store_has_is_left_alone(bench, chain):

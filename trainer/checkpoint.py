@@ -1,7 +1,7 @@
 """Checkpoints: everything that moves, one file a step, whole or not there.
 
-A checkpoint is an uncompressed .npz of arrays by name. It is written under another name and then renamed, and zip's own checksums
-tell a torn one, which is passed over for the one before.
+A checkpoint is an uncompressed .npz of arrays by name. It is written under another name and then renamed, but on gs://, where an
+object appears whole. Zip's own checksums tell a torn one, which is passed over for the one before.
 """
 
 import hashlib
@@ -45,7 +45,9 @@ def save(folder: str, checkpoint: Checkpoint, keep: int) -> str:
     about = json.dumps({"metrics": dict(checkpoint.metrics), "run": checkpoint.run}, sort_keys=True)
     write_arrays(path, {**checkpoint.arrays, _ABOUT: np.array(about)})
     for old in paths(folder)[:-keep]:
-        tf.io.gfile.remove(old)
+        # Cloud Storage says so where it deleted the file and its first answer was lost.
+        with suppress(tf.errors.NotFoundError):
+            tf.io.gfile.remove(old)
     return path
 
 
@@ -61,6 +63,11 @@ def write_whole(path: str, content: bytes) -> None:
 
     Raises UserError where this machine cannot write it, as on a full disk; the old content stays.
     """
+    if path.startswith("gs://"):
+        # An object appears when its upload has ended, so one write is whole; a rename would be a copy and a deletion.
+        with tf.io.gfile.GFile(path, "wb") as file:
+            file.write(content)
+        return
     partial = f"{path}.partial"
     try:
         with tf.io.gfile.GFile(partial, "wb") as file:

@@ -1,0 +1,60 @@
+"""Files and folders on gs:// as TensorFlow's own file system has them, with Cloud Storage on a loopback address."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vertex import container
+
+from trainer.presets import resolve
+from trainer.train import train
+
+TESTS = Path(__file__).parent
+TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=24", "epochs=1", "warmup_epochs=0", "base_learning_rate=1"]
+FILES = [
+    "README.md",
+    "encoder.keras",
+    *(f"saved_model/{name}" for name in ("fingerprint.pb", "saved_model.pb")),
+    *(f"saved_model/variables/variables.{name}" for name in ("data-00000-of-00001", "index")),
+]
+
+pytestmark = [pytest.mark.thorough, pytest.mark.skipif(bool(container.possible()), reason=container.possible())]
+
+
+@pytest.fixture(scope="module")
+def answers(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    train(resolve("demo", TINY), str(dataset), str(folder), preset="demo")
+    environ = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+    command = [sys.executable, "-m", "vertex.world", sys.executable, str(TESTS / "on_gs.py"), str(folder)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_file_is_sent_once_and_nothing_is_copied_or_deleted(answers):
+    assert answers["whole"] == ["result.json"]
+    assert all("upload" in request for request in answers["written"]), answers["written"]
+
+
+def test_a_deletion_whose_answer_is_lost_ends_no_training(answers):
+    assert answers["saved"] == [f"gs://bucket/saved/checkpoint-0000000{step}.npz" for step in (1, 2)]
+    assert answers["kept"] == ["checkpoint-00000002.npz"]
+
+
+def test_an_export_that_failed_in_the_middle_is_made_again(answers):
+    said, files = answers["half"]
+    assert "Error" in said
+    assert "README.md" not in files
+    for attempt in ("again", "replaced"):
+        assert answers[attempt] == ["gs://bucket/export", FILES]
+        assert not any("rewriteTo" in request for request in answers[f"{attempt} requests"]), "a folder cannot be renamed at once"
+    assert answers["loads"] == ["images", "serving_default"]
+
+
+def test_a_folder_without_a_lease_is_told_by_its_files(answers):
+    assert answers["claimed"].endswith("-1")
+    assert answers["beside"].endswith("-2")
