@@ -21,6 +21,7 @@ from pipelines.accelerators import Accelerator, Build
 from pipelines.code import step_version
 from pipelines.containers import with_init
 from pipelines.images import Images
+from trainer.hardware import plugin_environment
 from trainer.records import UserError
 
 
@@ -77,6 +78,8 @@ LONGEST_HOURS = 168.0
 """The longest timeout of a custom job. 7 days is Vertex AI's default, and its pages name no longer one."""
 _GCS_READING = {"GCS_READ_CACHE_BLOCK_SIZE_MB": "8"}
 """TensorFlow reads a file of gs:// in blocks. Its default of 64 MiB reads 7.3 times the dataset's bytes, this 1.3 times."""
+_LIBTPU = "/opt/sogclr/lib/python3.11/site-packages/libtpu/libtpu.so"
+"""In the TPU image, as the Dockerfile installs it."""
 _PIPELINE_ACCOUNT = "{{$.pipeline_service_account}}"
 """Vertex AI puts the account of the pipeline in this place. Without an account, a custom job runs as Vertex AI's own agent."""
 
@@ -126,6 +129,8 @@ class Cluster:
         environment = {**_GCS_READING, **self.environment, variables.IMAGE: self.image_of(component)}
         if accelerator := self.accelerator_of(component):
             environment[variables.ACCELERATOR] = f"{accelerator.name} {accelerator.build} {accelerator.replicas}"
+            if accelerator.build == "tpu":
+                environment |= plugin_environment(_LIBTPU)
         return environment
 
 

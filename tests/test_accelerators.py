@@ -35,6 +35,10 @@ MACHINES = {
     "v5e-16": ("ct5lp-hightpu-4t", "ACCELERATOR_TYPE_UNSPECIFIED", 0, "4x4", 16, "tpu"),
     "v5e-256": ("ct5lp-hightpu-4t", "ACCELERATOR_TYPE_UNSPECIFIED", 0, "16x16", 256, "tpu"),
 }
+PLUGIN = {
+    "NEXT_PLUGGABLE_DEVICE_USE_C_API": "true",
+    "TF_PLUGGABLE_DEVICE_LIBRARY_PATH": "/opt/sogclr/lib/python3.11/site-packages/libtpu/libtpu.so",
+}
 
 
 def compiled(name):
@@ -70,6 +74,7 @@ def test_each_accelerator_compiles_into_the_machine_that_it_is(name):
         "MLFLOW_TRACKING_URI": "https://m",
         "SOGCLR_IMAGE": pool.container_spec.image_uri,
         "SOGCLR_ACCELERATOR": f"{name} {accelerator.build} {accelerator.replicas}",
+        **(PLUGIN if accelerator.build == "tpu" else {}),
     }
     # A topology says how many chips there are.
     if machine.tpu_topology:
@@ -86,6 +91,24 @@ def test_a_step_is_told_the_accelerator_that_it_must_find():
         assert {"name": "SOGCLR_ACCELERATOR", "value": given} in pool["container_spec"]["env"]
     assert "SOGCLR_ACCELERATOR" not in str(spec["deploymentSpec"])
     assert "'SOGCLR_ACCELERATOR'" not in str(pipeline.compile_pipeline(pipeline.Cluster(images), {}))
+
+
+@pytest.mark.parametrize(("name", "told"), [("v2-8", True), ("v3-8", True), ("v5e-8", True), ("l4-1", False), ("cpu", False)])
+def test_a_step_on_a_tpu_names_tensorflow_s_plug_in(name, told):
+    """Where the container does not show the machine's devices too."""
+    cluster = pipeline.Cluster(Images(CUSTOM_JOB, "abc"), accelerators.get(name), accelerators.get(name))
+    spec = pipeline.compile_pipeline(cluster, {})
+    for component in ("pretrain", "linear-eval"):
+        (pool,) = spec["components"][f"comp-{component}"]["inputDefinitions"]["parameters"]["worker_pool_specs"]["defaultValue"]
+        environ = {variable["name"]: variable["value"] for variable in pool["container_spec"]["env"]}
+        assert {key: value for key, value in environ.items() if "PLUGGABLE" in key} == (PLUGIN if told else {})
+    assert "PLUGGABLE" not in str(spec["deploymentSpec"])
+
+
+def test_the_plug_in_is_where_the_image_installs_it():
+    python, folder = re.search(r"(python3\.\d+) -m venv (\S+)", (REPOSITORY / "Dockerfile").read_text()).groups()
+    assert PLUGIN["TF_PLUGGABLE_DEVICE_LIBRARY_PATH"] == f"{folder}/lib/{python}/site-packages/libtpu/libtpu.so"
+    assert "libtpu==" in (REPOSITORY / "requirements" / "tpu.lock").read_text()
 
 
 @pytest.mark.parametrize("name", ["v5e-8", None])
