@@ -29,7 +29,7 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import apache_beam as beam
@@ -37,8 +37,9 @@ from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOpt
 from rich.console import Console
 from rich.progress import Progress
 
-from beam_jobs import archives, files, images, proof, subsets, survey
+from beam_jobs import archives, dataflow, files, images, proof, subsets, survey
 from beam_jobs.convert import Convert, Index, Writers, local_writers
+from beam_jobs.ending import ends_on_sigterm
 from beam_jobs.plan import SPLITS, WORK, Plan, shards_for
 from beam_jobs.publish import publish
 from trainer.records import MANIFEST, Manifest, UserError, manifest_from_json
@@ -124,6 +125,7 @@ def make_plan(
     )
 
 
+@ends_on_sigterm()
 def build(
     raw: str,
     output: str,
@@ -139,20 +141,29 @@ def build(
     called with how many parts of the job are done and how many there are, from another thread; `options` are those of
     `make_plan`. The output is the same to the byte whatever the runner.
 
+    On Dataflow, an earlier attempt's job of the same conversion is gone on with where it still runs. SIGTERM and Ctrl-C cancel
+    the job.
+
     Raises UserError for input that cannot be converted whole, after reading all of it, and `proof.LostRecordsError`; then
     `output` has neither manifest nor shards. Interrupted, or without room, it has finished shards, which the same call uses.
     """
     plan = make_plan(raw, output, **options)
     pipeline = _pipeline(beam_args, processes)
+    job = dataflow.Conversion(pipeline, plan) if dataflow.is_dataflow(pipeline) else None
+    running = job.running() if job else None
     if files.find(files.join(output, MANIFEST)):
         if _made_here(plan) != plan.identity:
             raise _finished(plan)
         return publish(plan)  # an earlier job of this kind was interrupted when all but clearing up was done
-    _prepare(plan)
-    pipeline | Convert(plan, Writers() if _names_runner(beam_args) else local_writers(processes or 1))
-    with _watched(plan, report):
+    if not running:  # else its workers write there
+        _prepare(plan)
+        pipeline | Convert(plan, Writers() if _names_runner(beam_args) else local_writers(processes or 1))
+    with _watched(plan, report), job.watched() if job else nullcontext():
         try:
-            _run(pipeline)
+            if job:
+                _run(lambda: job.wait(running or pipeline.run()))
+            else:
+                _run(lambda: pipeline.run().wait_until_finish())
             return publish(plan)
         except (proof.FaultsError, proof.LostRecordsError):
             _remove_leftovers(plan)
@@ -181,7 +192,7 @@ def plan_only(
     try:
         looking = survey.looking_plan(plan, work)
         pipeline | Index(looking)
-        _run(pipeline)
+        _run(lambda: pipeline.run().wait_until_finish())
         return survey.survey(plan, proof.archive_reports(looking))
     finally:
         files.delete_folder(work)
@@ -230,10 +241,10 @@ def _only_describes(beam_args: Sequence[str]) -> bool:
     return bool(options.view_as(GoogleCloudOptions).template_location or options.view_as(TestOptions).dry_run)
 
 
-def _run(pipeline: beam.Pipeline) -> None:
-    """Runs a pipeline; an error of this project's comes out as itself, whatever the runner made of it."""
+def _run(pipeline: Callable[[], object]) -> None:
+    """Runs a pipeline to its end; an error of this project's comes out as itself, whatever the runner made of it."""
     try:
-        pipeline.run().wait_until_finish()
+        pipeline()
     except Exception as error:
         text = "".join(traceback.format_exception(error))
         for kind in (proof.FaultsError, proof.LostRecordsError, UserError):
