@@ -246,11 +246,22 @@ def _run(pipeline: Callable[[], object]) -> None:
     try:
         pipeline()
     except Exception as error:
+        if told := _interruption(error):
+            raise told from None
         text = "".join(traceback.format_exception(error))
         for kind in (proof.FaultsError, proof.LostRecordsError, UserError):
             if found := re.findall(rf"\b{kind.__name__}: (.+?)(?: \[while running .*)?$", text, re.MULTILINE):
                 raise kind(found[-1]) from error
         raise
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | SystemExit | None:
+    """Returns the Ctrl-C or the SIGTERM that Beam made an error of: in one process, its workers run in the main thread."""
+    while error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _prepare(plan: Plan) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from google.api_core import exceptions
+from google.auth import exceptions as auth_exceptions
 
 from components.dataflow import JOB_LABEL, label_of
 from pipelines.vertex import Job
@@ -43,11 +44,11 @@ def cancel(job: Job, credentials: "Credentials") -> list[str]:
                 client.update_job(request, timeout=_SECONDS_FOR_A_CALL, retry=None)
                 cancelled.append(found)
             break
-        except (exceptions.GoogleAPICallError, OSError) as error:
+        except (exceptions.GoogleAPICallError, auth_exceptions.GoogleAuthError, OSError) as error:
             if wait is None or isinstance(error, exceptions.ClientError):
                 mend = f"gcloud dataflow jobs list --status=active --project={options['project']} --region={options['region']}"
                 said = " ".join(str(error).split())[:200]
-                raise DataflowError(f"a Dataflow job of {job.job_id} may go on ({said}); look with {mend}") from error
+                raise DataflowError(f"a Dataflow job of {job.job_id} may go on ({said}); {mend} shows it") from error
             time.sleep(wait)
     return list(dict.fromkeys(cancelled))
 

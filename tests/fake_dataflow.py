@@ -52,7 +52,7 @@ class FakeDataflow:
         """Puts a job into the first of `states`, and into the next ones at the looks to come."""
         with self._lock:
             self._left[job] = list(states[1:])
-            self.jobs[job].current_state = f"JOB_STATE_{states[0]}"
+            self.jobs[job].current_state = api.JobState[f"JOB_STATE_{states[0]}"]
 
     def state(self, job: str) -> str:
         return self.jobs[job].current_state.name.removeprefix("JOB_STATE_")
@@ -114,7 +114,7 @@ class FakeDataflow:
     def _look(self, job: str, query: dict[str, list[str]]) -> str:
         text = self._text(self.jobs[job])
         if self._left[job] and ("view" not in query or self.state(job) == "CANCELLING"):
-            self.jobs[job].current_state = f"JOB_STATE_{self._left[job].pop(0)}"
+            self.jobs[job].current_state = api.JobState[f"JOB_STATE_{self._left[job].pop(0)}"]
             if self.state(job) == "DONE":
                 self.finish(job)
         return text

@@ -21,6 +21,7 @@ from test_pipeline import raw_archives
 from beam_jobs import build_tfrecords as conversion
 from components.dataflow import label_of
 from components.steps import build_tfrecords
+from pipelines import cli
 from trainer.records import UserError
 
 IMAGE = "europe-west4-docker.pkg.dev/my-project/sogclr/sogclr-cpu@sha256:" + "c" * 64
@@ -220,3 +221,68 @@ def test_the_process_ends_where_dataflow_does_not_answer(environ):
             r"Dataflow job build-tfrecords-\w+ may go on .*: gcloud dataflow jobs cancel job-1 --region=europe-west4", said
         )
         assert dataflow.count("PUT", f"{JOBS}/job-1") > 1
+
+
+@pytest.fixture
+def submitted(environ, tmp_path, monkeypatch):
+    """A pipeline job on a loopback Vertex AI whose step runs `convert`, and the options that name the place."""
+    with serving() as google, serving_dataflow() as dataflow:
+        give_credentials(monkeypatch, tmp_path, "my-project", google.url)
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        place = ["--project", "my-project", "--region", "europe-west4", "--endpoint", google.url]
+        options = [
+            *("--preset", "sogclr_imagenet_r50_b512", "--accelerator", "v5e-8", *place, "--pipeline-root", "gs://a-bucket/runs"),
+            *("--raw", "gs://a-bucket/raw", "--images", "registry/sogclr", "--tag", "abc", "--mlflow-uri", "https://m"),
+            *("--job-id", "mine", f"--dataflow-arg=--dataflow_endpoint={dataflow.url}"),
+            *("--skip-check", "options", "vertex", "bucket", "images", "raw", "mlflow"),
+        ]
+        assert cli.main(["submit", *options]) == 0
+        dataflow.add("a-step-s", "build-tfrecords-1", {"sogclr-job": label_of("mine")})
+        dataflow.add("another-s", "build-tfrecords-2", {"sogclr-job": label_of("another")})
+        dataflow.add("nobody-s", "wordcount", {})
+        yield dataflow, place
+
+
+def test_cancelling_a_job_cancels_its_dataflow_job(submitted, capsys):
+    """The step that waits for it may be gone."""
+    dataflow, place = submitted
+    dataflow.faults = {"PUT": 503}
+    until_put = dataflow.answer
+
+    def answered(method, target, body):
+        answer = until_put(method, target, body)
+        if method == "PUT":
+            dataflow.faults.clear()
+        return answer
+
+    dataflow.answer = answered
+    capsys.readouterr()
+    assert cli.main(["cancel", "mine", *place]) == 0
+    assert "cancelled: Dataflow job a-step-s\n" in capsys.readouterr().out
+    assert {job: dataflow.state(job) for job in dataflow.jobs} == {
+        "a-step-s": "CANCELLING",
+        "another-s": "RUNNING",
+        "nobody-s": "RUNNING",
+    }
+    # Once more: there is nothing left to do.
+    assert cli.main(["cancel", "mine", *place, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "CANCELLED"
+
+
+@pytest.mark.parametrize(("method", "status"), [("GET", 403), ("PUT", 403), ("GET", 503)])
+def test_a_dataflow_job_that_cannot_be_cancelled_is_one_line(submitted, capsys, monkeypatch, method, status):
+    monkeypatch.setattr("pipelines.dataflow._FIRST_WAIT", 0.01)
+    dataflow, place = submitted
+    dataflow.faults = {method: status}
+    capsys.readouterr()
+    assert cli.main(["cancel", "mine", *place]) == 0
+    said = capsys.readouterr()
+    assert "mine: cancelled" in said.out
+    assert re.fullmatch(r"warning: a Dataflow job of mine may go on \(.*\); gcloud dataflow jobs list .*\n", said.err), said.err
+
+
+def test_a_job_without_dataflow_asks_nothing_of_it(submitted, capsys, monkeypatch):
+    dataflow, place = submitted
+    monkeypatch.setattr("pipelines.vertex.Job.arguments", lambda job, component: {"beam_args": []})
+    assert cli.main(["cancel", "mine", *place]) == 0
+    assert dataflow.requests == []
