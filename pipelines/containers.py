@@ -19,6 +19,27 @@ done
 exit "$code"
 """
 
+_LAUNCHER = "google_cloud_pipeline_components.container.v1.custom_job.launcher"
+_LAUNCH = f"""\
+import sys
+from google.cloud.aiplatform_v1.types import JobState
+from google_cloud_pipeline_components.container.v1.custom_job import remote_runner
+from google_cloud_pipeline_components.container.v1.gcp_launcher import job_remote_runner
+from {_LAUNCHER.rpartition(".")[0]} import launcher
+
+runner = job_remote_runner.JobRemoteRunner
+of_earlier_attempt = runner.check_if_job_exists
+
+def unless_failed(self):
+    name = of_earlier_attempt(self)
+    if name and remote_runner.get_custom_job_with_client(self.job_client, name).state == JobState.JOB_STATE_FAILED:
+        return None
+    return name
+
+runner.check_if_job_exists = unless_failed
+launcher.main(sys.argv[1:])
+"""
+
 
 def with_init(command: Sequence[str]) -> list[str]:
     """Returns KFP's command with its shell as an init that passes SIGTERM on to Python and ends as Python does.
@@ -34,3 +55,15 @@ def with_init(command: Sequence[str]) -> list[str]:
     assert sum(start in part for part in command) == 1, "KFP starts components in another way than 2.17 does"
     checked = '[ -z "$told" ] || exit 143\n'
     return [_TRAP + part.replace(start, checked + start).rstrip() + " &\n" + _WAIT if start in part else part for part in command]
+
+
+def with_new_job_after_failure(command: Sequence[str]) -> list[str]:
+    """Returns the command of Google's launcher so that it starts a new custom job where the one of an earlier attempt failed.
+
+    The launcher writes the job's name to its output `gcp_resources`, and an attempt that finds one there waits for that job: so
+    a launcher that was lost finds its job again. Where the job had failed, a retry of the task would end at once for the same
+    reason, without a new job. Whether Vertex AI keeps the output from one attempt to the next is not documented, so the command
+    does not depend on it. It runs in Google's image, which has the library of the version that this was compiled with.
+    """
+    assert list(command) == ["python3", "-u", "-m", _LAUNCHER], "Google starts its launcher in another way than 2.22 does"
+    return ["python3", "-u", "-c", _LAUNCH]
