@@ -21,14 +21,15 @@ exit "$code"
 
 _LAUNCHER = "google_cloud_pipeline_components.container.v1.custom_job.launcher"
 _LAUNCH = f"""\
-import sys
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 from google.cloud.aiplatform_v1.types import JobState
 from google_cloud_pipeline_components.container.v1.custom_job import remote_runner
 from google_cloud_pipeline_components.container.v1.gcp_launcher import job_remote_runner
 from {_LAUNCHER.rpartition(".")[0]} import launcher
 
 runner = job_remote_runner.JobRemoteRunner
-of_earlier_attempt = runner.check_if_job_exists
+of_earlier_attempt, create = runner.check_if_job_exists, runner.create_job
 
 def unless_failed(self):
     name = of_earlier_attempt(self)
@@ -36,7 +37,19 @@ def unless_failed(self):
         return None
     return name
 
-runner.check_if_job_exists = unless_failed
+def unless_told_to_end(self, *arguments):
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+    name = create(self, *arguments)
+    def cancel(*_):
+        self.job_client.cancel_custom_job(name=name)
+        sys.exit(143)
+    signal.signal(signal.SIGTERM, cancel)
+    if told:
+        cancel()
+    return name
+
+runner.check_if_job_exists, runner.create_job = unless_failed, unless_told_to_end
 launcher.main(sys.argv[1:])
 """
 
@@ -57,13 +70,17 @@ def with_init(command: Sequence[str]) -> list[str]:
     return [_TRAP + part.replace(start, checked + start).rstrip() + " &\n" + _WAIT if start in part else part for part in command]
 
 
-def with_new_job_after_failure(command: Sequence[str]) -> list[str]:
-    """Returns the command of Google's launcher so that it starts a new custom job where the one of an earlier attempt failed.
+def with_one_job_an_attempt(command: Sequence[str]) -> list[str]:
+    """Returns the command of Google's launcher so that each attempt has its own custom job, and none is left behind.
 
     The launcher writes the job's name to its output `gcp_resources`, and an attempt that finds one there waits for that job: so
     a launcher that was lost finds its job again. Where the job had failed, a retry of the task would end at once for the same
     reason, without a new job. Whether Vertex AI keeps the output from one attempt to the next is not documented, so the command
-    does not depend on it. It runs in Google's image, which has the library of the version that this was compiled with.
+    does not depend on it.
+
+    The launcher hears SIGTERM once it waits for its job. Before, as PID 1, it would go on and make a job that nobody ends.
+
+    It runs in Google's image, which has the library of the version that this was compiled with.
     """
     assert list(command) == ["python3", "-u", "-m", _LAUNCHER], "Google starts its launcher in another way than 2.22 does"
     return ["python3", "-u", "-c", _LAUNCH]

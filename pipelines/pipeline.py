@@ -19,7 +19,7 @@ from components.steps import COMPONENTS, IMAGE, build_tfrecords, end_pipeline, l
 from pipelines import accelerators
 from pipelines.accelerators import Accelerator, Build
 from pipelines.code import step_version
-from pipelines.containers import with_init, with_new_job_after_failure
+from pipelines.containers import with_init, with_one_job_an_attempt
 from pipelines.images import Images
 from trainer.hardware import plugin_environment
 from trainer.records import UserError
@@ -265,7 +265,7 @@ def _compiled(cluster: Cluster, function: Callable, name: str, defaults: Mapping
             executor["container"]["image"] = cluster.images.reference("cpu")
             executor["container"]["command"] = with_init(executor["container"]["command"])
         elif executor.get("container"):
-            executor["container"]["command"] = with_new_job_after_failure(executor["container"]["command"])
+            executor["container"]["command"] = with_one_job_an_attempt(executor["container"]["command"])
     for key, component in spec["components"].items():
         pools = component.get("inputDefinitions", {}).get("parameters", {}).get("worker_pool_specs")
         if pools:

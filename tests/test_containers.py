@@ -136,28 +136,36 @@ class CustomJobs(grpc.GenericRpcHandler):
     """The custom jobs of a Vertex AI on loopback. Each job is in the next of `states` from its beginning."""
 
     def __init__(self, *states):
-        self.states, self.jobs, self.looks = list(states), [], []
+        self.states, self.jobs = list(states), []
+        self.asked, self.answers = threading.Event(), threading.Event()
+        self.answers.set()
 
     def service(self, details):
         method = details.method.removeprefix("/google.cloud.aiplatform.v1.JobService/")
-        types = {"CreateCustomJob": aiplatform_v1.CreateCustomJobRequest, "GetCustomJob": aiplatform_v1.GetCustomJobRequest}
-        if method not in types:
+        methods = {
+            "CreateCustomJob": (self.create, aiplatform_v1.CreateCustomJobRequest),
+            "GetCustomJob": (self.get, aiplatform_v1.GetCustomJobRequest),
+            "CancelCustomJob": (self.cancel, aiplatform_v1.CancelCustomJobRequest),
+        }
+        if method not in methods:
             return None
-        return grpc.unary_unary_rpc_method_handler(
-            self.create if method == "CreateCustomJob" else self.get,
-            request_deserializer=types[method].deserialize,
-            response_serializer=aiplatform_v1.CustomJob.serialize,
-        )
+        handle, request = methods[method]
+        return grpc.unary_unary_rpc_method_handler(handle, request_deserializer=request.deserialize, response_serializer=bytes)
 
     def create(self, request, context):
         job = request.custom_job
         job.name, job.state = f"{request.parent}/customJobs/{len(self.jobs) + 1}", self.states[len(self.jobs)]
         self.jobs.append(job)
-        return job
+        self.asked.set()
+        self.answers.wait()
+        return aiplatform_v1.CustomJob.serialize(job)
 
     def get(self, request, context):
-        self.looks.append(request.name)
-        return next(job for job in self.jobs if job.name == request.name)
+        return aiplatform_v1.CustomJob.serialize(next(job for job in self.jobs if job.name == request.name))
+
+    def cancel(self, request, context):
+        next(job for job in self.jobs if job.name == request.name).state = JobState.JOB_STATE_CANCELLED
+        return b""
 
 
 @contextlib.contextmanager
@@ -193,6 +201,7 @@ def serving_custom_jobs(folder, *states):
         try:
             yield custom_jobs, environ
         finally:
+            custom_jobs.answers.set()
             proxy.shutdown()
             server.stop(None)
 
@@ -224,8 +233,8 @@ def pump(source, target):
         target.shutdown(socket.SHUT_WR)
 
 
-def launch(spec, component, folder, environ, monkeypatch):
-    """Runs the launcher of a component's custom job, as Vertex AI would. Returns its exit code; its output stays in `folder`."""
+def launcher(spec, component, folder, environ, monkeypatch):
+    """Starts the launcher of a component's custom job, as Vertex AI would. What it leaves is in `folder`."""
     container = spec["deploymentSpec"]["executors"][f"exec-{component}"]["container"]
     payload = json.dumps({"display_name": component, "job_spec": {"worker_pool_specs": []}})
     resources = folder / "gcp_resources"
@@ -235,8 +244,14 @@ def launch(spec, component, folder, environ, monkeypatch):
     assert container["command"][0] == "python3"
     give_credentials(monkeypatch, folder, "my-project", "http://127.0.0.1:9")
     command = [sys.executable, *container["command"][1:], *arguments]
-    done = subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True)
-    return done.returncode, done.stderr
+    return started(command, env={**os.environ, **environ}, stderr=subprocess.PIPE, text=True)
+
+
+def launch(*arguments):
+    """Returns the launcher's exit code and what it said."""
+    with launcher(*arguments) as process:
+        said = process.communicate()[1]
+        return process.returncode, said
 
 
 @pytest.mark.thorough
@@ -259,3 +274,17 @@ def test_a_launcher_that_was_lost_goes_on_with_its_custom_job(spec, tmp_path, mo
         for _ in range(2):
             code, said = launch(spec, "pretrain", tmp_path, environ, monkeypatch)
             assert ((code == 0), len(vertex.jobs)) == (ends_well, 1), said
+
+
+@pytest.mark.thorough
+def test_a_launcher_that_is_told_to_end_cancels_the_job_that_it_is_just_making(spec, tmp_path, monkeypatch):
+    """Its own handler comes later; the custom job would go on without anybody who knows of it."""
+    with serving_custom_jobs(tmp_path, JobState.JOB_STATE_RUNNING) as (vertex, environ):
+        vertex.answers.clear()
+        with launcher(spec, "pretrain", tmp_path, environ, monkeypatch) as process:
+            until(vertex.asked.is_set, process)
+            process.terminate()
+            vertex.answers.set()
+            said = process.communicate()[1]
+            assert process.returncode == 128 + signal.SIGTERM, said
+        assert vertex.jobs[0].state == JobState.JOB_STATE_CANCELLED
