@@ -14,7 +14,7 @@ COMMIT = $(shell git rev-parse --short=12 HEAD)
 IN := . $(VENV)/bin/activate &&
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tpu-check demo test test-pythons test-slow check images format lock clean
+.PHONY: help setup tpu-check demo test test-pythons test-slow check rehearse images format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ test-pythons: ## make test with each Python from 3.11 to 3.13 that is found, eac
 
 test-slow: setup ## minutes and gigabytes: the locks of GPU and TPU installed, an image built
 	$(IN) pytest -n 0 -m slow
+
+# FAULT=NAME has something go wrong on the way, FAULT=all one after another; make rehearse FAULT=? lists them.
+rehearse: setup ## a whole job on Vertex AI, on loopback servers: docs/vertex.md's first run, about five minutes; needs root
+	$(IN) PYTHONPATH=tests python -m vertex.world python -m vertex.rehearse $(if $(FAULT),--fault $(FAULT))
 
 # IMAGES names the repository, as in REGION-docker.pkg.dev/PROJECT/sogclr; push=yes sends them there.
 images: ## container images of this commit, sogclr-cpu, sogclr-gpu and sogclr-tpu

@@ -23,10 +23,10 @@ _LAUNCHER = "google_cloud_pipeline_components.container.v1.custom_job.launcher"
 _LAUNCH = f"""\
 import signal, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+import {_LAUNCHER} as launcher
 from google.cloud.aiplatform_v1.types import JobState
 from google_cloud_pipeline_components.container.v1.custom_job import remote_runner
 from google_cloud_pipeline_components.container.v1.gcp_launcher import job_remote_runner
-from {_LAUNCHER.rpartition(".")[0]} import launcher
 
 runner = job_remote_runner.JobRemoteRunner
 of_earlier_attempt, create = runner.check_if_job_exists, runner.create_job

@@ -132,3 +132,9 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)  # of no time and no owner, so the same bytes each time
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
+
+
+if __name__ == "__main__":
+    import sys
+
+    make_raw(sys.argv[1])

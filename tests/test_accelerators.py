@@ -70,7 +70,6 @@ def test_each_accelerator_compiles_into_the_machine_that_it_is(name):
     assert pool.container_spec.image_uri == f"{CUSTOM_JOB}/sogclr-{accelerator.build}:abc"
     environ = {variable.name: variable.value for variable in pool.container_spec.env}
     assert environ == {
-        "GCS_READ_CACHE_BLOCK_SIZE_MB": "8",
         "MLFLOW_TRACKING_URI": "https://m",
         "SOGCLR_IMAGE": pool.container_spec.image_uri,
         "SOGCLR_ACCELERATOR": f"{name} {accelerator.build} {accelerator.replicas}",
@@ -109,20 +108,6 @@ def test_the_plug_in_is_where_the_image_installs_it():
     python, folder = re.search(r"(python3\.\d+) -m venv (\S+)", (REPOSITORY / "Dockerfile").read_text()).groups()
     assert PLUGIN["TF_PLUGGABLE_DEVICE_LIBRARY_PATH"] == f"{folder}/lib/{python}/site-packages/libtpu/libtpu.so"
     assert "libtpu==" in (REPOSITORY / "requirements" / "tpu.lock").read_text()
-
-
-@pytest.mark.parametrize("name", ["v5e-8", None])
-def test_every_step_reads_cloud_storage_in_small_blocks(name):
-    """TensorFlow would read 64 MiB for each file that it opens, 7.3 times the data."""
-    spec = pipeline.compile_pipeline(pipeline.Cluster(Images(CUSTOM_JOB, "abc"), accelerators.get(name) if name else None), {})
-    containers = [one["container"] for one in spec["deploymentSpec"]["executors"].values()]
-    ours = [one["env"] for one in containers if one["image"].startswith(CUSTOM_JOB)]
-    for component in ("pretrain", "linear-eval") if name else ():
-        (pool,) = spec["components"][f"comp-{component}"]["inputDefinitions"]["parameters"]["worker_pool_specs"]["defaultValue"]
-        ours.append(pool["container_spec"]["env"])
-    assert len(ours) == 5
-    for env in ours:
-        assert {"name": "GCS_READ_CACHE_BLOCK_SIZE_MB", "value": "8"} in env
 
 
 def test_pretraining_is_a_custom_job_that_finds_its_checkpoints_again_and_starts_again():

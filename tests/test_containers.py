@@ -19,10 +19,10 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from fake_vertex import give_credentials
 from google.cloud import aiplatform_v1
 from google.cloud.aiplatform_v1.types import JobState
 from holding import started, until
+from vertex.accounts import give_credentials
 
 from pipelines import accelerators, pipeline
 from pipelines.images import Images

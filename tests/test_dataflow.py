@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 from fake_dataflow import JOBS, serving_dataflow
-from fake_vertex import give_credentials, nothing_leaves_this_machine, serving
 from gcp_storage_emulator.server import create_server
 from google.cloud import storage
 from holding import started, until
 from kfp import dsl
 from mlflow import MlflowClient
 from test_pipeline import raw_archives
+from vertex.accounts import give_credentials, nothing_leaves_this_machine
+from vertex.google import serving
 
 from beam_jobs import build_tfrecords as conversion
 from components.dataflow import label_of

@@ -3,16 +3,16 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from string import Template
 
 import pytest
-from fake_vertex import serving
+from vertex import container
+from vertex.google import serving
+from vertex.image import image_of, layers
 
 from pipelines.images import Images
 from trainer import hardware
@@ -45,39 +45,6 @@ def test_all_locks_have_the_same_versions():
         assert not {"pytest", "ruff", "mypy", "gcp-storage-emulator"} & set(locked(build))
 
 
-@dataclass(frozen=True)
-class Image:
-    """What the Dockerfile says of an image, as far as a container's start depends on it."""
-
-    environ: dict[str, str]
-    user: str
-    entrypoint: list[str]
-
-
-def image_of(build):
-    """Returns the image of a build, read from ENV, USER and ENTRYPOINT of the last stage and of the stages under it."""
-    variables = {"BUILD": build, "COMMIT": "c0ffee"}
-    stages = {}
-    for line in re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", DOCKERFILE, flags=re.MULTILINE)).splitlines():
-        word, _, rest = line.partition(" ")
-        match word:
-            case "FROM":
-                base, _, name = Template(rest).safe_substitute(variables).partition(" AS ")
-                stage = stages[name] = (
-                    replace(under) if (under := stages.get(base)) else Image({"PATH": "/usr/bin:/bin"}, "root", [])
-                )
-            case "ENV":
-                known = {**variables, **stage.environ}
-                pairs = (pair.partition("=") for pair in shlex.split(rest))
-                environ = stage.environ | {key: Template(value).substitute(known) for key, _, value in pairs}
-                stage = stages[name] = replace(stage, environ=environ)
-            case "USER":
-                stage = stages[name] = replace(stage, user=rest)
-            case "ENTRYPOINT":
-                stage = stages[name] = replace(stage, entrypoint=json.loads(rest))
-    return stage
-
-
 @pytest.mark.parametrize("build", BUILDS)
 def test_an_image_says_its_commit(build):
     assert image_of(build).environ["SOGCLR_COMMIT"] == "c0ffee"
@@ -103,71 +70,83 @@ def test_the_gpu_image_asks_for_the_gpus_and_finds_the_driver():
         assert not {"NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "LD_LIBRARY_PATH"} & set(other)
 
 
-@pytest.fixture(scope="module")
-def container(tmp_path_factory):
-    """A folder that stands for the root of a container: the project lies in /opt/sogclr, made as the Dockerfile makes it."""
-    root = tmp_path_factory.mktemp("container")
-    (options,) = re.findall(r"python3\.11 -m venv (.*)/opt/sogclr", DOCKERFILE)
-    env = root / "opt" / "sogclr"
-    run(sys._base_executable, "-m", "venv", *options.split(), env)
-    (packages,) = env.glob("lib/python3*/site-packages")
-    worker = packages / "apache_beam" / "runners" / "worker"
-    worker.mkdir(parents=True)
-    (worker / "sdk_worker_main.py").write_text("import beam_jobs, os; print(*sorted(os.environ))")
-    (packages / "beam_jobs.py").touch()
-    known = packages / "apache_beam-2.77.0.dist-info"
-    known.mkdir()
-    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: apache-beam\nVersion: 2.77.0\n")
-    return root
+@pytest.fixture
+def machine(tmp_path):
+    """A machine with the CPU image's files and root's empty /gcs, and none of a container's files from before."""
+    if reason := container.possible():
+        pytest.skip(reason)
+    for name in ("etc", "gcs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "etc" / "passwd").write_text("root:x:0:0::/root:/bin/sh\nsogclr:x:1000:1000::/home:/bin/sh\n")
+    (tmp_path / "gcs").chmod(0o755)
+    return container.Machine(layers(), tmp_path / "etc", tmp_path / "gcs")
 
 
-def boot(image, container):
-    """Starts a Dataflow worker by the steps of Beam's program `boot`. Returns what the worker prints.
+def start(machine, image, *command, **environ):
+    """Returns the exit status and the output of a command in a container."""
+    log = machine.etc.with_name("log")
+    log.unlink(missing_ok=True)
+    status = container.Container(machine, image, command, environ, log).wait()
+    return status, log.read_text()
 
-    Files of the image belong to root. `container` is the root folder. Source of the steps: sdks/python/container/boot.go and
-    piputil.go of apache/beam.
-    """
+
+BOOT = ("--id=1", "--logging_endpoint=localhost:1", "--control_endpoint=localhost:1", "--semi_persist_dir=/var/opt/google")
+# In the place of Beam's worker, which would wait for a service.
+WORKER = """
+import apache_beam.runners.worker.sdk_worker_main as worker, os, sys
+print(sys.prefix, os.environ["WORKER_ID"], os.environ["SOGCLR_COMMIT"], bool(worker.main))
+import beam_jobs.convert
+"""
+
+
+def boot(machine, image):
+    """Starts a Dataflow worker as boot does; the last step prints what it finds."""
     assert image.entrypoint == ["/opt/apache/beam/boot"], "Dataflow gives the entry point options, and no command"
-
-    def make(folder):
-        if image.user != "root":
-            raise PermissionError(f"{image.user} may not write {folder}")
-        (container / folder.lstrip("/")).mkdir(parents=True, exist_ok=True)
-        return container / folder.lstrip("/")
-
-    environ = {**image.environ, "PATH": ":".join(str(container / one.lstrip("/")) for one in image.environ["PATH"].split(":"))}
-
-    def python(*arguments):
-        return run(shutil.which("python", path=environ["PATH"]), *arguments, env=environ, cwd=container)
-
-    if not environ.get("RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT"):
-        venv = make("/opt/apache/beam-venv/beam-venv-worker-1")
-        python("-m", "venv", "--system-site-packages", venv)
-        environ["PATH"] = f"{venv / 'bin'}:{environ['PATH']}"
-    staged = make("/var/opt/google/staged")
-    python("-m", "pip", "show", "apache-beam")
-    environ |= {"WORKER_ID": "1", "PIPELINE_OPTIONS": "{}", "SEMI_PERSISTENT_DIRECTORY": str(staged.parent)}
-    environ |= {f"{name}_API_SERVICE_DESCRIPTOR": "url: 'localhost:1'" for name in ("LOGGING", "CONTROL", "STATUS")}
-    return python("-m", "apache_beam.runners.worker.sdk_worker_main")
+    command = [
+        "sh",
+        "-c",
+        'cp /opt/apache/beam/boot /tmp/boot && sed -i "s|-m apache_beam.*|-c \\"\\$W\\"|" /tmp/boot && exec /tmp/boot "$@"',
+    ]
+    return start(machine, image, *command, "boot", *BOOT, W=WORKER)
 
 
-def test_a_worker_of_dataflow_starts_and_finds_the_project(container):
-    assert {"WORKER_ID", "SOGCLR_COMMIT"} < set(boot(image_of("cpu"), container).split())
+@pytest.mark.thorough
+def test_a_worker_of_dataflow_starts_and_finds_the_project(machine):
+    status, said = boot(machine, image_of("cpu"))
+    assert status == 0, said
+    assert "/opt/sogclr 1 c0ffee True" in said
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("user", "default_environment", "fault"),
     [
-        ("sogclr", "", "may not write /opt/apache"),
-        ("sogclr", "1", "may not write /var/opt"),
-        ("root", "", "not found: apache-beam"),
+        ("sogclr", "", "Permission denied: '/opt/apache/beam-venv"),
+        ("sogclr", "1", "cannot create directory '/var/opt/google': Permission denied"),
+        ("root", "", "No module named pip|not found: apache-beam"),
     ],
 )
-def test_a_worker_of_dataflow_needs_root_and_the_image_s_own_environment(container, user, default_environment, fault):
+def test_a_worker_of_dataflow_needs_root_and_the_image_s_own_environment(machine, user, default_environment, fault):
     image = image_of("cpu")
     environ = {**image.environ, "RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT": default_environment}
-    with pytest.raises((PermissionError, AssertionError), match=fault):
-        boot(replace(image, user=user, environ=environ), container)
+    status, said = boot(machine, replace(image, user=user, environ=environ))
+    assert status != 0
+    assert re.search(fault, said), said
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("user", "status"), [("root", 0), ("sogclr", 1)])
+def test_a_step_writes_what_kfp_asks_for_to_root_s_gcs(machine, user, status):
+    """With KFP's own command, as it stands in a compiled job."""
+    task = {"outputs": {"outputFile": "/gcs/bucket/job/executor_output.json"}, "inputs": {}}
+    component = "def body() -> None:\n    import components.workspace\n"
+    program = "printf '%s' \"$0\" > /tmp/c.py && exec python3 -m kfp.dsl.executor_main --component_module_path /tmp/c.py"
+    arguments = ["--executor_input", json.dumps(task), "--function_to_execute", "body"]
+    found, said = start(
+        machine, replace(image_of("cpu"), user=user), "sh", "-ec", f'{program} "$@"', component, *arguments, _KFP_RUNTIME="true"
+    )
+    assert found == status, said
+    assert (machine.gcs / "bucket" / "job" / "executor_output.json").is_file() == (user == "root")
 
 
 def test_beam_s_worker_is_of_the_version_that_the_image_has():
@@ -187,7 +166,7 @@ def test_what_is_copied_is_there_and_nothing_else_is_sent():
 def test_a_registry_s_digest_is_what_names_an_image():
     with serving() as google:
         repository = f"{google.url.removeprefix('http://')}/p/sogclr"
-        google.images = {f"p/sogclr/sogclr-{build}:abc": f"sha256:{number}" for number, build in enumerate(BUILDS)}
+        google.accounts.images = {f"p/sogclr/sogclr-{build}:abc": f"sha256:{number}" for number, build in enumerate(BUILDS)}
         found = Images(repository, "abc").resolved("token", BUILDS)
         assert [found.reference(build) for build in BUILDS] == [
             f"{repository}/sogclr-{b}@sha256:{n}" for n, b in enumerate(BUILDS)

@@ -9,7 +9,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from fake_vertex import serving as serving_google
 from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import DefaultCredentialsError
 from google.cloud import secretmanager
@@ -19,6 +18,7 @@ from loopback import Clock
 from mlflow import MlflowClient
 from mlflow_server import PASSWORD, USER, serving
 from test_pipeline import raw_archives
+from vertex.google import serving as serving_google
 
 from components import outbox, tracking, variables, workspace
 from trainer.records import UserError
@@ -94,7 +94,7 @@ def google(monkeypatch):
 @pytest.mark.parametrize("secret", [f"{USER}:{PASSWORD}\n", "token-1"])
 def test_credentials_come_from_secret_manager(google, secret):
     environ = {variables.SECRET: SECRET}
-    google.secrets[SECRET] = secret
+    google.accounts.secrets[SECRET] = secret
     tracking.read_secret(environ)
     with pytest.raises(UserError, match=r"roles/secretmanager\.secretAccessor"):
         tracking.read_secret({variables.SECRET: SECRET.replace("mlflow", "other")})
@@ -107,7 +107,7 @@ def test_credentials_come_from_secret_manager(google, secret):
 @pytest.mark.parametrize("fault", [503, 500, 429, "cut"])
 def test_a_secret_manager_that_is_down_is_waited_for(google, capsys, fault):
     environ = {variables.SECRET: SECRET}
-    google.secrets[SECRET] = "token-1"
+    google.accounts.secrets[SECRET] = "token-1"
     google.fail(fault, fault, fault, path="/secrets/")
     tracking.read_secret(environ)
     assert environ["MLFLOW_TRACKING_TOKEN"] == "token-1"

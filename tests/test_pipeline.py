@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import stripes
-from fake_vertex import give_credentials, serving
 from holding import Hold, started
 from mlflow import MlflowClient
 from PIL import Image
+from vertex.accounts import give_credentials
+from vertex.google import serving
 
 from pipelines.cli import main
 from pipelines.vertex import Place, Vertex, credentials
@@ -373,7 +374,7 @@ def test_a_step_of_a_job_on_vertex_is_done_again_on_this_machine(folder, first, 
         sent = Vertex(Place("my-project", "europe-west4", google.url), credentials()[0]).get("mine")
         assert set(sent.arguments("pretrain")) == {"preset", "overrides", "code_version"}
         left = {name: step(first, name)["outputs"] for name in COMPONENTS[:2]}
-        google.leave("mine", left)
+        google.vertex.leave("mine", left)
         arguments = ("linear-eval", "--run", "vertex:mine", *place, "--set", "linear_eval.seed=3", "--json")
         rerun = answer(sogclr("rerun", *arguments, cwd=tmp_path))
     # In a store of its own, which knows neither the encoder's run nor the encoder.

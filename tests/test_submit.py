@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from fake_vertex import KEY, give_credentials, nothing_leaves_this_machine, serving
 from gcp_storage_emulator.server import create_server
 from google.cloud import aiplatform_v1, storage
 from google.protobuf import json_format
+from vertex.accounts import KEY, give_credentials, nothing_leaves_this_machine
+from vertex.google import serving
 
 from beam_jobs.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
 from pipelines import cli, plan, submission, vertex
@@ -53,7 +54,7 @@ def google(tmp_path, monkeypatch):
         monkeypatch.setattr(vertex, "_SECONDS_FOR_A_CALL", 1.0)
         monkeypatch.chdir(tmp_path)
         repository = fake.url.removeprefix("http://") + "/my-project/sogclr"
-        fake.images = {f"my-project/sogclr/sogclr-{build}:{TAG}": digest for build, digest in DIGEST.items()}
+        fake.accounts.images = {f"my-project/sogclr/sogclr-{build}:{TAG}": digest for build, digest in DIGEST.items()}
         fake.options = ["--project", PROJECT, "--region", REGION, "--endpoint", fake.url]
         fake.submit = [
             *("submit", "--preset", "sogclr_imagenet_r50_b512", "--accelerator", "v5e-8", *fake.options),
@@ -241,7 +242,7 @@ def test_what_cannot_work_is_refused_without_a_request(google, capsys, change, n
         (["--pipeline-root", "gs://b-bucket/runs"], None, "there is no bucket gs://b-bucket"),
         (["--raw", "gs://a-bucket/other"], None, "lacks ILSVRC2012_img_train.tar"),
         ([], lambda google: google.fail(*[403] * 9), "docs/vertex.md lists the roles"),
-        ([], lambda google: setattr(google, "token_ok", False), "the credentials do not hold"),
+        ([], lambda google: setattr(google.accounts, "token_ok", False), "the credentials do not hold"),
         ([], lambda google: google.fail(401, path="/v2/"), "roles/artifactregistry.reader"),
         ([], lambda google: google.fail(500, path="/v2/"), "answers 500"),
     ],
@@ -286,7 +287,7 @@ def test_a_check_can_be_skipped(google, bucket, capsys):
 
 
 def the_job(google):
-    (job,) = google.jobs.values()
+    (job,) = google.vertex.jobs.values()
     return json_format.MessageToDict(aiplatform_v1.PipelineJob.pb(job))
 
 
@@ -368,7 +369,7 @@ def test_faults_that_pass_end_in_one_job(google, bucket, capsys, faults):
     google.fail(*faults, path="pipelineJobs?pipelineJobId=")
     assert cli.main(google.quick) == 0
     assert "submitted: mine" in capsys.readouterr().out
-    assert len(google.jobs) == 1
+    assert len(google.vertex.jobs) == 1
     assert google.faults == []
 
 
@@ -381,7 +382,7 @@ def test_a_fault_that_stays_is_one_line_and_no_job(google, bucket, capsys, fault
     google.fail(*[fault] * 1000, path="pipelineJobs?pipelineJobId=")
     assert cli.main(google.quick) == 2
     assert named in one_error_line(capsys)
-    assert google.jobs == {}
+    assert google.vertex.jobs == {}
 
 
 @pytest.mark.thorough
@@ -393,7 +394,7 @@ def test_a_job_that_may_have_been_made_is_still_one_when_it_is_submitted_again(g
     assert "job mine may have been made" in one_error_line(capsys)
     google.fail()
     assert cli.main(google.quick) == 0
-    assert len(google.jobs) == 1
+    assert len(google.vertex.jobs) == 1
 
 
 SCHEDULE = f"{FOLDER}/schedules/1"
@@ -414,7 +415,7 @@ SCHEDULE = f"{FOLDER}/schedules/1"
 )
 def test_every_fault_that_stays_is_one_line_whatever_was_asked(google, capsys, monkeypatch, command, path):
     name = f"{FOLDER}/pipelineJobs/mine"
-    google.jobs[name] = aiplatform_v1.PipelineJob(name=name, state="PIPELINE_STATE_RUNNING")
+    google.vertex.jobs[name] = aiplatform_v1.PipelineJob(name=name, state="PIPELINE_STATE_RUNNING")
     for name in ("_PATIENCE", "_PATIENCE_OF_FOLLOWING", "_SECONDS_FOR_A_CALL"):
         monkeypatch.setattr(vertex, name, 0.1)
     arguments = [*google.quick, *command[1:]] if command[0] == "submit" else [*command, *google.options]
@@ -422,7 +423,7 @@ def test_every_fault_that_stays_is_one_line_whatever_was_asked(google, capsys, m
         google.fail(*[fault] * 1000, path=path)
         assert cli.main(arguments) == 2
         assert re.search("quota|itself|allowed|reached", one_error_line(capsys))
-        assert google.schedules == {}
+        assert google.vertex.schedules == {}
 
 
 def test_the_same_submission_twice_is_one_job_and_another_of_its_name_is_refused(google, bucket, capsys):
@@ -439,11 +440,11 @@ def test_a_schedule_is_made_once(google, bucket, capsys):
     google.fail("lost", path="schedules")
     assert cli.main(arguments) == 0
     assert cli.main(arguments) == 0
-    (schedule,) = google.schedules.values()
+    (schedule,) = google.vertex.schedules.values()
     assert (schedule.cron, schedule.max_run_count) == ("TZ=Europe/Berlin 0 3 * * 1", 4)
     assert "was there already" in capsys.readouterr().out
     assert cli.main(["cancel", schedule.name, "--endpoint", google.url]) == 0
-    assert google.schedules == {}
+    assert google.vertex.schedules == {}
     assert cli.main(["cancel", schedule.name, "--endpoint", google.url]) == 2
     assert "knows nothing of that" in one_error_line(capsys)
 
@@ -452,7 +453,7 @@ def test_a_lost_answer_to_a_new_schedule_makes_no_second_one(google, bucket, cap
     # The first request to schedules lists them, the second makes one.
     google.fail("", "lost", path="schedules")
     assert cli.main([*google.submit, "--schedule", "0 3 * * 1"]) == 0
-    assert len(google.schedules) == 1
+    assert len(google.vertex.schedules) == 1
 
 
 # ---- Following
@@ -467,7 +468,7 @@ HAPPY = [
 
 
 def test_waiting_shows_the_states_of_the_steps_and_links_to_their_logs(google, bucket, capsys):
-    google.script = [{}, *HAPPY]
+    google.vertex.script = [{}, *HAPPY]
     assert cli.main([*google.quick, "--wait"]) == 0
     said = capsys.readouterr().out.splitlines()
     states = [line.split("  ")[0] for line in said if line.startswith("[")]
@@ -489,14 +490,14 @@ def test_waiting_shows_the_states_of_the_steps_and_links_to_their_logs(google, b
 
 @pytest.mark.parametrize("component", ["build-tfrecords", "pretrain", "linear-eval", "record-lineage", "end-pipeline"])
 def test_a_step_that_fails_ends_the_wait_with_its_reason(google, bucket, capsys, component):
-    google.script = [{"job": "RUNNING", component: "RUNNING"}, {component: "FAILED: the disk is full", "job": "FAILED"}]
+    google.vertex.script = [{"job": "RUNNING", component: "RUNNING"}, {component: "FAILED: the disk is full", "job": "FAILED"}]
     assert cli.main([*google.quick, "--wait"]) == 1
     assert f"{component} failed: the disk is full" in one_error_line(capsys)
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "PAUSED"])
 def test_a_job_that_somebody_else_ended_ends_the_wait_as_failed(google, bucket, capsys, state):
-    google.script = [{"job": "RUNNING", "pretrain": "RUNNING"}, {"job": state, "pretrain": "CANCELLED"}]
+    google.vertex.script = [{"job": "RUNNING", "pretrain": "RUNNING"}, {"job": state, "pretrain": "CANCELLED"}]
     assert cli.main([*google.quick, "--wait"]) == 1
     assert f"job mine {state.lower()}" in one_error_line(capsys)
 
@@ -505,14 +506,14 @@ def test_a_job_that_somebody_else_ended_ends_the_wait_as_failed(google, bucket, 
 @pytest.mark.parametrize("fault", ["cut", 429, 500, 503, "slow"])
 def test_a_fault_while_waiting_is_waited_out(google, capsys, fault):
     assert cli.main(google.quick) == 0
-    google.script = list(HAPPY)
+    google.vertex.script = list(HAPPY)
     google.fail(fault, fault, path="pipelineJobs/mine")
     assert cli.main(["status", "mine", *google.options, "--wait"]) == 0
     assert "mine: succeeded" in capsys.readouterr().out
 
 
 def test_a_step_from_the_cache_and_a_step_that_is_tried_again_are_shown_as_such(google, bucket, capsys):
-    google.script = [
+    google.vertex.script = [
         {"job": "RUNNING", "build-tfrecords": "SKIPPED", "pretrain": "RUNNING"},
         {"pretrain": "PENDING"},
         {"pretrain": "RUNNING"},
@@ -550,7 +551,7 @@ def test_status_names_what_is_not_there(google, capsys):
 def test_status_as_json_is_for_scripts(google, bucket, capsys):
     assert cli.main([*google.quick, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["job_id"] == "mine"
-    google.script = [{"job": "RUNNING", "pretrain": "RUNNING"}]
+    google.vertex.script = [{"job": "RUNNING", "pretrain": "RUNNING"}]
     name = f"{FOLDER}/pipelineJobs/mine"
     assert cli.main(["status", name, "--endpoint", google.url, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -575,8 +576,8 @@ def test_an_interrupt_leaves_the_job_running_and_says_how_to_go_on(google, bucke
 def leave(google, bucket, states):
     """Makes a job whose steps left artifacts."""
     assert cli.main([*google.quick, "--set", "epochs=70"]) == 0
-    (job,) = google.jobs.values()
-    google.step_on(job, states)
+    (job,) = google.vertex.jobs.values()
+    google.vertex.step_on(job, states)
     made = {
         "build-tfrecords": ("dataset", "system.Dataset", {"fingerprint": "f" * 64, "run_id": "1" * 32}),
         "pretrain": ("model", "system.Model", {"steps": 9, "run_id": "2" * 32}),
@@ -594,7 +595,7 @@ def test_a_step_is_done_again_on_vertex_from_what_a_job_left(google, bucket, cap
     images = google.submit[google.submit.index("--images") :]
     arguments = ["rerun", "pretrain", "--run", "vertex:mine", *google.options, "--accelerator", "v3-8", *images]
     assert cli.main([*arguments, "--set", "gamma=0.8", "--job-id", "again"]) == 0
-    job = json_format.MessageToDict(aiplatform_v1.PipelineJob.pb(google.jobs[f"{FOLDER}/pipelineJobs/again"]))
+    job = json_format.MessageToDict(aiplatform_v1.PipelineJob.pb(google.vertex.jobs[f"{FOLDER}/pipelineJobs/again"]))
     spec = job["pipelineSpec"]
     tasks = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     assert set(tasks) == {"importer", "pretrain"}
@@ -620,7 +621,7 @@ def test_the_other_steps_are_done_again_on_vertex_too_and_the_plan_is_of_them_al
     assert {name for name in ("build-tfrecords", "pretrain", "linear-eval") if re.search(f"^{name} ", said, re.M)} == {component}
     assert "off: every step runs" in said
     assert ("gs://a-bucket/raw can be read" in said) == (component == "build-tfrecords")
-    job = json_format.MessageToDict(aiplatform_v1.PipelineJob.pb(google.jobs[f"{FOLDER}/pipelineJobs/again"]))
+    job = json_format.MessageToDict(aiplatform_v1.PipelineJob.pb(google.vertex.jobs[f"{FOLDER}/pipelineJobs/again"]))
     tasks = job["pipelineSpec"]["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     assert {name for name in tasks if "importer" not in name} == {component}
     given = {name: one["runtimeValue"]["constant"] for name, one in tasks[component]["inputs"]["parameters"].items()}
@@ -637,7 +638,7 @@ def test_an_evaluation_is_not_done_again_where_it_cannot_end(google, bucket, cap
     arguments = ["rerun", "linear-eval", "--run", "vertex:mine", *google.options, "--accelerator", "cpu", *images]
     assert cli.main([*arguments, "--set", "linear_eval.protocols=official", "--job-id", "again"]) == 2
     assert "more than a day: take --accelerator v5e-" in capsys.readouterr().out
-    assert len(google.jobs) == 1
+    assert len(google.vertex.jobs) == 1
 
 
 def test_a_step_without_what_it_needs_is_not_done_again(google, bucket, capsys):

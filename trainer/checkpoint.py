@@ -88,7 +88,7 @@ def load(path: str) -> Checkpoint:
     try:
         if match is None:
             raise ValueError("its name is not checkpoint-STEP.npz")
-        with tf.io.gfile.GFile(path, "rb") as file, np.load(io.BytesIO(file.read()), allow_pickle=False) as stored:
+        with np.load(io.BytesIO(tf.io.read_file(path).numpy()), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
             about = json.loads(str(arrays.pop(_ABOUT)))
             return Checkpoint(int(match[1]), arrays, about["metrics"], about["run"], path)

@@ -20,6 +20,12 @@ from trainer.records import Manifest, UserError
 
 Batch = dict[str, tf.Tensor]
 
+_LOCAL_BLOCKS_AT_ONCE, _BLOCKS_AT_ONCE = 4, 16
+"""Blocks read at the same time from a local disk, and from Cloud Storage, where a request takes tens of milliseconds."""
+
+_BYTES_A_READ = 8 * 2**20
+"""Bytes a read, where a file is read from its beginning to its end."""
+
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -159,7 +165,7 @@ def evaluation_batches(
         }
     ).repeat()
     files = [f"{data_dir.rstrip('/')}/{shard.file}" for shard in split.shards[host::hosts]]
-    serialized = tf.data.TFRecordDataset(tf.constant(files, tf.string))
+    serialized = tf.data.TFRecordDataset(tf.constant(files, tf.string), buffer_size=_BYTES_A_READ)
     chosen = serialized if image_ids is None else serialized.filter(is_wanted)
     return _untuned(
         chosen.skip(first_step * batch_size * replicas)
@@ -223,7 +229,7 @@ def first_wrong_record(data_dir: str, manifest: Manifest, split_name: str) -> Us
         path = f"{data_dir.rstrip('/')}/{shard.file}"
         number = -1
         try:
-            for number, serialized in enumerate(_untuned(tf.data.TFRecordDataset(path))):
+            for number, serialized in enumerate(_untuned(tf.data.TFRecordDataset(path, buffer_size=_BYTES_A_READ))):
                 where = f"record {number} of {path}"
                 parsed = _parse(serialized, split.records, manifest.num_classes)
                 image_id = int(parsed[records.IMAGE_ID])
@@ -255,7 +261,8 @@ def _stored(data_dir: str, manifest: Manifest, image_ids: np.ndarray) -> tf.Tens
     split = manifest.splits["train"]
     wanted = np.zeros(split.records, bool)
     wanted[image_ids] = True
-    every = tf.data.TFRecordDataset([f"{data_dir.rstrip('/')}/{shard.file}" for shard in split.shards])
+    files = [f"{data_dir.rstrip('/')}/{shard.file}" for shard in split.shards]
+    every = tf.data.TFRecordDataset(files, buffer_size=_BYTES_A_READ)
     chosen = _untuned(
         every.filter(
             lambda serialized: tf.gather(wanted, _parse(serialized, split.records, manifest.num_classes)[records.IMAGE_ID])
@@ -290,26 +297,34 @@ def _split(manifest: Manifest, name: str, data_dir: str) -> records.Split:
 
 
 class _Blocks(NamedTuple):
-    """The blocks of a split: each its file's path, its byte offset there and how many records it has."""
+    """The blocks of a split: each its file's path, its byte offset and size there, and how many records it has."""
 
     paths: np.ndarray
     offsets: np.ndarray
+    sizes: np.ndarray
     counts: np.ndarray
 
     def read(self, numbers: tf.Tensor) -> tf.Tensor:
         """Returns the serialized records of blocks, in their order, [sum of counts] string."""
 
-        def block(path: tf.Tensor, offset: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
-            # The public TFRecordDataset cannot start in the middle of a file; its operation can.
+        def block(path: tf.Tensor, offset: tf.Tensor, size: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
+            # The public TFRecordDataset cannot start in the middle of a file; its operation can. With a buffer of the block's
+            # size, one request to Cloud Storage reads the block and nothing beyond it.
             variant = tf.raw_ops.TFRecordDatasetV2(
-                filenames=path[None], compression_type="", buffer_size=tf.constant(1 << 20, tf.int64), byte_offsets=offset[None]
+                filenames=path[None], compression_type="", buffer_size=size, byte_offsets=offset[None]
             )
             return tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string)).take(count)
 
         counts = tf.gather(self.counts, numbers)
-        blocks = tf.data.Dataset.from_tensor_slices((tf.gather(self.paths, numbers), tf.gather(self.offsets, numbers), counts))
+        about = (self.paths, self.offsets, self.sizes, self.counts)
+        blocks = tf.data.Dataset.from_tensor_slices(tuple(tf.gather(values, numbers) for values in about))
+        parallel = _BLOCKS_AT_ONCE if "://" in str(self.paths[0]) else _LOCAL_BLOCKS_AT_ONCE
         serialized = blocks.interleave(
-            block, cycle_length=4, block_length=records.RECORDS_PER_BLOCK, num_parallel_calls=4, deterministic=True
+            block,
+            cycle_length=parallel,
+            block_length=records.RECORDS_PER_BLOCK,
+            num_parallel_calls=parallel,
+            deterministic=True,
         )
         return tf.ensure_shape(serialized.batch(tf.reduce_sum(counts)).get_single_element(), [None])
 
@@ -318,7 +333,9 @@ def _blocks(data_dir: str, split: records.Split) -> _Blocks:
     sizes = [_block_sizes(shard) for shard in split.shards]
     paths = [f"{data_dir.rstrip('/')}/{shard.file}" for shard, of in zip(split.shards, sizes, strict=True) for _ in of]
     offsets = [offset for shard in split.shards for offset in shard.blocks]
-    return _Blocks(np.array(paths), np.array(offsets, np.int64), np.array([n for of in sizes for n in of], np.int64))
+    lengths = [size for shard in split.shards for size in np.diff([*shard.blocks, shard.bytes])]
+    counts = [count for of in sizes for count in of]
+    return _Blocks(np.array(paths), *(np.array(values, np.int64) for values in (offsets, lengths, counts)))
 
 
 def _block_sizes(shard: records.Shard) -> list[int]:
