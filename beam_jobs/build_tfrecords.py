@@ -29,7 +29,7 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import apache_beam as beam
@@ -37,8 +37,9 @@ from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOpt
 from rich.console import Console
 from rich.progress import Progress
 
-from beam_jobs import archives, files, images, proof, subsets, survey
+from beam_jobs import archives, dataflow, files, images, proof, subsets, survey
 from beam_jobs.convert import Convert, Index, Writers, local_writers
+from beam_jobs.ending import ends_on_sigterm
 from beam_jobs.plan import SPLITS, WORK, Plan, shards_for
 from beam_jobs.publish import publish, was_made_by
 from trainer.records import MANIFEST, Manifest, UserError, manifest_from_json
@@ -124,6 +125,7 @@ def make_plan(
     )
 
 
+@ends_on_sigterm()
 def build(
     raw: str,
     output: str,
@@ -140,23 +142,31 @@ def build(
     `make_plan`. The output is the same to the byte whatever the runner.
 
     A dataset that the same conversion finished before is left as it is. One of other raw data or options raises UserError.
+    On Dataflow, an earlier attempt's job of the same conversion is gone on with where it still runs. SIGTERM and Ctrl-C cancel
+    the job.
 
     Raises UserError for input that cannot be converted whole, after reading all of it, and `proof.LostRecordsError`; then
     `output` has neither manifest nor shards. Interrupted, or without room, it has finished shards, which the same call uses.
     """
     plan = make_plan(raw, output, **options)
     pipeline = _pipeline(beam_args, processes)
+    job = dataflow.Conversion(pipeline, plan) if dataflow.is_dataflow(pipeline) else None
+    running = job.running() if job else None
     if files.find(files.join(output, MANIFEST)):
         # Its work folder is there where an earlier job of this kind was interrupted when all but clearing up was done.
         if _made_here(plan) != plan.identity and not was_made_by(plan):
             raise _finished(plan)
         print(f"{output} is already there: the same conversion finished before", file=sys.stderr, flush=True)
         return publish(plan)
-    _prepare(plan)
-    pipeline | Convert(plan, Writers() if _names_runner(beam_args) else local_writers(processes or 1))
-    with _watched(plan, report):
+    if not running:  # else its workers write there
+        _prepare(plan)
+        pipeline | Convert(plan, Writers() if _names_runner(beam_args) else local_writers(processes or 1))
+    with _watched(plan, report), job.watched() if job else nullcontext():
         try:
-            _run(pipeline)
+            if job:
+                _run(lambda: job.wait(running or pipeline.run()))
+            else:
+                _run(lambda: pipeline.run().wait_until_finish())
             return publish(plan)
         except (proof.FaultsError, proof.LostRecordsError):
             _remove_leftovers(plan)
@@ -185,7 +195,7 @@ def plan_only(
     try:
         looking = survey.looking_plan(plan, work)
         pipeline | Index(looking)
-        _run(pipeline)
+        _run(lambda: pipeline.run().wait_until_finish())
         return survey.survey(plan, proof.archive_reports(looking))
     finally:
         files.delete_folder(work)
@@ -234,16 +244,27 @@ def _only_describes(beam_args: Sequence[str]) -> bool:
     return bool(options.view_as(GoogleCloudOptions).template_location or options.view_as(TestOptions).dry_run)
 
 
-def _run(pipeline: beam.Pipeline) -> None:
-    """Runs a pipeline; an error of this project's comes out as itself, whatever the runner made of it."""
+def _run(pipeline: Callable[[], object]) -> None:
+    """Runs a pipeline to its end; an error of this project's comes out as itself, whatever the runner made of it."""
     try:
-        pipeline.run().wait_until_finish()
+        pipeline()
     except Exception as error:
+        if told := _interruption(error):
+            raise told from None
         text = "".join(traceback.format_exception(error))
         for kind in (proof.FaultsError, proof.LostRecordsError, UserError):
             if found := re.findall(rf"\b{kind.__name__}: (.+?)(?: \[while running .*)?$", text, re.MULTILINE):
                 raise kind(found[-1]) from error
         raise
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | SystemExit | None:
+    """Returns the Ctrl-C or the SIGTERM that Beam made an error of: in one process, its workers run in the main thread."""
+    while error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _prepare(plan: Plan) -> None:

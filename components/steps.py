@@ -28,6 +28,7 @@ def build_tfrecords(
     from beam_jobs import inspect
     from beam_jobs.build_tfrecords import build
     from components import tracking
+    from components.dataflow import JOB_LABEL, label_of
     from trainer.progress import ProgressBars
 
     arguments = {"raw": raw, "raw_identity": raw_identity, "beam_args": beam_args, "code_version": code_version}
@@ -38,6 +39,7 @@ def build_tfrecords(
             # Dataflow's runner says the job's link, its states and its errors here.
             logging.basicConfig(stream=sys.stderr, format="%(message)s")
             logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)
+            beam_args = [*beam_args, f"--labels={JOB_LABEL}={label_of(tracking.job_of(dataset.uri))}"]
         manifest = build(raw, dataset.uri, beam_args=beam_args, report=lambda done, total: bars("build-tfrecords", done, total))
         train, validation = manifest.splits["train"], manifest.splits["validation"]
         dataset.metadata.update(
@@ -117,6 +119,7 @@ def pretrain(
                     strategy=strategy,
                     log_metrics=run.log_metrics,
                     report=lambda done, total, text: bars("pretrain", done, total, text),
+                    before_checkpoint=run.settle,
                     should_stop=claim.stopping(should_stop),
                 )
         except PreemptedError as preempted:

@@ -388,6 +388,10 @@ class StepRun:
         """Has `end` called when the step ends and its metrics are delivered or stored, with whether it is finished."""
         self._at_end.append(end)
 
+    def settle(self) -> None:
+        """Returns once a SIGKILL would lose none of the metrics; waits a minute at most."""
+        self._outbox.settle()
+
     def flush(self) -> None:
         """Waits until every metric is with the store. Raises what stands in the way where there is no hope."""
         self._outbox.flush()

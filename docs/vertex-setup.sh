@@ -113,8 +113,9 @@ unless gcloud secrets describe sogclr-mlflow --project="$project" -- \
 run gcloud secrets add-iam-policy-binding sogclr-mlflow --project="$project" --member="serviceAccount:$steps" \
     --role=roles/secretmanager.secretAccessor
 
-echo "# Who submits: to make jobs, to have them run as the steps' account, to push images, to look at data"
+echo "# Who submits: to make jobs and cancel them, to have them run as the steps' account, to push images, to look at data"
 grant_project "user:$user" roles/aiplatform.user
+grant_project "user:$user" roles/dataflow.developer
 grant_project "user:$user" roles/serviceusage.serviceUsageConsumer
 run gcloud iam service-accounts add-iam-policy-binding "$steps" --project="$project" --member="user:$user" \
     --role=roles/iam.serviceAccountUser

@@ -12,7 +12,7 @@ from typing import Any
 
 from components import variables
 from components.lineage import Artifact
-from pipelines import accelerators, pipeline, vertex
+from pipelines import accelerators, dataflow, pipeline, vertex
 from pipelines import submission as sending
 from pipelines.accelerators import Accelerator
 from pipelines.code import git_commit, program_version, step_version, uncommitted
@@ -240,7 +240,14 @@ def cancel(args: argparse.Namespace) -> int:
         print(json.dumps({"schedule": args.job, "state": "DELETED"}) if args.json else f"deleted: {args.job}")
         return 0
     place, job_id = vertex.parse_job(args.job, args.project, args.region, args.endpoint)
-    job = vertex.Vertex(place, vertex.credentials()[0]).cancel(job_id)
+    credentials = vertex.credentials()[0]
+    job = vertex.Vertex(place, credentials).cancel(job_id)
+    said = sys.stderr if args.json else sys.stdout
+    try:
+        for found in dataflow.cancel(job, credentials):
+            print(f"cancelled: Dataflow job {found}", file=said, flush=True)
+    except dataflow.DataflowError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
     if args.wait and not job.ended:
         job = _followed(args, place, job_id)
     _print_job(args, job)

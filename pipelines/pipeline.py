@@ -19,7 +19,9 @@ from components.steps import COMPONENTS, IMAGE, build_tfrecords, end_pipeline, l
 from pipelines import accelerators
 from pipelines.accelerators import Accelerator, Build
 from pipelines.code import step_version
+from pipelines.containers import with_init, with_one_job_an_attempt
 from pipelines.images import Images
+from trainer.hardware import plugin_environment
 from trainer.records import UserError
 
 
@@ -74,6 +76,8 @@ def _imported(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 LONGEST_HOURS = 168.0
 """The longest timeout of a custom job. 7 days is Vertex AI's default, and its pages name no longer one."""
+_LIBTPU = "/opt/sogclr/lib/python3.11/site-packages/libtpu/libtpu.so"
+"""In the TPU image, as the Dockerfile installs it."""
 _PIPELINE_ACCOUNT = "{{$.pipeline_service_account}}"
 """Vertex AI puts the account of the pipeline in this place. Without an account, a custom job runs as Vertex AI's own agent."""
 
@@ -123,6 +127,8 @@ class Cluster:
         environment = {**self.environment, variables.IMAGE: self.image_of(component)}
         if accelerator := self.accelerator_of(component):
             environment[variables.ACCELERATOR] = f"{accelerator.name} {accelerator.build} {accelerator.replicas}"
+            if accelerator.build == "tpu":
+                environment |= plugin_environment(_LIBTPU)
         return environment
 
 
@@ -255,7 +261,9 @@ def _compiled(cluster: Cluster, function: Callable, name: str, defaults: Mapping
     for executor in spec["deploymentSpec"]["executors"].values():
         if executor.get("container", {}).get("image") == IMAGE:
             executor["container"]["image"] = cluster.images.reference("cpu")
-            executor["container"]["command"] = _without_a_shell(executor["container"]["command"])
+            executor["container"]["command"] = with_init(executor["container"]["command"])
+        elif executor.get("container"):
+            executor["container"]["command"] = with_one_job_an_attempt(executor["container"]["command"])
     for key, component in spec["components"].items():
         pools = component.get("inputDefinitions", {}).get("parameters", {}).get("worker_pool_specs")
         if pools:
@@ -266,16 +274,9 @@ def _compiled(cluster: Cluster, function: Callable, name: str, defaults: Mapping
             assert accelerator is not None, step
             pool["machine_spec"] = accelerator.machine_spec
             pool["container_spec"]["image_uri"] = cluster.image_of(step)
-            pool["container_spec"]["command"] = _without_a_shell(pool["container_spec"]["command"])
+            pool["container_spec"]["command"] = with_init(pool["container_spec"]["command"])
     check(spec)
     return spec
-
-
-def _without_a_shell(command: list[str]) -> list[str]:
-    """Returns KFP's command with Python in the shell's place: the shell keeps to itself the SIGTERM of a machine that goes."""
-    as_child, instead = "_KFP_RUNTIME=true python3 -m", "export _KFP_RUNTIME=true; exec python3 -m"
-    assert sum(as_child in part for part in command) == 1, "KFP starts components in another way than 2.17 does"
-    return [part.replace(as_child, instead) for part in command]
 
 
 def check(spec: Mapping[str, Any]) -> None:

@@ -1,14 +1,12 @@
 """Every accelerator: compiled, parsed strictly into the real protos, and the machine that was asked for."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from google.cloud import aiplatform_v1
 from google.protobuf import json_format
-from holding import started
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from pipelines import accelerators, cli, evaluation_plan, pipeline
@@ -36,6 +34,10 @@ MACHINES = {
     "v5e-8": ("ct5lp-hightpu-8t", "ACCELERATOR_TYPE_UNSPECIFIED", 0, "2x4", 8, "tpu"),
     "v5e-16": ("ct5lp-hightpu-4t", "ACCELERATOR_TYPE_UNSPECIFIED", 0, "4x4", 16, "tpu"),
     "v5e-256": ("ct5lp-hightpu-4t", "ACCELERATOR_TYPE_UNSPECIFIED", 0, "16x16", 256, "tpu"),
+}
+PLUGIN = {
+    "NEXT_PLUGGABLE_DEVICE_USE_C_API": "true",
+    "TF_PLUGGABLE_DEVICE_LIBRARY_PATH": "/opt/sogclr/lib/python3.11/site-packages/libtpu/libtpu.so",
 }
 
 
@@ -71,6 +73,7 @@ def test_each_accelerator_compiles_into_the_machine_that_it_is(name):
         "MLFLOW_TRACKING_URI": "https://m",
         "SOGCLR_IMAGE": pool.container_spec.image_uri,
         "SOGCLR_ACCELERATOR": f"{name} {accelerator.build} {accelerator.replicas}",
+        **(PLUGIN if accelerator.build == "tpu" else {}),
     }
     # A topology says how many chips there are.
     if machine.tpu_topology:
@@ -87,6 +90,24 @@ def test_a_step_is_told_the_accelerator_that_it_must_find():
         assert {"name": "SOGCLR_ACCELERATOR", "value": given} in pool["container_spec"]["env"]
     assert "SOGCLR_ACCELERATOR" not in str(spec["deploymentSpec"])
     assert "'SOGCLR_ACCELERATOR'" not in str(pipeline.compile_pipeline(pipeline.Cluster(images), {}))
+
+
+@pytest.mark.parametrize(("name", "told"), [("v2-8", True), ("v3-8", True), ("v5e-8", True), ("l4-1", False), ("cpu", False)])
+def test_a_step_on_a_tpu_names_tensorflow_s_plug_in(name, told):
+    """Where the container does not show the machine's devices too."""
+    cluster = pipeline.Cluster(Images(CUSTOM_JOB, "abc"), accelerators.get(name), accelerators.get(name))
+    spec = pipeline.compile_pipeline(cluster, {})
+    for component in ("pretrain", "linear-eval"):
+        (pool,) = spec["components"][f"comp-{component}"]["inputDefinitions"]["parameters"]["worker_pool_specs"]["defaultValue"]
+        environ = {variable["name"]: variable["value"] for variable in pool["container_spec"]["env"]}
+        assert {key: value for key, value in environ.items() if "PLUGGABLE" in key} == (PLUGIN if told else {})
+    assert "PLUGGABLE" not in str(spec["deploymentSpec"])
+
+
+def test_the_plug_in_is_where_the_image_installs_it():
+    python, folder = re.search(r"(python3\.\d+) -m venv (\S+)", (REPOSITORY / "Dockerfile").read_text()).groups()
+    assert PLUGIN["TF_PLUGGABLE_DEVICE_LIBRARY_PATH"] == f"{folder}/lib/{python}/site-packages/libtpu/libtpu.so"
+    assert "libtpu==" in (REPOSITORY / "requirements" / "tpu.lock").read_text()
 
 
 def test_pretraining_is_a_custom_job_that_finds_its_checkpoints_again_and_starts_again():
@@ -111,19 +132,6 @@ def test_every_step_is_tried_again_after_a_pause(name):
         policy = task.retry_policy
         assert (policy.max_retry_count, policy.backoff_duration.seconds, policy.backoff_factor) == (5, 60, 2.0)
         assert policy.backoff_max_duration.seconds == 3600
-
-
-def test_a_machine_that_is_taken_away_tells_the_step_and_not_a_shell(tmp_path):
-    _, pool = compiled("v5e-8")
-    python = tmp_path / "python3"
-    python.write_text('#!/bin/sh\ntrap "exit 75" TERM\necho "$_KFP_RUNTIME $*"\nwhile :; do sleep 0.02; done\n')
-    python.chmod(0o755)
-    command = [*pool.container_spec.command, *pool.container_spec.args]
-    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    with started(command, env=environ, stdout=subprocess.PIPE, text=True) as step:
-        assert step.stdout.readline().startswith("true -m kfp.dsl.executor_main")
-        step.terminate()
-        assert step.wait() == 75
 
 
 def test_nothing_of_a_step_is_among_what_a_custom_job_takes_for_itself():

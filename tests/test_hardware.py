@@ -148,20 +148,29 @@ def test_the_command_of_make_setup_needs_no_package():
     assert reason
 
 
-def test_tensorflow_is_told_of_the_tpu_s_plug_in_where_it_needs_one(system, tmp_path, monkeypatch):
-    assert {"TF_ENABLE_ONEDNN_OPTS": "1", "TPU_SKIP_MDS_QUERY": "1"}.items() <= hardware.tensorflow_environment(system).items()
+@pytest.mark.parametrize(
+    ("device", "nodes"),
+    [("0x0027", "accel0"), ("0x005e", "accel0"), ("0x0063", "vfio/0"), ("", "accel0")],
+    ids=["v2 or v3", "v4", "v5e", "a TPU that the PCI bus does not show"],
+)
+def test_tensorflow_is_told_of_the_plug_in_of_every_tpu(tmp_path, monkeypatch, device, nodes):
+    vm = tmp_path / "vm"
     (tmp_path / "libtpu").mkdir()
     (tmp_path / "libtpu" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    for device, nodes, told in (("0x0063", ["vfio/0"], True), ("0x0027", ["accel0"], False)):
-        vm = tmp_path / device
+    if device:
         pci(vm, ("0x1ae0", device, "0x0b4000"))
-        for one in nodes:
-            node(vm, one)
-        environment = hardware.tensorflow_environment(vm)
-        assert "TPU_SKIP_MDS_QUERY" not in environment
-        assert environment.get("NEXT_PLUGGABLE_DEVICE_USE_C_API") == ("true" if told else None)
-        assert environment.get("TF_PLUGGABLE_DEVICE_LIBRARY_PATH") == (f"{tmp_path}/libtpu/libtpu.so" if told else None)
+    node(vm, nodes)
+    environment = hardware.tensorflow_environment(vm)
+    assert environment["NEXT_PLUGGABLE_DEVICE_USE_C_API"] == "true"
+    assert environment["TF_PLUGGABLE_DEVICE_LIBRARY_PATH"] == f"{tmp_path}/libtpu/libtpu.so"
+    assert "TPU_SKIP_MDS_QUERY" not in environment
+
+
+def test_tensorflow_is_told_of_no_plug_in_where_there_is_no_tpu(system):
+    environment = hardware.tensorflow_environment(system)
+    assert environment["TPU_SKIP_MDS_QUERY"] == "1"
+    assert not [name for name in environment if "PLUGGABLE" in name]
 
 
 # ---- doctor

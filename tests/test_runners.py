@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -185,6 +186,32 @@ def test_a_job_that_ended_between_manifest_and_clearing_up_is_finished_by_the_ne
     assert (output / ".building").is_dir()
     build(str(raw), str(output), num_shards=8)
     assert contents(output) == references[8]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_that_is_told_to_end_keeps_finished_shards(raw, references, tmp_path, number):
+    """The signal comes when some shards are written, in the main thread, where Beam makes an error of it."""
+    code = f"""
+import os, signal, sys
+from beam_jobs import build_tfrecords, files
+create, shards = files._create, []
+def creating(path):
+    shards.extend([path] if "tfrecord" in path else [])
+    if len(shards) == 6:
+        os.kill(os.getpid(), {int(number)})
+    return create(path)
+files._create = creating
+sys.exit(build_tfrecords.main(["--raw", {str(raw)!r}, "--output", {str(tmp_path / "output")!r}, "--num-shards", "8"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], done.stderr
+    assert re.search("(terminated|interrupted); the same .* goes on from the shards that are finished\n$", done.stderr)
+    assert "Traceback" not in done.stderr
+    written = {path: path.stat().st_ino for path in (tmp_path / "output").glob("*.tfrecord-*") if path.suffix != ".tmp"}
+    assert 0 < len(written) < 16
+    build(str(raw), str(tmp_path / "output"), num_shards=8)
+    assert contents(tmp_path / "output") == references[8]
+    assert {path: path.stat().st_ino for path in written} == written
 
 
 def test_no_worker_outlives_a_killed_job(raw, tmp_path):

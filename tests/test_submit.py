@@ -526,7 +526,7 @@ def test_a_step_from_the_cache_and_a_step_that_is_tried_again_are_shown_as_such(
 
 
 def test_cancelling_ends_a_job_once(google, bucket, capsys):
-    assert cli.main(google.quick) == 0
+    assert cli.main([*google.quick, "--no-dataflow"]) == 0
     google.fail(429, "cut", 500, path=":cancel")
     for _ in range(2):
         assert cli.main(["cancel", "mine", *google.options, "--wait"]) == 0

@@ -101,6 +101,10 @@ def test_calls_may_use_the_quota_of_the_project(script, who):
     assert "roles/serviceusage.serviceUsageConsumer" in roles_of(commands(script(*OPTIONS)[0].stdout), who, "my-project")
 
 
+def test_who_submits_may_cancel_a_job_s_dataflow_job(script):
+    assert "roles/dataflow.developer" in roles_of(commands(script(*OPTIONS)[0].stdout), "me@example.com", "my-project")
+
+
 def test_deleting_takes_every_role_on_the_project_from_the_steps(script):
     given, taken = (commands(script(*OPTIONS, *more)[0].stdout) for more in ([], ["--delete"]))
     assert roles_of(taken, "sogclr-steps@", "projects") == roles_of(given, "sogclr-steps@", "projects")

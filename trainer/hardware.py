@@ -31,8 +31,6 @@ _TPUS = {
     "0x0076": "TPU7x",
 }
 """PCI devices of Google's; source: JAX, jax/_src/hardware_utils.py."""
-_WITH_PLUGIN = "0x0063"
-"""The TPU that TensorFlow 2.20 reaches through a plug-in."""
 _DISPLAY = "0x03"
 """First byte of the PCI class of graphics cards and of compute cards, which are 3D controllers."""
 _OLDEST_DRIVER = (525, 60)
@@ -164,12 +162,21 @@ def tensorflow_environment(system: Path = Path("/")) -> dict[str, str]:
     if not found:
         # libtpu would ask Google's metadata server for minutes.
         environment["TPU_SKIP_MDS_QUERY"] = "1"
-    elif _TPUS[_WITH_PLUGIN] in found[0].name and (libtpu := importlib.util.find_spec("libtpu")):
-        # Without its plug-in named, TensorFlow registers no TPU there.
+    elif libtpu := importlib.util.find_spec("libtpu"):
         (folder,) = libtpu.submodule_search_locations or [""]
-        environment["NEXT_PLUGGABLE_DEVICE_USE_C_API"] = "true"
-        environment["TF_PLUGGABLE_DEVICE_LIBRARY_PATH"] = os.path.join(folder, "libtpu.so")
+        environment |= plugin_environment(os.path.join(folder, "libtpu.so"))
     return environment
+
+
+def plugin_environment(libtpu: str) -> dict[str, str]:
+    """Returns the variables by which TensorFlow reaches a TPU through the PJRT plug-in in the file `libtpu`.
+
+    The v5e has no other way; without these variables TensorFlow 2.20 registers no TPU. On v2 to v4 the older StreamExecutor is
+    the other way, and the plug-in does all but TPU embeddings and tf.print and tf.summary with soft placement, none of which
+    is used here. Source: docs.cloud.google.com/tpu/docs/supported-tpu-versions, "TensorFlow PJRT support". Google's own tests
+    train a ResNet-50 so on a v2-8 and a v3-8 (GoogleCloudPlatform/ml-auto-solutions, solutionsteam_tf_release_supported.py).
+    """
+    return {"NEXT_PLUGGABLE_DEVICE_USE_C_API": "true", "TF_PLUGGABLE_DEVICE_LIBRARY_PATH": libtpu}
 
 
 def tpus(system: Path = Path("/")) -> list[Devices]:

@@ -1,0 +1,152 @@
+"""A conversion's job on Dataflow. A later attempt at the same conversion finds it; it ends with the process that waits for it.
+
+A label names the conversion, and on a cluster another one the pipeline job.
+"""
+
+import contextlib
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import GoogleCloudOptions
+from apache_beam.runners.runner import PipelineState
+from apache_beam.utils import retry
+
+from beam_jobs.plan import Plan
+from trainer.records import UserError
+
+_CONVERSION = "sogclr-conversion"
+_SECONDS_FOR_A_CALL = 5.0
+_PATIENCE = 12.0
+"""Seconds that cancelling is tried for. The process ends soon after SIGTERM, whether Dataflow answers or not."""
+_SECONDS_BETWEEN_TRIES = 1.0
+_SECONDS_BETWEEN_LOOKS = 5.0
+
+
+class DataflowJobError(Exception):
+    """A job on Dataflow did not end well."""
+
+
+def is_dataflow(pipeline: beam.Pipeline) -> bool:
+    return type(pipeline.runner).__name__ == "DataflowRunner"
+
+
+class Conversion:
+    """The job on Dataflow that does a conversion, whichever attempt started it."""
+
+    def __init__(self, pipeline: beam.Pipeline, plan: Plan) -> None:
+        """Names and labels the job that `pipeline` will be, unless the user named it."""
+        # Not at the top: a run on one machine has no use for Dataflow's client, which takes seconds to import.
+        from apache_beam.runners.dataflow.internal import apiclient
+
+        self._api: Any = vars(apiclient)["dataflow"]  # the messages of Dataflow's own client
+        self._runner: Any = pipeline.runner
+        self._options = pipeline.options
+        self._google = pipeline.options.view_as(GoogleCloudOptions)
+        # Another conversion, or another output, is another job.
+        self._digest = hashlib.sha256(f"{plan.output}\n{plan.identity}".encode()).hexdigest()[:20]
+        self._google.job_name = self._google.job_name or f"build-tfrecords-{self._digest}"
+        self._google.labels = [*(self._google.labels or []), f"{_CONVERSION}={self._digest}"]
+        self._client = apiclient.DataflowApplicationClient(pipeline.options)
+        self._job_id = ""
+
+    def running(self) -> Any:
+        """Returns the DataflowPipelineResult of an earlier attempt's job that still runs, or None.
+
+        Waits for the end of one that is being cancelled.
+        """
+        from apache_beam.runners.dataflow.dataflow_runner import DataflowPipelineResult
+
+        while found := self._find():
+            if found.current_state != self._api.JobState.JOB_STATE_CANCELLING:
+                print(f"going on with Dataflow job {found.name} ({found.id}) of an earlier attempt", file=sys.stderr, flush=True)
+                self._job_id = found.id
+                self._runner.dataflow_client = self._client
+                return DataflowPipelineResult(found, self._runner, self._options)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        return None
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Cancels the job where the process is told to end while the block runs."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            self._cancel()
+            raise
+
+    def wait(self, result: Any) -> None:
+        """Returns once the job of a DataflowPipelineResult is done. Raises DataflowJobError, which names it, for another end."""
+        from apache_beam.runners.dataflow.dataflow_runner import DataflowRuntimeException
+
+        self._job_id = result.job_id()
+        try:
+            state = result.wait_until_finish()
+        except DataflowRuntimeException as error:
+            raise DataflowJobError(f"Dataflow job {self._google.job_name} ({self._job_id}): {error}") from error
+        if state != PipelineState.DONE:  # it had ended before it was waited for
+            raise DataflowJobError(f"Dataflow job {self._google.job_name} ({self._job_id}) is {state}")
+
+    @retry.with_exponential_backoff()
+    def _find(self) -> Any:
+        """Returns the active job of this conversion, or None. Raises UserError where another one has its name."""
+        return self._look(timeout=60.0)
+
+    def _look(self, timeout: float) -> Any:
+        # Not `job_id_for_name` of Beam's client, which sees running jobs only, and looks forever where there is none.
+        listing = self._api.ListJobsRequest(
+            project_id=self._google.project,
+            location=self._google.region,
+            filter=self._api.ListJobsRequest.Filter.ACTIVE,
+            name=self._google.job_name,
+        )
+        for job in self._client._jobs_client.list_jobs(listing, timeout=timeout):
+            if job.name != self._google.job_name:
+                continue
+            # A listing has no labels.
+            request = self._api.GetJobRequest(
+                project_id=self._google.project,
+                location=self._google.region,
+                job_id=job.id,
+                view=self._api.JobView.JOB_VIEW_DESCRIPTION,
+            )
+            whole = self._client._jobs_client.get_job(request, timeout=timeout)
+            if whole.labels.get(_CONVERSION) != self._digest:
+                raise UserError(
+                    f"Dataflow job {job.name} ({job.id}) is active and does something else: leave out --job_name, or give another"
+                )
+            return whole
+        return None
+
+    def _cancel(self) -> None:
+        """Asks Dataflow to end the job, for as long as `_PATIENCE`; says what came of it."""
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                # Without an ID, the answer to the request that made the job may have been on its way.
+                if not self._job_id and not (found := self._look(_SECONDS_FOR_A_CALL)):
+                    return
+                self._job_id = self._job_id or found.id
+                wish = self._api.Job(requested_state=self._api.JobState.JOB_STATE_CANCELLED)
+                request = self._api.UpdateJobRequest(
+                    project_id=self._google.project, location=self._google.region, job_id=self._job_id, job=wish
+                )
+                self._client._jobs_client.update_job(request, timeout=_SECONDS_FOR_A_CALL)
+                return _say(f"Dataflow job {self._job_id} is cancelled")
+            except Exception as error:
+                # Beam's own `cancel` would wait for minutes between its tries.
+                if time.monotonic() > until or not retry.retry_on_server_errors_filter(error):
+                    mend = f"gcloud dataflow jobs cancel {self._job_id or 'ID'} --region={self._google.region}"
+                    return _say(f"Dataflow job {self._google.job_name} may go on ({_short(error)}): {mend}")
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

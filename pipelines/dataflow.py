@@ -1,0 +1,75 @@
+"""The Dataflow jobs of a pipeline job: they are found and cancelled from here, since the step that waits for them may be gone."""
+
+import re
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from google.api_core import exceptions
+from google.auth import exceptions as auth_exceptions
+
+from components.dataflow import JOB_LABEL, label_of
+from pipelines.vertex import Job
+from trainer.records import UserError
+
+if TYPE_CHECKING:
+    from google.auth.credentials import Credentials
+    from google.cloud import dataflow_v1beta3
+
+_SECONDS_FOR_A_CALL = 30.0
+_TRIES = 4
+_FIRST_WAIT = 1.0
+
+
+class DataflowError(Exception):
+    """Dataflow did not do what it was asked for; the text says what to do instead."""
+
+
+def cancel(job: Job, credentials: "Credentials") -> list[str]:
+    """Cancels the active Dataflow jobs of a pipeline job and returns their IDs. Raises DataflowError where Dataflow refuses."""
+    options = _options(job)
+    if options.get("runner") != "DataflowRunner":
+        return []
+    from google.cloud import dataflow_v1beta3 as api
+
+    endpoint = {"api_endpoint": options["dataflow_endpoint"]} if "dataflow_endpoint" in options else {}
+    client = api.JobsV1Beta3Client(transport="rest", client_options=endpoint, credentials=credentials)
+    place = {"project_id": options["project"], "location": options["region"]}
+    cancelled: list[str] = []
+    for wait in (*(_FIRST_WAIT * 2**number for number in range(_TRIES - 1)), None):
+        try:
+            for found in _active(client, place, label_of(job.job_id)):
+                wish = api.Job(requested_state=api.JobState.JOB_STATE_CANCELLED)
+                request = api.UpdateJobRequest(job_id=found, job=wish, **place)
+                client.update_job(request, timeout=_SECONDS_FOR_A_CALL, retry=None)
+                cancelled.append(found)
+            break
+        except (exceptions.GoogleAPICallError, auth_exceptions.GoogleAuthError, OSError) as error:
+            if wait is None or isinstance(error, exceptions.ClientError):
+                mend = f"gcloud dataflow jobs list --status=active --project={options['project']} --region={options['region']}"
+                said = " ".join(str(error).split())[:200]
+                raise DataflowError(f"a Dataflow job of {job.job_id} may go on ({said}); {mend} shows it") from error
+            time.sleep(wait)
+    return list(dict.fromkeys(cancelled))
+
+
+def _options(job: Job) -> dict[str, str]:
+    """Returns Beam's options of a job's build-tfrecords; none where it has no such step."""
+    try:
+        given = job.arguments("build-tfrecords").get("beam_args") or []
+    except UserError:
+        return {}
+    return {found[1]: found[2] for one in given if (found := re.fullmatch(r"--(\w+)=(.*)", one))}
+
+
+def _active(client: "dataflow_v1beta3.JobsV1Beta3Client", place: dict[str, str], label: str) -> Iterator[str]:
+    from google.cloud import dataflow_v1beta3 as api
+
+    listing = api.ListJobsRequest(filter=api.ListJobsRequest.Filter.ACTIVE, **place)
+    for one in client.list_jobs(listing, timeout=_SECONDS_FOR_A_CALL, retry=None):
+        if one.current_state == api.JobState.JOB_STATE_CANCELLING:
+            continue
+        # A listing has no labels.
+        request = api.GetJobRequest(job_id=one.id, view=api.JobView.JOB_VIEW_DESCRIPTION, **place)
+        if client.get_job(request, timeout=_SECONDS_FOR_A_CALL, retry=None).labels.get(JOB_LABEL) == label:
+            yield one.id
