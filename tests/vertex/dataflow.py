@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from google.cloud import dataflow_v1beta3 as api
+from google.protobuf import json_format
 
 from vertex.container import Container, Machine
-from vertex.http import RefusedError
+from vertex.http import Answer, RefusedError, Request
 from vertex.image import image_of
 from vertex.world import TRUST, World
 
@@ -52,6 +53,13 @@ class Dataflow:
             "google.dataflow.v1beta3.MessagesV1Beta3": {"ListJobMessages": (self._messages, api.ListJobMessagesRequest.pb())},
             "google.dataflow.v1beta3.MetricsV1Beta3": {"GetJobMetrics": (self._metrics, api.GetJobMetricsRequest.pb())},
         }
+
+        jobs = r"/v1b3/projects/(?P<project>[^/]+)/locations/(?P<region>[^/]+)/jobs"
+        world.google.routes += [
+            ("GET", jobs, self._list_by_rest),
+            ("GET", f"{jobs}/(?P<job>[^/]+)", self._get_by_rest),
+            ("PUT", f"{jobs}/(?P<job>[^/]+)", self._update_by_rest),
+        ]
 
     def active(self) -> list[str]:
         """Returns the names of the jobs that run, and are paid for."""
@@ -107,6 +115,17 @@ class Dataflow:
                         os.killpg(process.pid, signal.SIGKILL)
         return api.Job.pb(job)
 
+    def _list_by_rest(self, request: Request, project: str, region: str) -> Answer:
+        wanted = api.ListJobsRequest.Filter[request.query.get("filter", "UNKNOWN")]
+        return _said(self._list(api.ListJobsRequest.pb()(name=request.query.get("name", ""), filter=wanted)))
+
+    def _get_by_rest(self, request: Request, project: str, region: str, job: str) -> Answer:
+        return _said(self._get(api.GetJobRequest.pb()(job_id=job)))
+
+    def _update_by_rest(self, request: Request, project: str, region: str, job: str) -> Answer:
+        asked = json_format.Parse(request.body, api.Job.pb()())
+        return _said(self._update(api.UpdateJobRequest.pb()(job_id=job, job=asked)))
+
     def _messages(self, request: Any) -> Any:
         text = self._errors.get(self._job(request).id, "")
         messages = [{"id": "1", "message_text": text, "message_importance": _IMPORTANT}] if text else []
@@ -145,6 +164,10 @@ class Dataflow:
             if process.returncode:
                 self._errors[job.id] = _last_error(log)
             self._set(job, "JOB_STATE_FAILED" if process.returncode else "JOB_STATE_DONE")
+
+
+def _said(message: Any) -> Answer:
+    return Answer(200, json_format.MessageToJson(message).encode(), {"Content-Type": "application/json"})
 
 
 def _last_error(log: Path) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from google.cloud import aiplatform_v1
-from google.protobuf import json_format
+from google.protobuf import empty_pb2, json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from vertex.http import Answer, RefusedError, Request, Route, as_json
@@ -50,6 +50,7 @@ class Jobs:
             "google.cloud.aiplatform.v1.JobService": {
                 "CreateCustomJob": (self._create_custom, aiplatform_v1.CreateCustomJobRequest.pb()),
                 "GetCustomJob": (self._get_custom, aiplatform_v1.GetCustomJobRequest.pb()),
+                "CancelCustomJob": (self._cancel_custom_by_name, aiplatform_v1.CancelCustomJobRequest.pb()),
             }
         }
 
@@ -140,11 +141,17 @@ class Jobs:
         return aiplatform_v1.CustomJob.pb(self.custom[request.name])
 
     def _cancel_custom(self, request: Request, parent: str, job: str) -> Answer:
-        name = f"{parent}/customJobs/{job}"
+        self._cancel_one(f"{parent}/customJobs/{job}")
+        return as_json({})
+
+    def _cancel_custom_by_name(self, request: Any) -> Any:
+        self._cancel_one(request.name)
+        return empty_pb2.Empty()
+
+    def _cancel_one(self, name: str) -> None:
         if name not in self.custom:
             raise RefusedError(404, f"{name} was not found")
         self.cancel_custom(self.custom[name])
-        return as_json({})
 
     # ---- Schedules
 

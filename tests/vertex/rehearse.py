@@ -5,11 +5,13 @@ goes wrong on the way; the job must succeed all the same, with the same bits, on
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -26,7 +28,7 @@ from vertex.container import possible
 from vertex.dataflow import Dataflow
 from vertex.executor import Attempt, Executor, end
 from vertex.image import REPOSITORY, layers
-from vertex.world import MLFLOW, TRUST, World, enter, world
+from vertex.world import MLFLOW, REGION, TRUST, World, enter, world
 
 PAGE = REPOSITORY / "docs" / "vertex.md"
 SECTION = "## A first cheap run"
@@ -49,6 +51,8 @@ set -x
 PROJECT, BUCKET, SECRET = "my-project", "my-bucket", "projects/my-project/secrets/sogclr-mlflow/versions/latest"
 USER, PASSWORD = "admin", "planted-mlflow-password"
 TAG = "rehearsed"
+_OF_TIME = re.compile("second")
+"""Finds in the names of metrics those that differ from run to run."""
 _ASKED, _LEFT = "asked.json", "left.json"
 KEPT = REPOSITORY / "build" / "rehearsal"
 _STORAGE = r"(www|storage)\.googleapis\.com/.*storage|storage\.googleapis\.com/"
@@ -85,6 +89,8 @@ class Trouble:
     outages: tuple[Outage, ...] = ()
     lost: tuple[str, ...] = ()
     """Steps whose success Vertex AI does not hear of: their machine is lost as it says so."""
+    cancelled: str = ""
+    """Step in which `sogclr cancel` ends the job, 15 s after the step began."""
 
 
 _STORAGE = r"(www|storage)\.googleapis\.com/"
@@ -95,6 +101,7 @@ TROUBLES = {
     "sigkill": Trouble("SIGKILL of each step", tuple(Ending(step, "SIGKILL", 15) for step in STEPS)),
     "sigterm": Trouble("SIGTERM of each step", tuple(Ending(step, "SIGTERM", 15) for step in STEPS)),
     "lost-result": Trouble("each step ends well, and its machine is lost as it says so", lost=STEPS),
+    "cancel": Trouble("sogclr cancel while Dataflow works", cancelled="build-tfrecords"),
     "storage-503": Trouble(
         "Cloud Storage answers 503 for 200 s in each step", outages=tuple(Outage(step, 503, _STORAGE, 200) for step in STEPS)
     ),
@@ -135,12 +142,21 @@ class Rehearsal:
             self._met.append(outage)
             say(f"  for {outage.seconds:.0f} s requests that match {outage.where} meet {outage.kind}")
             self.world.google.fail_for(outage.kind, outage.seconds, outage.where)
+        if self.trouble.cancelled == attempt.step and attempt.number == 1:
+            threading.Thread(target=self._cancel_later, daemon=True).start()
         for ending in self._next(self.trouble.endings, attempt.step)[:1]:
             self._met.append(ending)
             threading.Thread(target=self._end_later, args=(attempt, ending), daemon=True).start()
 
     def _next(self, all_of_them: Sequence[Any], step: str) -> list[Any]:
         return [one for one in all_of_them if one.step == step and not any(one is met for met in self._met)]
+
+    def _cancel_later(self) -> None:
+        time.sleep(15)
+        say("  sogclr cancel")
+        command = ["sogclr", "cancel", "first-cpu", "--project", PROJECT, "--region", REGION, "--wait"]
+        done = subprocess.run(command, env=user(self.world), capture_output=True, text=True)
+        say(f"  {(done.stdout + done.stderr).strip()}")
 
     def _end_later(self, attempt: Attempt, ending: Ending) -> None:
         time.sleep(ending.seconds)
@@ -217,6 +233,7 @@ def inside(logs: Path) -> None:
         tuple(Ending(**one) for one in asked["endings"]),
         tuple(Outage(**one) for one in asked["outages"]),
         tuple(asked["lost"]),
+        asked["cancelled"],
     )
     began = time.monotonic()
     with world(page=20) as place:
@@ -237,20 +254,23 @@ def inside(logs: Path) -> None:
     (logs / _LEFT).write_text(json.dumps(found, indent=1))
 
 
-def shell(place: World, logs: Path, more: str) -> None:
-    """Runs the page's commands, as a user with credentials does; shows what they print."""
+def user(place: World) -> dict[str, str]:
+    """Returns the environment of somebody who has a key file and nothing else."""
     home = place.folder / "home"
-    home.mkdir()
-    environ = {
+    home.mkdir(exist_ok=True)
+    key = home / "key.json"
+    return {
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
         "HOME": str(home),
         "TMPDIR": str(home),
-        "GOOGLE_APPLICATION_CREDENTIALS": str(write_key(home, PROJECT, "https://oauth2.googleapis.com")),
-        "BUCKETS": str(place.machine.gcs),
-        "TAG": TAG,
-        "MORE": more,
+        "GOOGLE_APPLICATION_CREDENTIALS": str(key if key.exists() else write_key(home, PROJECT, "https://oauth2.googleapis.com")),
         **TRUST,
     }
+
+
+def shell(place: World, logs: Path, more: str) -> None:
+    """Runs the page's commands, as a user with credentials does; shows what they print."""
+    environ = {**user(place), "BUCKETS": str(place.machine.gcs), "TAG": TAG, "MORE": more}
     process = subprocess.Popen(
         ["bash", "-eu", "-o", "pipefail", "-c", _PRELUDE + commands()],
         env=environ,
@@ -276,14 +296,14 @@ class mlflow_server:  # noqa: N801  it is used as a function is
         folder.mkdir()
         for file in place.certificate():
             shutil.copy(file, folder)
-        (command,) = re.findall(r"^    (mlflow server (?:.*\\\n)*.*)$", PAGE.read_text(), re.MULTILINE)
+        (block,) = (one for one in re.findall(r"(?:^    .*\n)+", PAGE.read_text(), re.MULTILINE) if "mlflow server" in one)
         environ = {
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
             "HOME": str(folder),
             "MLFLOW": MLFLOW,
             "BUCKET": BUCKET,
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": "for-the-rehearsal",
-            "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+            "KEY": "for-the-rehearsal",
+            "PASSWORD": PASSWORD,
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "DO_NOT_TRACK": "true",
             # It would start processes of its own, for jobs that nobody sends.
@@ -291,17 +311,23 @@ class mlflow_server:  # noqa: N801  it is used as a function is
             **TRUST,
         }
         # Port 443 of the other addresses is Google's here.
-        command = ["bash", "-c", f"exec {command.replace('--host 0.0.0.0', '--host 127.0.0.2')}"]
+        command = ["bash", "-euc", block.replace("--host 0.0.0.0", "--host 127.0.0.2")]
         with (logs / "mlflow.log").open("ab") as log:
             self._process = subprocess.Popen(
-                command, env=environ, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                command,
+                env=environ,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
@@ -334,6 +360,7 @@ def left(rehearsal: Rehearsal) -> dict[str, Any]:
     models = client.search_logged_models(experiments)
     state = {model.params["state_sha256"] for model in models if "state_sha256" in model.params}
     return {
+        "cancelled": bool(rehearsal.trouble.cancelled),
         "state": job.state.name.removeprefix("PIPELINE_STATE_"),
         "tasks": {one.task_name: one.state.name for one in job.job_detail.task_details},
         "runs": runs,
@@ -345,8 +372,16 @@ def left(rehearsal: Rehearsal) -> dict[str, Any]:
         "custom_jobs": len(google.vertex.custom),
         "seconds_of": {one.step: one.seconds for one in rehearsal.executor.attempts},
         "requests": dict(google.counts),
-        "still_running": [one.step for one in rehearsal.executor.attempts if one.container.poll() is None],
+        "still_running": list(_running()),
     }
+
+
+def _running() -> Iterator[str]:
+    """Yields what still runs of the steps, their launchers and Dataflow's workers: every process of this world is seen here."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            command = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            yield from re.findall(r"-m (kfp\.dsl\S+|google_cloud_pipeline\S+|apache_beam\S+)", command)
 
 
 def report(found: dict[str, Any]) -> None:
@@ -373,22 +408,26 @@ def _complaints(found: dict[str, Any], plain: dict[str, Any]) -> Iterator[str]:
         if is_so != right:
             yield f"{found['name']}: {what} is {is_so}, not {right}"
 
+    yield from differs("what Dataflow still runs", found["dataflow"], [])
+    yield from differs("what still runs", found["still_running"], [])
+    if found["cancelled"]:
+        yield from differs("the job's state", found["state"], "CANCELLED")
+        yield from differs("the run of the job", [run["status"] for run in found["runs"]["pipeline"]], ["KILLED"])
+        return
     yield from differs("the job's state", found["state"], "SUCCEEDED")
     yield from differs("state_sha256", found["state_sha256"], plain["state_sha256"])
     yield from differs("the number of states", len(found["state_sha256"]), 1)
     yield from differs("the number of model versions", found["versions"], 1)
     yield from differs("the number of logged models", found["models"], 1)
-    yield from differs("what Dataflow still runs", found["dataflow"], [])
-    yield from differs("what still runs", found["still_running"], [])
     for component in ("pipeline", "build-tfrecords", "pretrain", "linear-eval"):
         runs = found["runs"].get(component, [])
         yield from differs(f"the runs of {component}", [run["status"] for run in runs], ["FINISHED"])
         if len(runs) == 1:
-            for name, points in plain["runs"][component][0]["metrics"].items():
-                steps = [step for step, _ in points]
-                yield from differs(
-                    f"the steps of {component}'s {name}", [step for step, _ in runs[0]["metrics"].get(name, ())], steps
-                )
+            for name, right in plain["runs"][component][0]["metrics"].items():
+                points = runs[0]["metrics"].get(name, [])
+                if _OF_TIME.search(name):
+                    points, right = ([step for step, _ in one] for one in (points, right))
+                yield from differs(f"{component}'s {name}", points, right)
 
 
 if __name__ == "__main__":
