@@ -74,9 +74,10 @@ def claim(root: str, job: str, /, **depends_on: Any) -> Claim:
 
 def _is_unfinished(folder: str) -> bool:
     """Returns what a folder says where nothing beside it says whether it is finished."""
-    import tensorflow as tf
+    from trainer.checkpoint import names_in
 
-    return not tf.io.gfile.isdir(folder) or tf.io.gfile.exists(f"{folder}/{outbox.FILE}")
+    names = names_in(folder)
+    return not names or outbox.FILE in names
 
 
 class _Open:

@@ -83,7 +83,10 @@ def export(checkpoint: str, output: str, *, data_dir: str = "", evaluation: str 
 
 def _is_export(folder: str) -> bool:
     """Returns whether a folder holds an export, or on an object store the part of one that was interrupted."""
-    names = {name.rstrip("/") for name in tf.io.gfile.listdir(folder)} if tf.io.gfile.isdir(folder) else {folder}
+    try:
+        names = set(checkpoints.names_in(folder))
+    except tf.errors.NotFoundError:  # a file
+        return False
     return SAVED_MODEL in names or ("://" in folder and names <= {SAVED_MODEL, KERAS, CARD})
 
 
@@ -98,7 +101,7 @@ def _upload(made: str, output: str) -> None:
     """Copies an export to an object store, where a folder cannot be renamed at once: the card goes first and comes last."""
     if tf.io.gfile.exists(f"{output}/{CARD}"):
         tf.io.gfile.remove(f"{output}/{CARD}")
-    if tf.io.gfile.isdir(output):
+    if checkpoints.names_in(output):
         tf.io.gfile.rmtree(output)
     files = [str(path.relative_to(made)) for path in sorted(Path(made).rglob("*")) if path.is_file()]
     for file in sorted(files, key=lambda file: file == CARD):

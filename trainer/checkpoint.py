@@ -23,6 +23,15 @@ from trainer.records import UserError
 
 _NAME = re.compile(r"checkpoint-(\d{8,})\.npz")
 _ABOUT = "about.json"
+_MAY_PASS = (
+    tf.errors.AbortedError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.InternalError,
+    tf.errors.ResourceExhaustedError,
+    tf.errors.UnavailableError,
+    tf.errors.UnknownError,
+)
+"""What TensorFlow says where storage does not answer, or answers 429 or 5xx."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +91,26 @@ def write_whole(path: str, content: bytes) -> None:
         raise UserError(f"{path} cannot be written: {reason}; mend that and start the same command again") from error
 
 
+def names_in(folder: str) -> list[str]:
+    """Returns the names of what is in a folder; none where there is no such folder.
+
+    Raises tf.errors.OpError where storage does not say. `tf.io.gfile.isdir` and `listdir` take every error for no folder.
+    """
+    return [name.rstrip("/") for name in tf.io.gfile.listdir(folder)] if tf.io.gfile.exists(folder) else []
+
+
 def paths(folder: str) -> list[str]:
     """Returns the checkpoints in `folder`, oldest first."""
-    names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
-    steps = {int(match[1]): match[0] for match in map(_NAME.fullmatch, names) if match}
+    steps = {int(match[1]): match[0] for match in map(_NAME.fullmatch, names_in(folder)) if match}
     return [f"{folder}/{steps[step]}" for step in sorted(steps)]
 
 
 def load(path: str) -> Checkpoint:
-    """Reads one checkpoint. Raises UserError where the file is not whole or is no checkpoint."""
+    """Reads one checkpoint.
+
+    Raises UserError where the file is not whole or is no checkpoint, and tf.errors.OpError where storage fails in a way that may
+    pass: then nothing is known of the file.
+    """
     match = _NAME.fullmatch(os.path.basename(path))
     try:
         if match is None:
@@ -99,6 +119,8 @@ def load(path: str) -> Checkpoint:
             arrays = {name: stored[name] for name in stored.files}
             about = json.loads(str(arrays.pop(_ABOUT)))
             return Checkpoint(int(match[1]), arrays, about["metrics"], about["run"], path)
+    except _MAY_PASS:
+        raise
     except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, tf.errors.OpError) as error:
         raise UserError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
 

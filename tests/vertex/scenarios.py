@@ -66,6 +66,31 @@ def an_epoch_reads_the_dataset_once(place: World) -> None:
         assert taken <= 1.05 * whole
 
 
+@scenario
+def a_folder_that_storage_does_not_show_is_not_taken_for_empty(place: World) -> None:
+    os.environ |= {"GCS_RETRY_CONFIG_MAX_RETRIES": "1", "GCS_RETRY_CONFIG_INIT_DELAY_TIME_US": "1000"}
+    bucket = place.google.storage.bucket("a-bucket")
+    import numpy as np
+    import pytest
+    import tensorflow as tf
+
+    from components.workspace import claim
+    from trainer import checkpoint as checkpoints
+
+    # Beside TensorFlow, which would remember what it saw.
+    for step in (1, 2):
+        checkpoints.save(str(bucket / "run"), checkpoints.Checkpoint(step, {"step": np.array(step)}, {}), keep=2)
+    for where in (r"b/a-bucket/o\b", r"storage\.googleapis\.com/a-bucket/run.*checkpoint-00000002"):
+        place.google.fail_for(503, 3600, where)
+        with pytest.raises(tf.errors.OpError):
+            checkpoints.load_latest("gs://a-bucket/run")
+        place.google.faults.clear()
+    latest = checkpoints.load_latest("gs://a-bucket/run")
+    assert latest is not None
+    assert latest.step == 2
+    assert claim("gs://a-bucket/work", "a job", what="anything").folder.endswith("-1")
+
+
 if __name__ == "__main__":
     with world() as place:
         os.environ.update(TRUST)
