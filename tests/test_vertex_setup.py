@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from vertex import rehearse
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "vertex-setup.sh"
 DOCS = SCRIPT.with_name("vertex.md")
@@ -115,7 +116,7 @@ def test_the_mlflow_server_of_the_docs_answers_at_the_address_that_the_docs_subm
     from mlflow.cli import cli as mlflow_cli
     from mlflow.server.security_utils import is_allowed_host_header
 
-    text = DOCS.read_text().replace("\\\n", " ")
+    text = DOCS.read_text().replace("\\\n", " ").replace("$MLFLOW", "MLFLOW")
     variables, words = re.search(r"^    ((?:\w+=\S+ +)*)mlflow server (.*)$", text, re.MULTILINE).groups()
     options = mlflow_cli.commands["server"].make_context("server", shlex.split(words)).params
     uri = urlsplit(re.search(r"--mlflow-uri (\S+) --mlflow-secret", text)[1])
@@ -125,7 +126,7 @@ def test_the_mlflow_server_of_the_docs_answers_at_the_address_that_the_docs_subm
     assert options["app_name"] == "basic-auth"
     assert {one.partition("=")[0] for one in variables.split()} == {
         "MLFLOW_FLASK_SERVER_SECRET_KEY",
-        "MLFLOW_AUTH_ADMIN_PASSWORD",
+        "MLFLOW_AUTH_CONFIG_PATH",
     }
 
 
@@ -141,3 +142,19 @@ def test_gcloud_takes_every_command(script, tmp_path):
         done = subprocess.run(lint, env={**os.environ, **quiet}, capture_output=True, text=True)
         (said,) = json.loads(done.stdout)
         assert said["success"], said["error_message"]
+
+
+def test_every_command_of_the_page_is_rehearsed_or_marked_as_not_tried():
+    page = DOCS.read_text()
+    blocks = ["".join(line[4:] for line in block.splitlines(True)) for block in re.findall(r"(?:^    .*\n)+", page, re.MULTILINE)]
+    commands = [one for block in blocks for one in re.findall(r"(?:.*\\\n)*.*\n", block) if re.match(r"\w+[= /]|\./", one)]
+    assert len(commands) > 20
+    rehearsed = rehearse.commands() + next(block for block in blocks if "mlflow server" in block)
+    untried = [one for one in commands if "# not tried" not in one and one not in rehearsed and "--(Dataflow)-->" not in one]
+    assert untried == []
+
+
+def test_ci_rehearses_the_page_and_every_trouble():
+    script = (SCRIPT.parents[1] / ".ci" / "run").read_text()
+    assert re.search(r"^make rehearse$", script, re.MULTILINE)
+    assert re.search(r"^make rehearse TROUBLE=all ", script, re.MULTILINE)
