@@ -1,6 +1,7 @@
 """Pretraining: the step, the loop, resuming, and what is refused."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from conftest import write_dataset
 
 from trainer import records
 from trainer.input_pipeline import evaluation_batches, labelled_batches, training_batches
-from trainer.preemption import EXIT_CODE
+from trainer.preemption import EXIT_CODE, PreemptedError
 from trainer.presets import resolve
 from trainer.progress import parse_line
 from trainer.records import UserError, read_manifest
@@ -198,6 +199,31 @@ def test_a_folder_of_another_run_is_refused(undisturbed, dataset):
 def test_fewer_images_than_a_batch_are_refused(dataset, tmp_path):
     with pytest.raises(UserError, match="global_batch_size=64 is more than the 48"):
         train(tiny("global_batch_size=64"), str(dataset), str(tmp_path))
+
+
+def test_a_run_that_is_preempted_again_and_again_logs_what_an_undisturbed_run_logs(dataset, tmp_path):
+    config = tiny("log_every_steps=3")
+
+    def after(steps):
+        asked = iter(range(1, 1000))
+        return lambda: next(asked) == steps
+
+    def logged(name, stops):
+        """Each point of the metrics that are no times; the run stops after each of `stops` steps."""
+        points = []
+
+        def log(metrics, step):
+            points.extend((step, name, value) for name, value in metrics.items() if not re.search("second|wait", name))
+
+        for steps in stops:
+            with pytest.raises(PreemptedError):
+                train(config, str(dataset), str(tmp_path / name), log_metrics=log, should_stop=after(steps))
+        train(config, str(dataset), str(tmp_path / name), log_metrics=log)
+        return points
+
+    undisturbed = logged("undisturbed", ())
+    assert {step for step, _, _ in undisturbed} == {2, 3, 4, 6, 8}
+    assert logged("preempted", (1, 2, 2)) == undisturbed
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(dataset, tmp_path):

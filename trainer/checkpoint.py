@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,9 @@ class Checkpoint:
     arrays: Mapping[str, np.ndarray]
     """By variable name."""
     metrics: Mapping[str, float]
-    """The last ones before it was written."""
+    """The last ones that were logged before it was written."""
+    pending: Sequence[Mapping[str, float]] = ()
+    """Metrics of each step since then: the next ones that are logged are their mean with those of the steps to come."""
     run: str = ""
     """Names the run whose state this is: a digest of its config and dataset."""
     path: str = ""
@@ -51,7 +53,8 @@ def save(folder: str, checkpoint: Checkpoint, keep: int) -> str:
     """Writes `checkpoint` into `folder`, removes all but the newest `keep`, and returns the new one's path."""
     tf.io.gfile.makedirs(folder)
     path = f"{folder}/checkpoint-{checkpoint.step:08}.npz"
-    about = json.dumps({"metrics": dict(checkpoint.metrics), "run": checkpoint.run}, sort_keys=True)
+    metrics = {"metrics": dict(checkpoint.metrics), "pending": [dict(one) for one in checkpoint.pending]}
+    about = json.dumps({**metrics, "run": checkpoint.run}, sort_keys=True)
     write_arrays(path, {**checkpoint.arrays, _ABOUT: np.array(about)})
     for old in paths(folder)[:-keep]:
         # Cloud Storage says so where it deleted the file and its first answer was lost.
@@ -118,7 +121,7 @@ def load(path: str) -> Checkpoint:
         with np.load(io.BytesIO(tf.io.read_file(path).numpy()), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
             about = json.loads(str(arrays.pop(_ABOUT)))
-            return Checkpoint(int(match[1]), arrays, about["metrics"], about["run"], path)
+            return Checkpoint(int(match[1]), arrays, about["metrics"], about.get("pending", ()), about["run"], path)
     except _MAY_PASS:
         raise
     except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, tf.errors.OpError) as error:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -263,20 +263,21 @@ def train(
     train_step = make_train_step(config, state, strategy, jit_compile(strategy))
     begun = int(state.step.numpy())
     path, metrics = (latest.path, dict(latest.metrics)) if latest else ("", {})
-    pending = _Pending(config.global_batch_size)
+    pending = _Pending(config.global_batch_size, latest.pending if latest else ())
     report(begun, total, "")
     for step, batch in zip(range(begun + 1, total + 1), pending.timed(batches.from_step(begun)), strict=False):
         pending.add(train_step(batch))
         stopping = step < total and should_stop()
-        saves = stopping or step % every == 0 or step == total
+        saves = step % every == 0 or step == total
         if saves or step % config.log_every_steps == 0:
             pending.require_finite(step, path, metrics, config)
             metrics = pending.metrics() | _metrics_by_image(config, state)
             log_metrics(metrics, step)
             report(step, total, f"loss {metrics['train/contrastive_loss']:.3f}, {_rate(metrics)}")
-        if saves:
+        if saves or stopping:
+            pending.require_finite(step, path, metrics, config)
             before_checkpoint()
-            saved = checkpoints.Checkpoint(step, state.arrays(), metrics, run)
+            saved = checkpoints.Checkpoint(step, state.arrays(), metrics, pending.as_numbers(), run)
             path = checkpoints.save(checkpoint_dir, saved, config.keep_checkpoints)
         if stopping:
             raise PreemptedError(f"stopped at step {step} of {total}, saved {path}: start the same command again to go on")
@@ -347,9 +348,11 @@ class _Batches:
 class _Pending:
     """What the steps since the last log returned, and how long they took."""
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, before: Sequence[Mapping[str, float]] = ()) -> None:
         self.batch_size = batch_size
-        self.steps: list[dict[str, tf.Tensor]] = []
+        self.steps: list[Mapping[str, tf.Tensor | np.float32]] = [
+            {name: np.float32(value) for name, value in step.items()} for step in before
+        ]
         self.waited = 0.0
         self.since: float | None = None
 
@@ -363,6 +366,10 @@ class _Pending:
 
     def add(self, metrics: dict[str, tf.Tensor]) -> None:
         self.steps.append(metrics)
+
+    def as_numbers(self) -> list[dict[str, float]]:
+        """Returns the metrics of each step since the last log, for a checkpoint."""
+        return [{name: float(value) for name, value in step.items()} for step in self.steps]
 
     def require_finite(self, step: int, checkpoint: str, before: Mapping[str, float], config: Config) -> None:
         """Raises UserError if a step up to `step` had a loss or a gradient that is not finite."""
@@ -388,7 +395,7 @@ class _Pending:
 
     def metrics(self) -> dict[str, float]:
         """Returns means over the steps since the last call, the last learning rate, and the speed."""
-        means = {name: float(np.mean([step[name].numpy() for step in self.steps])) for name in self.steps[-1]}
+        means = {name: float(np.mean([np.asarray(step[name]) for step in self.steps])) for name in self.steps[-1]}
         means["train/learning_rate"] = float(self.steps[-1]["train/learning_rate"])
         now = time.perf_counter()
         if self.since is not None:

@@ -62,6 +62,8 @@ class Google:
         self.unknown: list[str] = []
         """What no service knows."""
         self.faults: list[Fault] = []
+        self.latency = 0.0
+        """Seconds before every answer, as a network has them."""
         self.services: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
             **self.accounts.services,
             **self.vertex.services,
@@ -127,6 +129,7 @@ class Google:
                 if fault == "slow":
                     # Until whoever asks has given up.
                     self.connection.recv(1, socket.MSG_PEEK)
+                time.sleep(google.latency)
                 answer = self._answer(fault, body)
                 if fault == "lost":
                     return self._cut()
