@@ -98,13 +98,14 @@ _WRITES = r"^(POST|PUT) \S+/upload/"
 STEPS = ("build-tfrecords", "pretrain", "linear-eval")
 
 TROUBLES = {
+    # It takes longest, and waits most of the time.
+    "storage-503": Trouble(
+        "Cloud Storage answers 503 for 200 s in each step", outages=tuple(Outage(step, 503, _STORAGE, 200) for step in STEPS)
+    ),
     "sigkill": Trouble("SIGKILL of each step", tuple(Ending(step, "SIGKILL", 15) for step in STEPS)),
     "sigterm": Trouble("SIGTERM of each step", tuple(Ending(step, "SIGTERM", 15) for step in STEPS)),
     "lost-result": Trouble("each step ends well, and its machine is lost as it says so", lost=STEPS),
     "cancel": Trouble("sogclr cancel while Dataflow works", cancelled="build-tfrecords"),
-    "storage-503": Trouble(
-        "Cloud Storage answers 503 for 200 s in each step", outages=tuple(Outage(step, 503, _STORAGE, 200) for step in STEPS)
-    ),
     "storage-taken": Trouble(
         "writes are answered 503 after their bytes were taken",
         outages=tuple(Outage(step, "taken", _WRITES, 15) for step in STEPS),
