@@ -41,12 +41,12 @@ class Checkpoint:
     """By variable name."""
     metrics: Mapping[str, float]
     """The last ones that were logged before it was written."""
-    pending: Sequence[Mapping[str, float]] = ()
-    """Metrics of each step since then: the next ones that are logged are their mean with those of the steps to come."""
     run: str = ""
     """Names the run whose state this is: a digest of its config and dataset."""
     path: str = ""
     """Where it was read from."""
+    pending: Sequence[Mapping[str, float]] = ()
+    """Metrics of each step since the last that were logged: the next that are logged are the mean of these and of those to come."""
 
 
 def save(folder: str, checkpoint: Checkpoint, keep: int) -> str:
@@ -121,7 +121,7 @@ def load(path: str) -> Checkpoint:
         with np.load(io.BytesIO(tf.io.read_file(path).numpy()), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
             about = json.loads(str(arrays.pop(_ABOUT)))
-            return Checkpoint(int(match[1]), arrays, about["metrics"], about.get("pending", ()), about["run"], path)
+            return Checkpoint(int(match[1]), arrays, about["metrics"], about["run"], path, about.get("pending", ()))
     except _MAY_PASS:
         raise
     except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, tf.errors.OpError) as error:

@@ -277,7 +277,7 @@ def train(
         if saves or stopping:
             pending.require_finite(step, path, metrics, config)
             before_checkpoint()
-            saved = checkpoints.Checkpoint(step, state.arrays(), metrics, pending.as_numbers(), run)
+            saved = checkpoints.Checkpoint(step, state.arrays(), metrics, run, pending=pending.as_numbers())
             path = checkpoints.save(checkpoint_dir, saved, config.keep_checkpoints)
         if stopping:
             raise PreemptedError(f"stopped at step {step} of {total}, saved {path}: start the same command again to go on")
