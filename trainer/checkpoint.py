@@ -46,7 +46,7 @@ class Checkpoint:
     path: str = ""
     """Where it was read from."""
     pending: Sequence[Mapping[str, float]] = ()
-    """Metrics of each step since the last that were logged: the next that are logged are the mean of these and of those to come."""
+    """Metrics of each step since the last log. The next log has the mean of these and of the steps to come."""
 
 
 def save(folder: str, checkpoint: Checkpoint, keep: int) -> str:
