@@ -129,7 +129,8 @@ class Google:
                 if fault == "slow":
                     # Until whoever asks has given up.
                     self.connection.recv(1, socket.MSG_PEEK)
-                time.sleep(google.latency)
+                if google.latency:
+                    time.sleep(google.latency)
                 answer = self._answer(fault, body)
                 if fault == "lost":
                     return self._cut()
