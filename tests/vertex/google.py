@@ -279,3 +279,4 @@ def serving(folder: Path | None = None) -> Iterator[Google]:
         server.shutdown()
         server.server_close()
         thread.join()
+    assert google.unknown == [], f"no service here knows: {google.unknown}"
