@@ -255,7 +255,7 @@ def launch(*arguments):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("component", ["pretrain", "linear-eval"])
+@pytest.mark.parametrize("component", ["pretrain"])
 def test_a_retry_starts_a_new_custom_job_where_the_first_one_failed(spec, component, tmp_path, monkeypatch):
     """Its output, which names the first job, may still be there."""
     with serving_custom_jobs(tmp_path, JobState.JOB_STATE_FAILED, JobState.JOB_STATE_SUCCEEDED) as (vertex, environ):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -147,6 +148,23 @@ def test_a_step_writes_what_kfp_asks_for_to_root_s_gcs(machine, user, status):
     )
     assert found == status, said
     assert (machine.gcs / "bucket" / "job" / "executor_output.json").is_file() == (user == "root")
+
+
+@pytest.mark.thorough
+def test_a_container_hears_a_signal_however_early_and_ends_with_all_that_it_started(machine):
+    """What the rehearsal's kills stand on. PID 1 without a handler hears no SIGTERM, as in any engine."""
+    image, log = image_of("cpu"), machine.etc.with_name("log")
+    for _ in range(3):
+        assert container.Container(machine, image, ["sleep", "600"], {}, log).kill() != 0
+    deaf = container.Container(machine, image, ["sleep", "600"], {}, log)
+    deaf.signal(signal.SIGTERM)
+    assert deaf.poll() is None
+    assert deaf.stop(grace=0.0) != 0
+    hears = container.Container(machine, image, ["sh", "-c", "trap 'exit 3' TERM; echo ready; sleep 600 & wait"], {}, log)
+    while "ready" not in log.read_text():
+        assert hears.poll() is None
+    assert hears.stop(grace=600) == 3
+    hears.signal(signal.SIGTERM)
 
 
 def test_beam_s_worker_is_of_the_version_that_the_image_has():

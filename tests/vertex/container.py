@@ -28,6 +28,7 @@ mount --bind "$ETC" etc
 mount --bind "$GCS" gcs
 mount --rbind /dev dev
 mount -t proc proc proc
+mount --rbind -o ro /sys sys
 mount -t tmpfs tmpfs tmp
 exec chroot "$@"
 """
@@ -97,9 +98,13 @@ class Container:
 
     def signal(self, number: int) -> None:
         """Sends a signal to PID 1, as an engine does. Nothing happens where it has ended."""
-        with contextlib.suppress(OSError, ValueError):
-            children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text()
-            os.kill(int(children.split()[0]), number)
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        with contextlib.suppress(OSError):
+            # It has none yet where it has just begun.
+            while not (found := children.read_text().split()) and self._process.poll() is None:
+                time.sleep(0.01)
+            if found:
+                os.kill(int(found[0]), number)
 
     def stop(self, grace: float = 30.0) -> int:
         """Ends it as Google Cloud does: SIGTERM, and SIGKILL after `grace` seconds."""

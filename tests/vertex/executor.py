@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,8 @@ class Executor:
         time_scale: float = 0.02,
     ) -> None:
         self.attempts: list[Attempt] = []
+        self.broken: list[str] = []
+        """Tracebacks of the executor's own errors."""
         self.logs = logs
         self.lose_result_of: set[str] = set()
         """Steps whose next success Vertex AI does not hear of: their machine is lost as it says so."""
@@ -79,9 +82,10 @@ class Executor:
         jobs.run_custom, jobs.cancel_custom = self._start_custom, self._cancel_custom
 
     def wait(self) -> None:
-        """Waits until every job has ended."""
+        """Waits until every job has ended. Fails where this executor itself broke."""
         for thread in self._threads:
             thread.join()
+        assert not self.broken, "\n".join(self.broken)
 
     # ---- Pipeline jobs
 
@@ -89,7 +93,14 @@ class Executor:
         self._thread(self._run, job)
 
     def _thread(self, work: Callable[[Any], None], job: Any) -> None:
-        thread = threading.Thread(target=work, args=(job,), daemon=True)
+        def watched() -> None:
+            try:
+                work(job)
+            except BaseException:
+                self.broken.append(traceback.format_exc())
+                job.state = type(job.state)["PIPELINE_STATE_FAILED" if hasattr(job, "pipeline_spec") else "JOB_STATE_FAILED"]
+
+        thread = threading.Thread(target=watched, daemon=True)
         self._threads.append(thread)
         thread.start()
 
@@ -113,7 +124,7 @@ class Executor:
         self._world.google.vertex.step_on(job, {"job": state})
 
     def run_container(self, owner: str, step: str, number: int, image: Image, command: list[str], environ: dict) -> int:
-        """Runs a container to its end; returns its exit status."""
+        """Runs a container to its end; returns its exit status. Cancelling `owner`, a job by name, ends it."""
         log = self.logs / f"{step}-{number}.log"
         container = self._world.container(image, command, environ, log)
         self._running[owner] = container
@@ -301,12 +312,13 @@ class _Run:
         local.mkdir(parents=True, exist_ok=True)
         self._say(name, "RUNNING")
         for attempt in range(1, 2 + int(policy.get("maxRetryCount", 0))):
-            status = self._executor.run_container(self._job.name, step, attempt, image, command, environ)
+            owner = "" if always else self._job.name
+            status = self._executor.run_container(owner, step, attempt, image, command, environ)
             if status == 0:
                 outputs = self._taken(outputs, local)
                 self._say(name, "SUCCEEDED", outputs)
                 return "SUCCEEDED", outputs
-            if self._executor.has_cancelled(self._job.name) and not always:
+            if self._executor.has_cancelled(owner):
                 self._say(name, "CANCELLED")
                 return "CANCELLED", {}
             time.sleep(self._executor.scaled(wait))

@@ -59,6 +59,8 @@ class Google:
         """Method, target and body of every request; bodies of objects are left out."""
         self.counts: Counter[str] = Counter()
         """Requests by kind."""
+        self.moments: list[tuple[float, str]] = []
+        """When each request came, on the clock of `time.monotonic`, and its METHOD HOST/PATH."""
         self.unknown: list[str] = []
         """What no service knows."""
         self.faults: list[Fault] = []
@@ -98,6 +100,7 @@ class Google:
 
     def answer(self, request: Request) -> Answer:
         routes = self.routes
+        self.moments.append((time.monotonic(), f"{request.method} {request.host}{request.path}"))
         if self.storage and request.host == "storage.googleapis.com":
             routes = [*routes, *self.storage.xml_routes]
         for method, pattern, handle in routes:

@@ -95,6 +95,7 @@ class Trouble:
 
 _STORAGE = r"(www|storage)\.googleapis\.com/"
 _WRITES = r"^(POST|PUT) \S+/upload/"
+_DATA = re.compile(r"^GET storage\.googleapis\.com/.*-train\.tfrecord")
 STEPS = ("build-tfrecords", "pretrain", "linear-eval")
 
 TROUBLES = {
@@ -384,7 +385,22 @@ def left(rehearsal: Rehearsal) -> dict[str, Any]:
         "seconds_of": {one.step: one.seconds for one in rehearsal.executor.attempts},
         "requests": dict(google.counts),
         "still_running": list(_running()),
+        "requests_a_minute": _beside_the_data(google.moments, rehearsal.executor.attempts),
     }
+
+
+def _beside_the_data(moments: Sequence[tuple[float, str]], attempts: Sequence[Attempt]) -> float:
+    """Returns how many requests a minute Cloud Storage had beside those for the data, while the last pretraining read them."""
+    spans = [(one.begun, one.begun + one.seconds) for one in attempts if one.step == "pretrain"]
+    reads = [when for when, what in moments if spans and spans[-1][0] < when < spans[-1][1] and _DATA.search(what)]
+    if not reads:
+        return 0.0
+    others = [
+        what
+        for when, what in moments
+        if reads[0] < when < reads[-1] and re.search(_STORAGE, what) and not re.search(r"-train\.tfrecord", what)
+    ]
+    return len(others) / ((reads[-1] - reads[0]) / 60)
 
 
 def _running() -> Iterator[str]:
@@ -404,6 +420,7 @@ def report(found: dict[str, Any]) -> None:
         for run in runs:
             points = sum(len(one) for one in run["metrics"].values())
             print(f"  MLflow: {component:<16} {run['status']:<9} {points} points of {len(run['metrics'])} metrics")
+    print(f"  {found['requests_a_minute']:>6.1f}  requests a minute to Cloud Storage beside the data, while pretraining reads")
     for kind, count in sorted(found["requests"].items(), key=lambda one: -one[1]):
         print(f"  {count:>6}  {kind}")
     print(flush=True)
