@@ -255,13 +255,12 @@ def launch(*arguments):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("component", ["pretrain"])
-def test_a_retry_starts_a_new_custom_job_where_the_first_one_failed(spec, component, tmp_path, monkeypatch):
+def test_a_retry_starts_a_new_custom_job_where_the_first_one_failed(spec, tmp_path, monkeypatch):
     """Its output, which names the first job, may still be there."""
     with serving_custom_jobs(tmp_path, JobState.JOB_STATE_FAILED, JobState.JOB_STATE_SUCCEEDED) as (vertex, environ):
-        code, said = launch(spec, component, tmp_path, environ, monkeypatch)
+        code, said = launch(spec, "pretrain", tmp_path, environ, monkeypatch)
         assert (code != 0, len(vertex.jobs)) == (True, 1), said
-        code, said = launch(spec, component, tmp_path, environ, monkeypatch)
+        code, said = launch(spec, "pretrain", tmp_path, environ, monkeypatch)
         assert (code, len(vertex.jobs)) == (0, 2), said
     assert vertex.jobs[1].name in (tmp_path / "gcp_resources").read_text()
 
