@@ -37,12 +37,12 @@ demo: setup ## the whole pipeline on photographs, about five minutes on two core
 test: setup ## the tests to run all day
 	$(IN) pytest
 
-check: setup ## format, lint, types, import rules, all tests but the slow: what a commit must pass
+check: setup ## format, lint, types, import rules, all tests but those of rehearse and the slow: what a commit must pass
 	$(IN) ruff format --check .
 	$(IN) ruff check .
 	$(IN) mypy trainer eval beam_jobs components pipelines
 	$(IN) lint-imports
-	$(IN) pytest -m 'not slow'
+	$(IN) pytest -m 'not cloud and not slow'
 
 test-pythons: ## make test with each Python from 3.11 to 3.13 that is found, each in an environment of its own
 	@.ci/pythons
@@ -52,6 +52,7 @@ test-slow: setup ## minutes and gigabytes: the locks of GPU and TPU installed, a
 
 # TROUBLE='NAME ...' has things go wrong on the way, TROUBLE=all everything; MORE are further options of tests/vertex/rehearse.py.
 rehearse: setup ## a whole job on Vertex AI, on loopback servers: docs/vertex.md's first run, about five minutes; needs root
+	$(if $(TROUBLE),,$(IN) pytest -m cloud)
 	$(IN) PYTHONPATH=tests python -m vertex.rehearse $(if $(TROUBLE),--trouble $(TROUBLE)) $(MORE)
 
 # IMAGES names the repository, as in REGION-docker.pkg.dev/PROJECT/sogclr; push=yes sends them there.

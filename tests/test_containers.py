@@ -254,7 +254,7 @@ def launch(*arguments):
         return process.returncode, said
 
 
-@pytest.mark.thorough
+@pytest.mark.cloud
 def test_a_retry_starts_a_new_custom_job_where_the_first_one_failed(spec, tmp_path, monkeypatch):
     """Its output, which names the first job, may still be there."""
     with serving_custom_jobs(tmp_path, JobState.JOB_STATE_FAILED, JobState.JOB_STATE_SUCCEEDED) as (vertex, environ):
@@ -265,7 +265,7 @@ def test_a_retry_starts_a_new_custom_job_where_the_first_one_failed(spec, tmp_pa
     assert vertex.jobs[1].name in (tmp_path / "gcp_resources").read_text()
 
 
-@pytest.mark.thorough
+@pytest.mark.cloud
 @pytest.mark.parametrize(("state", "ends_well"), [("SUCCEEDED", True), ("CANCELLED", False)])
 def test_a_launcher_that_was_lost_goes_on_with_its_custom_job(spec, tmp_path, monkeypatch, state, ends_well):
     """A job that somebody cancelled is not started anew."""
@@ -275,7 +275,7 @@ def test_a_launcher_that_was_lost_goes_on_with_its_custom_job(spec, tmp_path, mo
             assert ((code == 0), len(vertex.jobs)) == (ends_well, 1), said
 
 
-@pytest.mark.thorough
+@pytest.mark.cloud
 def test_a_launcher_that_is_told_to_end_cancels_the_job_that_it_is_just_making(spec, tmp_path, monkeypatch):
     """Its own handler comes later; the custom job would go on without anybody who knows of it."""
     with serving_custom_jobs(tmp_path, JobState.JOB_STATE_RUNNING) as (vertex, environ):

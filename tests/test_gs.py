@@ -37,7 +37,7 @@ def test_on_cloud_storage(name):
     in_a_world("vertex.scenarios", name)
 
 
-pytestmark = [pytest.mark.thorough, pytest.mark.skipif(bool(container.possible()), reason=container.possible())]
+pytestmark = [pytest.mark.cloud, pytest.mark.skipif(bool(container.possible()), reason=container.possible())]
 
 
 @pytest.fixture(scope="module")

@@ -111,14 +111,14 @@ def boot(machine, image):
     return start(machine, image, *command, "boot", *BOOT, W=WORKER)
 
 
-@pytest.mark.thorough
+@pytest.mark.cloud
 def test_a_worker_of_dataflow_starts_and_finds_the_project(machine):
     status, said = boot(machine, image_of("cpu"))
     assert status == 0, said
     assert "/opt/sogclr 1 c0ffee True" in said
 
 
-@pytest.mark.thorough
+@pytest.mark.cloud
 @pytest.mark.parametrize(
     ("user", "default_environment", "fault"),
     [
@@ -135,7 +135,7 @@ def test_a_worker_of_dataflow_needs_root_and_the_image_s_own_environment(machine
     assert re.search(fault, said), said
 
 
-@pytest.mark.thorough
+@pytest.mark.cloud
 @pytest.mark.parametrize(("user", "status"), [("root", 0), ("sogclr", 1)])
 def test_a_step_writes_what_kfp_asks_for_to_root_s_gcs(machine, user, status):
     """With KFP's own command, as it stands in a compiled job."""
@@ -150,7 +150,7 @@ def test_a_step_writes_what_kfp_asks_for_to_root_s_gcs(machine, user, status):
     assert (machine.gcs / "bucket" / "job" / "executor_output.json").is_file() == (user == "root")
 
 
-@pytest.mark.thorough
+@pytest.mark.cloud
 def test_a_container_hears_a_signal_however_early_and_ends_with_all_that_it_started(machine):
     """What the rehearsal's kills stand on. PID 1 without a handler hears no SIGTERM, as in any engine."""
     image, log = image_of("cpu"), machine.etc.with_name("log")

@@ -40,7 +40,7 @@ def an_epoch_reads_the_dataset_once(place: World) -> None:
 
     folder = place.google.storage.bucket("a-bucket") / "data"
     picture = noise(190)
-    manifest = write_dataset(folder, train=1280, validation=320, shards=3, picture=lambda label, random: picture)
+    manifest = write_dataset(folder, train=640, validation=320, shards=3, picture=lambda label, random: picture)
     from trainer.input_pipeline import evaluation_batches, training_batches
     from trainer.presets import resolve
 
@@ -48,12 +48,12 @@ def an_epoch_reads_the_dataset_once(place: World) -> None:
     train = sum(shard.bytes for shard in manifest.splits["train"].shards)
     read = place.google.storage.read
     batches = iter(training_batches(config, "gs://a-bucket/data", manifest, 0))
-    for _ in range(100):
+    for _ in range(60):
         next(batches)
     del batches
     taken = sum(count for name, count in read.items() if "-train." in name)
     # A window that is used, one that waits and one that is read lie beyond the last batch.
-    epochs = (100 * 128 + 3 * 256) / 1280
+    epochs = (60 * 128 + 3 * 256) / 640
     requests = place.google.counts["GET storage.googleapis.com: get_as_xml"]
     print(f"{len(picture)} bytes an image; training reads {taken / train / epochs:.3f} times the data, in {requests} requests")
     assert taken <= 1.05 * train * epochs
