@@ -21,6 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _LONGEST = (
     "pipeline",
     "distribution",
+    "eval_devices",
     "train",
     "gs",
     "submit",
