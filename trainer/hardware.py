@@ -158,7 +158,7 @@ def tensorflow_environment(system: Path = Path("/")) -> dict[str, str]:
     environment = {"TF_ENABLE_ONEDNN_OPTS": "1"}
     # Of Cloud Storage, TensorFlow reads 64 MiB beyond what it is asked for. What reads here asks for all that it wants at once.
     environment["GCS_READAHEAD_BUFFER_SIZE_BYTES"] = str(2**16)
-    # Its 10 attempts end after 83 s, 20 after 6 minutes: an outage of some minutes then costs no attempt at the step.
+    # 20 attempts at a request instead of 10: a step rides out an outage of 200 s, as `make rehearse` shows.
     environment["GCS_RETRY_CONFIG_MAX_RETRIES"] = "20"
     found = tpus(system)
     if not found:
