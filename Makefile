@@ -52,7 +52,7 @@ test-slow: setup ## minutes and gigabytes: the locks of GPU and TPU installed, a
 
 # TROUBLE='NAME ...' has things go wrong on the way, TROUBLE=all everything; MORE are further options of tests/vertex/rehearse.py.
 rehearse: setup ## a whole job on Vertex AI, on loopback servers: docs/vertex.md's first run, about five minutes; needs root
-	$(if $(TROUBLE),,$(IN) pytest -m cloud)
+	$(IN) pytest -m cloud
 	$(IN) PYTHONPATH=tests python -m vertex.rehearse $(if $(TROUBLE),--trouble $(TROUBLE)) $(MORE)
 
 # IMAGES names the repository, as in REGION-docker.pkg.dev/PROJECT/sogclr; push=yes sends them there.

@@ -156,5 +156,4 @@ def test_every_command_of_the_page_is_rehearsed_or_marked_as_not_tried():
 
 def test_ci_rehearses_the_page_and_every_trouble():
     script = (SCRIPT.parents[1] / ".ci" / "run").read_text()
-    assert re.search(r"^make rehearse$", script, re.MULTILINE)
     assert re.search(r"^make rehearse TROUBLE=all ", script, re.MULTILINE)
