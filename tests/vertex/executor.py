@@ -47,10 +47,6 @@ class Attempt:
     """That it took; 0 while it runs."""
 
 
-class FailedError(Exception):
-    """A task did not succeed, however often it was tried."""
-
-
 class Executor:
     """Runs the pipeline jobs and custom jobs of a world.
 

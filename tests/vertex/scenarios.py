@@ -6,7 +6,6 @@ python -m vertex.world python -m vertex.scenarios NAME
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from vertex.world import TRUST, World, world
 
@@ -28,10 +27,6 @@ def noise(size: int) -> bytes:
     out = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (size, size, 3), np.uint8)).save(out, "jpeg", quality=98)
     return out.getvalue()
-
-
-def bytes_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir() if "tfrecord" in file.name)
 
 
 @scenario

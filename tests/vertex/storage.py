@@ -264,7 +264,7 @@ class Storage:
         with self._lock:
             about = self._about(bucket, name)
             self._require(request.query, bucket, name, "Source")
-            made = self._put(to_bucket, {"name": to_name, **about, "name": to_name}, request.query, self._content(bucket, name))  # noqa: F601
+            made = self._put(to_bucket, {**about, "name": to_name}, request.query, self._content(bucket, name))
             if "copyTo" in request.path:
                 return as_json(made)
             size = made["size"]
