@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from beam_jobs import files
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VALIDATION_ARCHIVE = "ILSVRC2012_img_val.tar"
@@ -106,7 +106,7 @@ class Index:
     found: int
     """How many there are of the chosen synsets, before a limit for each class and whatever cannot be read."""
     rejected: list[dict[str, Any]]
-    """What is no plain file; as `trainer.records.Split` has it."""
+    """What is no plain file; as `trainer.shared.records.Split` has it."""
     problems: list[str]
     """What is wrong with the archive as a whole."""
 

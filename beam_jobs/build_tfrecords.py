@@ -42,7 +42,9 @@ from beam_jobs.convert import Convert, Index, Writers, local_writers
 from beam_jobs.ending import ends_on_sigterm
 from beam_jobs.plan import SPLITS, WORK, Plan, shards_for
 from beam_jobs.publish import publish, was_made_by
-from trainer.records import MANIFEST, Manifest, UserError, manifest_from_json
+from trainer.shared.errors import UserError
+from trainer.shared.files import is_local
+from trainer.shared.records import MANIFEST, Manifest, manifest_from_json
 
 VERIFY = ("headers", "decode")
 ON_BAD_IMAGE = ("fail", "skip")
@@ -189,7 +191,7 @@ def plan_only(
 ) -> survey.Survey:
     """Returns what `build` would do with the same arguments, having looked at every image's header; writes nothing that stays."""
     plan = make_plan(raw, output, **options)
-    local = files.is_local(output)
+    local = is_local(output)
     work = tempfile.mkdtemp(prefix="sogclr-plan-") if local else files.join(output, f".plan-{uuid.uuid4().hex}")
     pipeline = _pipeline(beam_args, processes)
     try:
@@ -296,7 +298,7 @@ def _watched(plan: Plan, report: Callable[[int, int], None]) -> Iterator[None]:
     """Reports while the block runs: a part for each archive, each shard, and for proving and publishing."""
     total = len(plan.raw.archives) + sum(plan.num_shards.values()) + 1
     ended = threading.Event()
-    pause = _SECONDS_BETWEEN_LOOKS if files.is_local(plan.work) else _SECONDS_BETWEEN_REMOTE_LOOKS
+    pause = _SECONDS_BETWEEN_LOOKS if is_local(plan.work) else _SECONDS_BETWEEN_REMOTE_LOOKS
 
     def watch() -> None:
         done = 0

@@ -24,7 +24,8 @@ from beam_jobs import archives, files, images, proof
 from beam_jobs.plan import Plan, plan_split
 from beam_jobs.publish import publish
 from beam_jobs.shards import Record, make_record, write_shard
-from trainer.records import reading_places
+from trainer.shared.files import is_local
+from trainer.shared.records import reading_places
 
 _BATCH = 32
 """Images that a thread takes at a time."""
@@ -263,7 +264,7 @@ def _read(plan: Plan, image: archives.RawImage) -> bytes:
     try:
         data = files.read_range(path, image.offset, image.size)
     except OSError as error:
-        if not files.is_local(path):
+        if not is_local(path):
             raise
         raise images.UnreadableImageError(f"cannot be read ({error.strerror})") from error
     if len(data) < image.size:
@@ -273,7 +274,7 @@ def _read(plan: Plan, image: archives.RawImage) -> bytes:
 
 def _threaded(plan: Plan, items: Sequence[Item], function: Callable[[Item], Result]) -> Iterator[Result]:
     """Yields the function of each item in their order; of remote ones several at a time, as a request mostly waits."""
-    if files.is_local(plan.raw.folder):
+    if is_local(plan.raw.folder):
         yield from map(function, items)
         return
     threads = _REMOTE_THREADS

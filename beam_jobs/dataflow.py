@@ -16,7 +16,7 @@ from apache_beam.runners.runner import PipelineState
 from apache_beam.utils import retry
 
 from beam_jobs.plan import Plan
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 _CONVERSION = "sogclr-conversion"
 _SECONDS_FOR_A_CALL = 5.0

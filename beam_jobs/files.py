@@ -1,6 +1,5 @@
 """Files by path, local or gs:// alike: all that the rooms here know of file systems."""
 
-import errno
 import functools
 import os
 import re
@@ -15,14 +14,14 @@ from apache_beam.io.filesystem import BeamIOError, CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.io.gcp.gcsio import GcsIO
 
-from trainer.records import UserError
+from trainer.shared.errors import UserError
+from trainer.shared.files import is_local, whole_file
 
 WHOLE = 16 * 2**20
 """Bytes a request, where a remote file is read from its beginning to its end."""
 SPARSE = 2**10
 """Bytes a request, where little of a remote file is read."""
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FileInfo(NamedTuple):
@@ -34,10 +33,6 @@ class FileInfo(NamedTuple):
     """Bytes."""
     changed: float
     """Time of the last change, seconds."""
-
-
-def is_local(path: str) -> bool:
-    return "://" not in path
 
 
 def join(folder: str, name: str) -> str:
@@ -113,29 +108,24 @@ def open_to_write(path: str) -> Iterator[BinaryIO]:
     Raises UserError where there is no room for it, or none may be written there.
     """
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    if is_local(path):
+        with whole_file(path, temporary) as file:
+            yield file
+        return
     try:
         with _create(temporary) as file:
             yield file
-        if is_local(path):
-            os.replace(temporary, path)
-        else:
-            FileSystems.rename([temporary], [path])
-    except BaseException as error:
+        FileSystems.rename([temporary], [path])
+    except BaseException:
         delete([temporary])
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            mend = "make room and give the same command again: what is finished stays"
-            raise UserError(f"cannot write {path}: {error.strerror}; {mend}") from error
         raise
 
 
 def _create(path: str) -> BinaryIO:
     try:
-        if not is_local(path):
-            return FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED)
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        return open(path, "wb")
+        return FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED)
     except (OSError, BeamIOError) as error:
-        raise UserError(f"cannot write to {os.path.dirname(path)}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def write(path: str, content: bytes) -> None:

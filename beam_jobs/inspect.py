@@ -25,13 +25,13 @@ from PIL import Image, ImageDraw
 from beam_jobs import files
 from beam_jobs.images import read_jpeg_header
 from beam_jobs.shards import FINGERPRINTS, file_crc32c, fingerprint_term, frame
-from trainer.records import (
+from trainer.shared.errors import UserError
+from trainer.shared.records import (
     MANIFEST,
     RECORDS_PER_BLOCK,
     Manifest,
     Shard,
     Split,
-    UserError,
     decode_example,
     manifest_from_json,
     reading_places,

@@ -16,14 +16,15 @@ from beam_jobs import files
 from beam_jobs.archives import Index
 from beam_jobs.plan import SPLITS, Plan, SplitPlan, plan_split
 from beam_jobs.shards import FINGERPRINTS, WrittenShard, contents_digest, file_crc32c
-from trainer.records import Manifest, Shard, Split, UserError, reading_places
+from trainer.shared.errors import UserError
+from trainer.shared.records import Manifest, Shard, Split, reading_places
 
 _SHOWN = 3
 """Problems that an error's one line spells out."""
 _ADVICE = "; nothing was published, run the job again"
 
 Listed = list[dict[str, Any]]
-"""Repaired or rejected images, as `trainer.records.Split` has them."""
+"""Repaired or rejected images, as `trainer.shared.records.Split` has them."""
 
 
 class LostRecordsError(Exception):

@@ -5,7 +5,8 @@ from typing import Any
 
 from beam_jobs import files, proof
 from beam_jobs.plan import Plan
-from trainer.records import ENCODED, IMAGE_ID, LABEL, MANIFEST, Manifest, UserError, manifest_from_json, manifest_to_json
+from trainer.shared.errors import UserError
+from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, MANIFEST, Manifest, manifest_from_json, manifest_to_json
 
 CONVERSION = ".conversion"
 """File of a dataset that holds the `Plan.identity` of the conversion that made it.

@@ -10,7 +10,7 @@ import google_crc32c
 import numpy as np
 
 from beam_jobs import files
-from trainer.records import RECORDS_PER_BLOCK, Shard, example_head
+from trainer.shared.records import RECORDS_PER_BLOCK, Shard, example_head
 
 FINGERPRINTS = 2**256
 """How many there are: sums of fingerprints are modulo this."""
@@ -75,7 +75,7 @@ def frame(encoded: bytes, label: int, image_id: int) -> tuple[bytes, bytes, byte
 
 
 def file_crc32c(path: str) -> str:
-    """Returns the checksum of a file as `trainer.records.Shard` has it."""
+    """Returns the checksum of a file as `trainer.shared.records.Shard` has it."""
     crc = 0
     with files.open_to_read(path) as file:
         while piece := file.read(_PIECE):

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 
 from beam_jobs import files
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 _IMAGENET_S_SYNSETS = """
 n01440764 n01443537 n01484850 n01491361 n01494475 n01496331 n01498041 n01514668 n01514859

@@ -8,7 +8,7 @@ from typing import Any
 from beam_jobs import archives, files, images, proof
 from beam_jobs.plan import SPLITS, Plan, plan_split
 from beam_jobs.shards import make_record
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 _SAMPLE = 256
 """Images that are prepared to see how long one takes."""

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from components.outbox import answer, one_line, patiently
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 FILE = "lease.json"
 WORKING, RELEASED, FINISHED = "working", "released", "finished"

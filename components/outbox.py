@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 FILE = "undelivered-metrics.json"
 
@@ -411,7 +411,7 @@ def _make_folder(folder: str) -> None:
 
 
 def _write_whole(file: str, text: str) -> None:
-    from trainer.checkpoint import write_whole
+    from trainer.shared.files import write_whole
 
     write_whole(file, text.encode())
 

@@ -29,7 +29,7 @@ def build_tfrecords(
     from beam_jobs.build_tfrecords import build
     from components import tracking
     from components.dataflow import JOB_LABEL, label_of
-    from trainer.progress import ProgressBars
+    from trainer.shared.progress import ProgressBars
 
     arguments = {"raw": raw, "raw_identity": raw_identity, "beam_args": beam_args, "code_version": code_version}
     if tracking.recorded_before("build-tfrecords", arguments, {"dataset": dataset}):
@@ -87,7 +87,7 @@ def pretrain(
     from trainer.distribution import claim_devices, describe_run
     from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
     from trainer.presets import resolve
-    from trainer.progress import ProgressBars
+    from trainer.shared.progress import ProgressBars
     from trainer.train import train
 
     arguments = {"preset": preset, "overrides": overrides, "code_version": code_version}
@@ -169,7 +169,7 @@ def linear_eval(
     from eval.report import write_report
     from trainer.distribution import claim_devices, describe_run
     from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
-    from trainer.progress import ProgressBars
+    from trainer.shared.progress import ProgressBars
 
     arguments = {"overrides": overrides, "code_version": code_version}
     inputs, outputs = {"model": model, "dataset": dataset}, {"metrics": metrics, "report": report}

@@ -63,7 +63,7 @@ from components.outbox import (
     patiently,
 )
 from components.registration import ENCODER
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 EXPERIMENT = "sogclr"
 CHAMPION = "champion"

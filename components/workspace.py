@@ -74,7 +74,7 @@ def claim(root: str, job: str, /, **depends_on: Any) -> Claim:
 
 def _is_unfinished(folder: str) -> bool:
     """Returns what a folder says where nothing beside it says whether it is finished."""
-    from trainer.checkpoint import names_in
+    from trainer.shared.files import names_in
 
     names = names_in(folder)
     return not names or outbox.FILE in names

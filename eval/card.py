@@ -16,7 +16,8 @@ from trainer.config import Config
 from trainer.encoder import make_encoder
 from trainer.optimizer import total_steps
 from trainer.presets import PRESETS, describe
-from trainer.records import UserError, read_manifest
+from trainer.shared.errors import UserError
+from trainer.shared.records import read_manifest
 from trainer.train import RESULT, read_config
 
 _METHODS = {

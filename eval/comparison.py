@@ -13,7 +13,7 @@ from eval.evaluation import Evaluation, description_of, read_evaluation, setting
 from eval.figures import SERIES, History, Interval
 from eval.linear_eval import Accuracy
 from eval.statistics import MeanAndSpread, PairedTest, mean_and_spread, paired_test
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 from trainer.train import read_config
 
 _NAMED_SETTINGS = 2

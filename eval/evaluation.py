@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from eval.linear_eval import PREDICTIONS, RESULT, Accuracy, read_accuracy
 from eval.protocols import PROTOCOLS
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ RGB, transparency is dropped. What is no picture fails the batch.
 
 import argparse
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +31,8 @@ from trainer import checkpoint as checkpoints
 from trainer.augmentation import as_floats, central_crop
 from trainer.config import Config
 from trainer.encoder import make_encoder
-from trainer.records import UserError
+from trainer.shared.errors import UserError
+from trainer.shared.files import names_in, whole_folder, write_whole
 from trainer.train import model_variables, read_config
 
 SAVED_MODEL = "saved_model"
@@ -72,19 +72,15 @@ def export(checkpoint: str, output: str, *, data_dir: str = "", evaluation: str 
             _write(encoder, config, card, made)
             _upload(made, output)
     else:
-        partial = f"{output}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        os.makedirs(partial)
-        _write(encoder, config, card, partial)
-        shutil.rmtree(output, ignore_errors=True)
-        os.rename(partial, output)
+        with whole_folder(output) as partial:
+            _write(encoder, config, card, partial)
     return Exported(output, stored.step, encoder.output_shape[-1])
 
 
 def _is_export(folder: str) -> bool:
     """Returns whether a folder holds an export, or on an object store the part of one that was interrupted."""
     try:
-        names = set(checkpoints.names_in(folder))
+        names = set(names_in(folder))
     except tf.errors.NotFoundError:  # a file
         return False
     return SAVED_MODEL in names or ("://" in folder and names <= {SAVED_MODEL, KERAS, CARD})
@@ -94,14 +90,14 @@ def _write(encoder: keras.Model, config: Config, card: str, folder: str) -> None
     """Writes an export into a local folder."""
     _save(encoder, config, f"{folder}/{SAVED_MODEL}")
     encoder.save(f"{folder}/{KERAS}")
-    checkpoints.write_whole(f"{folder}/{CARD}", card.encode())
+    write_whole(f"{folder}/{CARD}", card.encode())
 
 
 def _upload(made: str, output: str) -> None:
     """Copies an export to an object store, where a folder cannot be renamed at once: the card goes first and comes last."""
     if tf.io.gfile.exists(f"{output}/{CARD}"):
         tf.io.gfile.remove(f"{output}/{CARD}")
-    if checkpoints.names_in(output):
+    if names_in(output):
         tf.io.gfile.rmtree(output)
     files = [str(path.relative_to(made)) for path in sorted(Path(made).rglob("*")) if path.is_file()]
     for file in sorted(files, key=lambda file: file == CARD):

@@ -27,7 +27,9 @@ from trainer.distribution import jit_compile
 from trainer.encoder import make_encoder
 from trainer.input_pipeline import PADDING, evaluation_batches, naming_wrong_records
 from trainer.preemption import PreemptedError
-from trainer.records import Manifest, UserError
+from trainer.shared.errors import UserError
+from trainer.shared.files import write_whole
+from trainer.shared.records import Manifest
 from trainer.train import model_variables
 
 INDEX = "features.json"
@@ -259,7 +261,7 @@ def extract(
             "build the dataset again"
         )
     index = {"digest": digest, "split": split, "images": done, "dimensions": dim, "rows": rows}
-    checkpoints.write_whole(f"{folder}/{INDEX}", (json.dumps(index, indent=1) + "\n").encode())
+    write_whole(f"{folder}/{INDEX}", (json.dumps(index, indent=1) + "\n").encode())
     return StoredFeatures(folder, digest, dim, tuple(rows))
 
 
@@ -351,7 +353,7 @@ def _write_part(path: str, part: Features, layout: str) -> None:
     sink = pa.BufferOutputStream()
     # Features have next to nothing to compress.
     pq.write_table(table, sink, use_dictionary=False, compression="none", write_statistics=False, row_group_size=count)
-    checkpoints.write_whole(path, sink.getvalue().to_pybytes())
+    write_whole(path, sink.getvalue().to_pybytes())
 
 
 def _ids_of_part(path: str, layout: str) -> np.ndarray | None:

@@ -25,7 +25,9 @@ from trainer import checkpoint as checkpoints
 from trainer.config import LINEAR_EVAL, Config, LinearEval, override
 from trainer.distribution import make_strategy
 from trainer.encoder_cost import forward_cost
-from trainer.records import Manifest, UserError, read_manifest
+from trainer.shared.errors import UserError
+from trainer.shared.files import write_arrays, write_whole
+from trainer.shared.records import Manifest, read_manifest
 from trainer.train import read_config
 
 RESULT = "result.json"
@@ -208,8 +210,8 @@ def linear_eval(
     for one in measured:
         if one.arrays:
             name = "classifier" if one is cached else f"classifier-{one.accuracy.protocol}"
-            checkpoints.write_arrays(f"{output}/{name}.npz", one.arrays)
-    checkpoints.write_whole(f"{output}/{RESULT}", (json.dumps(written, indent=1, sort_keys=True) + "\n").encode())
+            write_arrays(f"{output}/{name}.npz", one.arrays)
+    write_whole(f"{output}/{RESULT}", (json.dumps(written, indent=1, sort_keys=True) + "\n").encode())
     _clear(protocols_dir, whole=workspace == output.rstrip("/"))
     return result
 
@@ -242,7 +244,7 @@ class _Measured:
         tf.io.gfile.makedirs(path.rpartition("/")[0])
         kept = {f"array/{name}": np.asarray(value) for name, value in self.arrays.items()}
         text = np.array(json.dumps(asdict(self.accuracy)))
-        checkpoints.write_arrays(path, {"accuracy": text, "predictions": self.predictions, **kept})
+        write_arrays(path, {"accuracy": text, "predictions": self.predictions, **kept})
 
     @classmethod
     def read(cls, path: str) -> "_Measured | None":
@@ -283,7 +285,7 @@ def _write_predictions(path: str, validation: Features, measured: Iterable[_Meas
     columns = {one.accuracy.column: one.predictions for one in measured}
     buffer = io.BytesIO()
     pq.write_table(pa.table({"image_id": validation.image_ids, "label": validation.labels, **columns}), buffer)
-    checkpoints.write_whole(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
 def _key(encoder: Any, config: Config, manifest: Manifest) -> str:

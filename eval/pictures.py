@@ -11,7 +11,8 @@ from PIL import Image
 
 from trainer.augmentation import augment, two_views
 from trainer.config import Config
-from trainer.records import RECORDS_PER_BLOCK, Manifest, Shard, UserError, decode_example, reading_places
+from trainer.shared.errors import UserError
+from trainer.shared.records import RECORDS_PER_BLOCK, Manifest, Shard, decode_example, reading_places
 
 
 def read_jpegs(data_dir: str, manifest: Manifest, split: str, image_ids: Iterable[int]) -> dict[int, bytes]:

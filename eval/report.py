@@ -23,7 +23,9 @@ from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.presets import PRESETS, describe
-from trainer.records import Manifest, UserError, read_manifest, reading_places
+from trainer.shared.errors import UserError
+from trainer.shared.files import write_whole
+from trainer.shared.records import Manifest, read_manifest, reading_places
 from trainer.train import read_config
 
 _SIDE = 96
@@ -102,7 +104,7 @@ def write_report(
     row = found.headline
     title = f"{about.get('preset') or 'encoder'}: {page.percent(row.top_1)} top-1 ({row.protocol})"
     text = page.page(title, _header(run), [one for one in sections if one is not None], "Made by sogclr.")
-    checkpoints.write_whole(path, text.encode())
+    write_whole(path, text.encode())
     return Report(text, drawn)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 COLUMN = "image_bytes"
 """Of the table that a server is sent, and the SavedModel's own name for its input."""

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from trainer.records import Manifest, UserError
+from trainer.shared.errors import UserError
+from trainer.shared.records import Manifest
 
 
 def balanced_subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

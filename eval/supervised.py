@@ -25,7 +25,8 @@ from trainer.heads import make_classifier
 from trainer.input_pipeline import Batch, labelled_batches, naming_wrong_records
 from trainer.optimizer import Optimizer, learning_rate, make_optimizer, total_steps
 from trainer.preemption import PreemptedError
-from trainer.records import Manifest, UserError
+from trainer.shared.errors import UserError
+from trainer.shared.records import Manifest
 from trainer.train import model_variables
 
 

@@ -12,8 +12,8 @@ import os
 from collections.abc import Sequence
 
 from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
-from trainer.progress import ProgressBars
-from trainer.records import UserError
+from trainer.shared.errors import UserError
+from trainer.shared.progress import ProgressBars
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

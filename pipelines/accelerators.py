@@ -7,8 +7,8 @@ with all of them. TPUs are named as Google names them: v2, v3 and v4 by cores, v
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainer.config import Config, nearest
-from trainer.records import UserError
+from trainer.config import Config
+from trainer.shared.errors import UserError, nearest
 
 Build = Literal["cpu", "gpu", "tpu"]
 """Which of the images runs on it."""

@@ -20,7 +20,7 @@ from components.lineage import COMPONENTS, Artifact, Lineage, short
 from pipelines import accelerators
 from trainer.config import split_overrides
 from trainer.presets import PRESETS, describe, resolve
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
     from components.tracking import Store
@@ -420,7 +420,7 @@ def _compare(args: argparse.Namespace) -> int:
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from eval.comparison import as_dict, as_text, compare, read_candidate, to_html
-    from trainer.checkpoint import write_whole
+    from trainer.shared.files import write_whole
 
     found = compare(
         [
@@ -491,7 +491,7 @@ def _execute(
     from components import tracking
     from pipelines import local
     from pipelines.code import code_version, git_commit
-    from trainer.progress import ProgressBars
+    from trainer.shared.progress import ProgressBars
 
     # A run that began must be closed, though the server be down when it ends.
     store = _open_store(root)
@@ -580,7 +580,7 @@ def _as_json(chain: Lineage, picture: str) -> dict[str, Any]:
 
 def _demo_raw(root: Path) -> str:
     from pipelines.demo_data import make_raw
-    from trainer.progress import ProgressBars
+    from trainer.shared.progress import ProgressBars
 
     folder = root / "demo-raw"
     with ProgressBars() as bars:
@@ -715,7 +715,7 @@ def _plan(args: argparse.Namespace) -> int:
     from pipelines import plan as planning
     from pipelines.code import PROJECT, program_version
     from pipelines.machines import PRICES
-    from trainer.records import read_manifest
+    from trainer.shared.records import read_manifest
 
     config = resolve(args.preset, args.overrides)
     accelerator = accelerators.get(args.accelerator)

@@ -24,7 +24,7 @@ from pipelines.submission import CHECKS, Checked, Submission, base_output_direct
 from pipelines.vertex import Job, Place, as_json
 from trainer.config import Config, split_overrides
 from trainer.presets import resolve
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 
 def compile_(args: argparse.Namespace) -> int:

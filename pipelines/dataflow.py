@@ -10,7 +10,7 @@ from google.auth import exceptions as auth_exceptions
 
 from components.dataflow import JOB_LABEL, label_of
 from pipelines.vertex import Job
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
     from google.auth.credentials import Credentials

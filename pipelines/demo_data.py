@@ -6,17 +6,15 @@ both. Crops have the same range of sizes in both.
 
 import importlib.util
 import io
-import os
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from trainer.records import UserError
+from trainer.shared.errors import UserError
+from trainer.shared.files import whole_folder
 
 SCIKIT_IMAGE, SCIKIT_LEARN, MATPLOTLIB = "skimage/data", "sklearn/datasets/images", "matplotlib/mpl-data/sample_data"
 PHOTOGRAPHS = {
@@ -67,15 +65,8 @@ def make_raw(folder: str, report: Callable[[int, int], None] = ignore) -> None:
         return
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{folder} is in the way: the demo's raw data needs a folder that is empty or not there yet")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        _write(temporary, report)
-        temporary.chmod(0o755)
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with whole_folder(folder) as made:
+        _write(Path(made), report)
 
 
 def _write(folder: Path, report: Callable[[int, int], None]) -> None:
@@ -138,7 +129,7 @@ def main() -> int:
     import argparse
     import sys
 
-    from trainer.progress import ProgressBars
+    from trainer.shared.progress import ProgressBars
 
     parser = argparse.ArgumentParser(prog="python -m pipelines.demo_data", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", metavar="DIR", help="folder that the raw data goes to, new or empty")

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from pipelines.code import PROJECT, code_version, git_commit
 from trainer import hardware
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 _PACKAGES = (
     *("keras", "numpy", "tensorflow-datasets", "apache-beam", "kfp", "google-cloud-aiplatform"),

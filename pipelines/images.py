@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from pipelines.accelerators import Build
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 _MANIFESTS = ", ".join(
     (

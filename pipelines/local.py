@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from components.lineage import COMPONENTS, Artifact
-from trainer.progress import parse_line
+from trainer.shared.progress import parse_line
 
 _COLOUR = re.compile(r"\x1b\[\d*m")
 _REUSED = re.compile(r"Task ([\w-]+) cache hit ")

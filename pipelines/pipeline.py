@@ -22,7 +22,8 @@ from pipelines.code import step_version
 from pipelines.containers import with_init, with_one_job_an_attempt
 from pipelines.images import Images
 from trainer.hardware import plugin_environment
-from trainer.records import UserError
+from trainer.shared.errors import UserError
+from trainer.shared.files import write_whole
 
 
 class Outputs(NamedTuple):
@@ -298,7 +299,4 @@ def check(spec: Mapping[str, Any]) -> None:
 
 def write(spec: Mapping[str, Any], output: Path) -> None:
     """Writes IR as YAML, whole or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    partial.write_text(yaml.safe_dump(dict(spec), sort_keys=False))
-    partial.replace(output)
+    write_whole(str(output), yaml.safe_dump(dict(spec), sort_keys=False).encode())

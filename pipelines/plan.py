@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipelines.accelerators import Accelerator, check
 from pipelines.machines import Device, device_of, host_of
 from trainer.config import Config
-from trainer.records import UserError
+from trainer.shared.errors import UserError
+from trainer.shared.files import write_whole
 
 if TYPE_CHECKING:
     from pipelines.evaluation_plan import EvaluationPlan
@@ -162,10 +163,7 @@ def kept(file: Path) -> dict[str, Any]:
 
 def keep(file: Path, known: Mapping[str, Any]) -> None:
     """Writes `known`, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(known))
-    partial.replace(file)
+    write_whole(str(file), json.dumps(known).encode())
 
 
 def _lower_and_compile(

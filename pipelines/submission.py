@@ -22,7 +22,7 @@ from pipelines.images import Images
 from pipelines.pipeline import Cluster
 from pipelines.plan import Plan
 from pipelines.vertex import PLAN_LABEL, Job, Place, Vertex, credentials
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
     from google.auth.credentials import Credentials

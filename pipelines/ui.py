@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 _HOST = "127.0.0.1"
 

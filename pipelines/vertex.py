@@ -19,7 +19,7 @@ from google.cloud import aiplatform_v1
 from google.protobuf import json_format
 
 from components.lineage import COMPONENTS, Artifact
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
     from google.auth.credentials import Credentials

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer import records
+from trainer.shared import records
 
 # What a script starts in the background ignores SIGINT, and so does all that it starts, which tests interrupt with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,6 +13,7 @@ share the import of TensorFlow, and nothing else: it makes its devices and threa
 """
 
 import importlib
+import io
 import json
 import os
 import signal
@@ -20,11 +21,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 
-import tensorflow as tf
+from trainer.shared import files
+from trainer.shared.progress import ProgressBars
 
-from trainer.progress import ProgressBars
-
-GFile, shown = tf.io.gfile.GFile, ProgressBars.__call__
+create, shown = files._create, ProgressBars.__call__
 
 
 def comes_at(where: str) -> Callable[[int, str], bool]:
@@ -45,16 +45,14 @@ def comes_at(where: str) -> Callable[[int, str], bool]:
 def end_at(place: str) -> None:
     what, _, where = place.partition(":")
 
-    class Torn(GFile):
-        def write(self, content: bytes) -> None:
-            if where in self.name:
-                super().write(content[: len(content) // 2])
-                self.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            super().write(content)
+    class Torn(io.FileIO):
+        def write(self, content: bytes) -> int:
+            super().write(content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+            return 0
 
     if what == "torn":
-        tf.io.gfile.GFile = Torn
+        files._create = lambda path: Torn(path, "wb") if where in path else create(path)  # type: ignore[assignment]
     elif what != "end":
         is_place = comes_at(where)
 

@@ -18,7 +18,7 @@ from eval.linear_eval import linear_eval
 from eval.supervised import Recipe, train_classifier
 from trainer import checkpoint as checkpoints
 from trainer.config import override
-from trainer.records import read_manifest
+from trainer.shared.records import read_manifest
 from trainer.train import model_variables, read_config
 
 

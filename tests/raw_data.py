@@ -10,7 +10,7 @@ from PIL import Image
 
 from beam_jobs import archives
 from beam_jobs.publish import CONVERSION
-from trainer.records import ENCODED, IMAGE_ID, LABEL, read_manifest
+from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, read_manifest
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 TRAIN, VALIDATION, OF_VALIDATION = archives.TRAIN_ARCHIVE, archives.VALIDATION_ARCHIVE, archives.VALIDATION_LABELS

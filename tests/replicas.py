@@ -22,7 +22,7 @@ from trainer import encoder
 from trainer.distribution import Replicas
 from trainer.input_pipeline import training_batches
 from trainer.presets import resolve
-from trainer.records import read_manifest
+from trainer.shared.records import read_manifest
 from trainer.train import create_train_state, make_train_step
 
 

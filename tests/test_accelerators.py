@@ -13,7 +13,7 @@ from pipelines import accelerators, cli, evaluation_plan, pipeline
 from pipelines.images import Images
 from trainer.config import Config
 from trainer.presets import resolve
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 CUSTOM_JOB = "europe-west4-docker.pkg.dev/p/sogclr"

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from test_pipeline import TINY, raw_archives
 
 from components import lease, outbox, steps, tracking, workspace
-from trainer.records import MANIFEST
+from trainer.shared.records import MANIFEST
 
 PLACE = "projects/p/locations/europe-west4"
 EVAL = ["linear_eval.l2_penalties=1e-2"]

@@ -26,7 +26,8 @@ from raw_data import (
 
 from beam_jobs import build_tfrecords, images
 from beam_jobs.build_tfrecords import build, main, plan_only
-from trainer.records import UserError, read_manifest
+from trainer.shared.errors import UserError
+from trainer.shared.records import read_manifest
 
 ADOBE = b"\xff\xee\x00\x0eAdobe"
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.checkpoint import Checkpoint, load, load_latest, paths, restore, save, sha256_of, write_whole
-from trainer.records import UserError
+from trainer.checkpoint import Checkpoint, load, load_latest, paths, restore, save, sha256_of
+from trainer.shared.errors import UserError
+from trainer.shared.files import write_whole
 
 
 def checkpoint(step: int, value: float = 0.0) -> Checkpoint:

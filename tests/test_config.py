@@ -6,7 +6,7 @@ import pytest
 
 from trainer.config import Config, config_from_dict, config_to_json, split_overrides
 from trainer.presets import PRESETS, describe, resolve
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -23,7 +23,7 @@ from beam_jobs import build_tfrecords as conversion
 from components.dataflow import label_of
 from components.steps import build_tfrecords
 from pipelines import cli
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 IMAGE = "europe-west4-docker.pkg.dev/my-project/sogclr/sogclr-cpu@sha256:" + "c" * 64
 REPOSITORY = Path(__file__).parents[1]

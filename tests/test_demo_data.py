@@ -13,7 +13,7 @@ from PIL import Image
 from beam_jobs.build_tfrecords import build
 from pipelines import demo_data
 from pipelines.demo_data import make_raw
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 
 def members(archive: bytes) -> dict[str, bytes]:

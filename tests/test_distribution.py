@@ -12,7 +12,8 @@ import tensorflow as tf
 from trainer.distribution import check_divides, jit_compile, make_strategy
 from trainer.input_pipeline import training_batches
 from trainer.presets import resolve
-from trainer.records import UserError, read_manifest
+from trainer.shared.errors import UserError
+from trainer.shared.records import read_manifest
 from trainer.train import create_train_state, make_train_step
 
 TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=16", "epochs=6", "warmup_epochs=0", "base_learning_rate=0.002"]

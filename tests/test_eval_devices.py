@@ -14,7 +14,7 @@ from eval.evaluation import read_evaluation
 from eval.features import read_features
 from eval.linear_eval import linear_eval
 from trainer.presets import resolve
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 from trainer.train import train
 
 TINY = ["depth=10", "width_multiplier=0.0625", "image_size=16", "global_batch_size=24", "epochs=1", "warmup_epochs=0"]

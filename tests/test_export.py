@@ -37,7 +37,8 @@ from trainer import checkpoint as checkpoints
 from trainer.augmentation import as_floats, central_crop
 from trainer.encoder import make_encoder
 from trainer.presets import resolve
-from trainer.records import UserError, decode_example, read_manifest
+from trainer.shared.errors import UserError
+from trainer.shared.records import decode_example, read_manifest
 from trainer.train import model_variables, read_config, train
 
 TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=24", "epochs=1", "warmup_epochs=0", "base_learning_rate=1"]
@@ -370,7 +371,7 @@ def test_the_logged_model_holds_all_that_it_takes(registered):
     folder = Path(client.get_logged_model(version.source.removeprefix("models:/")).artifact_location.removeprefix("file://"))
     kept = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert {"MLmodel", "requirements.txt", "conda.yaml", "README.md", "encoder.keras", "code/eval/serving.py"} <= kept
-    assert {"checkpoint-00000003.npz", "config.json", "result.json", "code/trainer/records.py"} <= kept
+    assert {"checkpoint-00000003.npz", "config.json", "result.json", "code/trainer/shared/records.py"} <= kept
     assert not any(file.endswith(".pyc") for file in kept)
     needed = (folder / "requirements.txt").read_text().split()
     assert all(re.fullmatch(r"[a-z-]+==[\w.]+", one) for one in needed)

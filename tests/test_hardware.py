@@ -19,7 +19,7 @@ from pipelines import cli, doctor
 from trainer import distribution, hardware
 from trainer.distribution import claim_devices, describe_run
 from trainer.hardware import Devices, choose_build, visible
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 A100 = "NVIDIA A100-SXM4-40GB, 550.54.15"

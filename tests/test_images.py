@@ -17,7 +17,7 @@ from vertex.image import image_of, layers
 
 from pipelines.images import Images
 from trainer import hardware
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 DOCKERFILE = (REPOSITORY / "Dockerfile").read_text()

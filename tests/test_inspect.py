@@ -13,7 +13,8 @@ from raw_data import SYNSETS, expected, raw_as_usual, read_records, train_images
 
 from beam_jobs import inspect
 from beam_jobs.build_tfrecords import build
-from trainer.records import UserError, decode_example, read_manifest
+from trainer.shared.errors import UserError
+from trainer.shared.records import decode_example, read_manifest
 
 
 def test_a_whole_dataset_has_no_problems(built):
@@ -117,7 +118,7 @@ def test_the_command_writes_the_page_and_says_whether_all_is_well(built, tmp_pat
 
 def test_records_come_back_as_they_were_encoded(built):
     image_id, label, encoded = read_records(built, "train")[0]
-    from trainer.records import encode_example
+    from trainer.shared.records import encode_example
 
     assert decode_example(encode_example(encoded, label, image_id)) == (encoded, label, image_id)
     for damaged in (b"", b"\n\x02ab", encode_example(encoded, label, image_id)[:-1]):

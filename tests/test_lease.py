@@ -16,7 +16,7 @@ from holding import started
 from vertex.google import serving
 
 from components import lease, outbox, workspace
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 ROOT = "gs://bucket/checkpoints"
 

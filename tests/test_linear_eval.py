@@ -29,7 +29,8 @@ from trainer.config import LinearEval
 from trainer.encoder import make_encoder
 from trainer.preemption import PreemptedError
 from trainer.presets import resolve
-from trainer.records import UserError, manifest_to_json, read_manifest
+from trainer.shared.errors import UserError
+from trainer.shared.records import manifest_to_json, read_manifest
 from trainer.train import train
 
 TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=24", "epochs=1", "warmup_epochs=0", "base_learning_rate=1"]
@@ -411,7 +412,7 @@ def test_the_online_classifier_is_not_asked_about_classes_that_it_does_not_know(
 
 
 def test_a_duplicated_image_id_is_found(checkpoint, tmp_path):
-    from trainer.records import encode_example
+    from trainer.shared.records import encode_example
 
     write_dataset(
         tmp_path, example=lambda split, encoded, label, image_id: encode_example(encoded, label, 3 if image_id == 4 else image_id)

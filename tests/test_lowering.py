@@ -17,7 +17,8 @@ from trainer import encoder, train
 from trainer.input_pipeline import training_batches
 from trainer.lowering import OneOfMany, arguments_of, lower, lower_step, to_hlo
 from trainer.presets import resolve
-from trainer.records import UserError, read_manifest
+from trainer.shared.errors import UserError
+from trainer.shared.records import read_manifest
 
 BENCHMARK = PROJECT / "tests" / "benchmarks" / "portable_step.py"
 sys.path.insert(0, str(BENCHMARK.parent))

@@ -21,7 +21,7 @@ from test_pipeline import raw_archives
 from vertex.google import serving as serving_google
 
 from components import outbox, tracking, variables, workspace
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 TOKEN = "planted-mlflow-token"

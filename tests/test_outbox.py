@@ -21,7 +21,7 @@ from loopback import answering
 from mlflow import MlflowClient
 
 from components import outbox, tracking
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 PATIENCE = 600
 POINTS = 100

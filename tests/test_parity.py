@@ -16,7 +16,7 @@ from trainer import checkpoint as checkpoints
 from trainer.augmentation import augment
 from trainer.input_pipeline import training_batches
 from trainer.presets import resolve
-from trainer.records import read_manifest
+from trainer.shared.records import read_manifest
 from trainer.train import create_train_state, train
 
 IMAGES, BATCH, EPOCHS, WARMUP_EPOCHS, CHECKPOINT_EPOCHS = 48, 12, 50, 5, 5

@@ -22,7 +22,7 @@ from vertex.google import serving
 
 from pipelines.cli import main
 from pipelines.vertex import Place, Vertex, credentials
-from trainer.progress import parse_line
+from trainer.shared.progress import parse_line
 
 COMPONENTS = ["build-tfrecords", "pretrain", "linear-eval"]
 TINY = [

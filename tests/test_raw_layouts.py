@@ -21,7 +21,8 @@ from raw_data import (
 
 from beam_jobs import archives, proof, subsets
 from beam_jobs.build_tfrecords import build, make_plan
-from trainer.records import ENCODED, IMAGE_ID, LABEL, UserError, read_manifest
+from trainer.shared.errors import UserError
+from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, read_manifest
 
 
 def extract(raw: Path, folder: Path, *, flat_validation: bool = False, keep_tars: bool = False) -> Path:

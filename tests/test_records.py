@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 from conftest import write_dataset
 
-from trainer import records
+from trainer.shared import records
+from trainer.shared.errors import UserError
 
 
 @pytest.mark.parametrize(("label", "image_id"), [(0, 0), (127, 128), (999, 1281166), (1, 2**40)])
@@ -39,5 +40,5 @@ def test_a_manifest_comes_back_from_json_as_it_was(tmp_path):
 
 def test_what_is_no_manifest_is_refused_in_one_line(tmp_path):
     (tmp_path / records.MANIFEST).write_text("{}")
-    with pytest.raises(records.UserError, match="is not a manifest of this version"):
+    with pytest.raises(UserError, match="is not a manifest of this version"):
         records.read_manifest(str(tmp_path))

@@ -17,9 +17,10 @@ from eval.evaluation import read_evaluation
 from eval.linear_eval import linear_eval
 from eval.report import write_report
 from trainer import checkpoint as checkpoints
-from trainer import records
 from trainer.config import Config
-from trainer.records import UserError, read_manifest
+from trainer.shared import records
+from trainer.shared.errors import UserError
+from trainer.shared.records import read_manifest
 from trainer.train import train
 
 TINY = Config(

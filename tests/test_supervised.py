@@ -12,7 +12,8 @@ from trainer.encoder import make_encoder
 from trainer.input_pipeline import labelled_batches
 from trainer.optimizer import learning_rate
 from trainer.presets import resolve
-from trainer.records import UserError, encode_example, read_manifest
+from trainer.shared.errors import UserError
+from trainer.shared.records import encode_example, read_manifest
 from trainer.train import train
 
 TINY = ["depth=10", "width_multiplier=0.0625", "image_size=16", "global_batch_size=24", "epochs=1", "warmup_epochs=0"]

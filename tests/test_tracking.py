@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from components import outbox, tracking, variables
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 FINGERPRINT = "3fa9" * 16
 ACCURACIES = {"top_1_accuracy": 0.66, "top_5_accuracy": 0.95, "untrained_top_1_accuracy": 0.57, "untrained_top_5_accuracy": 0.9}

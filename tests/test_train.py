@@ -13,12 +13,13 @@ import pytest
 import tensorflow as tf
 from conftest import write_dataset
 
-from trainer import records
 from trainer.input_pipeline import evaluation_batches, labelled_batches, training_batches
 from trainer.preemption import EXIT_CODE, PreemptedError
 from trainer.presets import resolve
-from trainer.progress import parse_line
-from trainer.records import UserError, read_manifest
+from trainer.shared import records
+from trainer.shared.errors import UserError
+from trainer.shared.progress import parse_line
+from trainer.shared.records import read_manifest
 from trainer.task import main
 from trainer.train import create_train_state, make_train_step, train
 
@@ -341,7 +342,7 @@ def test_a_step_makes_no_copy_of_u(dataset):
 import re, tensorflow as tf
 from trainer.input_pipeline import training_batches
 from trainer.presets import resolve
-from trainer.records import read_manifest
+from trainer.shared.records import read_manifest
 from trainer.train import create_train_state, make_train_step
 config = resolve("demo", {TINY!r})
 batches = iter(training_batches(config, {str(dataset)!r}, read_manifest({str(dataset)!r}), 0))

@@ -14,12 +14,12 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from trainer.records import UserError
+from trainer.shared.errors import UserError
+from trainer.shared.files import names_in, write_arrays
 
 _NAME = re.compile(r"checkpoint-(\d{8,})\.npz")
 _ABOUT = "about.json"
@@ -61,45 +61,6 @@ def save(folder: str, checkpoint: Checkpoint, keep: int) -> str:
         with suppress(tf.errors.NotFoundError):
             tf.io.gfile.remove(old)
     return path
-
-
-def write_arrays(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an uncompressed .npz, whole or not at all."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **dict[str, Any](arrays))
-    write_whole(path, buffer.getvalue())
-
-
-def write_whole(path: str, content: bytes) -> None:
-    """Writes a file so that a reader sees its old content or the new, never a part.
-
-    Raises UserError where this machine cannot write it, as on a full disk; the old content stays.
-    """
-    if path.startswith("gs://"):
-        # An object appears when its upload has ended, so one write is whole; a rename would be a copy and a deletion.
-        with tf.io.gfile.GFile(path, "wb") as file:
-            file.write(content)
-        return
-    partial = f"{path}.partial"
-    try:
-        with tf.io.gfile.GFile(partial, "wb") as file:
-            file.write(content)
-        tf.io.gfile.rename(partial, path, overwrite=True)
-    except tf.errors.OpError as error:
-        if "://" in path:
-            raise
-        with suppress(tf.errors.OpError):
-            tf.io.gfile.remove(partial)
-        reason = str(error.message).rpartition("; ")[2]
-        raise UserError(f"{path} cannot be written: {reason}; mend that and start the same command again") from error
-
-
-def names_in(folder: str) -> list[str]:
-    """Returns the names of what is in a folder; none where there is no such folder.
-
-    Raises tf.errors.OpError where storage does not say. `tf.io.gfile.isdir` and `listdir` take every error for no folder.
-    """
-    return [name.rstrip("/") for name in tf.io.gfile.listdir(folder)] if tf.io.gfile.exists(folder) else []
 
 
 def paths(folder: str) -> list[str]:

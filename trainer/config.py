@@ -5,7 +5,6 @@ here needs TensorFlow.
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import operator
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.records import UserError
+from trainer.shared.errors import UserError, nearest
 
 Protocol = Literal["cached", "knn", "online", "official", "finetune-1", "finetune-10", "finetune-100"]
 """Ways to measure an encoder; docs/evaluation.md tells them apart."""
@@ -280,13 +279,6 @@ def _number(text: str, kind: type) -> int | float:
             raise ValueError(text)
         return int(text) if text.strip().lstrip("+-").isdigit() else int(value)
     return value
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean X?" where something of `known` is like `name`, else nothing."""
-    begin_so = [candidate for candidate in known if candidate.startswith(name)]
-    close = begin_so or difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def config_to_json(config: Config) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import tensorflow as tf
 
 from trainer import hardware
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 
 _CONTAINER_OPTION = {"gpu": "--gpus all", "tpu": "--privileged"}
 """What gives a container the devices of its host."""

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainer import records
 from trainer.augmentation import NUM_DRAWS, central_crop, one_view, two_views
 from trainer.config import Config
 from trainer.order import Order
-from trainer.records import Manifest, UserError
+from trainer.shared import records
+from trainer.shared.errors import UserError
+from trainer.shared.records import Manifest
 
 Batch = dict[str, tf.Tensor]
 

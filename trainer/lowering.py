@@ -15,7 +15,7 @@ import tensorflow as tf
 from trainer.augmentation import NUM_DRAWS
 from trainer.config import Config
 from trainer.distribution import Replicas, check_divides
-from trainer.records import UserError
+from trainer.shared.errors import UserError
 from trainer.train import TrainState, create_train_state, make_replica_step
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from trainer import records
+from trainer.shared import records
 
 Window = dict[str, tf.Tensor]
 

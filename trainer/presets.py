@@ -9,8 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-from trainer.config import Config, nearest, override
-from trainer.records import UserError
+from trainer.config import Config, override
+from trainer.shared.errors import UserError, nearest
 
 
 def demo() -> Config:

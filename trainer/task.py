@@ -15,8 +15,8 @@ from dataclasses import asdict
 
 from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
 from trainer.presets import resolve
-from trainer.progress import ProgressBars
-from trainer.records import UserError
+from trainer.shared.errors import UserError
+from trainer.shared.progress import ProgressBars
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -35,7 +35,9 @@ from trainer.losses import (
 )
 from trainer.optimizer import Optimizer, learning_rate, make_optimizer, peak_learning_rate, total_steps
 from trainer.preemption import PreemptedError
-from trainer.records import Manifest, UserError, read_manifest
+from trainer.shared.errors import UserError
+from trainer.shared.files import write_whole
+from trainer.shared.records import Manifest, read_manifest
 
 CONFIG = "config.json"
 RESULT = "result.json"
@@ -282,7 +284,7 @@ def train(
         if stopping:
             raise PreemptedError(f"stopped at step {step} of {total}, saved {path}: start the same command again to go on")
     result = TrainResult(metrics, total, checkpoints.sha256_of(state.arrays()), path)
-    checkpoints.write_whole(f"{checkpoint_dir}/{RESULT}", (json.dumps(asdict(result), indent=1, sort_keys=True) + "\n").encode())
+    write_whole(f"{checkpoint_dir}/{RESULT}", (json.dumps(asdict(result), indent=1, sort_keys=True) + "\n").encode())
     return result
 
 
@@ -308,7 +310,7 @@ def _claim(checkpoint_dir: str, config: Config, origin: Mapping[str, Any], about
     else:
         tf.io.gfile.makedirs(checkpoint_dir)
         text = json.dumps({"config": asdict(config), **origin, **about}, indent=1, sort_keys=True) + "\n"
-        checkpoints.write_whole(path, text.encode())
+        write_whole(path, text.encode())
     return hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
 
 

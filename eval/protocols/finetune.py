@@ -11,7 +11,7 @@ from eval.subsets import balanced_counts, balanced_subset, read_subset
 from eval.supervised import Recipe, train_classifier, weights_of
 from trainer.config import Config, LinearEval
 from trainer.distribution import check_divides
-from trainer.records import Manifest
+from trainer.shared.records import Manifest
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from eval.protocols.protocol import Context, Protocol, Scores, Sizes, Work
 from eval.supervised import Recipe, train_classifier, weights_of
 from trainer.config import Config
 from trainer.distribution import check_divides
-from trainer.records import Manifest
+from trainer.shared.records import Manifest
 
 
 def scores(context: Context) -> Scores:

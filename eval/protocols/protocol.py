@@ -11,7 +11,7 @@ import tensorflow as tf
 from eval.features import Features, StoredFeatures
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config, LinearEval
-from trainer.records import Manifest
+from trainer.shared.records import Manifest
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from trainer.config import Config
 from trainer.encoder import make_encoder
 from trainer.encoder_cost import forward_cost
 from trainer.input_pipeline import evaluation_batches, labelled_batches
-from trainer.records import read_manifest
+from trainer.shared.records import read_manifest
 
 AT_ONCE = 32
 CORES = len(os.sched_getaffinity(0))

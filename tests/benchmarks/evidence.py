@@ -134,7 +134,7 @@ def run_one(run: Run, work: Path) -> dict:
     from trainer.encoder import make_encoder
     from trainer.preemption import PreemptedError
     from trainer.presets import resolve
-    from trainer.records import read_manifest
+    from trainer.shared.records import read_manifest
     from trainer.train import train
 
     # Which moves no bit of what comes out.

@@ -35,7 +35,8 @@ from trainer.config import Config
 from trainer.heads import make_projection
 from trainer.input_pipeline import training_batches
 from trainer.losses import VARIANTS, gamma_of_visit, global_contrastive, nt_xent
-from trainer.records import UserError, read_manifest
+from trainer.shared.errors import UserError
+from trainer.shared.records import read_manifest
 from trainer.train import model_variables, read_config
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -26,10 +26,10 @@ import tensorflow as tf
 from conftest import write_dataset
 from PIL import Image
 
-from trainer import records
 from trainer.config import Config
 from trainer.input_pipeline import training_batches
-from trainer.records import read_manifest
+from trainer.shared import records
+from trainer.shared.records import read_manifest
 
 BATCH = 64
 

@@ -8,7 +8,7 @@ works, since it comes there before those that show its progress.
 import os
 import time
 
-from trainer.progress import ProgressBars
+from trainer.shared.progress import ProgressBars
 
 job, places, folder = os.environ["HOLD"].split(maxsplit=2)
 shown = ProgressBars.__call__

@@ -25,6 +25,7 @@ class Worker:
             "from components import lease, workspace\n"
             "from eval.export import export\n"
             "from trainer import checkpoint\n"
+            "from trainer.shared import files\n"
             "for line in sys.stdin:\n"
             "    try:\n"
             "        answer = eval(line)\n"
@@ -76,7 +77,7 @@ def main(pretrained):
             google.fault = fault
 
         with asked("written"):
-            worker.do(f"checkpoint.write_whole('{BUCKET}/whole/result.json', b'new')")
+            worker.do(f"files.write_whole('{BUCKET}/whole/result.json', b'new')")
         answers["whole"] = names("whole")
         # A save whose deletion of the oldest is carried out, and answered by nobody.
         fail("lost", "DELETE .*checkpoint-00000001", 1)

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from trainer.shared.errors import UserError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -27,10 +29,6 @@ IMAGE_ID = "image/ID"
 MANIFEST = "manifest.json"
 RECORDS_PER_BLOCK = 64
 """Records between two offsets that the manifest keeps of a shard: the unit in which a reader seeks."""
-
-
-class UserError(Exception):
-    """What the user gave cannot be used, and they can mend it. The message is one line: what is wrong, what would be right."""
 
 
 @dataclass(frozen=True)
