@@ -24,6 +24,7 @@ from pipelines.cli import main
 from pipelines.vertex import Place, Vertex, credentials
 from trainer.shared.progress import parse_line
 
+RECORDED = Path(__file__).parent / "goldens" / "recorded.json"
 COMPONENTS = ["build-tfrecords", "pretrain", "linear-eval"]
 TINY = [
     *("depth=10", "image_size=16", "global_batch_size=12", "epochs=8", "warmup_epochs=0", "width_multiplier=0.125"),
@@ -203,6 +204,26 @@ def test_a_run_nests_one_run_a_component_and_answers_with_what_they_made(folder,
         assert Path(step(first, component)["outputs"][output]["uri"]).is_dir()
     assert 0 <= first["metrics"]["eval/untrained_top_1_accuracy"] <= 1
     assert Image.open(first["lineage"]).size == (1300, 450)
+
+
+def test_mlflow_has_the_recorded_names(folder, first):
+    """Dashboards and scripts of users search by them: `goldens/recorded.json` has those of an earlier version."""
+    client = client_of(folder)
+    runs = {"pipeline": first["run_id"]} | {component: step(first, component)["run_id"] for component in COMPONENTS}
+    assert {component: names_in(client, run_id) for component, run_id in runs.items()} == json.loads(RECORDED.read_text())[
+        "mlflow"
+    ]
+
+
+def names_in(client, run_id):
+    """Returns the names of all that a run holds; tags of the system that the test is started from are left out."""
+    data = client.get_run(run_id).data
+    return {
+        "metrics": sorted(data.metrics),
+        "params": sorted(data.params),
+        "tags": sorted(tag for tag in data.tags if not tag.startswith("mlflow.source.git.")),
+        "artifacts": sorted(file.path for file in client.list_artifacts(run_id)),
+    }
 
 
 @pytest.mark.parametrize("component", COMPONENTS[1:])
