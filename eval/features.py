@@ -226,7 +226,7 @@ def extract(
     layout = f"{digest} {steps_a_part} x {replicas} x {at_once}"
     rows: list[int] = []
     seen: list[np.ndarray] = []
-    while (ids := _ids_of_part(_part_path(folder, len(rows)), layout)) is not None:
+    while sum(rows) < len(expected) and (ids := _ids_of_part(_part_path(folder, len(rows)), layout)) is not None:
         seen.append(ids)
         rows.append(len(ids))
     done = sum(rows)

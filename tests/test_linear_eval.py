@@ -225,6 +225,29 @@ def test_an_interrupted_forward_pass_goes_on_after_its_last_part(dataset, checkp
             assert features(spoil, config=resolve("demo", [*TINY, "linear_eval.batch_size=9"]))[1][0] == 0
 
 
+@pytest.mark.parametrize("part_bytes", [1, storing.PART_BYTES])
+def test_a_forward_pass_that_ended_before_its_index_was_written_computes_nothing_again(
+    dataset, checkpoint, tmp_path, monkeypatch, part_bytes
+):
+    """The last part is smaller than the others: what goes on after it would be beyond the end."""
+    monkeypatch.setattr(storing, "PART_BYTES", part_bytes)
+    config, manifest = resolve("demo", [*TINY, "linear_eval.batch_size=7"]), read_manifest(str(dataset))
+    encoder = load_encoder(config, checkpoints.load_latest(str(checkpoint)))
+    reported = []
+
+    def features():
+        reported.clear()
+        return extract(encoder, config, str(dataset), manifest, "train", str(tmp_path), on_progress=reported.append)
+
+    whole = features()
+    index = Path(whole.folder) / storing.INDEX
+    written = index.read_bytes()
+    index.unlink()
+    features()
+    assert index.read_bytes() == written
+    assert reported == [48]
+
+
 @pytest.fixture(scope="module")
 def evaluated(dataset, checkpoint, tmp_path_factory):
     logged = []

@@ -64,6 +64,8 @@ def test_evaluation_sees_every_image_once(dataset):
     assert [batch["image"].shape for batch in batches] == 4 * [(5, 32, 32, 3)]
     later = list(evaluation_batches(tiny(), str(dataset), read_manifest(str(dataset)), "validation", 5, first_step=2))
     np.testing.assert_array_equal(np.concatenate([batch["image_id"] for batch in later]), ids[10:])
+    beyond = evaluation_batches(tiny(), str(dataset), read_manifest(str(dataset)), "validation", 5, first_step=9)
+    assert len(list(beyond.take(1))) == 0
 
 
 @pytest.mark.parametrize("chosen", [None, np.arange(0, 48, 5)])

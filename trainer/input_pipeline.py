@@ -173,7 +173,7 @@ def evaluation_batches(
         .map(example, num_parallel_calls=_CORES, deterministic=True)
         .concatenate(padding)
         .batch(batch_size, drop_remainder=True)
-        .take((steps - first_step) * replicas)
+        .take(max(0, steps - first_step) * replicas)
         .prefetch(2 * replicas)
     )
 

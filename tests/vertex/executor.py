@@ -45,6 +45,8 @@ class Attempt:
     begun: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     """That it took; 0 while it runs."""
+    status: int | None = None
+    """Exit status; None while it runs."""
 
 
 class Executor:
@@ -131,7 +133,7 @@ class Executor:
         if owner in self._cancelled:
             container.stop(_SECONDS_TO_END)
         status = container.wait()
-        attempt.seconds = time.monotonic() - attempt.begun
+        attempt.seconds, attempt.status = time.monotonic() - attempt.begun, status
         if status == 0 and step in self.lose_result_of:
             self.lose_result_of.remove(step)
             return 1

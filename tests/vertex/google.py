@@ -11,6 +11,7 @@ import socket
 import ssl
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,8 @@ class Google:
         """When each request came, on the clock of `time.monotonic`, and its METHOD HOST/PATH."""
         self.unknown: list[str] = []
         """What no service knows."""
+        self.broken: list[str] = []
+        """Tracebacks of a service's own errors."""
         self.faults: list[Fault] = []
         self.latency = 0.0
         """Seconds before every answer, as a network has them."""
@@ -111,6 +114,11 @@ class Google:
         self.unknown.append(f"{request.method} {request.host}{request.path}")
         raise RefusedError(404, f"no such method: {request.method} {request.path}")
 
+    def require_whole(self) -> None:
+        """Fails where a request was of no known kind, or met an error of the service itself."""
+        assert self.unknown == [], f"no service here knows: {self.unknown}"
+        assert self.broken == [], "\n".join(self.broken)
+
     # ---- Servers
 
     def handler(self) -> type[BaseHTTPRequestHandler]:
@@ -158,7 +166,10 @@ class Google:
                     if fault == "taken":
                         raise RefusedError(503, "on demand, when all was done")
                     return answer
-                except RefusedError as error:
+                except Exception as error:
+                    if not isinstance(error, RefusedError):
+                        google.broken.append(f"{self.command} {host}{self.path}\n{traceback.format_exc()}")
+                        error = RefusedError(500, repr(error))
                     name = _STATUS.get(error.status, "UNKNOWN")
                     return as_json({"error": {"code": error.status, "message": str(error), "status": name}}, error.status)
 
@@ -166,12 +177,18 @@ class Google:
                 if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
                     parts = []
                     while size := int(self.rfile.readline().split(b";")[0], 16):
-                        parts.append(self.rfile.read(size))
+                        parts.append(self._read(size))
                         self.rfile.readline()
                     self.rfile.readline()
                     return b"".join(parts)
                 size = int(self.headers.get("Content-Length") or 0)
-                return self.rfile.read(size // 2 if half else size)
+                return self._read(size // 2 if half else size)
+
+            def _read(self, size: int) -> bytes:
+                content = self.rfile.read(size)
+                if len(content) < size:
+                    raise ConnectionError("whoever asked is gone, in the middle of a request")
+                return content
 
             def _cut(self) -> None:
                 self.close_connection = True
@@ -185,6 +202,7 @@ class Google:
                 pass
 
             def handle(self) -> None:
+                # Of the connection: what a service raises is answered 500.
                 with contextlib.suppress(OSError, ValueError):
                     super().handle()
 
@@ -282,4 +300,4 @@ def serving(folder: Path | None = None) -> Iterator[Google]:
         server.shutdown()
         server.server_close()
         thread.join()
-    assert google.unknown == [], f"no service here knows: {google.unknown}"
+    google.require_whole()

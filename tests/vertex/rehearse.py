@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,6 +55,8 @@ _OF_TIME = re.compile("second|wait")
 """Finds in the names of metrics those that differ from run to run."""
 _ASKED, _LEFT = "asked.json", "left.json"
 KEPT = REPOSITORY / "build" / "rehearsal"
+_COMPLAINTS, _LINES, _WIDTH = 4, 6, 160
+"""What is shown of a job that is not as it should be: complaints, and lines of each failed attempt, so wide."""
 _STORAGE = r"(www|storage)\.googleapis\.com/.*storage|storage\.googleapis\.com/"
 
 
@@ -212,11 +214,27 @@ def main(argv: list[str] | None = None) -> int:
     with ThreadPoolExecutor(args.at_once) as pool:
         asked = [pool.submit(rehearsed, name, trouble, more) for name, trouble in troubles.items()]
         found = [plain, *(one.result() for one in asked)]
-    failed = [complaint for one in found for complaint in (complaints(one, plain) if one else ["a rehearsal broke off"])]
-    for one in failed:
-        print(f"error: {one}", file=sys.stderr)
-    print(f"{len(found)} jobs, {'all as they should be' if not failed else f'{len(failed)} complaints'}")
+    failed = 0
+    for name, one in zip(["plain", *troubles], found, strict=True):
+        wrong = complaints(one, plain) if one else [f"{name}: the rehearsal broke off"]
+        failed += len(wrong)
+        if wrong:
+            print("\n".join(_last_words(KEPT / "logs" / name, one)))
+        for complaint in wrong[:_COMPLAINTS]:
+            print(f"error: {complaint}")
+        if len(wrong) > _COMPLAINTS:
+            print(f"error: {name}: and {len(wrong) - _COMPLAINTS} more")
+    print(f"{len(found)} jobs, {'all as they should be' if not failed else f'{failed} complaints'}")
     return 1 if failed else 0
+
+
+def _last_words(logs: Path, found: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yields how each attempt of a job ended, and the last lines of those that failed."""
+    for step, number, status, seconds, log in found["ends"] if found else ():
+        yield f"{logs.name}: {step}, attempt {number}: status {status} after {seconds:.0f} s"
+        if status:
+            lines = (logs / log).read_text(errors="replace").splitlines()
+            yield from (f"    {line[:_WIDTH]}" for line in lines[-_LINES:])
 
 
 def rehearsed(name: str, trouble: Trouble, more: str = "") -> dict[str, Any] | None:
@@ -381,6 +399,7 @@ def left(rehearsal: Rehearsal) -> dict[str, Any]:
         "state_sha256": sorted(state),
         "dataflow": rehearsal.dataflow.active(),
         "attempts": Counter(one.step for one in rehearsal.executor.attempts),
+        "ends": [(one.step, one.number, one.status, one.seconds, one.log.name) for one in rehearsal.executor.attempts],
         "custom_jobs": len(google.vertex.custom),
         "seconds_of": {one.step: one.seconds for one in rehearsal.executor.attempts},
         "requests": dict(google.counts),

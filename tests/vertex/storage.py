@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import stat
 import threading
 import uuid
 from collections import Counter
@@ -134,7 +135,8 @@ class Storage:
             left = sorted(one for one in names | prefixes if one > token)
             page = left[: min(self._page, int(request.query.get("maxResults") or self._page))]
             answer: dict[str, Any] = {"kind": "storage#objects"}
-            if items := [self._about(bucket, name) for name in page if name in names]:
+            # Who writes to /gcs may have removed one meanwhile.
+            if items := [self._about(bucket, name) for name in page if name in names and self._known(bucket, name)]:
                 answer["items"] = items
             if folders := [name for name in page if name in prefixes and name not in names]:
                 answer["prefixes"] = folders
@@ -148,10 +150,14 @@ class Storage:
         """Returns what is known of an object, or None where there is none; one that came through /gcs is made known."""
         if (bucket, name) in self._markers:
             return self._objects[bucket, name]
-        file = self._folder_of(bucket) / name
-        if name.endswith("/") or not file.is_file():
+        if name.endswith("/"):
             return None
-        status = file.stat()
+        try:
+            status = (self._folder_of(bucket) / name).stat()
+        except OSError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            return None
         known = self._objects.get((bucket, name))
         if known is None or known.file != (status.st_mtime_ns, status.st_size):
             known = _Object(next(self._generations), (status.st_mtime_ns, status.st_size), _now())
@@ -294,8 +300,11 @@ class Storage:
     # ---- Uploads
 
     def _upload(self, request: Request, bucket: str) -> Answer:
+        with self._lock:
+            return self._upload_of_kind(request, bucket, request.query.get("uploadType"))
+
+    def _upload_of_kind(self, request: Request, bucket: str, kind: str | None) -> Answer:
         self._folder_of(bucket)
-        kind = request.query.get("uploadType")
         if kind == "multipart":
             about, content = _parts(request)
             return as_json(self._put(bucket, {"name": request.query.get("name"), **json.loads(about)}, request.query, content))
