@@ -26,7 +26,7 @@ def build_tfrecords(
     import sys
 
     from beam_jobs import inspect_dataset
-    from beam_jobs.build_tfrecords import build
+    from beam_jobs.job import build
     from components import tracking
     from components.dataflow import JOB_LABEL, label_of
     from trainer.shared.progress import ProgressBars

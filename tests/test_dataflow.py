@@ -19,7 +19,7 @@ from test_pipeline import raw_archives
 from vertex.accounts import give_credentials, nothing_leaves_this_machine
 from vertex.google import serving
 
-from beam_jobs import build_tfrecords as conversion
+from beam_jobs import job as conversion
 from components.dataflow import label_of
 from components.steps import build_tfrecords
 from pipelines import cli

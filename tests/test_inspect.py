@@ -12,7 +12,7 @@ from PIL import Image
 from raw_data import SYNSETS, expected, raw_as_usual, read_records, train_images
 
 from beam_jobs import inspect_dataset
-from beam_jobs.build_tfrecords import build
+from beam_jobs.job import build
 from trainer.shared.errors import UserError
 from trainer.shared.records import decode_example, read_manifest
 

@@ -19,8 +19,10 @@ from raw_data import (
     write_raw,
 )
 
-from beam_jobs import archives, proof, subsets
-from beam_jobs.build_tfrecords import build, make_plan
+from beam_jobs import proof, subsets
+from beam_jobs.job import build
+from beam_jobs.plan import make_plan
+from beam_jobs.raw import index
 from trainer.shared.errors import UserError
 from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, read_manifest
 
@@ -143,9 +145,7 @@ def test_what_claims_to_be_imagenet_must_have_all_its_images(tmp_path):
 
 def test_the_known_counts_are_let_pass(raw):
     plan = dataclasses.replace(make_plan(str(raw), "output"), expected={"train": 150, "validation": 20})
-    of_archives = [
-        {"found": archives.index(plan.raw, archive).found, "problems": [], "rejected": []} for archive in plan.raw.archives
-    ]
+    of_archives = [{"found": index(plan.raw, archive).found, "problems": [], "rejected": []} for archive in plan.raw.archives]
     assert proof.faults(plan, of_archives) == ([], [])
 
 
