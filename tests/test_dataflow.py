@@ -181,6 +181,7 @@ def test_a_job_of_another_conversion_is_not_gone_on_with(environ, no_pauses):
         with pytest.raises(UserError, match=r"job mine \(other\) is active and does something else: "):
             convert("another", dataflow.url, "--job_name=mine")
     assert dataflow.sent == []
+    assert dataflow.count("GET", JOBS) == 1, "trying again does not help"
 
 
 # ---- The end
