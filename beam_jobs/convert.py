@@ -1,11 +1,15 @@
 """What runs on workers: from a plan to a published dataset, as one Beam transform.
 
-Only references to images go through Beam, never their bytes. A worker indexes an archive by its headers; the counts of all
-archives, as a side input, make the IDs dense; references are grouped by shard; a worker reads the images of a shard where
-they lie and writes it; when all are written, one worker proves and publishes. Every step may be done twice, or twice at a
-time: it leaves the same files, and those are there whole or not at all.
+    IndexHeaders      a worker lists the images of an archive by its headers
+    AssignIDs         the image counts of all archives, a side input, make the IDs dense
+    GroupByShard      references to images are grouped by shard; no image's bytes go through Beam
+    WriteShards       a worker reads the images of a shard where they lie, and writes the shard
+    ProveAndPublish   when all shards are written, one worker checks them and publishes the dataset
+
+A runner may do any step twice, even at the same time: the files are the same, and each appears whole or not at all.
 """
 
+import itertools
 import multiprocessing
 import os
 import sys
@@ -20,9 +24,11 @@ from typing import Any, TypeVar
 import apache_beam as beam
 from apache_beam.metrics.metric import Metrics
 
-from beam_jobs import archives, files, images, proof
+from beam_jobs import images, proof, raw
+from beam_jobs.layouts.layout import RawImage
 from beam_jobs.plan import Plan, plan_split
 from beam_jobs.publish import publish
+from beam_jobs.references import Batch, Indexed, Reference
 from beam_jobs.shards import Record, make_record, write_shard
 from trainer.shared.files import is_local
 from trainer.shared.records import reading_places
@@ -30,34 +36,32 @@ from trainer.shared.records import reading_places
 _BATCH = 32
 """Images that a thread takes at a time."""
 _REMOTE_THREADS = 16
-"""A request for an image takes long, and little of the machine."""
+"""Requests for remote images at the same time: each mostly waits."""
 
-Reference = tuple
-"""Place, image ID and the fields of a `RawImage`: Beam encodes plain tuples faster than named ones."""
-Group = tuple[tuple[str, str], Iterable[list[Reference]]]
-"""(split, shard's file) and the references to its images."""
+ShardKey = tuple[str, str]
+"""Split, and the shard's file."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Writers:
-    """How many shards one worker of the runner writes side by side. Runners that have workers of their own need one."""
+    """How many shards one worker writes at the same time. One is enough for a runner that has many workers."""
 
     processes: int = 1
     threads: int = 1
-    """In the worker's own process, where there is no other."""
+    """Threads in the worker's own process. Used only if `processes` is 1."""
 
 
 def local_writers(processes: int) -> Writers:
-    """Returns what uses this machine: threads in one process, since hashing, reading and writing do not hold each other up."""
+    """Returns writers that use all of this machine. Threads suffice: hashing, reading and writing release Python's lock."""
     return Writers(processes, min(os.cpu_count() or 1, 8))
 
 
 class Convert(beam.PTransform):
     """From a plan to a dataset.
 
-    A single line of steps; what branches off is a side input and nothing else, since not every runner keeps other branches.
+    The steps form one line. Nothing branches off but the side input, because some runners drop other branches.
     """
 
     def __init__(self, plan: Plan, writers: Writers) -> None:
@@ -79,7 +83,7 @@ class Convert(beam.PTransform):
 
 
 class Index(beam.PTransform):
-    """From a plan to the references in each archive."""
+    """From a plan to the images in each archive."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
@@ -90,42 +94,37 @@ class Index(beam.PTransform):
         return pbegin | "Archives" >> beam.Create(numbers) | "IndexHeaders" >> beam.Map(index_archive, self.plan)
 
 
-Indexed = tuple[int, list[tuple]]
-"""The number of an archive and the fields of each `RawImage` in it."""
-
-
 def index_archive(number: int, plan: Plan) -> Indexed:
-    """Returns what is in an archive that gets IDs, in their order, and reports it."""
-    found = archives.index(plan.raw, plan.raw.archives[number])
+    """Returns the images of an archive that get IDs, in the order of their IDs, and reports them."""
+    archive = plan.raw.archives[number]
+    found = raw.index(plan.raw, archive)
     repaired: proof.Listed = []
     if plan.look_first:
-        found, repaired = _look_at(plan, found)
+        found, repaired = _check_images(plan, archive.split, found)
     proof.report_archive(plan, number, found, repaired)
-    return number, [tuple(image) for image in found.images]
+    return Indexed(number, found.images)
 
 
 def count_images(indexed: Indexed) -> tuple[int, int]:
-    number, found = indexed
-    return number, len(found)
+    return indexed.archive, len(indexed.images)
 
 
-def assign_ids(indexed: Indexed, plan: Plan, counts: dict[int, int]) -> list[tuple[tuple[str, str], list[Reference]]]:
-    """Returns ((split, shard's file), references) for each shard that has images of an archive."""
-    number, found = indexed
-    split = plan.raw.archives[number].split
+def assign_ids(indexed: Indexed, plan: Plan, counts: dict[int, int]) -> list[tuple[ShardKey, Batch]]:
+    """Returns a batch of references for each shard that has images of an archive; `counts` has all archives' images by number."""
+    split = plan.raw.archives[indexed.archive].split
     of_split = plan_split(plan, split, counts)
-    first_id = of_split.first_ids[number]
-    places = reading_places(of_split.num_images)[first_id : first_id + len(found)]
+    first_id = of_split.first_ids[indexed.archive]
+    places = reading_places(of_split.num_images)[first_id : first_id + len(indexed.images)]
+    shards = of_split.shards_of(places).tolist()
+    references = map(Reference, places.tolist(), itertools.count(first_id), indexed.images)
     by_shard: dict[int, list[Reference]] = {}
-    for image_id, (place, shard, image) in enumerate(
-        zip(places.tolist(), of_split.shards_of(places).tolist(), found, strict=True), start=first_id
-    ):
-        by_shard.setdefault(shard, []).append((place, image_id, *image))
-    return [((split, of_split.shard_files[shard]), references) for shard, references in by_shard.items()]
+    for shard, reference in zip(shards, references, strict=True):
+        by_shard.setdefault(shard, []).append(reference)
+    return [((split, of_split.shard_files[shard]), Batch(of_shard)) for shard, of_shard in by_shard.items()]
 
 
 class WriteShards(beam.DoFn):
-    """Writes shards, as many at a time as there are writers; a bundle ends when all of its own are written."""
+    """Writes shards, as many at the same time as there are writers. A bundle ends when all its shards are written."""
 
     def __init__(self, plan: Plan, writers: Writers) -> None:
         self.plan = plan
@@ -141,13 +140,13 @@ class WriteShards(beam.DoFn):
         elif self.writers.threads > 1:
             self._pool = ThreadPoolExecutor(self.writers.threads)
 
-    def process(self, grouped: Group) -> Iterator[tuple[None, str]]:
-        (split, shard_file), groups = grouped
-        references = [reference for group in groups for reference in group]
+    def process(self, grouped: tuple[ShardKey, Iterable[Batch]]) -> Iterator[tuple[None, str]]:
+        (split, shard_file), batches = grouped
+        of_shard = Batch([reference for batch in batches for reference in batch.references])
         if self._pool:
-            self._pending.append(self._pool.submit(write_references, self.plan, split, shard_file, references))
+            self._pending.append(self._pool.submit(write_batch, self.plan, split, shard_file, of_shard))
         else:
-            _count(write_references(self.plan, split, shard_file, references))
+            _count(write_batch(self.plan, split, shard_file, of_shard))
         yield None, shard_file
 
     def finish_bundle(self) -> None:
@@ -155,7 +154,7 @@ class WriteShards(beam.DoFn):
         try:
             for written in pending:
                 _count(written.result())
-        finally:  # where one fails, or someone interrupts, the others need not begin
+        finally:  # after a failure or an interruption, those that have not begun need not
             for written in pending:
                 written.cancel()
 
@@ -165,7 +164,7 @@ class WriteShards(beam.DoFn):
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process soon after `parent`, which may be killed without a word."""
+    """Exits this process shortly after `parent` dies, even by SIGKILL."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -175,15 +174,14 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def write_references(plan: Plan, split: str, shard_file: str, references: list[Reference]) -> dict[str, int]:
-    """Writes the shard of the images that are referred to, in the order of their places, reading each where it lies.
+def write_batch(plan: Plan, split: str, shard_file: str, batch: Batch) -> dict[str, int]:
+    """Writes the shard of the images that `batch` refers to, in the order of their places.
 
-    Does nothing where it is there already. Returns how many images were written, repaired and rejected.
+    Does nothing if the shard is finished already. Returns how many images were written, repaired and rejected.
     """
-    references.sort()
-    if proof.is_finished(
-        plan, shard_file, [reference[1] for reference in references], [reference[3] for reference in references]
-    ):
+    references = sorted(batch.references)
+    image_ids = [reference.image_id for reference in references]
+    if proof.is_finished(plan, shard_file, image_ids, [reference.image.label for reference in references]):
         return {}
     repaired: proof.Listed = []
     rejected: proof.Listed = []
@@ -191,14 +189,14 @@ def write_references(plan: Plan, split: str, shard_file: str, references: list[R
 
     def records() -> Iterator[Record]:
         nonlocal resized
-        for image_id, image, outcome in _threaded(plan, references, lambda reference: _make(plan, split, reference)):
+        for reference, outcome in _threaded(plan, references, lambda reference: (reference, _make(plan, split, reference))):
             if isinstance(outcome, images.UnreadableImageError):
-                rejected.append({"source": image.source, "reason": str(outcome)})
+                rejected.append({"source": reference.image.source, "reason": str(outcome)})
                 continue
             record, done, was_resized = outcome
             resized += was_resized
             if done:
-                repaired.append({"id": image_id, "source": image.source, "done": done})
+                repaired.append({"id": reference.image_id, "source": reference.image.source, "done": done})
             yield record
 
     written = write_shard(plan.output, shard_file, records())
@@ -216,37 +214,34 @@ def publish_written(_: tuple[None, Iterable[str]], plan: Plan) -> str:
     return publish(plan).fingerprint
 
 
-def _make(
-    plan: Plan, split: str, reference: Reference
-) -> tuple[int, archives.RawImage, tuple[Record, str, bool] | images.UnreadableImageError]:
-    _, image_id, *fields = reference
-    image = archives.RawImage(*fields)
-    # What was looked at need not be decoded again.
+def _make(plan: Plan, split: str, reference: Reference) -> tuple[Record, str, bool] | images.UnreadableImageError:
+    """Returns an image's record, how it was repaired and whether it was resized, or why it cannot be read."""
+    # An image that was checked when it was indexed need not be decoded again.
     options = replace(plan.images, decode=False) if plan.look_first and plan.images.decode else plan.images
     try:
-        prepared = images.prepare(_read(plan, image), options)
+        prepared = images.prepare(_read(plan, split, reference.image), options)
     except images.UnreadableImageError as error:
-        return image_id, image, error
-    return image_id, image, (make_record(split, image_id, image.label, prepared.encoded), prepared.repaired, prepared.resized)
+        return error
+    record = make_record(split, reference.image_id, reference.image.label, prepared.encoded)
+    return record, prepared.repaired, prepared.resized
 
 
-def _look_at(plan: Plan, found: archives.Index) -> tuple[archives.Index, proof.Listed]:
-    """Returns an index without the images that cannot be read, and those of the others that will be repaired."""
+def _check_images(plan: Plan, split: str, found: raw.Index) -> tuple[raw.Index, proof.Listed]:
+    """Returns an index without the images that cannot be read, and a list of the remaining images that will be repaired."""
 
-    def look(image: archives.RawImage) -> tuple[archives.RawImage, str, str]:
+    def check(image: RawImage) -> tuple[RawImage, str, str]:
         if image.size > images.HEAD_BYTES:
-            path = files.join(plan.raw.folder, image.file)
-            head = files.read_range(path, image.offset, images.HEAD_BYTES)
-            tail = files.read_range(path, image.offset + image.size - images.TAIL_BYTES, images.TAIL_BYTES)
+            head = plan.raw.read(split, image, 0, images.HEAD_BYTES)
+            tail = plan.raw.read(split, image, image.size - images.TAIL_BYTES, images.TAIL_BYTES)
             if images.keeps_its_bytes(head, tail, plan.images):
                 return image, "", ""
         try:
-            return image, images.prepare(_read(plan, image), plan.images).repaired, ""
+            return image, images.prepare(_read(plan, split, image), plan.images).repaired, ""
         except images.UnreadableImageError as error:
             return image, "", str(error)
 
     readable, rejected, repaired = [], list(found.rejected), []
-    for image, done, reason in _threaded(plan, found.images, look):
+    for image, done, reason in _threaded(plan, found.images, check):
         if reason:
             rejected.append({"source": image.source, "reason": reason})
             continue
@@ -256,15 +251,14 @@ def _look_at(plan: Plan, found: archives.Index) -> tuple[archives.Index, proof.L
     return replace(found, images=readable, rejected=rejected), repaired
 
 
-def _read(plan: Plan, image: archives.RawImage) -> bytes:
-    """Returns an image's bytes. Raises UnreadableImageError where a local disk does not give them; a remote one may yet."""
+def _read(plan: Plan, split: str, image: RawImage) -> bytes:
+    """Returns an image's bytes. Raises UnreadableImageError if a local disk fails; a remote file may be readable later."""
     if not image.size:
         return b""
-    path = files.join(plan.raw.folder, image.file)
     try:
-        data = files.read_range(path, image.offset, image.size)
+        data = plan.raw.read(split, image, 0, image.size)
     except OSError as error:
-        if not is_local(path):
+        if not is_local(plan.raw.folder):
             raise
         raise images.UnreadableImageError(f"cannot be read ({error.strerror})") from error
     if len(data) < image.size:
@@ -273,7 +267,7 @@ def _read(plan: Plan, image: archives.RawImage) -> bytes:
 
 
 def _threaded(plan: Plan, items: Sequence[Item], function: Callable[[Item], Result]) -> Iterator[Result]:
-    """Yields the function of each item in their order; of remote ones several at a time, as a request mostly waits."""
+    """Yields the function of each item, in their order. Remote raw data is read by several threads."""
     if is_local(plan.raw.folder):
         yield from map(function, items)
         return

@@ -1,6 +1,7 @@
-"""A conversion's job on Dataflow. A later attempt at the same conversion finds it; it ends with the process that waits for it.
+"""A conversion's job on Dataflow. A later attempt at the same conversion finds the job and waits for it.
 
-A label names the conversion, and on a cluster another one the pipeline job.
+If the process that waits is told to end, it cancels the job. The job has a label that names the conversion, and, if a pipeline
+job started it, another label that names the pipeline job.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import apache_beam as beam
+import tenacity
 from apache_beam.options.pipeline_options import GoogleCloudOptions
 from apache_beam.runners.runner import PipelineState
 from apache_beam.utils import retry
@@ -20,8 +22,8 @@ from trainer.shared.errors import UserError
 
 _CONVERSION = "sogclr-conversion"
 _SECONDS_FOR_A_CALL = 5.0
-_PATIENCE = 12.0
-"""Seconds that cancelling is tried for. The process ends soon after SIGTERM, whether Dataflow answers or not."""
+_SECONDS_TO_CANCEL = 12.0
+"""How long cancelling is tried. The process must end soon after SIGTERM, whether Dataflow answers or not."""
 _SECONDS_BETWEEN_TRIES = 1.0
 _SECONDS_BETWEEN_LOOKS = 5.0
 
@@ -30,16 +32,21 @@ class DataflowJobError(Exception):
     """A job on Dataflow did not end well."""
 
 
+def _is_transient(error: BaseException) -> bool:
+    """Returns whether the same call may succeed later. Beam's filter takes any error that is not Google's for transient."""
+    return isinstance(error, Exception) and not isinstance(error, UserError) and retry.retry_on_server_errors_filter(error)
+
+
 def is_dataflow(pipeline: beam.Pipeline) -> bool:
     return type(pipeline.runner).__name__ == "DataflowRunner"
 
 
 class Conversion:
-    """The job on Dataflow that does a conversion, whichever attempt started it."""
+    """The job on Dataflow that does a conversion. Any attempt may have started it."""
 
     def __init__(self, pipeline: beam.Pipeline, plan: Plan) -> None:
-        """Names and labels the job that `pipeline` will be, unless the user named it."""
-        # Not at the top: a run on one machine has no use for Dataflow's client, which takes seconds to import.
+        """Labels the job that `pipeline` will start, and names it if the user did not."""
+        # Imported here: Dataflow's client takes seconds to import, and a run on one machine does not need it.
         from apache_beam.runners.dataflow.internal import apiclient
 
         self._api: Any = vars(apiclient)["dataflow"]  # the messages of Dataflow's own client
@@ -56,7 +63,7 @@ class Conversion:
     def running(self) -> Any:
         """Returns the DataflowPipelineResult of an earlier attempt's job that still runs, or None.
 
-        Waits for the end of one that is being cancelled.
+        Waits for the end of a job that is being cancelled. Raises UserError if a job of something else has the same name.
         """
         from apache_beam.runners.dataflow.dataflow_runner import DataflowPipelineResult
 
@@ -71,7 +78,7 @@ class Conversion:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Cancels the job where the process is told to end while the block runs."""
+        """Cancels the job if the process is told to end while the block runs."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
@@ -79,7 +86,7 @@ class Conversion:
             raise
 
     def wait(self, result: Any) -> None:
-        """Returns once the job of a DataflowPipelineResult is done. Raises DataflowJobError, which names it, for another end."""
+        """Returns once the job of a DataflowPipelineResult is done. Raises DataflowJobError with its name if it fails."""
         from apache_beam.runners.dataflow.dataflow_runner import DataflowRuntimeException
 
         self._job_id = result.job_id()
@@ -87,16 +94,16 @@ class Conversion:
             state = result.wait_until_finish()
         except DataflowRuntimeException as error:
             raise DataflowJobError(f"Dataflow job {self._google.job_name} ({self._job_id}): {error}") from error
-        if state != PipelineState.DONE:  # it had ended before it was waited for
+        if state != PipelineState.DONE:  # it had ended before this wait began, so Beam raised nothing
             raise DataflowJobError(f"Dataflow job {self._google.job_name} ({self._job_id}) is {state}")
 
-    @retry.with_exponential_backoff()
+    @retry.with_exponential_backoff(retry_filter=_is_transient)
     def _find(self) -> Any:
-        """Returns the active job of this conversion, or None. Raises UserError where another one has its name."""
+        """Returns the active job of this conversion, or None. Raises UserError if a job of something else has its name."""
         return self._look(timeout=60.0)
 
     def _look(self, timeout: float) -> Any:
-        # Not `job_id_for_name` of Beam's client, which sees running jobs only, and looks forever where there is none.
+        # `job_id_for_name` of Beam's client sees running jobs only, and never returns if there is none.
         listing = self._api.ListJobsRequest(
             project_id=self._google.project,
             location=self._google.region,
@@ -122,26 +129,33 @@ class Conversion:
         return None
 
     def _cancel(self) -> None:
-        """Asks Dataflow to end the job, for as long as `_PATIENCE`; says what came of it."""
-        until = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                # Without an ID, the answer to the request that made the job may have been on its way.
-                if not self._job_id and not (found := self._look(_SECONDS_FOR_A_CALL)):
-                    return
-                self._job_id = self._job_id or found.id
-                wish = self._api.Job(requested_state=self._api.JobState.JOB_STATE_CANCELLED)
-                request = self._api.UpdateJobRequest(
-                    project_id=self._google.project, location=self._google.region, job_id=self._job_id, job=wish
-                )
-                self._client._jobs_client.update_job(request, timeout=_SECONDS_FOR_A_CALL)
-                return _say(f"Dataflow job {self._job_id} is cancelled")
-            except Exception as error:
-                # Beam's own `cancel` would wait for minutes between its tries.
-                if time.monotonic() > until or not retry.retry_on_server_errors_filter(error):
-                    mend = f"gcloud dataflow jobs cancel {self._job_id or 'ID'} --region={self._google.region}"
-                    return _say(f"Dataflow job {self._google.job_name} may go on ({_short(error)}): {mend}")
-            time.sleep(_SECONDS_BETWEEN_TRIES)
+        """Asks Dataflow to end the job, repeatedly for `_SECONDS_TO_CANCEL`, and prints the outcome."""
+        try:
+            if self._ask_to_cancel():
+                _say(f"Dataflow job {self._job_id} is cancelled")
+        except Exception as error:
+            mend = f"gcloud dataflow jobs cancel {self._job_id or 'ID'} --region={self._google.region}"
+            _say(f"Dataflow job {self._google.job_name} may go on ({_short(error)}): {mend}")
+
+    # Beam's own `cancel` and its own retries would wait for minutes.
+    @tenacity.retry(
+        retry=tenacity.retry_if_exception(_is_transient),
+        wait=tenacity.wait_fixed(_SECONDS_BETWEEN_TRIES),
+        stop=tenacity.stop_after_delay(_SECONDS_TO_CANCEL),
+        reraise=True,
+    )
+    def _ask_to_cancel(self) -> bool:
+        """Returns whether there was a job to cancel."""
+        # The request that started the job may not have been answered yet; then the job's ID is unknown.
+        if not self._job_id and not (found := self._look(_SECONDS_FOR_A_CALL)):
+            return False
+        self._job_id = self._job_id or found.id
+        wish = self._api.Job(requested_state=self._api.JobState.JOB_STATE_CANCELLED)
+        request = self._api.UpdateJobRequest(
+            project_id=self._google.project, location=self._google.region, job_id=self._job_id, job=wish
+        )
+        self._client._jobs_client.update_job(request, timeout=_SECONDS_FOR_A_CALL)
+        return True
 
 
 def _say(text: str) -> None:

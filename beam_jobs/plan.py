@@ -1,25 +1,34 @@
 """The plan of a conversion: which image gets which ID, which place in the order of reading, which shard."""
 
 import hashlib
+import importlib.metadata
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from beam_jobs import archives, files, images
+from beam_jobs import files, images, subsets
+from beam_jobs.raw import SPLITS, Raw, open_raw
+from trainer.shared.errors import UserError
 
-SPLITS = ("train", "validation")
+VERIFY = ("headers", "decode")
+ON_BAD_IMAGE = ("fail", "skip")
 WORK = ".building"
 """Folder within the output that is there while it is not finished."""
 SHARD_BYTES = 128 * 2**20
 """What a shard has, about, where the number of shards is not given."""
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is known before any image is: all that the workers have to be told."""
 
-    raw: archives.Raw
+    raw: Raw
     output: str
     work: str
     """The folder of the workers' reports."""
@@ -64,6 +73,68 @@ class SplitPlan:
         return places * len(self.shard_files) // max(self.num_images, 1)
 
 
+def make_plan(
+    raw: str,
+    output: str,
+    *,
+    name: str | None = None,
+    num_shards: int | None = None,
+    subset: str | None = None,
+    images_per_class: int | None = None,
+    on_bad_image: str = "fail",
+    verify: str = "headers",
+    max_side: int | None = None,
+    allow_other_counts: bool = False,
+) -> Plan:
+    """Returns the plan of converting the raw images in the folder `raw` to a dataset in the folder `output`.
+
+    name: of the dataset in TFDS; by default NAME where `output` is ROOT/NAME/1.0.0, which is then its version, else images
+    num_shards: of each split; by default what makes shards of 128 MiB
+    subset: one of `subsets.SUBSETS` or a file with a synset a line
+    images_per_class: at most, of training images, the first by name
+    on_bad_image: fail, or skip: images that cannot be read get no ID and are listed in the manifest
+    verify: headers, or decode: how deep to look for damage
+    max_side: pixels that the longer side may have; larger images are made as small
+    allow_other_counts: of the synsets of the real ImageNet, not all images need be there
+
+    Raises UserError for arguments that make no sense, and where there are no raw images.
+    """
+    for argument, value in (("num_shards", num_shards), ("images_per_class", images_per_class), ("max_side", max_side)):
+        if value is not None and value < 1:
+            raise UserError(f"{argument}={value} makes no sense: it must be at least 1")
+    for argument, text, choices in (("on_bad_image", on_bad_image, ON_BAD_IMAGE), ("verify", verify, VERIFY)):
+        if text not in choices:
+            raise UserError(f"{argument}={text} is unknown: it must be {' or '.join(choices)}")
+    parts = output.rstrip("/").split("/")
+    versioned = len(parts) > 1 and _VERSION.fullmatch(parts[-1]) is not None
+    name = name or (parts[-2] if versioned else "images")
+    if not _NAME.fullmatch(name):
+        raise UserError(f"name={name} cannot name a dataset: use small letters, digits and underscores, a letter first")
+    synsets = subsets.synsets_of(subset) if subset else None
+    opened = open_raw(raw, synsets=synsets, images_per_class=images_per_class)
+    sizes = {split: sum(opened.archives[number].size for number in opened.of_split(split)) for split in SPLITS}
+    options = {
+        "subset": subset if subset in subsets.SUBSETS else subset and os.path.basename(subset),
+        "images_per_class": images_per_class,
+        "on_bad_image": on_bad_image if on_bad_image != "fail" else None,
+        "verify": verify if on_bad_image != "fail" and verify != "headers" else None,
+        "max_side": max_side,
+    }
+    return Plan(
+        raw=opened,
+        output=output,
+        work=files.join(output, WORK),
+        name=name,
+        version=parts[-1] if versioned else "1.0.0",
+        num_shards={split: num_shards or shards_for(sizes[split]) for split in SPLITS},
+        images=images.Options(decode=verify == "decode", max_side=max_side),
+        look_first=on_bad_image == "skip",
+        expected=None if allow_other_counts else subsets.known_counts(opened.synsets),
+        options={option: value for option, value in options.items() if value is not None},
+        tool_version=_tool_version(),
+    )
+
+
 def shards_for(num_bytes: int) -> int:
     """Returns the number of shards that have about `SHARD_BYTES`."""
     return max(-(-num_bytes // SHARD_BYTES), 1)
@@ -78,3 +149,10 @@ def plan_split(plan: Plan, split: str, counts: Mapping[int, int]) -> SplitPlan:
     num_shards = min(plan.num_shards[split], num_images)
     names = (f"{plan.name}-{split}.tfrecord-{number:05d}-of-{num_shards:05d}" for number in range(num_shards))
     return SplitPlan(first_ids, num_images, tuple(names))
+
+
+def _tool_version() -> str:
+    try:
+        return importlib.metadata.version("sogclr")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"

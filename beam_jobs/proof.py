@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from beam_jobs import files
-from beam_jobs.archives import Index
-from beam_jobs.plan import SPLITS, Plan, SplitPlan, plan_split
+from beam_jobs.plan import Plan, SplitPlan, plan_split
+from beam_jobs.raw import SPLITS, Index
 from beam_jobs.shards import FINGERPRINTS, WrittenShard, contents_digest, file_crc32c
 from trainer.shared.errors import UserError
 from trainer.shared.records import Manifest, Shard, Split, reading_places

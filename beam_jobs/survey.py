@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from beam_jobs import archives, files, images, proof
-from beam_jobs.plan import SPLITS, Plan, plan_split
+from beam_jobs import images, proof
+from beam_jobs.plan import Plan, plan_split
+from beam_jobs.raw import SPLITS, index
 from beam_jobs.shards import make_record
 from trainer.shared.errors import UserError
 
@@ -100,11 +101,11 @@ def _seconds_an_image(plan: Plan) -> float:
     seconds = []
     for split in SPLITS:
         of_split = [plan.raw.archives[number] for number in plan.raw.of_split(split)]
-        sample = archives.index(plan.raw, of_split[len(of_split) // 2]).images[:_SAMPLE]
+        sample = index(plan.raw, of_split[len(of_split) // 2]).images[:_SAMPLE]
         begun = time.perf_counter()
         for image in sample:
             try:
-                data = files.read_range(files.join(plan.raw.folder, image.file), image.offset, image.size)
+                data = plan.raw.read(split, image, 0, image.size)
                 make_record(split, 0, image.label, images.prepare(data, plan.images).encoded)
             except (images.UnreadableImageError, UserError):
                 continue

@@ -364,7 +364,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--preset {args.preset} needs --raw DIR, the folder of the raw archives; only the demo makes its own")
     root = _make_root(args.root)
 
-    from beam_jobs.archives import raw_identity
+    from beam_jobs.raw import raw_identity
 
     raw = _demo_raw(root) if args.raw is None else args.raw if "://" in args.raw else str(_absolute(args.raw))
     overrides, linear_eval_overrides = split_overrides(args.overrides)
@@ -442,7 +442,7 @@ def _arguments_again(args: argparse.Namespace, before: Mapping[str, Any]) -> dic
 
     arguments = {**before, "code_version": step_version(args.component)}
     if args.component == "build-tfrecords":
-        from beam_jobs.archives import raw_identity
+        from beam_jobs.raw import raw_identity
 
         arguments |= {"raw_identity": raw_identity(arguments["raw"]), "beam_args": []}
     else:

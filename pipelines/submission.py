@@ -379,7 +379,7 @@ def _check_raw(submission: Submission) -> tuple[str, str]:
     """Returns what identifies the raw data, and a word on it."""
     from apache_beam.io.filesystem import BeamIOError
 
-    from beam_jobs.archives import raw_identity
+    from beam_jobs.raw import raw_identity
 
     bucket = submission.raw.removeprefix("gs://").partition("/")[0]
     with _storage_errors(bucket, "roles/storage.objectViewer and roles/storage.legacyBucketReader on it allow it"):

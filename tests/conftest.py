@@ -116,7 +116,7 @@ def raw(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def built(raw, tmp_path_factory) -> Path:
     """The dataset of `raw`, in 2 shards a split."""
-    from beam_jobs.build_tfrecords import build
+    from beam_jobs.job import build
 
     folder = tmp_path_factory.mktemp("built") / "output"
     build(str(raw), str(folder), num_shards=2)

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from beam_jobs import archives
+from beam_jobs.layouts.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
+from beam_jobs.layouts.labels import VALIDATION_LABELS
 from beam_jobs.publish import CONVERSION
 from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, read_manifest
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
-TRAIN, VALIDATION, OF_VALIDATION = archives.TRAIN_ARCHIVE, archives.VALIDATION_ARCHIVE, archives.VALIDATION_LABELS
+TRAIN, VALIDATION, OF_VALIDATION = TRAIN_ARCHIVE, VALIDATION_ARCHIVE, VALIDATION_LABELS
 SYNSETS = ("n01000001", "n01000002", "n02000001")
 
 
@@ -42,10 +43,10 @@ def write_raw(
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     inner = {f"{synset}.tar": tar(images) for synset, images in train.items()}
-    (folder / archives.TRAIN_ARCHIVE).write_bytes(tar(inner))
-    (folder / archives.VALIDATION_ARCHIVE).write_bytes(tar(validation))
+    (folder / TRAIN).write_bytes(tar(inner))
+    (folder / VALIDATION).write_bytes(tar(validation))
     if labels is not None:
-        (folder / archives.VALIDATION_LABELS).write_text("".join(f"{label}\n" for label in labels))
+        (folder / OF_VALIDATION).write_text("".join(f"{label}\n" for label in labels))
     return folder
 
 

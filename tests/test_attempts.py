@@ -97,7 +97,7 @@ def job(world):
 
 
 NEVER = {
-    "build-tfrecords": "beam_jobs.build_tfrecords.build",
+    "build-tfrecords": "beam_jobs.job.build",
     "pretrain": "trainer.train.train",
     "linear-eval": "eval.linear_eval.linear_eval",
 }

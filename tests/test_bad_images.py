@@ -24,8 +24,9 @@ from raw_data import (
     validation_images,
 )
 
-from beam_jobs import build_tfrecords, images
-from beam_jobs.build_tfrecords import build, main, plan_only
+from beam_jobs import files, images, survey
+from beam_jobs.build_tfrecords import main
+from beam_jobs.job import build, plan_only
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
 
@@ -414,9 +415,9 @@ def test_the_plan_looks_at_headers_and_ends_only(raw, tmp_path, monkeypatch):
     large = {synset: {f"{n}.JPEG": jpeg(patches("RGB", 300)) for n in range(3)} for synset in SYNSETS}
     folder = raw_as_usual(tmp_path / "raw", train=large)
     sizes: list[int] = []
-    read_range = build_tfrecords.files.read_range
-    monkeypatch.setattr(build_tfrecords.files, "read_range", lambda *a: sizes.append(a[2]) or read_range(*a))
-    monkeypatch.setattr(build_tfrecords.survey, "_seconds_an_image", lambda plan: 1.0)
+    read_range = files.read_range
+    monkeypatch.setattr(files, "read_range", lambda *a: sizes.append(a[2]) or read_range(*a))
+    monkeypatch.setattr(survey, "_seconds_an_image", lambda plan: 1.0)
     planned = plan_only(str(folder), str(tmp_path / "output"))
     assert planned.splits["train"].images == 9
     assert max(sizes) <= max(images.HEAD_BYTES, *(len(data) for data in validation_images().values()))

@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import google_crc32c
@@ -32,10 +33,13 @@ from raw_data import (
     write_raw,
 )
 
-from beam_jobs import archives, convert, files, shards
-from beam_jobs.build_tfrecords import build, main
+from beam_jobs import convert, files, shards
+from beam_jobs.build_tfrecords import main
+from beam_jobs.job import build
 from beam_jobs.proof import LostRecordsError
 from beam_jobs.publish import CONVERSION
+from beam_jobs.raw import open_raw, raw_identity
+from beam_jobs.references import Batch, Indexed
 from trainer.shared.errors import UserError
 from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, RECORDS_PER_BLOCK, read_manifest, reading_places
 
@@ -156,23 +160,27 @@ def test_there_are_no_empty_shards(raw, tmp_path):
 
 
 def lose_one(assigned):
-    (key, references), *others = assigned
-    return [(key, references[1:]), *others]
+    (key, batch), *others = assigned
+    return [(key, Batch(batch.references[1:])), *others]
 
 
 def double_one(assigned):
-    (key, references), *others = assigned
-    return [(key, [*references, references[0]]), *others]
+    (key, batch), *others = assigned
+    return [(key, Batch([*batch.references, batch.references[0]])), *others]
 
 
 def mislabel_one(assigned):
-    (key, [(place, image_id, name, label, *rest), *references]), *others = assigned
-    return [(key, [(place, image_id, name, 1 - label, *rest), *references]), *others]
+    (key, batch), *others = assigned
+    first, *references = batch.references
+    mislabelled = first._replace(image=first.image._replace(label=1 - first.image.label))
+    return [(key, Batch([mislabelled, *references])), *others]
 
 
 def exchange_two_ids(assigned):
-    (key, [(place_1, id_1, *image_1), (place_2, id_2, *image_2), *references]), *others = assigned
-    return [(key, [(place_1, id_2, *image_1), (place_2, id_1, *image_2), *references]), *others]
+    (key, batch), *others = assigned
+    first, second, *references = batch.references
+    exchanged = first._replace(image_id=second.image_id), second._replace(image_id=first.image_id)
+    return [(key, Batch([*exchanged, *references])), *others]
 
 
 def lose_a_shard(assigned):
@@ -189,7 +197,7 @@ def test_what_goes_wrong_between_workers_is_caught_and_nothing_published(fault, 
 
     def faulty(indexed, plan, counts):
         assigned = list(assign_ids(indexed, plan, counts))
-        return fault(assigned) if indexed[0] == 0 or fault in (lose_a_shard, lose_all) else assigned
+        return fault(assigned) if indexed.archive == 0 or fault in (lose_a_shard, lose_all) else assigned
 
     monkeypatch.setattr(convert, "assign_ids", faulty)
     with pytest.raises(LostRecordsError, match="nothing was published"):
@@ -201,7 +209,7 @@ def test_a_lost_archive_is_caught(raw, tmp_path, monkeypatch):
     index_archive = convert.index_archive
 
     def faulty(number, plan):
-        return (1, []) if number == 1 else index_archive(number, plan)
+        return Indexed(1, []) if number == 1 else index_archive(number, plan)
 
     monkeypatch.setattr(convert, "index_archive", faulty)
     with pytest.raises(LostRecordsError, match=r"lost ILSVRC2012_img_train.tar/n01000002.tar"):
@@ -391,27 +399,27 @@ def test_imagenets_own_validation_labels_are_known(tmp_path):
     import tensorflow_datasets as tfds
 
     synsets = (Path(tfds.__file__).parent / "datasets" / "imagenet2012" / "labels.txt").read_text().split()
-    opened = archives.open_raw(str(write_raw(tmp_path, {synset: {} for synset in synsets}, validation_images(1), labels=None)))
+    opened = open_raw(str(write_raw(tmp_path, {synset: {} for synset in synsets}, validation_images(1), labels=None)))
     assert opened.synsets == tuple(sorted(synsets))
-    of_validation = opened.archives[-1].labels
-    assert np.bincount(of_validation).tolist() == [50] * 1000
-    assert opened.synsets[of_validation[0]] == "n01751748"  # ILSVRC2012_val_00000001 is a sea snake
+    of_validation = opened.archives[-1].synsets
+    assert Counter(of_validation) == dict.fromkeys(synsets, 50)
+    assert of_validation[0] == "n01751748"  # ILSVRC2012_val_00000001 is a sea snake
 
 
 def test_identity_of_raw_data_changes_with_each_of_its_files(tmp_path):
     raw = raw_as_usual(tmp_path)
-    identities = [archives.raw_identity(str(raw))]
-    assert archives.raw_identity(str(raw)) == identities[0]
+    identities = [raw_identity(str(raw))]
+    assert raw_identity(str(raw)) == identities[0]
     for name in (TRAIN, VALIDATION, OF_VALIDATION):
         os.utime(raw / name, (1, 1))
-        identities.append(archives.raw_identity(str(raw)))
+        identities.append(raw_identity(str(raw)))
     with (raw / OF_VALIDATION).open("a") as file:
         file.write("\n")
     os.utime(raw / OF_VALIDATION, (1, 1))
-    identities.append(archives.raw_identity(str(raw)))
+    identities.append(raw_identity(str(raw)))
     assert len(set(identities)) == 5
     with pytest.raises(UserError, match=f"lacks {TRAIN} .* and {VALIDATION}"):
-        archives.raw_identity(str(tmp_path / "nothing"))
+        raw_identity(str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from test_pipeline import raw_archives
 from vertex.accounts import give_credentials, nothing_leaves_this_machine
 from vertex.google import serving
 
-from beam_jobs import build_tfrecords as conversion
+from beam_jobs import job as conversion
 from components.dataflow import label_of
 from components.steps import build_tfrecords
 from pipelines import cli
@@ -181,6 +181,7 @@ def test_a_job_of_another_conversion_is_not_gone_on_with(environ, no_pauses):
         with pytest.raises(UserError, match=r"job mine \(other\) is active and does something else: "):
             convert("another", dataflow.url, "--job_name=mine")
     assert dataflow.sent == []
+    assert dataflow.count("GET", JOBS) == 1, "trying again does not help"
 
 
 # ---- The end

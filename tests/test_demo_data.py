@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beam_jobs.build_tfrecords import build
+from beam_jobs.job import build
 from pipelines import demo_data
 from pipelines.demo_data import make_raw
 from trainer.shared.errors import UserError

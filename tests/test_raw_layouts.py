@@ -1,6 +1,7 @@
 """Raw images as people have them: archives, extracted folders, subsets of classes, several versions side by side."""
 
 import dataclasses
+import logging
 import tarfile
 from pathlib import Path
 
@@ -16,11 +17,15 @@ from raw_data import (
     picture,
     read_records,
     train_images,
+    validation_images,
     write_raw,
 )
 
-from beam_jobs import archives, proof, subsets
-from beam_jobs.build_tfrecords import build, make_plan
+from beam_jobs import files, proof, subsets
+from beam_jobs.job import build
+from beam_jobs.layouts.layout import Archive, Contents, Found, Layout, ListedImage, Listing
+from beam_jobs.plan import make_plan
+from beam_jobs.raw import index
 from trainer.shared.errors import UserError
 from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, read_manifest
 
@@ -60,6 +65,58 @@ def test_folders_that_are_links_are_followed(raw, built, tmp_path):
         (tmp_path / "raw" / "train" / synset).symlink_to(folder / "train" / synset)
     (tmp_path / "raw" / "val").symlink_to(folder / "val")
     assert build(str(tmp_path / "raw"), str(tmp_path / "output")).fingerprint == read_manifest(str(built)).fingerprint
+
+
+class Backwards(Layout):
+    """SPLIT-SYNSET.NAME, each a file that holds an image's bytes from the last to the first."""
+
+    def expects(self, split):
+        return f"{split}-SYNSET.NAME"
+
+    def recognise(self, folder, split):
+        found = tuple(info for info in files.tree(folder, depth=0) if info.name.startswith(f"{split}-"))
+        return Found(found, "the names say so") if found else None
+
+    def training_archives(self, folder, found):
+        synsets = sorted({info.name[6:15] for info in found.files})
+        return Contents(tuple(Archive("train", f"train-{synset}", "", 0, 1, synset) for synset in synsets), ())
+
+    def validation_archives(self, folder, found, known):
+        return Contents((Archive("validation", "validation-", "", 0, 1),), ())
+
+    def list_images(self, folder, archive):
+        infos = [info for info in files.tree(folder, depth=0) if info.name.startswith(archive.name)]
+        infos.sort(key=lambda info: info.name.partition(".")[2])
+        images = (ListedImage("", info.name, 0, info.size, info.name.split("-")[1].partition(".")[0], "") for info in infos)
+        return Listing(tuple(images), ())
+
+    def read(self, folder, image, start, size):
+        return (Path(folder) / image.file).read_bytes()[::-1][start : start + size]
+
+
+def test_a_new_layout_is_one_class_and_one_entry_of_the_list(raw, built, tmp_path, monkeypatch):
+    from beam_jobs import raw as room
+
+    monkeypatch.setattr(room, "LAYOUTS", (*room.LAYOUTS, Backwards()))
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for synset, images in train_images().items():
+        for name, content in images.items():
+            (folder / f"train-{synset}.{name}").write_bytes(content[::-1])
+    for synset, (name, content) in zip(LABELS, validation_images().items(), strict=True):
+        (folder / f"validation-{synset}.{name}").write_bytes(content[::-1])
+    for options in ({}, {"on_bad_image": "skip"}):
+        manifest = build(str(folder), str(tmp_path / f"output{len(options)}"), **options)
+        assert manifest.fingerprint == read_manifest(str(built)).fingerprint
+
+
+def test_a_layout_says_why_it_was_taken(raw, tmp_path, caplog):
+    folder = extract(raw, tmp_path / "raw")
+    (folder / TRAIN).symlink_to(raw / TRAIN)
+    with caplog.at_level(logging.INFO, "beam_jobs"):
+        make_plan(str(folder), "output")
+    assert f"train: {TRAIN} is there" in caplog.messages
+    assert "validation: val/ holds 20 files" in caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -143,9 +200,7 @@ def test_what_claims_to_be_imagenet_must_have_all_its_images(tmp_path):
 
 def test_the_known_counts_are_let_pass(raw):
     plan = dataclasses.replace(make_plan(str(raw), "output"), expected={"train": 150, "validation": 20})
-    of_archives = [
-        {"found": archives.index(plan.raw, archive).found, "problems": [], "rejected": []} for archive in plan.raw.archives
-    ]
+    of_archives = [{"found": index(plan.raw, archive).found, "problems": [], "rejected": []} for archive in plan.raw.archives]
     assert proof.faults(plan, of_archives) == ([], [])
 
 

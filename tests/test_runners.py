@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 from apache_beam.portability.api import beam_runner_api_pb2
-from raw_data import contents
+from raw_data import OF_VALIDATION, TRAIN, contents
 
-from beam_jobs import archives, build_tfrecords, convert, files
-from beam_jobs.build_tfrecords import build
-from beam_jobs.plan import SPLITS
+from beam_jobs import build_tfrecords, convert, files
+from beam_jobs.job import build
+from beam_jobs.plan import make_plan
 from beam_jobs.publish import CONVERSION
+from beam_jobs.raw import SPLITS
+from beam_jobs.references import Batch
 from trainer.shared import files as shared
 from trainer.shared.errors import UserError
 from trainer.shared.records import MANIFEST, manifest_from_json, read_manifest
@@ -86,7 +88,7 @@ def test_twenty_runs_in_three_processes_are_all_exact(raw, references, tmp_path)
 
 KILL = """
 import os, signal, sys
-from beam_jobs import build_tfrecords
+from beam_jobs.job import build
 from trainer.shared import files
 
 raw, root, moments = sys.argv[1], sys.argv[2], [int(moment) for moment in sys.argv[3].split(",")]
@@ -110,7 +112,7 @@ for number, moment in enumerate(moments):
                 return file
 
             files._create = dying
-            build_tfrecords.build(raw, f"{root}/{moment}-{when}", num_shards=8)
+            build(raw, f"{root}/{moment}-{when}", num_shards=8)
             os._exit(0)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), f"not killed at {moment}"
 """
@@ -173,10 +175,10 @@ def test_raw_data_that_changed_meanwhile_is_read_again(raw, references, tmp_path
     copy.mkdir()
     for path in raw.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    (copy / archives.VALIDATION_LABELS).write_text("n01000001\n" * 20)
+    (copy / OF_VALIDATION).write_text("n01000001\n" * 20)
     output = tmp_path / "output"
     interrupted(copy, output, monkeypatch, num_shards=8)
-    (copy / archives.VALIDATION_LABELS).write_bytes((raw / archives.VALIDATION_LABELS).read_bytes())
+    (copy / OF_VALIDATION).write_bytes((raw / OF_VALIDATION).read_bytes())
     build(str(copy), str(output), num_shards=8)
     assert contents(output) == references[8]
 
@@ -196,7 +198,7 @@ def test_a_job_that_is_told_to_end_keeps_finished_shards(raw, references, tmp_pa
     """The signal comes when some shards are written, in the main thread, where Beam makes an error of it."""
     code = f"""
 import os, signal, sys
-from beam_jobs import build_tfrecords
+from beam_jobs.build_tfrecords import main
 from trainer.shared import files
 create, shards = files._create, []
 def creating(path):
@@ -205,7 +207,7 @@ def creating(path):
         os.kill(os.getpid(), {int(number)})
     return create(path)
 files._create = creating
-sys.exit(build_tfrecords.main(["--raw", {str(raw)!r}, "--output", {str(tmp_path / "output")!r}, "--num-shards", "8"]))
+sys.exit(main(["--raw", {str(raw)!r}, "--output", {str(tmp_path / "output")!r}, "--num-shards", "8"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], done.stderr
@@ -222,14 +224,14 @@ sys.exit(build_tfrecords.main(["--raw", {str(raw)!r}, "--output", {str(tmp_path 
 def test_no_worker_outlives_a_killed_job(raw, tmp_path):
     code = f"""
 import os, signal
-from beam_jobs import build_tfrecords, convert
-write = convert.write_references
+from beam_jobs import convert
+from beam_jobs.job import build
 def stuck(*arguments):
     os.write(1, b"%d\\n" % os.getpid())  # two workers' prints could mix
     import time
     while True: time.sleep(60)
-convert.write_references = stuck
-build_tfrecords.build({str(raw)!r}, {str(tmp_path / "output")!r}, num_shards=4, processes=2)
+convert.write_batch = stuck
+build({str(raw)!r}, {str(tmp_path / "output")!r}, num_shards=4, processes=2)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     workers = [int(process.stdout.readline()) for _ in range(2)]
@@ -248,17 +250,17 @@ def is_alive(process: int) -> bool:
 
 
 def test_a_work_item_done_twice_at_a_time_leaves_one_whole_shard(raw, references, tmp_path):
-    plan = build_tfrecords.make_plan(str(raw), str(tmp_path / "output"), num_shards=8)
+    plan = make_plan(str(raw), str(tmp_path / "output"), num_shards=8)
     indexed = [convert.index_archive(number, plan) for number in range(len(plan.raw.archives))]
     counts = dict(map(convert.count_images, indexed))
     groups: dict[tuple[str, str], list] = {}
     for one in indexed:
-        for key, of_shard in convert.assign_ids(one, plan, counts):
-            groups.setdefault(key, []).extend(of_shard)
+        for key, batch in convert.assign_ids(one, plan, counts):
+            groups.setdefault(key, []).extend(batch.references)
     assert {split for split, _ in groups} == set(SPLITS)
     with ThreadPoolExecutor(4) as pool:
         tasks = [
-            pool.submit(convert.write_references, plan, split, file, list(of_shard))
+            pool.submit(convert.write_batch, plan, split, file, Batch(list(of_shard)))
             for (split, file), of_shard in groups.items()
             for _ in range(3)
         ]
@@ -330,8 +332,8 @@ def test_gs_to_gs_gives_the_same_bytes_by_ranged_reads(raw, references, bucket, 
 
     with monkeypatch.context() as patch:
         patch.setattr(Blob, "download_as_bytes", counting)
-        content = files.read_range("gs://bucket/raw/" + archives.TRAIN_ARCHIVE, 5000, 3000)
-    assert content == (raw / archives.TRAIN_ARCHIVE).read_bytes()[5000:8000]
+        content = files.read_range("gs://bucket/raw/" + TRAIN, 5000, 3000)
+    assert content == (raw / TRAIN).read_bytes()[5000:8000]
     assert asked == [3000]
     build("gs://bucket/raw", "gs://bucket/out/1.0.0", name="images", num_shards=8)
     written = {blob.name.removeprefix("out/1.0.0/"): blob.download_as_bytes() for blob in bucket.list_blobs(prefix="out/")}

@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from vertex.accounts import KEY, give_credentials, nothing_leaves_this_machine
 from vertex.google import serving
 
-from beam_jobs.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
+from beam_jobs.layouts.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
 from pipelines import cli, plan, submission, vertex
 
 PROJECT, REGION, TAG = "my-project", "europe-west4", "0123456789ab"

@@ -155,7 +155,7 @@ def run_tfds(raw: Path, output: Path) -> float:
 
 
 def run_job(raw: Path, output: Path, processes: int) -> float:
-    from beam_jobs.build_tfrecords import build
+    from beam_jobs.job import build
 
     begun = time.perf_counter()
     build(str(raw), str(output), processes=processes)

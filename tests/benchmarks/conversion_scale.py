@@ -13,15 +13,20 @@ import resource
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import apache_beam as beam
 import numpy as np
 from PIL import Image
 
-from beam_jobs import build_tfrecords, convert
-from beam_jobs.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE, VALIDATION_LABELS
-from beam_jobs.plan import SPLITS
+from beam_jobs import convert
+from beam_jobs.job import build
+from beam_jobs.layouts.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
+from beam_jobs.layouts.labels import VALIDATION_LABELS
+from beam_jobs.plan import make_plan
+from beam_jobs.raw import SPLITS
+from beam_jobs.references import Batch
 
 SYNSETS, TRAIN, VALIDATION, SHARDS = 1000, 1_281_167, 50_000, 1100
 
@@ -61,13 +66,13 @@ def write_raw(folder: Path) -> None:
 
 def index_and_plan(raw: Path, output: Path) -> int:
     """Returns how many images the groups refer to."""
-    plan = build_tfrecords.make_plan(str(raw), str(output), num_shards=SHARDS)
+    plan = make_plan(str(raw), str(output), num_shards=SHARDS)
     seen = output / "counts"
     seen.mkdir(parents=True)
 
-    def count(group: convert.Group) -> None:
-        (_, file), references = group
-        (seen / file).write_text(str(sum(map(len, references))))
+    def count(grouped: tuple[convert.ShardKey, Iterable[Batch]]) -> None:
+        (_, file), batches = grouped
+        (seen / file).write_text(str(sum(len(batch.references) for batch in batches)))
 
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         indexed = pipeline | convert.Index(plan)
@@ -91,7 +96,7 @@ def main() -> None:
         write_raw(raw)
         begun = time.perf_counter()
         if args.convert:
-            manifest = build_tfrecords.build(str(raw), str(output), num_shards=SHARDS)
+            manifest = build(str(raw), str(output), num_shards=SHARDS)
             count = sum(split.records for split in manifest.splits.values())
         else:
             count = index_and_plan(raw, output)

@@ -1,0 +1,163 @@
+"""One conversion from start to finish: plans it, runs its pipeline, watches it, and goes on with what an earlier run left."""
+
+import re
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from beam_jobs import dataflow, files, proof, survey
+from beam_jobs.convert import Convert, Index, Writers, local_writers
+from beam_jobs.ending import ends_on_sigterm
+from beam_jobs.plan import Plan, make_plan
+from beam_jobs.publish import publish, was_made_by
+from beam_jobs.runners import make_pipeline, names_runner, run
+from trainer.shared.errors import UserError
+from trainer.shared.files import is_local
+from trainer.shared.records import MANIFEST, Manifest, manifest_from_json
+
+_SHARD_FILE = re.compile(r".+\.tfrecord-\d{5}-of-\d{5}")
+_IDENTITY = "IDENTITY"
+"""File in the work folder: the `Plan.identity` of the unfinished job."""
+_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_REMOTE_LOOKS = 10.0
+
+
+def ignore(*_: object) -> None:
+    """Does nothing."""
+
+
+@ends_on_sigterm()
+def build(
+    raw: str,
+    output: str,
+    *,
+    processes: int | None = None,
+    beam_args: Sequence[str] = (),
+    report: Callable[[int, int], None] = ignore,
+    **options: Any,
+) -> Manifest:
+    """Converts the raw images in the folder `raw` to a dataset in the folder `output`, and returns its manifest.
+
+    `processes` run on this machine, one by default; `beam_args` are Beam's own options, for any other runner; `report` is
+    called with how many parts of the job are done and how many there are, from another thread; `options` are those of
+    `make_plan`. The output is the same to the byte whatever the runner.
+
+    A dataset that the same conversion finished before is left as it is. One of other raw data or options raises UserError.
+    On Dataflow, an earlier attempt's job of the same conversion is gone on with where it still runs. SIGTERM and Ctrl-C cancel
+    the job.
+
+    Raises UserError for input that cannot be converted whole, after reading all of it, and `proof.LostRecordsError`; then
+    `output` has neither manifest nor shards. Interrupted, or without room, it has finished shards, which the same call uses.
+    """
+    plan = make_plan(raw, output, **options)
+    pipeline = make_pipeline(beam_args, processes)
+    job = dataflow.Conversion(pipeline, plan) if dataflow.is_dataflow(pipeline) else None
+    running = job.running() if job else None
+    if files.find(files.join(output, MANIFEST)):
+        # Its work folder is there where an earlier job of this kind was interrupted when all but clearing up was done.
+        if _made_here(plan) != plan.identity and not was_made_by(plan):
+            raise _finished(plan)
+        print(f"{output} is already there: the same conversion finished before", file=sys.stderr, flush=True)
+        return publish(plan)
+    if not running:  # else its workers write there
+        _prepare(plan)
+        pipeline | Convert(plan, Writers() if names_runner(beam_args) else local_writers(processes or 1))
+    with _watched(plan, report), job.watched() if job else nullcontext():
+        try:
+            if job:
+                run(lambda: job.wait(running or pipeline.run()))
+            else:
+                run(lambda: pipeline.run().wait_until_finish())
+            return publish(plan)
+        except (proof.FaultsError, proof.LostRecordsError):
+            _remove_leftovers(plan)
+            raise
+
+
+def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any) -> None:
+    """Describes the job that `build` would run, to Dataflow: a template, or nothing at all, as `beam_args` ask for.
+
+    A template's job proves and publishes by itself; it is for these raw images and this output only.
+    """
+    plan = make_plan(raw, output, **options)
+    pipeline = make_pipeline(beam_args, None)
+    pipeline | Convert(plan, Writers())
+    pipeline.run()
+
+
+def plan_only(
+    raw: str, output: str, *, processes: int | None = None, beam_args: Sequence[str] = (), **options: Any
+) -> survey.Survey:
+    """Returns what `build` would do with the same arguments, having looked at every image's header; writes nothing that stays."""
+    plan = make_plan(raw, output, **options)
+    local = is_local(output)
+    work = tempfile.mkdtemp(prefix="sogclr-plan-") if local else files.join(output, f".plan-{uuid.uuid4().hex}")
+    pipeline = make_pipeline(beam_args, processes)
+    try:
+        looking = survey.looking_plan(plan, work)
+        pipeline | Index(looking)
+        run(lambda: pipeline.run().wait_until_finish())
+        return survey.survey(plan, proof.archive_reports(looking))
+    finally:
+        files.delete_folder(work)
+
+
+def _finished(plan: Plan) -> UserError:
+    text = files.read(files.join(plan.output, MANIFEST)).decode(errors="replace")
+    try:
+        holds = f"a finished dataset, fingerprint {manifest_from_json(text).fingerprint}"
+    except (ValueError, KeyError, TypeError):
+        holds = f"a {MANIFEST} of something else"
+    return UserError(f"{plan.output} has {holds}: give another folder, or delete this one first")
+
+
+def _prepare(plan: Plan) -> None:
+    """Makes the output folder ready: an interrupted job's shards stay where they are those of this plan."""
+    made_here = _made_here(plan)
+    if not made_here and (others := [name for name in files.names(plan.output) if _SHARD_FILE.fullmatch(name)]):
+        raise UserError(f"{plan.output} has {others[0]}, which no unfinished job of this kind left there: give another folder")
+    if made_here != plan.identity:
+        _remove_leftovers(plan)
+    files.delete_temporary(plan.output)
+    files.delete_temporary(plan.work)
+    files.delete([plan.rejected])
+    files.write(files.join(plan.work, _IDENTITY), plan.identity.encode())
+
+
+def _made_here(plan: Plan) -> str:
+    path = files.join(plan.work, _IDENTITY)
+    return files.read(path).decode() if files.find(path) else ""
+
+
+def _remove_leftovers(plan: Plan) -> None:
+    files.delete([files.join(plan.output, name) for name in files.names(plan.output) if _SHARD_FILE.fullmatch(name)])
+    files.delete_temporary(plan.output)
+    files.delete_folder(plan.work)
+
+
+@contextmanager
+def _watched(plan: Plan, report: Callable[[int, int], None]) -> Iterator[None]:
+    """Reports while the block runs: a part for each archive, each shard, and for proving and publishing."""
+    total = len(plan.raw.archives) + sum(plan.num_shards.values()) + 1
+    ended = threading.Event()
+    pause = _SECONDS_BETWEEN_LOOKS if is_local(plan.work) else _SECONDS_BETWEEN_REMOTE_LOOKS
+
+    def watch() -> None:
+        done = 0
+        while not ended.wait(pause):
+            done = max(done, min(proof.count_reports(plan), total - 1))
+            report(done, total)
+
+    report(0, total)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    report(total, total)

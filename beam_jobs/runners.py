@@ -1,0 +1,77 @@
+"""Beam's side of the command: its options, its runner, and this project's own errors out of whatever Beam makes of them."""
+
+import re
+import traceback
+from collections.abc import Callable, Sequence
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, TestOptions
+
+from beam_jobs import proof
+from trainer.shared.errors import UserError
+
+_DASK = "--runner=DaskRunner"
+"""Beam knows this runner by a longer name only."""
+
+
+def make_pipeline(beam_args: Sequence[str], processes: int | None) -> beam.Pipeline:
+    """Returns an empty pipeline with Beam's options `beam_args`, on this machine unless they name a runner.
+
+    Raises UserError for options that Beam does not know, and for `processes` with a runner that does not run on this machine.
+    """
+    if processes is not None and processes < 1:
+        raise UserError(f"processes={processes} makes no sense: it must be at least 1")
+    if processes is not None and names_runner(beam_args):
+        raise UserError("processes are those of this machine: with --runner, give that runner's own options")
+    arguments = list(beam_args)
+    if _DASK in arguments:
+        arguments[arguments.index(_DASK)] = "--runner=apache_beam.runners.dask.dask_runner.DaskRunner"
+        if not any(argument.startswith(("--dask_npartitions", "--dask_partition_size")) for argument in arguments):
+            arguments.append("--dask_partition_size=1")  # by default it does 128 shards on one worker
+    options = PipelineOptions(arguments if names_runner(beam_args) else [*arguments, "--runner=FnApiRunner"])
+    try:
+        pipeline = beam.Pipeline(options=options)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"Beam cannot run with {' '.join(beam_args)}: {' '.join(str(error).split())}") from error
+    # Beam itself ignores a misspelt option.
+    unknown = options.get_all_options(retain_unknown_options=True).keys() - options.get_all_options().keys()
+    if unknown:
+        names = [
+            name for name in (argument.split("=")[0] for argument in beam_args) if name.lstrip("-").replace("-", "_") in unknown
+        ]
+        raise UserError(f"there is no option {', '.join(names)}, neither here nor in Beam; --help lists those of this job")
+    return pipeline
+
+
+def names_runner(beam_args: Sequence[str]) -> bool:
+    """Returns whether Beam's options choose a runner."""
+    return any(argument.split("=")[0] == "--runner" for argument in beam_args)
+
+
+def only_describes(beam_args: Sequence[str]) -> bool:
+    """Returns whether Beam's options ask for a template or a dry run on Dataflow, so that no image is converted."""
+    options = PipelineOptions(list(beam_args))
+    return bool(options.view_as(GoogleCloudOptions).template_location or options.view_as(TestOptions).dry_run)
+
+
+def run(pipeline: Callable[[], object]) -> None:
+    """Runs a pipeline to its end. Raises this project's own errors as themselves, although runners wrap them."""
+    try:
+        pipeline()
+    except Exception as error:
+        if told := _interruption(error):
+            raise told from None
+        text = "".join(traceback.format_exception(error))
+        for kind in (proof.FaultsError, proof.LostRecordsError, UserError):
+            if found := re.findall(rf"\b{kind.__name__}: (.+?)(?: \[while running .*)?$", text, re.MULTILINE):
+                raise kind(found[-1]) from error
+        raise
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | SystemExit | None:
+    """Returns the Ctrl-C or the SIGTERM that Beam made an error of: in one process, its workers run in the main thread."""
+    while error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
