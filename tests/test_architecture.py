@@ -48,7 +48,7 @@ def test_the_import_rules_hold():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("module", ["eval.export", "eval.serving", "eval.task", "trainer.task", "trainer.lowering"])
+@pytest.mark.parametrize("module", ["eval.export.encoder", "eval.serving", "eval.task", "trainer.task", "trainer.lowering"])
 def test_onednn_is_turned_on_before_tensorflow_is_imported(module):
     """Ends where TensorFlow is about to be imported, with 0 if oneDNN is on by then."""
     script = f"""

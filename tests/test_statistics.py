@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.statistics import bootstrap_interval, mean_and_spread, paired_test
+from eval.measure.statistics import bootstrap_interval, mean_and_spread, paired_test
 
 
 def test_an_interval_of_rights_and_wrongs_is_that_of_plain_resampling():

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eval.show.words import between as between
+from eval.show.words import percent as percent
+
 
 class Section(NamedTuple):
     """A part of a page. `lede` says in a sentence or two what is to be seen, `body` is HTML."""
@@ -135,15 +138,6 @@ def scatter(
 def heading(words: str, columns: int = 1) -> str:
     """Returns a heading above `columns` of a grid."""
     return f'<div class="head" style="grid-column:span {columns}">{text(words)}</div>'
-
-
-def percent(value: float) -> str:
-    return f"{value:.1%}"
-
-
-def between(low: float, high: float) -> str:
-    """Returns an interval of fractions in per cent."""
-    return f"{100 * low:.1f} to {100 * high:.1f}%"
 
 
 _POINTED = 96

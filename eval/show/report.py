@@ -11,14 +11,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-import eval.figures as figures
-import eval.page as page
-import eval.pictures as pictures
-from eval.evaluation import Evaluation, description_of, read_evaluation, settings_in_words
-from eval.features import Features, StoredFeatures, read_features
-from eval.figures import History, Interval
-from eval.linear_eval import Accuracy
-from eval.neighbours import nearest_neighbours
+from eval.measure.evaluation import Accuracy, Evaluation, read_evaluation
+from eval.measure.features import Features, StoredFeatures, read_features
+from eval.measure.neighbours import nearest_neighbours
+from eval.measure.protocols import description_of
+from eval.show import figures, page, pictures
+from eval.show.figures import History, Interval
+from eval.show.words import settings_in_words
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
@@ -89,7 +88,7 @@ def write_report(
     """
     found = read_evaluation(evaluation)
     checkpoint = checkpoints.load(found.result["checkpoint"])
-    config, about = read_config(checkpoint.path.rpartition("/")[0])
+    config, about = read_config(checkpoints.run_folder(checkpoint.path))
     run = _Run(found, data_dir, read_manifest(data_dir), config, about, checkpoint, history or {}, runs or {})
     drawn: dict[str, Figure] = {}
     sections = [

@@ -2,17 +2,16 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
-import eval.figures as figures
-import eval.page as page
-from eval.evaluation import Evaluation, description_of, read_evaluation, settings_in_words
-from eval.figures import SERIES, History, Interval
-from eval.linear_eval import Accuracy
-from eval.statistics import MeanAndSpread, PairedTest, mean_and_spread, paired_test
+from eval.measure.evaluation import Accuracy, Evaluation, read_evaluation
+from eval.measure.protocols import description_of
+from eval.measure.statistics import MeanAndSpread, PairedTest, holm_correction, mean_and_spread, paired_test
+from eval.show import figures, page
+from eval.show.figures import SERIES, History, Interval
+from eval.show.words import settings_in_words
+from trainer.checkpoint import run_folder
 from trainer.shared.errors import UserError
 from trainer.train import read_config
 
@@ -65,7 +64,7 @@ class Comparison:
 def read_candidate(run_id: str, folder: str, history: History) -> Candidate:
     """Returns a run by what its evaluation left in `folder`. Raises UserError where that, or its checkpoint's config, is gone."""
     evaluation = read_evaluation(folder)
-    config, about = read_config(evaluation.result["checkpoint"].rpartition("/")[0])
+    config, about = read_config(run_folder(evaluation.result["checkpoint"]))
     settings = {name: value for name, value in asdict(config).items() if name != "linear_eval"}
     settings |= {f"linear_eval.{name}": value for name, value in evaluation.result["linear_eval"].items()}
     rest = {
@@ -108,14 +107,8 @@ def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
     corrected = []
     for protocol in dict.fromkeys(pair.protocol for pair in pairs):
         family = [pair for pair in pairs if pair.protocol == protocol]
-        smallest = 0.0
-        found = {}
-        for rank, number in enumerate(np.argsort([pair.test.p_value for pair in family], kind="stable")):
-            smallest = max(smallest, min(1.0, (len(family) - rank) * family[number].test.p_value))
-            found[int(number)] = smallest
-        corrected += [
-            Pair(pair.protocol, pair.first, pair.second, pair.test, found[number]) for number, pair in enumerate(family)
-        ]
+        p_values = holm_correction([pair.test.p_value for pair in family])
+        corrected += [replace(pair, corrected_p_value=p_value) for pair, p_value in zip(family, p_values, strict=True)]
     return corrected
 
 
