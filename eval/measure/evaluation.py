@@ -51,6 +51,11 @@ class Accuracy:
         """Name of its predictions."""
         return self.protocol if self.encoder == "pretrained" else f"{self.encoder}_{self.protocol}"
 
+    @property
+    def settings_in_words(self) -> str:
+        settings = self.settings.items()
+        return ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in settings)
+
 
 def read_accuracy(row: Mapping[str, Any]) -> Accuracy:
     """Returns the row that `asdict` made a dict of, as in result.json."""

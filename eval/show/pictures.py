@@ -1,6 +1,5 @@
-"""Pictures of a dataset's images by ID: read from the shards, cropped, and written into pages."""
+"""Pictures of a dataset's images by ID: read from the shards, and cropped."""
 
-import base64
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -92,10 +91,3 @@ def sheet(thumbnails: Mapping[int, Image.Image], side: int, columns: int) -> Ima
     for number, picture in enumerate(thumbnails.values()):
         whole.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (number % columns * side, number // columns * side))
     return whole
-
-
-def data_uri(picture: Image.Image, quality: int = 85) -> str:
-    """Returns a picture as the text that a page holds in the place of an address."""
-    out = io.BytesIO()
-    picture.save(out, "jpeg", quality=quality)
-    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"

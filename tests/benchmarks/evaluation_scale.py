@@ -145,13 +145,13 @@ def knn(train: Any, validation: Any, classes: int, passes: int, part: float) -> 
 def report(train: Any, validation: Any, classes: int, passes: int, part: float) -> dict[str, Any]:
     """The neighbours of eight images and the map of 2,000."""
     from eval.measure.neighbours import nearest_neighbours
-    from eval.show.report import _spread
+    from eval.show.samples import spread
 
     whole = validation.whole()
     begun = time.perf_counter()
     nearest_neighbours(train, whole.values[:8], 7)
     between = time.perf_counter()
-    _spread(whole.values[:2000])
+    spread(whole.values[:2000])
     return {"neighbours_seconds": round(between - begun, 1), "map_seconds": round(time.perf_counter() - between, 1)}
 
 
