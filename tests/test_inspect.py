@@ -31,16 +31,18 @@ def test_the_page_shows_counts_classes_sizes_and_pictures(built):
     page = inspect.page(str(built))
     manifest = read_manifest(str(built))
     assert manifest.fingerprint in page
-    assert "<td>train</td><td>150</td><td>2</td>" in page
+    assert '<td>train</td><td class="number">150</td><td class="number">2</td>' in page
     for synset in SYNSETS:
         assert f"<title>{synset}: 50</title>" in page
-    encoded = re.search(r"data:image/jpeg;base64,([\w+/=]+)", page)[1]
-    with Image.open(io.BytesIO(base64.b64decode(encoded))) as sheet:
-        assert sheet.width > 8 * 20
+    pictures = re.findall(r'"data:image/jpeg;base64,([\w+/=]+)" alt="an image of class (\w+)"', page)
+    assert [synset for _, synset in pictures] == [synset for synset in SYNSETS for _ in range(8)]
+    for encoded, _ in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+            assert picture.size == (20, 24)
     assert "src=" not in page.replace('src="data:', "")  # needs no other file
 
 
-def test_the_contact_sheet_has_each_class_in_its_row(built):
+def test_pictures_stand_with_their_class(built):
     manifest = read_manifest(str(built))
     of_class = {synset: {content for one, content in expected("train") if one == synset} for synset in SYNSETS}
     for label, shown in inspect._images_by_class(str(built), manifest, "train", range(3)):
