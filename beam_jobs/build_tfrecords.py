@@ -372,7 +372,7 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
         print(f"{name}: {split['images']} images, {split['repaired']} of them repaired{more}, in {split['shards']} shards")
     print(f"classes: {summary['classes']}")
     print(f"fingerprint: {summary['fingerprint']}")
-    print(f"look at it: python -m beam_jobs.inspect {summary['output']}")
+    print(f"look at it: python -m beam_jobs.inspect_dataset {summary['output']}")
     print(f"next: python -m trainer.task --preset NAME --data {summary['output']} --checkpoint-dir DIR")
 
 

@@ -25,7 +25,7 @@ def build_tfrecords(
     import logging
     import sys
 
-    from beam_jobs import inspect
+    from beam_jobs import inspect_dataset
     from beam_jobs.build_tfrecords import build
     from components import tracking
     from components.dataflow import JOB_LABEL, label_of
@@ -50,7 +50,7 @@ def build_tfrecords(
             classes=manifest.num_classes,
         )
         run.log_dataset(dataset, "output")
-        run.log_text(inspect.page(dataset.uri), "dataset.html")
+        run.log_text(inspect_dataset.page(dataset.uri), "dataset.html")
         run.log_metrics(
             {
                 "data/train_images": train.records,

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from raw_data import SYNSETS, expected, raw_as_usual, read_records, train_images
 
-from beam_jobs import inspect
+from beam_jobs import inspect_dataset
 from beam_jobs.build_tfrecords import build
 from trainer.shared.errors import UserError
 from trainer.shared.records import decode_example, read_manifest
@@ -19,7 +19,7 @@ from trainer.shared.records import decode_example, read_manifest
 
 def test_a_whole_dataset_has_no_problems(built):
     for full in (False, True):
-        found = inspect.inspect(str(built), full=full)
+        found = inspect_dataset.inspect(str(built), full=full)
         assert found.problems == ()
         assert found.statistics["train"].images == 150
         assert found.statistics["train"].width == (20, 20, 20, 20)
@@ -28,7 +28,7 @@ def test_a_whole_dataset_has_no_problems(built):
 
 
 def test_the_page_shows_counts_classes_sizes_and_pictures(built):
-    page = inspect.page(str(built))
+    page = inspect_dataset.page(str(built))
     manifest = read_manifest(str(built))
     assert manifest.fingerprint in page
     assert '<td>train</td><td class="number">150</td><td class="number">2</td>' in page
@@ -45,7 +45,7 @@ def test_the_page_shows_counts_classes_sizes_and_pictures(built):
 def test_pictures_stand_with_their_class(built):
     manifest = read_manifest(str(built))
     of_class = {synset: {content for one, content in expected("train") if one == synset} for synset in SYNSETS}
-    for label, shown in inspect._images_by_class(str(built), manifest, "train", range(3)):
+    for label, shown in inspect_dataset._images_by_class(str(built), manifest, "train", range(3)):
         assert len(shown) == len(set(shown)) == 8
         assert set(shown) <= of_class[SYNSETS[label]]
 
@@ -56,7 +56,7 @@ def test_repaired_and_left_out_images_are_listed(tmp_path):
     Image.new("RGB", (9, 9)).save(out, "png")
     train[SYNSETS[0]] |= {"other.JPEG": out.getvalue(), "<gone>.JPEG": b""}
     build(str(raw_as_usual(tmp_path / "raw", train=train)), str(tmp_path / "output"), on_bad_image="skip")
-    page = inspect.page(str(tmp_path / "output"))
+    page = inspect_dataset.page(str(tmp_path / "output"))
     assert "n01000001.tar/other.JPEG</td><td>PNG RGB to JPEG RGB" in page
     assert "n01000001.tar/&lt;gone&gt;.JPEG</td><td>is empty" in page
 
@@ -101,20 +101,20 @@ def test_what_is_wrong_is_seen(spoil, says, only_full, built, tmp_path):
     folder = tmp_path / "dataset"
     shutil.copytree(built, folder)
     spoil(folder)
-    found = inspect.inspect(str(folder), full=only_full)
+    found = inspect_dataset.inspect(str(folder), full=only_full)
     assert any(says in problem for problem in found.problems), found.problems
-    assert says in inspect.to_html(found)
+    assert says in inspect_dataset.to_html(found)
 
 
 def test_the_command_writes_the_page_and_says_whether_all_is_well(built, tmp_path, capsys):
-    assert inspect.main([str(built), "--full", "--output", str(tmp_path / "page.html")]) == 0
+    assert inspect_dataset.main([str(built), "--full", "--output", str(tmp_path / "page.html")]) == 0
     assert "whole: every byte is as it was written" in capsys.readouterr().out
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     shutil.copytree(built, tmp_path / "dataset")
     flip(tmp_path / "dataset" / FILE, 3000)
-    assert inspect.main([str(tmp_path / "dataset"), "--full", "--output", str(tmp_path / "page.html"), "--json"]) == 1
+    assert inspect_dataset.main([str(tmp_path / "dataset"), "--full", "--output", str(tmp_path / "page.html"), "--json"]) == 1
     assert FILE in json.loads(capsys.readouterr().out)["problems"][0]
-    assert inspect.main([str(tmp_path)]) == 2
+    assert inspect_dataset.main([str(tmp_path)]) == 2
     assert "holds no finished dataset" in capsys.readouterr().err
 
 
@@ -130,7 +130,7 @@ def test_records_come_back_as_they_were_encoded(built):
 
 def test_what_is_no_dataset_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no finished dataset"):
-        inspect.inspect(str(tmp_path))
+        inspect_dataset.inspect(str(tmp_path))
 
 
 def test_the_component_leaves_the_page_in_mlflow(raw, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """A dataset at a glance: a page with its counts, pictures and sizes, and whether its shards are what its manifest says.
 
-python -m beam_jobs.inspect DIR                 writes DIR's page to dataset.html
-python -m beam_jobs.inspect DIR --full          reads every byte: checksums, IDs, labels, fingerprint
+python -m beam_jobs.inspect_dataset DIR           writes DIR's page to dataset.html
+python -m beam_jobs.inspect_dataset DIR --full    reads every byte: checksums, IDs, labels, fingerprint
 """
 
 import argparse
@@ -304,7 +304,9 @@ def _listed(rows: list[tuple[str, str]]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m beam_jobs.inspect", description="A dataset at a glance, and whether it is whole.", allow_abbrev=False
+        prog="python -m beam_jobs.inspect_dataset",
+        description="A dataset at a glance, and whether it is whole.",
+        allow_abbrev=False,
     )
     parser.add_argument("folder", metavar="DIR", help="the dataset, local or gs://")
     parser.add_argument("--full", action="store_true", help="read every byte: checksums, IDs, labels, fingerprint")
