@@ -35,7 +35,13 @@ def test_only_tracking_imports_mlflow():
 
 @pytest.mark.parametrize(
     ("module", "absent"),
-    [("pipelines.cli", "tensorflow"), ("beam_jobs.build_tfrecords", "tensorflow"), ("trainer.shared.records", "tensorflow")],
+    [
+        ("pipelines.cli", "tensorflow"),
+        ("beam_jobs.build_tfrecords", "tensorflow"),
+        ("trainer.shared.records", "tensorflow"),
+        ("trainer.shared.blocks", "tensorflow"),
+        ("trainer.shared.page", "tensorflow"),
+    ],
 )
 def test_a_room_that_must_be_light_is(module, absent):
     code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"

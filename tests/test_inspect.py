@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from browser import browsing, needs_chromium
 from PIL import Image
 from raw_data import SYNSETS, expected, raw_as_usual, read_records, train_images
 
@@ -40,6 +41,27 @@ def test_the_page_shows_counts_classes_sizes_and_pictures(built):
         with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
             assert picture.size == (20, 24)
     assert "src=" not in page.replace('src="data:', "")  # needs no other file
+
+
+@needs_chromium
+def test_a_browser_shows_the_page_light_and_dark_and_asks_no_host_for_anything(built, tmp_path):
+    page = tmp_path / "dataset.html"
+    page.write_text(inspect_dataset.page(str(built)))
+    (tmp_path / "browser").mkdir()
+    ground = "getComputedStyle(document.body).backgroundColor"
+    with browsing(tmp_path / "browser") as browser:
+        browser.open(page)
+        assert browser.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        assert browser.evaluate("[...document.querySelectorAll('rect')].every(bar => bar.getBoundingClientRect().height > 50)")
+        assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        grounds = []
+        for scheme in ("light", "dark"):
+            browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            grounds.append(browser.evaluate(ground))
+        assert grounds[0] != grounds[1]
+        assert browser.complaints == []
+        assert [url for url in browser.requests if not url.startswith(("data:", page.as_uri()))] == []
+        assert browser.asked == []
 
 
 def test_pictures_stand_with_their_class(built):
