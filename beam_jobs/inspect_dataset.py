@@ -5,8 +5,6 @@ python -m beam_jobs.inspect_dataset DIR --full    reads every byte: checksums, I
 """
 
 import argparse
-import base64
-import html
 import io
 import itertools
 import json
@@ -17,15 +15,17 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from beam_jobs import files
 from beam_jobs.images import read_jpeg_header
 from beam_jobs.shards import FINGERPRINTS, file_crc32c, fingerprint_term, frame
 from trainer.shared.errors import UserError
+from trainer.shared.page import Picture, Section, data_uri, render
 from trainer.shared.records import (
     MANIFEST,
     RECORDS_PER_BLOCK,
@@ -140,28 +140,6 @@ def inspect(folder: str, *, full: bool = False, report: Callable[[int, int], Non
     return Report(folder, full, tuple(problems), measured)
 
 
-def contact_sheet(folder: str, manifest: Manifest, split: str = "train") -> Image.Image:
-    """Returns a picture of images by class, a row each; of many classes, some that lie evenly among them."""
-    counts = manifest.splits[split].records_per_class
-    labels = [label for (label,) in _evenly([(label,) for label in range(len(counts))], _SHOWN_CLASSES)]
-    margin = 90
-    sheet = Image.new("RGB", (margin + _SHOWN_IMAGES * _THUMBNAIL, len(labels) * _THUMBNAIL), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (label, shown) in enumerate(_images_by_class(folder, manifest, split, labels)):
-        draw.text((4, row * _THUMBNAIL + _THUMBNAIL // 2 - 6), manifest.synsets[label], fill="black")
-        for column, encoded in enumerate(shown):
-            try:
-                with Image.open(io.BytesIO(encoded)) as image:
-                    image.draft("RGB", (_THUMBNAIL, _THUMBNAIL))
-                    thumbnail = image.convert("RGB")
-            except (OSError, SyntaxError):  # what --verify=headers let through stays white
-                continue
-            thumbnail.thumbnail((_THUMBNAIL - 4, _THUMBNAIL - 4))
-            left = margin + column * _THUMBNAIL + (_THUMBNAIL - thumbnail.width) // 2
-            sheet.paste(thumbnail, (left, row * _THUMBNAIL + (_THUMBNAIL - thumbnail.height) // 2))
-    return sheet
-
-
 def page(folder: str, *, full: bool = False, report: Callable[[int, int], None] = ignore) -> str:
     """Returns the page of a dataset as HTML that needs no other file."""
     return to_html(inspect(folder, full=full, report=report))
@@ -171,47 +149,31 @@ def to_html(found: Report) -> str:
     """Returns a report as a page, with the dataset's pictures."""
     manifest = load(found.folder)
     splits = manifest.splits
-    checked = "every byte was read" if found.full else "sizes and a sample; --full reads every byte"
-    verdict = (
-        "<ul>" + "".join(f"<li>{html.escape(problem)}</li>" for problem in found.problems) + "</ul>"
-        if found.problems
-        else f"<p>The shards are what the manifest says ({checked}).</p>"
-    )
+    checked = "Every byte was read." if found.full else "Sizes and a sample were read."
+    counts = " and ".join(f"{split.records:,} {name}" for name, split in splits.items())
+    shown = f"{_SHOWN_CLASSES} of the {manifest.num_classes:,} classes" if manifest.num_classes > _SHOWN_CLASSES else "each class"
+    repaired = [(image["source"], image["done"]) for split in splits.values() for image in split.repaired]
+    left_out = [(image["source"], image["reason"]) for split in splits.values() for image in split.rejected]
     options = ", ".join(f"{name}={value}" for name, value in manifest.options.items()) or "none"
-    counts = [
-        [name, split.records, len(split.shards), f"{sum(shard.bytes for shard in split.shards) / 1e6:,.1f} MB"]
-        for name, split in splits.items()
-    ]
-    for row, split in zip(counts, splits.values(), strict=True):
-        row += [len(split.repaired), len(split.rejected), split.resized]
-    sizes = [
-        [name, what, *(f"{value:,.1f}" for value in getattr(one, field)), f"{one.images:,}", f"{one.grey:.1%}"]
-        for name, one in found.statistics.items()
-        for field, what in (("width", "width, px"), ("height", "height, px"), ("kilobytes", "size, kB"))
-    ]
-    faulty = bool(found.problems)
-    sheet = "" if faulty else f'<img alt="images by class" src="{_data_uri(contact_sheet(found.folder, manifest))}">'
-    treated = [[image["source"], image["done"]] for split in splits.values() for image in split.repaired]
-    left_out = [[image["source"], image["reason"]] for split in splits.values() for image in split.rejected]
-    parts = [
-        f"<h1>{html.escape(manifest.name)}</h1>",
-        f"<p>{manifest.num_classes} classes, fingerprint <code>{manifest.fingerprint}</code>, options: {html.escape(options)}, "
-        f"made by sogclr {html.escape(manifest.tool_version)}</p>",
-        f"<h2>Checks</h2>{verdict}",
-        "<h2>Counts</h2>" + _table(["split", "images", "shards", "bytes", "repaired", "left out", "resized"], counts),
-        "<h2>Images of each class</h2>"
-        + "".join(_histogram(name, split.records_per_class, manifest.synsets) for name, split in splits.items()),
-        "<h2>Sizes</h2>" + _table(["split", "", "least", "median", "mean", "largest", "images measured", "grey"], sizes),
-        f"<h2>Images</h2>{sheet}",
-        "<h2>Repaired</h2>" + _list(treated),
-        "<h2>Left out</h2>" + _list(left_out),
-    ]
-    style = (
-        "body{font:14px sans-serif;margin:2em;max-width:70em}td,th{padding:.2em .8em;text-align:right}"
-        "td:first-child,th:first-child{text-align:left}svg{background:#f4f4f4;display:block;margin:.3em 0 1em}"
+    facts = [("fingerprint", (manifest.fingerprint,)), ("options", options), ("made by", f"sogclr {manifest.tool_version}")]
+    bars = {"splits": [_bars(name, split.records_per_class, manifest.synsets) for name, split in splits.items()]}
+    pictures = {"columns": _SHOWN_IMAGES, "rows": [] if found.problems else _pictures(found.folder, manifest)}
+    return render(
+        Path(__file__).with_name("dataset.html.jinja"),
+        title=f"{manifest.name} {manifest.fingerprint[:12]}",
+        name=manifest.name,
+        about=f"{manifest.num_classes:,} classes, {counts} images",
+        sections=[
+            Section("checks", "Checks", checked, {"problems": found.problems, "full": found.full}),
+            Section("counts", "Counts", "", {"rows": [_counts(name, split) for name, split in splits.items()]}),
+            Section("classes", "Images of each class", "A bar a class, in the order of labels.", bars),
+            Section("sizes", "Sizes", "", {"rows": [row for name, one in found.statistics.items() for row in _sizes(name, one)]}),
+            Section("images", "Images", f"At most {_SHOWN_IMAGES} training images of {shown}.", pictures),
+            Section("repaired", "Repaired", "", _listed(repaired)),
+            Section("left-out", "Left out", "", _listed(left_out)),
+            Section("provenance", "Where it comes from", "", {"facts": facts}),
+        ],
     )
-    title = html.escape(f"{manifest.name} {manifest.fingerprint[:12]}")
-    return f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{style}</style>\n' + "\n".join(parts) + "\n"
 
 
 def _read_whole(folder: str, shard: Shard) -> tuple[Iterator[Record], list[str]]:
@@ -294,37 +256,50 @@ def _evenly(items: list, most: int = _SAMPLED_BLOCKS) -> list:
     return [items[number * len(items) // most] for number in range(most)] if len(items) > most else items
 
 
-def _histogram(name: str, counts: Sequence[int], synsets: Sequence[str]) -> str:
-    width, height = 900, 120
-    bar, most = width / len(counts), max(counts, default=0) or 1
-    bars = "".join(
-        f'<rect x="{label * bar:.2f}" y="{height - count / most * height:.2f}" width="{max(bar - (bar > 3), 0.5):.2f}" '
-        f'height="{count / most * height:.2f}" fill="#47a"><title>{html.escape(synset)}: {count:,}</title></rect>'
-        for label, (count, synset) in enumerate(zip(counts, synsets, strict=True))
-    )
-    least = f"{min(counts, default=0):,} to {max(counts, default=0):,}"
-    return f'<p>{html.escape(name)}: {least} a class</p><svg width="{width}" height="{height}">{bars}</svg>'
+def _counts(name: str, split: Split) -> tuple[str, ...]:
+    numbers = split.records, len(split.shards)
+    treated = len(split.repaired), len(split.rejected), split.resized
+    size = f"{sum(shard.bytes for shard in split.shards) / 1e6:,.1f} MB"
+    return name, *(f"{number:,}" for number in numbers), size, *(f"{number:,}" for number in treated)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    def row(cells: Sequence[object], tag: str) -> str:
-        texts = (f"{cell:,}" if isinstance(cell, int) else html.escape(str(cell)) for cell in cells)
-        return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
-
-    return f"<table>{row(head, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+def _sizes(name: str, measured: Statistics) -> Iterator[tuple[str, ...]]:
+    of = {"width, px": measured.width, "height, px": measured.height, "size, kB": measured.kilobytes}
+    for what, values in of.items():
+        yield name, what, *(f"{value:,.1f}" for value in values), f"{measured.images:,}", f"{measured.grey:.1%}"
 
 
-def _list(rows: list[list[str]]) -> str:
-    if not rows:
-        return "<p>none</p>"
-    more = f"<p>and {len(rows) - _LISTED:,} more, in {MANIFEST}</p>" if len(rows) > _LISTED else ""
-    return _table(["image", "what"], rows[:_LISTED]) + more
+def _bars(name: str, counts: Sequence[int], synsets: Sequence[str]) -> dict[str, Any]:
+    """Returns a bar for each class: its synset, its images, and its height in [0, 1]."""
+    most = max(counts, default=0) or 1
+    bars = [(synset, count, count / most) for synset, count in zip(synsets, counts, strict=True)]
+    return {"name": name, "range": f"{min(counts, default=0):,} to {max(counts, default=0):,}", "bars": bars}
 
 
-def _data_uri(picture: Image.Image) -> str:
-    out = io.BytesIO()
-    picture.save(out, "jpeg", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
+def _pictures(folder: str, manifest: Manifest) -> list[tuple[str, list[Picture]]]:
+    """Returns pictures of images by synset; of many classes, some that lie evenly among them."""
+    labels = _evenly(list(range(manifest.num_classes)), _SHOWN_CLASSES)
+    return [
+        (manifest.synsets[label], [one for encoded in shown if (one := _picture(encoded, manifest.synsets[label]))])
+        for label, shown in _images_by_class(folder, manifest, "train", labels)
+    ]
+
+
+def _picture(encoded: bytes, synset: str) -> Picture | None:
+    """Returns a thumbnail of a JPEG, or None if it cannot be decoded, as --verify=headers lets through."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            image.draft("RGB", (_THUMBNAIL, _THUMBNAIL))
+            thumbnail = image.convert("RGB")
+    except (OSError, SyntaxError):
+        return None
+    thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return Picture(data_uri(thumbnail), f"an image of class {synset}")
+
+
+def _listed(rows: list[tuple[str, str]]) -> dict[str, Any]:
+    more = f"and {len(rows) - _LISTED:,} more, in {MANIFEST}" if len(rows) > _LISTED else ""
+    return {"rows": rows[:_LISTED], "more": more}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

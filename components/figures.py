@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from components.lineage import COMPONENTS, Artifact, Lineage, Step, short
-from eval.figures import AMBER, BLUE, GREEN, GREY, INK, LINE, PAPER, RED
+from eval.show.figures import AMBER, BLUE, GREEN, GREY, INK, LINE, PAPER, RED
 
 _WIDTH, _HEIGHT = 13.0, 4.5
 _BOX_WIDTH, _STEP_HEIGHT, _THING_HEIGHT = 2.65, 1.05, 1.4

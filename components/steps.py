@@ -82,8 +82,8 @@ def pretrain(
     from dataclasses import asdict
 
     from components import tracking, variables, workspace
-    from eval.export import export
-    from eval.figures import curves
+    from eval.export.encoder import export
+    from eval.show.figures import curves
     from trainer.distribution import claim_devices, describe_run
     from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
     from trainer.presets import resolve
@@ -164,9 +164,9 @@ def linear_eval(
     import sys
 
     from components import tracking, variables, workspace
-    from eval.card import evaluated_card
-    from eval.linear_eval import linear_eval as evaluate
-    from eval.report import write_report
+    from eval.export.card import evaluated_card
+    from eval.measure.linear_eval import linear_eval as evaluate
+    from eval.show.report import write_report
     from trainer.distribution import claim_devices, describe_run
     from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
     from trainer.shared.progress import ProgressBars

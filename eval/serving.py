@@ -1,7 +1,8 @@
 """What a server of an exported encoder runs: pictures as bytes in, features out.
 
-MLflow's python_function flavor names this module as a model's loader, and a copy of it travels with the model. It needs
-TensorFlow, and of the project only how errors are said.
+MLflow's python_function flavor names this module, `eval.serving`, as a model's loader. Models that are logged already name it
+too, so it keeps this name and place. A copy of it travels with the model. It needs TensorFlow, and of the project only
+`trainer.shared.errors`.
 """
 
 from typing import Any

@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        from eval.evaluation import read_evaluation
-        from eval.linear_eval import linear_eval, read_result
+        from eval.measure.evaluation import read_evaluation, read_result
+        from eval.measure.linear_eval import linear_eval
         from trainer.distribution import claim_devices
 
         with ProgressBars() as bars, sigterm_noted() as should_stop:

@@ -419,7 +419,7 @@ def _compare(args: argparse.Namespace) -> int:
             raise UserError(f"the linear-eval {short(step.run_id)} has not finished: it is {step.status.lower()}")
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from eval.comparison import as_dict, as_text, compare, read_candidate, to_html
+    from eval.show.comparison import as_dict, as_text, compare, read_candidate, to_html
     from trainer.shared.files import write_whole
 
     found = compare(
@@ -750,7 +750,7 @@ def _plan(args: argparse.Namespace) -> int:
         evaluating.Limits(args.disk_gb, args.timeout_hours),
         python=python,
         cache=cache,
-        version=program_version("eval/programs.py"),
+        version=program_version("eval/measure/programs.py"),
         say=say,
     )
     plan = replace(plan, evaluation=evaluation)

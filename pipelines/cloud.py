@@ -152,7 +152,7 @@ def _evaluation_plan(args: argparse.Namespace, preset: str, config: Config, opti
         Limits(args.disk_gb, args.timeout_hours, option, args.region),
         python=None,
         cache=_plans(args),
-        version=program_version("eval/programs.py"),
+        version=program_version("eval/measure/programs.py"),
     )
 
 

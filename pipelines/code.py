@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import os
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -14,11 +15,14 @@ PROJECT = Path(__file__).absolute().parents[1]
 
 _PACKAGES = ("beam_jobs", "components", "eval", "pipelines", "trainer")
 _STEPS = "components/steps.py"
+_PAGE_FILE = re.compile(r"[\w.]+\.(?:jinja|css|js)\b")
+"""Name of a template, a stylesheet or a script: sources that Python files read."""
 
 
 def code_version(project: Path = PROJECT) -> str:
     """Returns a short digest of all of the project's own sources."""
-    return _digest(project, [file for package in _PACKAGES for file in sorted((project / package).rglob("*.py"))])
+    files = [file for package in _PACKAGES for file in sorted((project / package).rglob("*.*"))]
+    return _digest(project, [file for file in files if file.suffix == ".py" or _PAGE_FILE.fullmatch(file.name)])
 
 
 def program_version(lowering: str, project: Path = PROJECT) -> str:
@@ -48,8 +52,18 @@ def _reached(files: set[Path], project: Path) -> set[Path]:
         file = waiting.pop()
         if file not in found:
             found.add(file)
-            waiting |= _files(_imports(file.read_text()), project)
+            waiting |= _read_beside(file)
+            if file.suffix == ".py":
+                waiting |= _files(_imports(file.read_text()), project)
     return found
+
+
+def _read_beside(file: Path) -> set[Path]:
+    """Returns what `file` reads in its folder without an import: page files that it names, and modules that it iterates over."""
+    source = file.read_text()
+    named = {file.with_name(name) for name in _PAGE_FILE.findall(source)}
+    modules = set(file.parent.glob("*.py")) if "iter_modules(__path__)" in source else set()
+    return {one for one in named | modules if one.is_file()}
 
 
 @cache

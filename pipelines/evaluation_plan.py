@@ -18,7 +18,7 @@ from trainer.config import Config, feature_dim
 from trainer.encoder_cost import Cost, forward_cost
 
 if TYPE_CHECKING:
-    from eval.protocols import Work
+    from eval.measure.protocols import Work
 
 IMAGES_A_CORE = 530.0
 """Random crops of 224 px a second from JPEGs of 500x375, as measured: docs/plan.md says how. Central crops are faster."""
@@ -117,7 +117,7 @@ def make_evaluation_plan(
     `python`, `cache` and `version` are as for `pipelines.plan.make_plan`. Without `python`, the forward pass that was compiled
     before counts, or else its convolutions do. Raises UserError where the forward pass does not compile for a TPU.
     """
-    from eval.protocols import Sizes, disk_bytes, memory_bytes, work_of
+    from eval.measure.protocols import Sizes, disk_bytes, memory_bytes, work_of
 
     compiled = _compiled_forward(config, accelerator, python, cache, version, say)
     fits = compiled is not None and compiled["fits"]
@@ -264,7 +264,7 @@ def _compiled_forward(
         return known
     if python is None:
         return None
-    from eval.programs import lower_forward
+    from eval.measure.programs import lower_forward
 
     say("lowering the forward pass of the evaluation")
     program = lower_forward(config, images)

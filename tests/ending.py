@@ -90,7 +90,7 @@ def ended(main: Callable[[Sequence[str]], None], place: str, arguments: Sequence
 
 if __name__ == "__main__":
     task, places, output, *arguments = sys.argv[1:]
-    for module in ("trainer.train", "eval.linear_eval"):  # once for all children
+    for module in ("trainer.train", "eval.measure.linear_eval"):  # once for all children
         importlib.import_module(module)
     with open(output, "w") as file:
         json.dump([ended(importlib.import_module(task).main, place, arguments) for place in places.split(",")], file)

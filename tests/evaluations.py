@@ -13,9 +13,9 @@ import numpy as np
 import tensorflow as tf
 from lifted import raise_offsets
 
-from eval.features import load_encoder
-from eval.linear_eval import linear_eval
-from eval.supervised import Recipe, train_classifier
+from eval.measure.features import load_encoder
+from eval.measure.linear_eval import linear_eval
+from eval.measure.supervised import Recipe, train_classifier
 from trainer import checkpoint as checkpoints
 from trainer.config import override
 from trainer.shared.records import read_manifest

@@ -35,7 +35,13 @@ def test_only_tracking_imports_mlflow():
 
 @pytest.mark.parametrize(
     ("module", "absent"),
-    [("pipelines.cli", "tensorflow"), ("beam_jobs.build_tfrecords", "tensorflow"), ("trainer.shared.records", "tensorflow")],
+    [
+        ("pipelines.cli", "tensorflow"),
+        ("beam_jobs.build_tfrecords", "tensorflow"),
+        ("trainer.shared.records", "tensorflow"),
+        ("trainer.shared.blocks", "tensorflow"),
+        ("trainer.shared.page", "tensorflow"),
+    ],
 )
 def test_a_room_that_must_be_light_is(module, absent):
     code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"
@@ -48,7 +54,7 @@ def test_the_import_rules_hold():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("module", ["eval.export", "eval.serving", "eval.task", "trainer.task", "trainer.lowering"])
+@pytest.mark.parametrize("module", ["eval.export.encoder", "eval.serving", "eval.task", "trainer.task", "trainer.lowering"])
 def test_onednn_is_turned_on_before_tensorflow_is_imported(module):
     """Ends where TensorFlow is about to be imported, with 0 if oneDNN is on by then."""
     script = f"""

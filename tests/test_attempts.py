@@ -99,7 +99,7 @@ def job(world):
 NEVER = {
     "build-tfrecords": "beam_jobs.job.build",
     "pretrain": "trainer.train.train",
-    "linear-eval": "eval.linear_eval.linear_eval",
+    "linear-eval": "eval.measure.linear_eval.linear_eval",
 }
 
 
@@ -185,7 +185,7 @@ def test_an_evaluation_that_was_not_recorded_is_recorded_by_the_next_attempt(wor
             other.attempt("linear-eval")
     end_process()
     with monkeypatch.context() as patch:
-        patch.setattr("eval.linear_eval._measure", lambda *_: pytest.fail("a protocol ran again"))
+        patch.setattr("eval.measure.linear_eval._measure", lambda *_: pytest.fail("a protocol ran again"))
         metrics = other.attempt("linear-eval")["metrics"]
     assert metrics.metadata["top_1_accuracy"] == job.made["metrics"].metadata["top_1_accuracy"]
     assert len(other.steps_logged("linear-eval", "eval/top_1_accuracy")) == 1

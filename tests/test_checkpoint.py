@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.checkpoint import Checkpoint, load, load_latest, paths, restore, save, sha256_of
+from trainer.checkpoint import Checkpoint, load, load_latest, open_checkpoint, paths, restore, run_folder, save, sha256_of
 from trainer.shared.errors import UserError
 from trainer.shared.files import write_whole
 
@@ -43,6 +43,15 @@ def test_an_interrupted_write_leaves_the_earlier_checkpoint(tmp_path):
     save(str(tmp_path), checkpoint(1), keep=1)
     (tmp_path / "checkpoint-00000002.npz.partial").write_bytes(b"half")
     assert load_latest(str(tmp_path)).step == 1
+
+
+def test_a_checkpoint_is_opened_by_its_file_and_by_its_folder(tmp_path):
+    paths_of = [save(str(tmp_path), checkpoint(step), keep=2) for step in (1, 2)]
+    assert [open_checkpoint(path).step for path in (*paths_of, str(tmp_path), f"{tmp_path}/")] == [1, 2, 2, 2]
+    assert {run_folder(path) for path in (*paths_of, f"{tmp_path}/")} == {str(tmp_path)}
+    assert run_folder("checkpoint-00000001.npz") == "."
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        open_checkpoint(str(tmp_path / "nowhere"))
 
 
 def test_no_checkpoint_is_none(tmp_path):

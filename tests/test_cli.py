@@ -243,10 +243,12 @@ def test_the_code_version_changes_with_names_and_bytes_of_the_sources(tmp_path):
     versions = [code.code_version(tmp_path)]
     source.write_text("a = 2\n")
     versions.append(code.code_version(tmp_path))
+    source.with_name("page.html.jinja").write_text("<p>")
+    versions.append(code.code_version(tmp_path))
     source.rename(source.with_name("loss.py"))
     versions.append(code.code_version(tmp_path))
     (source.parent / "notes.txt").write_text("not code")
-    assert len(set(versions)) == 3
+    assert len(set(versions)) == 4
     assert code.code_version(tmp_path) == versions[-1]
 
 
@@ -260,7 +262,8 @@ def test_a_step_s_version_is_of_the_sources_that_it_imports(tmp_path):
             source.write("\n")
         return {name for name in COMPONENTS if code.step_version(name, tmp_path) != before[name]}
 
-    assert changed_by("eval/linear_eval.py") == {"linear-eval"}
+    assert changed_by("eval/measure/linear_eval.py") == {"linear-eval"}
+    assert changed_by("eval/measure/protocols/official.py") == {"linear-eval"}
     assert changed_by("trainer/losses.py") >= {"pretrain"}
     assert changed_by("trainer/losses.py").isdisjoint({"build-tfrecords"})
     assert changed_by("beam_jobs/layouts/archives.py") == {"build-tfrecords"}

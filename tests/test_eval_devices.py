@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from conftest import write_dataset
 
-from eval.evaluation import read_evaluation
-from eval.features import read_features
-from eval.linear_eval import linear_eval
+from eval.measure.evaluation import read_evaluation
+from eval.measure.features import read_features
+from eval.measure.linear_eval import linear_eval
 from trainer.presets import resolve
 from trainer.shared.errors import UserError
 from trainer.train import train

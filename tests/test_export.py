@@ -28,10 +28,11 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from components import tracking
-from eval.card import evaluated_card, model_card
-from eval.export import export, main
-from eval.features import extract, load_encoder
-from eval.linear_eval import linear_eval
+from eval.export.__main__ import main
+from eval.export.card import evaluated_card, model_card
+from eval.export.encoder import export
+from eval.measure.features import extract, load_encoder
+from eval.measure.linear_eval import linear_eval
 from eval.serving import Encoder
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import as_floats, central_crop

@@ -212,7 +212,7 @@ def test_each_build_replaces_the_one_before_and_imports_where_its_accelerator_is
         pytest.skip("no package index")
     env = tmp_path / "env"
     # trainer comes first, as everywhere: where there is no TPU, it keeps libtpu from asking for one for minutes.
-    code = "import trainer.train, eval.linear_eval, components.tracking, tensorflow; print(tensorflow.__version__)"
+    code = "import trainer.train, eval.measure.linear_eval, components.tracking, tensorflow; print(tensorflow.__version__)"
     environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     for build in ("tpu", "gpu"):
         run(sys._base_executable, REPOSITORY / "requirements" / "install.py", env, build)

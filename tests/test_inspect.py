@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from browser import browsing, needs_chromium
 from PIL import Image
 from raw_data import SYNSETS, expected, raw_as_usual, read_records, train_images
 
@@ -31,16 +32,39 @@ def test_the_page_shows_counts_classes_sizes_and_pictures(built):
     page = inspect_dataset.page(str(built))
     manifest = read_manifest(str(built))
     assert manifest.fingerprint in page
-    assert "<td>train</td><td>150</td><td>2</td>" in page
+    assert '<td>train</td><td class="number">150</td><td class="number">2</td>' in page
     for synset in SYNSETS:
         assert f"<title>{synset}: 50</title>" in page
-    encoded = re.search(r"data:image/jpeg;base64,([\w+/=]+)", page)[1]
-    with Image.open(io.BytesIO(base64.b64decode(encoded))) as sheet:
-        assert sheet.width > 8 * 20
+    pictures = re.findall(r'"data:image/jpeg;base64,([\w+/=]+)" alt="an image of class (\w+)"', page)
+    assert [synset for _, synset in pictures] == [synset for synset in SYNSETS for _ in range(8)]
+    for encoded, _ in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+            assert picture.size == (20, 24)
     assert "src=" not in page.replace('src="data:', "")  # needs no other file
 
 
-def test_the_contact_sheet_has_each_class_in_its_row(built):
+@needs_chromium
+def test_a_browser_shows_the_page_light_and_dark_and_asks_no_host_for_anything(built, tmp_path):
+    page = tmp_path / "dataset.html"
+    page.write_text(inspect_dataset.page(str(built)))
+    (tmp_path / "browser").mkdir()
+    ground = "getComputedStyle(document.body).backgroundColor"
+    with browsing(tmp_path / "browser") as browser:
+        browser.open(page)
+        assert browser.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        assert browser.evaluate("[...document.querySelectorAll('rect')].every(bar => bar.getBoundingClientRect().height > 50)")
+        assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        grounds = []
+        for scheme in ("light", "dark"):
+            browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            grounds.append(browser.evaluate(ground))
+        assert grounds[0] != grounds[1]
+        assert browser.complaints == []
+        assert [url for url in browser.requests if not url.startswith(("data:", page.as_uri()))] == []
+        assert browser.asked == []
+
+
+def test_pictures_stand_with_their_class(built):
     manifest = read_manifest(str(built))
     of_class = {synset: {content for one, content in expected("train") if one == synset} for synset in SYNSETS}
     for label, shown in inspect_dataset._images_by_class(str(built), manifest, "train", range(3)):

@@ -15,15 +15,16 @@ from conftest import write_dataset
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from eval import features as storing
-from eval import logistic, neighbours, task
-from eval.evaluation import read_evaluation
-from eval.features import Examples, Features, digest_of, extract, load_encoder, read_features
-from eval.linear_eval import linear_eval
-from eval.logistic import cut, fit, fit_path, top_k_accuracy
-from eval.protocols import Sizes, cached, memory_bytes, work_of
-from eval.protocols.cached import fit_with_choice
-from eval.protocols.knn import knn_scores
+from eval import task
+from eval.measure import features as storing
+from eval.measure import logistic, neighbours
+from eval.measure.evaluation import read_evaluation
+from eval.measure.features import Examples, Features, digest_of, extract, load_encoder, read_features
+from eval.measure.linear_eval import linear_eval
+from eval.measure.logistic import cut, fit, fit_path, top_k_accuracy
+from eval.measure.protocols import Sizes, cached, memory_bytes, work_of
+from eval.measure.protocols.cached import fit_with_choice
+from eval.measure.protocols.knn import knn_scores
 from trainer import checkpoint as checkpoints
 from trainer.config import LinearEval
 from trainer.encoder import make_encoder
@@ -293,7 +294,7 @@ def test_an_evaluation_that_was_not_recorded_is_not_done_again_in_its_workspace(
         return linear_eval(str(dataset), str(checkpoint), str(tmp_path / output), given, workspace=str(tmp_path / "work"))
 
     first = evaluate("first")
-    monkeypatch.setattr("eval.linear_eval._measure", lambda *_: pytest.fail("a protocol ran again"))
+    monkeypatch.setattr("eval.measure.linear_eval._measure", lambda *_: pytest.fail("a protocol ran again"))
     assert evaluate("second").metrics == first.metrics
     assert (tmp_path / "first" / "result.json").read_bytes() == (tmp_path / "second" / "result.json").read_bytes()
     assert not list((tmp_path / "work").glob("protocols-*/*/")), "the states of training with labels are large"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from eval.programs import lower_forward, lower_labelled_step
-from eval.supervised import Recipe
+from eval.measure.programs import lower_forward, lower_labelled_step
+from eval.measure.supervised import Recipe
 from pipelines import plan
 from pipelines.code import PROJECT
 from pipelines.machines import DEVICES

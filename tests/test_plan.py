@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from eval import programs, protocols
-from eval.protocols import Work
+from eval.measure import programs, protocols
+from eval.measure.protocols import Work
 from pipelines import accelerators, cli, evaluation_plan, machines, plan
 from pipelines.code import PROJECT
 from pipelines.evaluation_plan import Limits

@@ -7,6 +7,7 @@ import tensorflow as tf
 from conftest import write_dataset
 
 from trainer.shared import records
+from trainer.shared.blocks import block_extent, framed_records, locate
 from trainer.shared.errors import UserError
 
 
@@ -42,3 +43,22 @@ def test_what_is_no_manifest_is_refused_in_one_line(tmp_path):
     (tmp_path / records.MANIFEST).write_text("{}")
     with pytest.raises(UserError, match="is not a manifest of this version"):
         records.read_manifest(str(tmp_path))
+
+
+def test_blocks_hold_the_records_that_tensorflow_reads(built):
+    for split in records.read_manifest(str(built)).splits.values():
+        for shard in split.shards:
+            content = (built / shard.file).read_bytes()
+            extents = [block_extent(shard, block) for block in range(len(shard.blocks))]
+            found = [record for offset, size in extents for _, record in framed_records(content[offset : offset + size])]
+            assert found == list(tf.data.TFRecordDataset(str(built / shard.file)).as_numpy_iterator())
+            begins = [position for position, _ in framed_records(content)]
+            assert begins[:: records.RECORDS_PER_BLOCK] == list(shard.blocks)
+
+
+def test_an_image_is_located_where_the_conversion_puts_it(built):
+    split = records.read_manifest(str(built)).splits["train"]
+    shards = [list(framed_records((built / shard.file).read_bytes())) for shard in split.shards]
+    for image_id, (shard, position) in enumerate(locate(split, range(split.records))):
+        _, record = shards[shard][position]
+        assert records.decode_example(record)[2] == image_id

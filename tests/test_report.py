@@ -11,11 +11,11 @@ import pytest
 from browser import browsing, needs_chromium
 from conftest import write_dataset
 
-from eval import figures, pictures
-from eval.comparison import as_dict, as_text, compare, read_candidate, to_html
-from eval.evaluation import read_evaluation
-from eval.linear_eval import linear_eval
-from eval.report import write_report
+from eval.measure.evaluation import read_evaluation
+from eval.measure.linear_eval import linear_eval
+from eval.show import figures, pictures
+from eval.show.comparison import as_dict, as_text, compare, read_candidate, to_html
+from eval.show.report import write_report
 from trainer import checkpoint as checkpoints
 from trainer.config import Config
 from trainer.shared import records

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.statistics import bootstrap_interval, mean_and_spread, paired_test
+from eval.measure.statistics import bootstrap_interval, confusion_matrix, holm_correction, mean_and_spread, paired_test
 
 
 def test_an_interval_of_rights_and_wrongs_is_that_of_plain_resampling():
@@ -51,6 +51,18 @@ def test_models_that_agree_everywhere_do_not_differ():
 def test_models_on_different_images_are_not_compared():
     with pytest.raises(ValueError, match="not of the same images"):
         paired_test(np.ones(3, bool), np.ones(4, bool))
+
+
+def test_p_values_are_corrected_by_how_many_are_as_small():
+    """Of four tests the smallest counts four times, the next three times, and none less than one before it."""
+    assert holm_correction([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm_correction([0.9, 0.8]) == [1.0, 1.0]
+    assert holm_correction([]) == []
+
+
+def test_a_confusion_matrix_has_labels_as_rows():
+    matrix = confusion_matrix(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]), 3)
+    assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
 
 
 def test_seeds_have_mean_sample_deviation_and_students_interval():

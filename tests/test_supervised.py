@@ -5,9 +5,9 @@ import pytest
 import tensorflow as tf
 from conftest import write_dataset
 
-from eval.linear_eval import linear_eval
-from eval.subsets import balanced_subset, read_subset
-from eval.supervised import Recipe, train_classifier
+from eval.measure.linear_eval import linear_eval
+from eval.measure.subsets import balanced_subset, read_subset
+from eval.measure.supervised import Recipe, train_classifier
 from trainer.encoder import make_encoder
 from trainer.input_pipeline import labelled_batches
 from trainer.optimizer import learning_rate

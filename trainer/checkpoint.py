@@ -89,6 +89,24 @@ def load(path: str) -> Checkpoint:
         raise UserError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
 
 
+def run_folder(checkpoint: str) -> str:
+    """Returns the folder of a run's checkpoints, given that folder or one of the files in it."""
+    return checkpoint.rpartition("/")[0] or "." if checkpoint.endswith(".npz") else checkpoint.rstrip("/")
+
+
+def open_checkpoint(checkpoint: str) -> Checkpoint:
+    """Reads one checkpoint: `checkpoint` is its file, or a folder, of which the newest whole one is taken.
+
+    Raises UserError where there is none.
+    """
+    if checkpoint.endswith(".npz"):
+        return load(checkpoint)
+    stored = load_latest(run_folder(checkpoint))
+    if stored is None:
+        raise UserError(f"{run_folder(checkpoint)} holds no whole checkpoint: pretraining has not come so far")
+    return stored
+
+
 def load_latest(folder: str, accept: Callable[[Checkpoint], None] = lambda checkpoint: None) -> Checkpoint | None:
     """Returns the newest checkpoint in `folder` that is whole and that `accept` takes, or None.
 

@@ -52,7 +52,7 @@ def mixture(images: int, features: int, classes: int, seed: int, noise: float = 
 
 def make(folder: Path, images: int, features: int, classes: int, seed: int) -> None:
     """Writes features as `eval.features` does, unless they are there."""
-    from eval import features as storing
+    from eval.measure import features as storing
 
     if (folder / storing.INDEX).exists():
         return
@@ -71,8 +71,8 @@ class EnoughError(Exception):
 
 def cached(train: Any, validation: Any, classes: int, passes: int, part: float) -> dict[str, Any]:
     """Runs the choice of the penalty and the fit, each of them for `passes` evaluations if that is not 0."""
-    from eval import logistic
-    from eval.protocols import cached as protocol
+    from eval.measure import logistic
+    from eval.measure.protocols import cached as protocol
     from trainer.config import LinearEval
 
     times: dict[str, list[float]] = {}
@@ -124,7 +124,7 @@ def cached(train: Any, validation: Any, classes: int, passes: int, part: float) 
 
 
 def knn(train: Any, validation: Any, classes: int, passes: int, part: float) -> dict[str, Any]:
-    from eval.protocols.knn import knn_scores
+    from eval.measure.protocols.knn import knn_scores
 
     begun, done = time.perf_counter(), [0.0]
 
@@ -144,14 +144,14 @@ def knn(train: Any, validation: Any, classes: int, passes: int, part: float) -> 
 
 def report(train: Any, validation: Any, classes: int, passes: int, part: float) -> dict[str, Any]:
     """The neighbours of eight images and the map of 2,000."""
-    from eval.neighbours import nearest_neighbours
-    from eval.report import _spread
+    from eval.measure.neighbours import nearest_neighbours
+    from eval.show.samples import spread
 
     whole = validation.whole()
     begun = time.perf_counter()
     nearest_neighbours(train, whole.values[:8], 7)
     between = time.perf_counter()
-    _spread(whole.values[:2000])
+    spread(whole.values[:2000])
     return {"neighbours_seconds": round(between - begun, 1), "map_seconds": round(time.perf_counter() - between, 1)}
 
 
@@ -170,7 +170,7 @@ def scale(work: Path, images: int, features: int, classes: int, passes: int, par
 
 
 def one(name: str, work: Path, images: int, features: int, classes: int, passes: int, part: float) -> None:
-    from eval.features import read_features
+    from eval.measure.features import read_features
 
     train, validation = (read_features(str(work / f"{of}-{features}")) for of in (f"train-{images}", f"validation-{VALIDATION}"))
     found = PARTS[name](train, validation, classes, passes, part)
@@ -182,9 +182,9 @@ def beside(images: int, features: int, classes: int, penalty: float) -> None:
     """Prints both fits of the same examples."""
     from sklearn.linear_model import LogisticRegression
 
-    from eval.features import Examples
-    from eval.logistic import fit, top_k_accuracy
-    from eval.protocols.cached import TOLERANCE
+    from eval.measure.features import Examples
+    from eval.measure.logistic import fit, top_k_accuracy
+    from eval.measure.protocols.cached import TOLERANCE
 
     (values, labels), (others, theirs) = (
         tuple(np.concatenate(column) for column in zip(*mixture(images, features, classes, seed), strict=True)) for seed in (1, 2)

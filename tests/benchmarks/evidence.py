@@ -127,9 +127,9 @@ def run_one(run: Run, work: Path) -> dict:
     """Trains and evaluates one run, and returns what is to be recorded of it."""
     import numpy as np
 
-    from eval.features import extract, load_encoder
-    from eval.logistic import top_k_accuracy
-    from eval.protocols.cached import fit_with_choice
+    from eval.measure.features import extract, load_encoder
+    from eval.measure.logistic import top_k_accuracy
+    from eval.measure.protocols.cached import fit_with_choice
     from trainer import checkpoint as checkpoints
     from trainer.encoder import make_encoder
     from trainer.preemption import PreemptedError

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.statistics import bootstrap_interval, mean_and_spread, paired_test
+from eval.measure.statistics import bootstrap_interval, mean_and_spread, paired_test
 
 BEGIN, END = "<!-- evidence: written by tests/benchmarks/evidence.py page -->", "<!-- end of the evidence -->"
 FIGURE = "images/evidence.png"

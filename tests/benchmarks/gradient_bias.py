@@ -28,7 +28,7 @@ import tensorflow as tf
 from evidence_page import dress, put_between, table
 from matplotlib.figure import Figure
 
-from eval.features import load_encoder
+from eval.measure.features import load_encoder
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import augment
 from trainer.config import Config

@@ -112,7 +112,7 @@ def evaluation_result(machine: str, root: Path) -> dict[str, Any]:
         evaluation_plan.Limits(),
         python=python,
         cache=root / "plans",
-        version=program_version("eval/programs.py"),
+        version=program_version("eval/measure/programs.py"),
     ).as_json()
 
 

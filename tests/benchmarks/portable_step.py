@@ -37,7 +37,7 @@ def write(preset: str, overrides: list[str], output: Path, fuses: bool = True, f
 
     With `forward`, it is the forward pass of so many images.
     """
-    from eval.programs import lower_forward
+    from eval.measure.programs import lower_forward
     from pipelines import accelerators
     from pipelines.plan import assumptions
     from trainer.lowering import OneOfMany, lower_step

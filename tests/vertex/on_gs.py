@@ -23,7 +23,7 @@ class Worker:
             "import sys, json\n"
             "import tensorflow as tf\n"
             "from components import lease, workspace\n"
-            "from eval.export import export\n"
+            "from eval.export.encoder import export\n"
             "from trainer import checkpoint\n"
             "from trainer.shared import files\n"
             "for line in sys.stdin:\n"

@@ -1,1 +1,4 @@
-"""What every room may know: errors for people, whole files, progress, the record schema. Imports without TensorFlow."""
+"""What every room may know: errors for people, whole files, progress, the record schema, blocks of records, pages.
+
+Imports without TensorFlow.
+"""

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from scipy.optimize import minimize
 
-from eval.features import Examples
+from eval.measure.features import Examples
 from trainer.layers import product
 
 _ROWS = 1 << 14

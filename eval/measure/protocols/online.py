@@ -1,6 +1,6 @@
 """The protocol `online`: the classifier that was trained alongside the encoder, as the checkpoint holds it."""
 
-from eval.protocols.protocol import Context, Protocol, Scores, Sizes, Work
+from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
 from trainer import checkpoint as checkpoints
 from trainer.config import Config
 from trainer.heads import make_classifier
@@ -17,6 +17,12 @@ def work(config: Config, sizes: Sizes) -> Work:
     return Work()
 
 
-ONLINE = Protocol(
-    "online", "classifier trained alongside, on features that pass no gradient back", work, scores, stands_on=("validation",)
+PROTOCOLS = (
+    Protocol(
+        "online",
+        "classifier trained alongside, on features that pass no gradient back",
+        work,
+        scores,
+        stands_on=("validation",),
+    ),
 )

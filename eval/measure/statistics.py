@@ -1,4 +1,4 @@
-"""How sure an accuracy is: intervals by bootstrap, two models on the same images, several seeds."""
+"""What a classifier confuses, and how sure its accuracy is: intervals by bootstrap, paired tests, spread over seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,13 @@ from scipy import stats
 CONFIDENCE = 0.95
 _RESAMPLES = 10_000
 _NUMBERS_AT_ONCE = 1 << 24
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts images by label (row) and prediction (column): [C, C] int64, of two arrays [n] int64."""
+    matrix = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(matrix, (labels, predictions), 1)
+    return matrix
 
 
 def bootstrap_interval(
@@ -56,6 +63,16 @@ def paired_test(correct_a: np.ndarray, correct_b: np.ndarray) -> PairedTest:
     only_a, only_b = int(np.sum(differences > 0)), int(np.sum(differences < 0))
     p_value = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
     return PairedTest(float(differences.mean()), bootstrap_interval(differences), p_value)
+
+
+def holm_correction(p_values: Sequence[float]) -> list[float]:
+    """Returns p-values, in the order given, corrected for how many tests there are (Holm 1979)."""
+    corrected = [0.0] * len(p_values)
+    smallest = 0.0
+    for rank, number in enumerate(np.argsort(p_values, kind="stable").tolist()):
+        smallest = max(smallest, min(1.0, (len(p_values) - rank) * p_values[number]))
+        corrected[number] = smallest
+    return corrected
 
 
 @dataclass(frozen=True)

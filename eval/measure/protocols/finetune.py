@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from eval.features import extract, load_encoder
-from eval.protocols.protocol import Context, Protocol, Scores, Sizes, Work
-from eval.subsets import balanced_counts, balanced_subset, read_subset
-from eval.supervised import Recipe, train_classifier, weights_of
+from eval.measure.features import extract, load_encoder
+from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
+from eval.measure.subsets import balanced_counts, balanced_subset, read_subset
+from eval.measure.supervised import Recipe, train_classifier, weights_of
 from trainer.config import Config, LinearEval
 from trainer.distribution import check_divides
 from trainer.shared.records import Manifest
@@ -117,4 +117,4 @@ def _protocol(part: _Part) -> Protocol:
     )
 
 
-FINE_TUNING = tuple(_protocol(part) for part in _PARTS)
+PROTOCOLS = tuple(_protocol(part) for part in _PARTS)

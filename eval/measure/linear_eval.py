@@ -13,54 +13,23 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tensorflow as tf
 
-from eval.features import Features, StoredFeatures, digest_of, extract, load_encoder
-from eval.logistic import top_k_accuracy
-from eval.protocols import Context, Protocol, Scores, Sizes, Work, chosen, work_of
-from eval.statistics import bootstrap_interval
+from eval.measure.evaluation import Accuracy, read_accuracy, write_predictions, write_result
+from eval.measure.features import Features, StoredFeatures, digest_of, extract, load_encoder
+from eval.measure.logistic import top_k_accuracy
+from eval.measure.protocols import Context, Protocol, Scores, Sizes, Work, chosen, work_of
+from eval.measure.statistics import bootstrap_interval, confusion_matrix
 from trainer import checkpoint as checkpoints
 from trainer.config import LINEAR_EVAL, Config, LinearEval, override
 from trainer.distribution import make_strategy
 from trainer.encoder_cost import forward_cost
 from trainer.shared.errors import UserError
-from trainer.shared.files import write_arrays, write_whole
+from trainer.shared.files import write_arrays
 from trainer.shared.records import Manifest, read_manifest
 from trainer.train import read_config
 
-RESULT = "result.json"
-PREDICTIONS = "predictions.parquet"
 SPLITS = ("train", "validation")
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """What one protocol says of one encoder, on all validation images."""
-
-    protocol: str
-    encoder: str
-    """`pretrained` or `untrained`."""
-    top_1: float
-    top_1_interval: tuple[float, float]
-    """95%, bootstrap over images."""
-    top_5: float
-    settings: Mapping[str, Any]
-    """What the protocol used."""
-    seconds: float
-    """All that it takes by itself: with the forward pass, where it stands on features that were computed now."""
-
-    @property
-    def metric(self) -> str:
-        """Name of its top-1 in MLflow; `cached` is what goes without saying."""
-        words = {"cached": ""}.get(self.protocol, f"{self.protocol.replace('-', '_')}_")
-        return f"eval/{'untrained_' if self.encoder == 'untrained' else ''}{words}top_1_accuracy"
-
-    @property
-    def column(self) -> str:
-        """Name of its predictions."""
-        return self.protocol if self.encoder == "pretrained" else f"{self.encoder}_{self.protocol}"
 
 
 @dataclass(frozen=True)
@@ -77,12 +46,6 @@ class LinearEvalResult:
     features: Mapping[str, Mapping[str, Any]]
     """By split, of the folder of the pretrained encoder's features: its `path`, its `digest`, and how many `images` of how many
     `dimensions` it holds."""
-
-
-def read_result(output: str) -> dict[str, Any]:
-    """Returns result.json of the folder that `linear_eval` wrote."""
-    with tf.io.gfile.GFile(f"{output}/{RESULT}") as file:
-        return json.loads(file.read())
 
 
 def linear_eval(
@@ -108,13 +71,11 @@ def linear_eval(
     """
     strategy = strategy or make_strategy()
     workspace = (workspace or output).rstrip("/")
-    folder = checkpoint.rpartition("/")[0] or "." if checkpoint.endswith(".npz") else checkpoint.rstrip("/")
+    folder = checkpoints.run_folder(checkpoint)
     pretraining, about = read_config(folder)
     config = _with_settings(pretraining, overrides)
     settings = config.linear_eval
-    stored = checkpoints.load(checkpoint) if checkpoint.endswith(".npz") else checkpoints.load_latest(folder)
-    if stored is None:
-        raise UserError(f"{folder} holds no whole checkpoint: pretraining has not come so far")
+    stored = checkpoints.open_checkpoint(checkpoint)
     manifest = read_manifest(data_dir)
     _require_every_class(data_dir, manifest)
     same_classes = _has_classes_of(about, manifest)
@@ -183,8 +144,7 @@ def linear_eval(
     cached = measured[0]
     metrics = {"eval/l2_penalty": float(cached.arrays["l2_penalty"]), **_metrics(accuracies)}
     log_metrics(metrics, stored.step)
-    confusion = np.zeros((manifest.num_classes, manifest.num_classes), np.int64)
-    np.add.at(confusion, (validation.labels, cached.predictions), 1)
+    confusion = confusion_matrix(validation.labels, cached.predictions, manifest.num_classes)
     files = {
         split: {"path": one.folder, "digest": one.digest, "images": one.count, "dimensions": one.dim}
         for split, one in features.items()
@@ -206,12 +166,13 @@ def linear_eval(
         "pretraining_dataset_fingerprint": about["dataset_fingerprint"],
         "classes_of_pretraining": same_classes,
     }
-    _write_predictions(f"{output}/{PREDICTIONS}", validation, measured)
+    predictions = {one.accuracy.column: one.predictions for one in measured}
+    write_predictions(output, validation.image_ids, validation.labels, predictions)
     for one in measured:
         if one.arrays:
             name = "classifier" if one is cached else f"classifier-{one.accuracy.protocol}"
             write_arrays(f"{output}/{name}.npz", one.arrays)
-    write_whole(f"{output}/{RESULT}", (json.dumps(written, indent=1, sort_keys=True) + "\n").encode())
+    write_result(output, written)
     _clear(protocols_dir, whole=workspace == output.rstrip("/"))
     return result
 
@@ -257,11 +218,6 @@ class _Measured:
             return cls(read_accuracy(about), stored["predictions"], arrays)
 
 
-def read_accuracy(row: Mapping[str, Any]) -> Accuracy:
-    """Returns a row of result.json as it was."""
-    return Accuracy(**{**row, "top_1_interval": tuple(row["top_1_interval"])})
-
-
 def _measure(protocol: Protocol, scores: Scores, validation: Features, begun: float) -> _Measured:
     """Counts what is right by the scores of a protocol that was begun when `time.perf_counter()` was `begun`."""
     top_1, top_5 = (top_k_accuracy(scores.logits, validation.labels, k) for k in (1, 5))
@@ -279,13 +235,6 @@ def _metrics(accuracies: Iterable[Accuracy]) -> dict[str, float]:
         metrics |= {one.metric: one.top_1, one.metric.replace("top_1", "top_5"): one.top_5}
         metrics |= {f"{one.metric}_low": low, f"{one.metric}_high": high}
     return metrics
-
-
-def _write_predictions(path: str, validation: Features, measured: Iterable[_Measured]) -> None:
-    columns = {one.accuracy.column: one.predictions for one in measured}
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"image_id": validation.image_ids, "label": validation.labels, **columns}), buffer)
-    write_whole(path, buffer.getvalue())
 
 
 def _key(encoder: Any, config: Config, manifest: Manifest) -> str:

@@ -1,27 +1,49 @@
 """The ways to measure an encoder, a file each. Read `protocol.py` first, then `cached.py`.
 
-A new one is a file with a `Protocol`, a line in PROTOCOLS, and its name and settings in trainer/config.py.
+A new protocol takes a file here, whose PROTOCOLS holds it, and its name in `trainer.config.Protocol`. Settings of its own are
+fields of `trainer.config.LinearEval`.
 """
 
-from eval.features import PART_BYTES
-from eval.logistic import HELD_BYTES
-from eval.protocols.cached import CACHED
-from eval.protocols.control import CONTROL
-from eval.protocols.finetune import FINE_TUNING
-from eval.protocols.knn import KNN
-from eval.protocols.official import OFFICIAL
-from eval.protocols.online import ONLINE
-from eval.protocols.protocol import Context, Protocol, Scores, Sizes, Work
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import get_args
+
+from eval.measure.features import PART_BYTES
+from eval.measure.logistic import HELD_BYTES
+from eval.measure.protocols.cached import CACHED
+from eval.measure.protocols.control import CONTROL
+from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
 from trainer.config import Config
+from trainer.config import Protocol as ProtocolName
 
 _BASE_BYTES = 1.5e9
 """Of TensorFlow, the encoder and a batch."""
 _SEARCH_VECTORS = 30
 """As long as the weights, float64, that L-BFGS remembers and works with."""
 
-__all__ = ["PROTOCOLS", "Context", "Protocol", "Scores", "Sizes", "Work", "disk_bytes", "memory_bytes", "work_of"]
+__all__ = [
+    "PROTOCOLS",
+    "Context",
+    "Protocol",
+    "Scores",
+    "Sizes",
+    "Work",
+    "description_of",
+    "disk_bytes",
+    "memory_bytes",
+    "work_of",
+]
 
-PROTOCOLS: dict[str, Protocol] = {one.name: one for one in (CACHED, OFFICIAL, ONLINE, KNN, *FINE_TUNING)}
+
+def _in_this_folder() -> Iterator[Protocol]:
+    for module in pkgutil.iter_modules(__path__):
+        yield from getattr(importlib.import_module(f"{__name__}.{module.name}"), "PROTOCOLS", ())
+
+
+_FOUND = {one.name: one for one in _in_this_folder()}
+PROTOCOLS: dict[str, Protocol] = {name: _FOUND[name] for name in get_args(ProtocolName)}
+"""By name, in the order of `trainer.config.Protocol`."""
 
 
 def memory_bytes(sizes: Sizes) -> float:
@@ -55,3 +77,8 @@ def work_of(config: Config, sizes: Sizes) -> dict[str, Work]:
     The row `features` is the forward pass over both splits that protocols share, `untrained` the control.
     """
     return {"features": Work(sizes.train + sizes.validation)} | {one.row: one.work(config, sizes) for one in chosen(config)}
+
+
+def description_of(protocol: str) -> str:
+    """Returns the line that describes a protocol, or nothing where this version does not know it."""
+    return PROTOCOLS[protocol].description if protocol in PROTOCOLS else ""

@@ -2,22 +2,23 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-import eval.figures as figures
-import eval.page as page
-from eval.evaluation import Evaluation, description_of, read_evaluation, settings_in_words
-from eval.figures import SERIES, History, Interval
-from eval.linear_eval import Accuracy
-from eval.statistics import MeanAndSpread, PairedTest, mean_and_spread, paired_test
+from eval.measure.evaluation import Accuracy, Evaluation, read_evaluation
+from eval.measure.protocols import description_of
+from eval.measure.statistics import MeanAndSpread, PairedTest, holm_correction, mean_and_spread, paired_test
+from eval.show import figures
+from eval.show.figures import SERIES, History, Interval
+from trainer.checkpoint import run_folder
 from trainer.shared.errors import UserError
+from trainer.shared.page import Section, between, percent, render
 from trainer.train import read_config
 
 _NAMED_SETTINGS = 2
 """That differ, as many as go into the name of a run."""
+_TEMPLATE = Path(__file__).with_name("comparison.html.jinja")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Comparison:
 def read_candidate(run_id: str, folder: str, history: History) -> Candidate:
     """Returns a run by what its evaluation left in `folder`. Raises UserError where that, or its checkpoint's config, is gone."""
     evaluation = read_evaluation(folder)
-    config, about = read_config(evaluation.result["checkpoint"].rpartition("/")[0])
+    config, about = read_config(run_folder(evaluation.result["checkpoint"]))
     settings = {name: value for name, value in asdict(config).items() if name != "linear_eval"}
     settings |= {f"linear_eval.{name}": value for name, value in evaluation.result["linear_eval"].items()}
     rest = {
@@ -108,14 +109,8 @@ def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
     corrected = []
     for protocol in dict.fromkeys(pair.protocol for pair in pairs):
         family = [pair for pair in pairs if pair.protocol == protocol]
-        smallest = 0.0
-        found = {}
-        for rank, number in enumerate(np.argsort([pair.test.p_value for pair in family], kind="stable")):
-            smallest = max(smallest, min(1.0, (len(family) - rank) * family[number].test.p_value))
-            found[int(number)] = smallest
-        corrected += [
-            Pair(pair.protocol, pair.first, pair.second, pair.test, found[number]) for number, pair in enumerate(family)
-        ]
+        p_values = holm_correction([pair.test.p_value for pair in family])
+        corrected += [replace(pair, corrected_p_value=p_value) for pair, p_value in zip(family, p_values, strict=True)]
     return corrected
 
 
@@ -150,21 +145,15 @@ def as_text(found: Comparison) -> list[str]:
     lines = []
     for protocol in found.protocols:
         rows = [
-            (name, page.percent(row.top_1), page.between(*row.top_1_interval), settings_in_words(row.settings))
+            (name, percent(row.top_1), between(row.top_1_interval), row.settings_in_words)
             for name, row in _of_protocol(found, protocol)
         ]
         lines += [*_aligned([(protocol, "top-1", "95% interval", "settings"), *rows]), ""]
-        tests = [
-            (pair.first, pair.second, _points(pair.test.difference), _interval(pair.test), *_p_values(pair))
-            for pair in found.pairs
-            if pair.protocol == protocol
-        ]
-        if tests:
+        if tests := _tests(found, protocol):
             head = (f"{protocol}, the first", "less the second", "points", "95% interval", "p", "p, Holm")
             lines += [*_aligned([head, *tests]), ""]
     lines += [_why_not(names) for names in found.apart]
-    for (protocol, names), one in found.seeds.items():
-        lines.append(f"{protocol}, {one.count} seeds ({names}): {_mean(one)}")
+    lines += [f"{protocol}, {line}" for protocol in found.protocols for line in _seeds(found, protocol)]
     if found.differences:
         table = [["what differs", *(name.split()[0] for name in found.runs)]]
         table += [[name, *map(str, values)] for name, values in found.differences.items()]
@@ -174,93 +163,89 @@ def as_text(found: Comparison) -> list[str]:
 
 def to_html(found: Comparison) -> str:
     """Returns a comparison as a page that needs no other file."""
-    sections = [_accuracies(found, protocol) for protocol in found.protocols]
+    sections = [_section(found, protocol) for protocol in found.protocols]
     if found.apart:
-        body = "".join(page.paragraph(_why_not(names)) for names in found.apart)
-        sections.append(page.Section("apart", "Not tested", "A paired test needs the same validation images.", body))
+        lede = "A paired test needs the same validation images."
+        sections.append(Section("apart", "Not tested", lede, {"reasons": list(map(_why_not, found.apart))}))
+    names = [name.split()[0] for name in found.runs]
     if found.differences:
-        head = ["setting", *(page.text(name.split()[0]) for name in found.runs)]
-        rows = [[page.text(name), *map(page.code, values)] for name, values in found.differences.items()]
-        sections.append(page.Section("settings", "What differs", "All other settings are equal.", page.table(head, rows)))
+        columns = [("setting", ""), *((name, "code") for name in names)]
+        content = {"columns": columns, "rows": [(name, *values) for name, values in found.differences.items()]}
+        sections.append(Section("settings", "What differs", "All other settings are equal.", content))
     if drawn := figures.curves({name: one.history for name, one in found.runs.items()}):
-        svg = figures.svg(drawn, "curves of the runs over each other")
         lede = "What was recorded while pretraining. Losses of different kinds have different scales."
-        sections.append(page.Section("curves", "Pretraining", lede, page.chart(svg, wide=True)))
-    listed = [(name.split()[0], page.code(one.run_id)) for name, one in found.runs.items()]
-    sections.append(page.Section("runs", "The runs", "Of the linear eval, as sogclr ui shows them.", page.facts(listed)))
-    presets = ", ".join(dict.fromkeys(str(one.settings["preset"]) for one in found.runs.values() if one.settings["preset"]))
-    header = f'<p class="eyebrow"><b>{page.text(presets)}</b></p><h1 class="name">{len(found.runs)} runs compared</h1>'
-    return page.page(f"{len(found.runs)} runs compared", header, sections, "Made by sogclr.")
+        svg = figures.svg(drawn, "curves of the runs over each other")
+        sections.append(Section("curves", "Pretraining", lede, {"svg": svg}))
+    runs = {"facts": [(name, (one.run_id,)) for name, one in zip(names, found.runs.values(), strict=True)]}
+    sections.append(Section("runs", "The runs", "Of the linear eval, as sogclr ui shows them.", runs))
+    presets = dict.fromkeys(str(one.settings["preset"]) for one in found.runs.values() if one.settings["preset"])
+    title = f"{len(found.runs)} runs compared"
+    return render(_TEMPLATE, title=title, sections=sections, presets=", ".join(presets))
 
 
-def _accuracies(found: Comparison, protocol: str) -> page.Section:
-    rows, intervals = [], []
+def _section(found: Comparison, protocol: str) -> Section:
+    rows = _of_protocol(found, protocol)
     colours = dict(zip(found.runs, SERIES * len(found.runs), strict=False))
-    for name, row in _of_protocol(found, protocol):
-        control = found.runs[name].evaluation.row(protocol, "untrained")
-        rows.append(
-            [
-                page.text(name),
-                f"<b>{page.percent(row.top_1)}</b>",
-                page.between(*row.top_1_interval),
-                page.percent(row.top_5) if row.top_5 is not None else "",
-                page.percent(control.top_1) if control else "",
-                f"<small>{page.text(settings_in_words(row.settings))}</small>" if row.settings else "",
-            ]
-        )
-        intervals.append(Interval(name, row.top_1, *row.top_1_interval, colours[name]))
-    said = "; ".join(f"{one.label} {page.percent(one.value)}" for one in intervals)
-    body = page.chart(figures.svg(figures.intervals(intervals), f"top-1 by {protocol} with intervals: {said}"))
-    head = ["run", "top-1", "95% interval", "top-5", "untrained", "settings"]
-    shown = [column for column in range(len(head)) if any(row[column] for row in rows)]
-    body += page.table(
-        [head[column] for column in shown],
-        [[row[column] for column in shown] for row in rows],
-        numbers=[number for number, column in enumerate(shown) if 1 <= column <= 4],
-    )
-    tests = [
-        [
-            page.text(pair.first),
-            page.text(pair.second),
-            f"<b>{_points(pair.test.difference)}</b>",
-            _interval(pair.test),
-            *_p_values(pair),
-        ]
-        for pair in found.pairs
-        if pair.protocol == protocol
+    intervals = [Interval(name, row.top_1, *row.top_1_interval, colours[name]) for name, row in rows]
+    said = "; ".join(f"{one.label} {percent(one.value)}" for one in intervals)
+    columns = [
+        ("run", ""),
+        ("top-1", "strong"),
+        ("95% interval", "number"),
+        ("top-5", "number"),
+        ("untrained", "number"),
+        ("settings", "small"),
     ]
-    if tests:
-        head = ["the first", "less the second", "points", "95% interval", "p", "p, Holm"]
-        body += "<h3>On the same images</h3>" + page.table(head, tests, numbers=(2, 3, 4, 5))
-        body += page.note(
-            "Interval of the difference: bootstrap over images. p: McNemar's exact test, two-sided; by Holm's method, corrected "
-            "for the number of pairs. It says nothing of other seeds."
-        )
-    for (of_protocol, names), one in found.seeds.items():
-        if of_protocol == protocol:
-            body += page.note(f"{one.count} seeds ({names}): {_mean(one)}")
-    return page.Section(f"protocol-{protocol}", f"Top-1, {protocol}", description_of(protocol), body)
+    cells = [_cells(name, row, found.runs[name].evaluation.row(protocol, "untrained")) for name, row in rows]
+    shown = [number for number in range(len(columns)) if any(row[number] for row in cells)]
+    content = {
+        "svg": figures.svg(figures.intervals(intervals), f"top-1 by {protocol} with intervals: {said}"),
+        "columns": [columns[number] for number in shown],
+        "rows": [[row[number] for number in shown] for row in cells],
+        "tests": _tests(found, protocol),
+        "seeds": _seeds(found, protocol),
+    }
+    return Section(f"protocol-{protocol}", f"Top-1, {protocol}", description_of(protocol), content)
+
+
+def _cells(name: str, row: Accuracy, control: Accuracy | None) -> tuple[str, ...]:
+    top_5 = "" if row.top_5 is None else percent(row.top_5)
+    untrained = percent(control.top_1) if control else ""
+    return name, percent(row.top_1), between(row.top_1_interval), top_5, untrained, row.settings_in_words
 
 
 def _of_protocol(found: Comparison, protocol: str) -> list[tuple[str, Accuracy]]:
     return [(name, row) for name, one in found.runs.items() if (row := one.evaluation.row(protocol))]
 
 
+def _tests(found: Comparison, protocol: str) -> list[tuple[str, ...]]:
+    """Returns a row for each pair: both names, the difference in points, its interval, and the p-value, raw and corrected."""
+    return [
+        (
+            pair.first,
+            pair.second,
+            _points(pair.test.difference),
+            " to ".join(map(_points, pair.test.interval)),
+            f"{pair.test.p_value:.2g}",
+            f"{pair.corrected_p_value:.2g}",
+        )
+        for pair in found.pairs
+        if pair.protocol == protocol
+    ]
+
+
 def _points(difference: float) -> str:
     return f"{100 * difference:+.1f}"
 
 
-def _interval(test: PairedTest) -> str:
-    return f"{_points(test.interval[0])} to {_points(test.interval[1])}"
-
-
-def _p_values(pair: Pair) -> tuple[str, str]:
-    return f"{pair.test.p_value:.2g}", f"{pair.corrected_p_value:.2g}"
-
-
-def _mean(one: MeanAndSpread) -> str:
-    low, high = one.interval
-    return f"mean {one.mean:.1%}, standard deviation {100 * one.deviation:.1f} points, 95% {page.between(low, high)} (t)"
+def _seeds(found: Comparison, protocol: str) -> list[str]:
+    """Returns a line for each group of runs that differ in nothing but their seed."""
+    return [
+        f"{one.count} seeds ({names}): mean {one.mean:.1%}, standard deviation {100 * one.deviation:.1f} points, "
+        f"95% {between(one.interval)} (t)"
+        for (of_protocol, names), one in found.seeds.items()
+        if of_protocol == protocol
+    ]
 
 
 def _why_not(names: tuple[str, str]) -> str:

@@ -1,8 +1,6 @@
-"""The encoder as others load it: a SavedModel that takes pictures as they come, a Keras file, and a card that says what it is.
+"""Writes an encoder as others load it: a SavedModel that takes pictures as they come, a Keras file, and a card.
 
-    python -m eval.export --checkpoint CHECKPOINTS --output EXPORT [--data DATA] [--evaluation EVAL]
-
-leaves in EXPORT, whole or not at all (on object stores the card is written last, and a folder without it is no export):
+An export is a folder, whole or not there (on object stores the card is written last, and a folder without it is no export):
 
     saved_model/    needs TensorFlow alone; its signatures, all of whose batches may be of any size:
                       serving_default    image_bytes, [n] string, to features, [n, F] float32
@@ -14,19 +12,15 @@ A picture is a JPEG, or what TensorFlow decodes as one: a PNG, a GIF that does n
 RGB, transparency is dropped. What is no picture fails the batch.
 """
 
-import argparse
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import tensorflow as tf
 
-from eval.card import model_card
+from eval.export.card import model_card
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import as_floats, central_crop
 from trainer.config import Config
@@ -56,11 +50,9 @@ def export(checkpoint: str, output: str, *, data_dir: str = "", evaluation: str 
     measured where `evaluation` is, the folder of an evaluation of the same checkpoint. Raises UserError for what it cannot use.
     """
     output = output.rstrip("/")
-    folder = checkpoint.rpartition("/")[0] or "." if checkpoint.endswith(".npz") else checkpoint.rstrip("/")
+    folder = checkpoints.run_folder(checkpoint)
     config, _ = read_config(folder)
-    stored = checkpoints.load(checkpoint) if checkpoint.endswith(".npz") else checkpoints.load_latest(folder)
-    if stored is None:
-        raise UserError(f"{folder} holds no whole checkpoint: pretraining has not come so far")
+    stored = checkpoints.open_checkpoint(checkpoint)
     if tf.io.gfile.exists(output) and not _is_export(output):
         raise UserError(f"{output} is there and is no earlier export: name a folder that is not there yet")
     encoder = make_encoder(config)
@@ -124,24 +116,3 @@ def _save(encoder: keras.Model, config: Config, path: str) -> None:
     module = tf.Module(name="encoder")
     module.saved = [variable.value for variable in encoder.variables]
     tf.saved_model.save(module, path, signatures={"serving_default": of_bytes, "images": of_images})
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval.export", description="Export a pretrained encoder.", allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint, or the folder of them: the newest")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the SavedModel, the Keras file and the card go")
-    parser.add_argument("--data", default="", metavar="DIR", help="the dataset it was pretrained on, for the card")
-    parser.add_argument("--evaluation", default="", metavar="DIR", help="what eval.task wrote of this checkpoint, for the card")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(arguments)
-    try:
-        exported = export(args.checkpoint, args.output, data_dir=args.data, evaluation=args.evaluation)
-    except UserError as error:
-        if args.debug:
-            raise
-        parser.exit(2, f"error: {error}\n")
-    print(f"{exported.folder}: the encoder of step {exported.step}, {exported.features} features an image")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from eval.features import Features, StoredFeatures
+from eval.measure.features import Features, StoredFeatures
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config, LinearEval
 from trainer.shared.records import Manifest

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from eval.features import digest_of, features_of_pixels
+from eval.measure.features import digest_of, features_of_pixels
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import as_floats
 from trainer.config import Config

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from eval.features import StoredFeatures, extract
-from eval.protocols import cached
-from eval.protocols.cached import CACHED, drawn_order
-from eval.protocols.protocol import Context, Protocol, Scores, Sizes, Work
+from eval.measure.features import StoredFeatures, extract
+from eval.measure.protocols import cached
+from eval.measure.protocols.cached import CACHED, drawn_order
+from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
 from trainer.config import Config
 from trainer.encoder import make_encoder
 

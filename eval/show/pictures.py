@@ -1,8 +1,6 @@
-"""Pictures of a dataset's images by ID: read from the shards, cropped, and written into pages."""
+"""Pictures of a dataset's images by ID: read from the shards, and cropped."""
 
-import base64
 import io
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -11,23 +9,20 @@ from PIL import Image
 
 from trainer.augmentation import augment, two_views
 from trainer.config import Config
+from trainer.shared.blocks import block_extent, framed_records, locate
 from trainer.shared.errors import UserError
-from trainer.shared.records import RECORDS_PER_BLOCK, Manifest, Shard, decode_example, reading_places
+from trainer.shared.records import RECORDS_PER_BLOCK, Manifest, Shard, decode_example
 
 
 def read_jpegs(data_dir: str, manifest: Manifest, split: str, image_ids: Iterable[int]) -> dict[int, bytes]:
     """Returns the JPEGs of some images of a split, by ID.
 
-    Reads the blocks that the conversion puts them in, and, where another hand ordered the records, others until all are found.
-    Raises UserError where an image is nowhere.
+    Reads the blocks that the conversion puts the images in. If the records are in another order, reads further blocks until all
+    images are found. Raises UserError if an image is in no block.
     """
     of_split = manifest.splits[split]
     wanted = {int(image_id) for image_id in image_ids}
-    ends = np.cumsum([shard.records for shard in of_split.shards])
-    places = np.sort(reading_places(of_split.records)[sorted(wanted)])
-    numbers = np.searchsorted(ends, places, side="right")
-    within = places - np.concatenate([[0], ends])[numbers]
-    likely = zip(numbers.tolist(), (within // RECORDS_PER_BLOCK).tolist(), strict=True)
+    likely = sorted((shard, within // RECORDS_PER_BLOCK) for shard, within in locate(of_split, sorted(wanted)))
     all_blocks = ((number, block) for number, shard in enumerate(of_split.shards) for block in range(len(shard.blocks)))
     found: dict[int, bytes] = {}
     for number, block in dict.fromkeys([*likely, *all_blocks]):
@@ -42,18 +37,12 @@ def read_jpegs(data_dir: str, manifest: Manifest, split: str, image_ids: Iterabl
 
 
 def _read_block(data_dir: str, shard: Shard, block: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yields (JPEG, label, image ID) of the records from one of a shard's offsets to the next."""
-    start = shard.blocks[block]
-    end = shard.blocks[block + 1] if block + 1 < len(shard.blocks) else shard.bytes
+    """Yields (JPEG, label, image ID) of each record in a block."""
+    offset, size = block_extent(shard, block)
     with tf.io.gfile.GFile(f"{data_dir.rstrip('/')}/{shard.file}", "rb") as file:
-        file.seek(start)
-        data = file.read(end - start)
-    position = 0
-    while position < len(data):
-        (length,) = struct.unpack_from("<Q", data, position)
-        # Around the record lie its length (8 bytes), and a checksum (4) of each.
-        yield decode_example(data[position + 12 : position + 12 + length])
-        position += length + 16
+        file.seek(offset)
+        for _, record in framed_records(file.read(size)):
+            yield decode_example(record)
 
 
 def thumbnail(encoded: bytes, side: int, proportion: float = 1.0) -> Image.Image:
@@ -102,10 +91,3 @@ def sheet(thumbnails: Mapping[int, Image.Image], side: int, columns: int) -> Ima
     for number, picture in enumerate(thumbnails.values()):
         whole.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (number % columns * side, number // columns * side))
     return whole
-
-
-def data_uri(picture: Image.Image, quality: int = 85) -> str:
-    """Returns a picture as the text that a page holds in the place of an address."""
-    out = io.BytesIO()
-    picture.save(out, "jpeg", quality=quality)
-    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -2,8 +2,8 @@
 
 from dataclasses import asdict
 
-from eval.protocols.protocol import Context, Protocol, Scores, Sizes, Work
-from eval.supervised import Recipe, train_classifier, weights_of
+from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
+from eval.measure.supervised import Recipe, train_classifier, weights_of
 from trainer.config import Config
 from trainer.distribution import check_divides
 from trainer.shared.records import Manifest
@@ -49,11 +49,13 @@ def _recipe(config: Config, images: int) -> Recipe:
     )
 
 
-OFFICIAL = Protocol(
-    "official",
-    "the published one: linear classifier by momentum SGD on augmented images, encoder frozen",
-    work,
-    scores,
-    check,
-    stands_on=("validation",),
+PROTOCOLS = (
+    Protocol(
+        "official",
+        "the published one: linear classifier by momentum SGD on augmented images, encoder frozen",
+        work,
+        scores,
+        check,
+        stands_on=("validation",),
+    ),
 )

@@ -2,8 +2,8 @@
 
 import tensorflow as tf
 
-from eval.features import features_of_pixels
-from eval.supervised import Recipe, make_replica_step, make_state
+from eval.measure.features import features_of_pixels
+from eval.measure.supervised import Recipe, make_replica_step, make_state
 from trainer.config import Config
 from trainer.encoder import make_encoder
 from trainer.lowering import OneOfMany, Program, to_program

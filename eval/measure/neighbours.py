@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from eval.features import StoredFeatures
-from eval.logistic import cut, even_rows, matrix_product, over_replicas, padded
+from eval.measure.features import StoredFeatures
+from eval.measure.logistic import cut, even_rows, matrix_product, over_replicas, padded
 
 _QUERIES_AT_ONCE = 1 << 10
 _BANK_AT_ONCE = 1 << 14

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.features import StoredFeatures
-from eval.neighbours import nearest_neighbours
-from eval.protocols.protocol import Context, Protocol, Scores, Sizes, Work
+from eval.measure.features import StoredFeatures
+from eval.measure.neighbours import nearest_neighbours
+from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
 from trainer.config import Config
 from trainer.preemption import PreemptedError
 
@@ -50,6 +50,8 @@ def work(config: Config, sizes: Sizes) -> Work:
     return Work(flops=2.0 * sizes.train * sizes.validation * sizes.features)
 
 
-KNN = Protocol(
-    "knn", "nearest neighbours by cosine, weighted; nothing is trained", work, scores, stands_on=("train", "validation")
+PROTOCOLS = (
+    Protocol(
+        "knn", "nearest neighbours by cosine, weighted; nothing is trained", work, scores, stands_on=("train", "validation")
+    ),
 )

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from eval.features import StoredFeatures
-from eval.logistic import LinearClassifier, accuracies, fit, fit_path
-from eval.protocols.protocol import Context, Protocol, Scores, Sizes, Work
+from eval.measure.features import StoredFeatures
+from eval.measure.logistic import LinearClassifier, accuracies, fit, fit_path
+from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
 from trainer.config import Config, LinearEval
 from trainer.preemption import PreemptedError
 
@@ -49,6 +49,7 @@ CACHED = Protocol(
     scores,
     stands_on=("train", "validation"),
 )
+PROTOCOLS = (CACHED,)
 
 
 def fit_with_choice(

@@ -1,0 +1,72 @@
+"""The run that a report shows: what its evaluation, its dataset and its checkpoint left, read from where they lie."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from eval.measure.evaluation import Evaluation, read_evaluation
+from eval.measure.features import StoredFeatures, read_features
+from eval.show import pictures
+from eval.show.figures import History
+from trainer import checkpoint as checkpoints
+from trainer.checkpoint import Checkpoint
+from trainer.config import Config
+from trainer.shared.errors import UserError
+from trainer.shared.records import Manifest, read_manifest
+from trainer.train import read_config
+
+SIDE = 96
+"""Pixels of a picture, at most."""
+
+
+@dataclass(frozen=True)
+class Run:
+    evaluation: Evaluation
+    data_dir: str
+    manifest: Manifest
+    config: Config
+    about: Mapping[str, Any]
+    """The rest of the checkpoints' config.json."""
+    checkpoint: Checkpoint
+    history: History
+    runs: Mapping[str, str]
+    """IDs of MLflow's runs, by component."""
+
+    @property
+    def preset(self) -> str:
+        return str(self.about.get("preset") or "")
+
+    def features(self, split: str) -> StoredFeatures | None:
+        """Returns the features of a split: where the evaluation left them, or in its folder, with which they may have moved.
+
+        Features are large, and may have been deleted since: then None.
+        """
+        path = str(self.evaluation.result["features"][split]["path"])
+        for folder in (path, f"{self.evaluation.folder}/{path.rpartition('/')[2]}"):
+            try:
+                return read_features(folder)
+            except UserError:
+                continue
+        return None
+
+    def thumbnails(self, split: str, image_ids: Sequence[int], side: int = SIDE) -> dict[int, Image.Image]:
+        """Returns pictures of images, cropped as evaluation crops them, by ID in the order given."""
+        jpegs = pictures.read_jpegs(self.data_dir, self.manifest, split, image_ids)
+        proportion = self.config.eval_crop_proportion
+        return {int(image_id): pictures.thumbnail(jpegs[int(image_id)], side, proportion) for image_id in image_ids}
+
+    def drawn(self, count: int, number: int) -> list[int]:
+        """Returns at most `number` of 0..count-1, drawn by the evaluation's seed."""
+        random = np.random.Generator(np.random.Philox(key=[self.config.linear_eval.seed, 1]))
+        return [int(i) for i in np.sort(random.choice(count, min(number, count), replace=False))]
+
+
+def read_run(evaluation: str, data_dir: str, history: History, runs: Mapping[str, str]) -> Run:
+    """Reads a run from the folder of its evaluation. Raises UserError if evaluation, dataset or checkpoint are not there."""
+    found = read_evaluation(evaluation)
+    checkpoint = checkpoints.load(found.result["checkpoint"])
+    config, about = read_config(checkpoints.run_folder(checkpoint.path))
+    return Run(found, data_dir, read_manifest(data_dir), config, about, checkpoint, history, runs)
