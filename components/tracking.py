@@ -48,7 +48,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
-from components import figures, registration, variables
+from components import console, figures, registration, variables
 from components.lease import LostLeaseError
 from components.lineage import COMPONENTS, Artifact, Lineage, Step, short
 from components.outbox import (
@@ -319,7 +319,7 @@ def job_link(folder: str, job: str) -> str:
     if not folder:
         return ""
     _, project, _, region = folder.split("/")
-    return f"https://console.cloud.google.com/vertex-ai/locations/{region}/pipelines/runs/{job}?project={project}"
+    return console.pipeline_job_page(project, region, job)
 
 
 def join(store: Store, job: str, run_ids: Iterable[str]) -> None:
