@@ -51,16 +51,16 @@ from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 from components import console, figures, registration, variables
 from components.lease import LostLeaseError
 from components.lineage import COMPONENTS, Artifact, Lineage, Step, short
-from components.outbox import (
-    Outbox,
+from components.outbox import Outbox, Point
+from components.patience import (
+    PATIENCE_OF_STEPS,
     PatientClient,
-    Point,
     UnansweredError,
     answer,
-    hide_credentials,
     is_transient,
     one_line,
     patiently,
+    without_credentials,
 )
 from components.registration import ENCODER
 from trainer.shared.errors import UserError
@@ -107,8 +107,6 @@ _SERVED_WITH = ("mlflow", "numpy", "pandas", "keras", "protobuf")
 _INVALID_HOST = "Invalid Host header"
 """What an MLflow server says where --allowed-hosts lacks the host that the client asked for."""
 _SECONDS_FOR_A_SECRET = 30.0
-_PATIENCE_OF_STEPS = 3600.0
-"""Seconds that a step waits for a server that is down, before it gives up what it made to the next attempt."""
 
 
 class KfpArtifact(Protocol):
@@ -165,17 +163,12 @@ def _refused_in_one_line(uri: str) -> Iterator[None]:
 def patient(client: MlflowClient) -> MlflowClient:
     """Returns a client that waits for a server that is down, as long as a step does."""
     inner = client.impatient if isinstance(client, PatientClient) else client
-    return cast(MlflowClient, PatientClient(inner, _PATIENCE_OF_STEPS))
+    return cast(MlflowClient, PatientClient(inner, PATIENCE_OF_STEPS))
 
 
 def _impatient(store: Store) -> Store:
     """Returns the same store with a client that makes every call once."""
     return replace(store, client=store.client.impatient) if isinstance(store.client, PatientClient) else store
-
-
-def without_credentials(uri: str) -> str:
-    """Returns `uri` as it may be shown."""
-    return hide_credentials(uri)
 
 
 def move_credentials(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -207,7 +200,7 @@ def read_secret(environ: MutableMapping[str, str] = os.environ) -> None:
         return str(client.access_secret_version(name=name, retry=None, timeout=_SECONDS_FOR_A_SECRET).payload.data.decode())
 
     try:
-        secret = patiently(read, _PATIENCE_OF_STEPS, f"Secret Manager, asked for {name},")
+        secret = patiently(read, PATIENCE_OF_STEPS, f"Secret Manager, asked for {name},")
     except GoogleAPICallError as error:
         hint = "give --mlflow-secret a version that exists, as in projects/P/secrets/S/versions/latest"
         if isinstance(error, Forbidden):
@@ -281,7 +274,7 @@ def open_job_store(environ: Mapping[str, str] = os.environ) -> Store:
         raise UserError("MLFLOW_TRACKING_URI is not set: a component records what it does where that says")
     read_secret()
     experiment = environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    return open_store(environ["MLFLOW_TRACKING_URI"], experiment, patience=_PATIENCE_OF_STEPS)
+    return open_store(environ["MLFLOW_TRACKING_URI"], experiment, patience=PATIENCE_OF_STEPS)
 
 
 def job_of(output_uri: str) -> str:
@@ -358,7 +351,7 @@ class StepRun:
         self._at_end: list[Callable[[bool], None]] = []
         client = _impatient(store).client
         self._outbox = Outbox(
-            lambda points: client.log_batch(run_id, metrics=[Metric(*point) for point in points]), _PATIENCE_OF_STEPS
+            lambda points: client.log_batch(run_id, metrics=[Metric(*point) for point in points]), PATIENCE_OF_STEPS
         )
 
     def log_params(self, params: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from google.auth.exceptions import DefaultCredentialsError
 from google.cloud import secretmanager
 from holding import Hold, started
 from kfp import dsl
-from loopback import Clock
+from loopback import skip_waits
 from mlflow import MlflowClient
 from mlflow_server import PASSWORD, USER, serving
 from test_pipeline import raw_archives
@@ -80,7 +80,7 @@ SECRET = "projects/p/secrets/mlflow/versions/1"
 def google(monkeypatch):
     """A loopback Secret Manager, which `read_secret` asks."""
     client = secretmanager.SecretManagerServiceClient
-    monkeypatch.setattr(outbox, "time", Clock())
+    skip_waits(monkeypatch)
     with serving_google() as google:
         options = {"api_endpoint": google.url}
         monkeypatch.setattr(

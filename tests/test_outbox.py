@@ -20,7 +20,7 @@ from holding import started, until
 from loopback import answering
 from mlflow import MlflowClient
 
-from components import outbox, tracking
+from components import outbox, patience, tracking
 from trainer.shared.errors import UserError
 
 PATIENCE = 600
@@ -76,8 +76,9 @@ def short_waits(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(outbox, "_SECONDS_BETWEEN_CALLS", 0.02)
     monkeypatch.setattr(outbox, "_SECONDS_BETWEEN_REMOTE_WRITES", 0.02, raising=False)
-    monkeypatch.setattr(outbox, "_SHORTEST_WAIT", 0.02)
-    monkeypatch.setattr(outbox, "_LONGEST_WAIT", 0.05)
+    for module in (outbox, patience):
+        monkeypatch.setattr(module, "SHORTEST_WAIT", 0.02)
+        monkeypatch.setattr(module, "LONGEST_WAIT", 0.05)
 
 
 def eventually(holds: Callable[[], bool]) -> None:
@@ -255,7 +256,7 @@ def test_a_step_that_ends_waits_for_the_server_and_says_what_it_answers(capsys):
 
 
 def test_a_step_that_ends_fails_in_one_line_when_patience_ends(folder, monkeypatch):
-    monkeypatch.setattr(tracking, "_PATIENCE_OF_STEPS", 0.1)
+    monkeypatch.setattr(tracking, "PATIENCE_OF_STEPS", 0.1)
     with answering(503) as server:
         run = step_run(server.url)
         run.keep_metrics_in(folder)

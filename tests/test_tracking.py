@@ -10,11 +10,11 @@ from pathlib import Path
 import mlflow
 import pytest
 from kfp import dsl
-from loopback import Clock, answering
+from loopback import answering, skip_waits
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from components import outbox, tracking, variables
+from components import patience, tracking, variables
 from trainer.shared.errors import UserError
 
 FINGERPRINT = "3fa9" * 16
@@ -228,9 +228,9 @@ def test_a_step_that_fails_says_why_in_one_line_and_leaves_its_pipeline_open(ben
     assert (failed.status, failed.error.strip(), failed.user_error) == (status, message, mendable)
 
 
-@pytest.mark.parametrize("error", [MemoryError("no room"), outbox.UnansweredError("MLflow answers HTTP 503")])
+@pytest.mark.parametrize("error", [MemoryError("no room"), patience.UnansweredError("MLflow answers HTTP 503")])
 def test_a_step_that_fails_while_the_server_is_down_fails_for_its_own_reason(bench, monkeypatch, capsys, error):
-    monkeypatch.setattr(outbox, "time", Clock())
+    skip_waits(monkeypatch)
     pipeline_id = bench.pipeline()
     dataset = bench.artifact(dsl.Dataset, type(error).__name__, "build-tfrecords", "dataset")
     asked = []
@@ -249,7 +249,7 @@ def test_a_step_that_fails_while_the_server_is_down_fails_for_its_own_reason(ben
         fail()
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith("warning: MLflow does not know that this step failed: MLflow does not answer (connection refused)")
-    if isinstance(error, outbox.UnansweredError):
+    if isinstance(error, patience.UnansweredError):
         assert len(asked) == 1, "the step has waited once already"
     assert tracking.end_pipeline(bench.store, pipeline_id, "FAILED").failed.status == "KILLED"
 
@@ -363,7 +363,7 @@ class Failing:
 @pytest.mark.thorough
 @pytest.mark.parametrize("error", [Killed(), ConnectionResetError(104, "Connection reset by peer")], ids=["killed", "lost"])
 def test_recording_an_encoder_leaves_one_model_and_one_version_wherever_it_was_cut(bench, error, monkeypatch):
-    monkeypatch.setattr(outbox, "time", Clock())
+    skip_waits(monkeypatch)
     dataset = bench.artifact(dsl.Dataset, "job", "cut", "dataset")
     dataset.metadata.update(name="images", fingerprint=FINGERPRINT)
     at, cut = 0, True
@@ -372,7 +372,7 @@ def test_recording_an_encoder_leaves_one_model_and_one_version_wherever_it_was_c
         run_id = bench.client.create_run(bench.store.experiment_id).info.run_id
         bench.client.log_metric(run_id, "train/contrastive_loss", -1 / 3, step=3)
         failing = Failing(bench.client, at, error)
-        patient = outbox.PatientClient(failing, 60)
+        patient = patience.PatientClient(failing, 60)
         for client in (patient, bench.client):
             run = tracking.StepRun(tracking.Store(client, bench.store.experiment_id), run_id)
             try:
@@ -437,7 +437,7 @@ PASSWORD = "planted-password"
 )
 def test_a_server_that_is_waited_for_is_said_to_answer_what_it_answers(monkeypatch, capsys, status, answers):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(outbox, "time", Clock())
+    skip_waits(monkeypatch)
     with answering(status or 200) as server:
         url = server.url
         uri = (url if status else "http://127.0.0.1:9").replace("http://", f"http://someone:{PASSWORD}@")
@@ -454,7 +454,7 @@ def test_a_server_that_is_waited_for_is_said_to_answer_what_it_answers(monkeypat
 
 def test_a_server_that_comes_back_is_waited_for(monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(outbox, "time", Clock())
+    skip_waits(monkeypatch)
     found: list[tracking.Store] = []
     with answering(503) as server:
         opening = threading.Thread(target=lambda: found.append(tracking.open_store(server.url, patience=1e9)))
@@ -465,6 +465,21 @@ def test_a_server_that_comes_back_is_waited_for(monkeypatch, capsys):
         opening.join()
     assert [store.experiment_id for store in found] == ["7"]
     assert "waiting for it" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_a_call_though_it_comes_while_a_lost_connection_is_handled():
+    asked = []
+
+    def call():
+        asked.append(1)
+        try:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        except ConnectionResetError:
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(KeyboardInterrupt):
+        patience.patiently(call, 60)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(
