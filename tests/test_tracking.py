@@ -52,7 +52,7 @@ class Bench:
                 "classes": 3.0,
             }
             dataset.metadata.update(about)
-            run.log_dataset(dataset, "output")
+            run.datasets.log(dataset, "output")
         return dataset
 
     def pretrain(self, pipeline_id, dataset):
@@ -61,10 +61,10 @@ class Bench:
         environ = self.environ(pipeline_id)
         with tracking.step("pretrain", arguments, {"model": model}, {"dataset": dataset}, environ) as run:
             run.log_params({"seed": 0, "linear_eval": {"seed": 1}})
-            run.log_dataset(dataset, "training")
+            run.datasets.log(dataset, "training")
             for step in range(1, 4):
-                run.log_metrics({"train/contrastive_loss": -1 / step}, step)
-            assert run.history() == {"train/contrastive_loss": [(1, -1.0), (2, -0.5), (3, -1 / 3)]}
+                run.metrics.log({"train/contrastive_loss": -1 / step}, step)
+            assert run.metrics.history() == {"train/contrastive_loss": [(1, -1.0), (2, -0.5), (3, -1 / 3)]}
             self.log_encoder(run, dataset, model)
         return model
 
@@ -77,7 +77,7 @@ class Bench:
         model.metadata.update(preset="demo", steps=3)
         params = {"preset": "demo", "state_sha256": state or uuid.uuid4().hex}
         about = {"params": params, "metrics": {"train/contrastive_loss": -1 / 3}, "step": 3}
-        run.log_encoder(model, dataset, [f"{model.uri}/checkpoint.npz"], f"{model.uri}/export", **about)
+        run.encoders.log(model, dataset, [f"{model.uri}/checkpoint.npz"], f"{model.uri}/export", **about)
         return model
 
     def linear_eval(self, pipeline_id, dataset, model, top_1=0.66):
@@ -85,13 +85,13 @@ class Bench:
         inputs = {"model": model, "dataset": dataset}
         arguments = {"overrides": [], "code_version": "c0de"}
         with tracking.step("linear-eval", arguments, {"metrics": metrics}, inputs, self.environ(pipeline_id)) as run:
-            run.log_dataset(dataset, "eval")
-            run.use_encoder(model)
+            run.datasets.log(dataset, "eval")
+            run.encoders.use(model)
             final = {f"eval/{name}": value for name, value in ACCURACIES.items()}
-            run.log_final_metrics(final, model.metadata["model_id"], dataset, 3)
-            run.rate_encoder(model, dataset, f"# Card\n\n{top_1:.0%}\n\n## Use\n\n{'at length ' * 600}", top_1)
+            run.metrics.log_final(final, model.metadata["model_id"], dataset, 3)
+            run.encoders.rate(model, dataset, f"# Card\n\n{top_1:.0%}\n\n## Use\n\n{'at length ' * 600}", top_1)
             files = {"train": {"path": f"{metrics.uri}/train.parquet", "digest": "5" * 64, "images": 36, "dimensions": 8}}
-            run.log_features(dataset, files)
+            run.datasets.log_features(dataset, files)
             run.log_figure(Figure(), "confusion.png")
             for name, value in ACCURACIES.items():
                 metrics.log_metric(name, value)
@@ -320,7 +320,7 @@ def test_the_champion_is_the_best_measured_on_its_dataset_and_latest_the_newest(
     def measured(dataset, top_1, model=None):
         """Measures a model, a new one if none is given; returns it and which versions, from 0 on, the aliases are of."""
         model = model or bench.log_encoder(run, dataset)
-        run.rate_encoder(model, dataset, "# Card", top_1)
+        run.encoders.rate(model, dataset, "# Card", top_1)
         aliases = bench.client.get_registered_model(tracking.ENCODER).aliases
         return model, {alias: int(version) - first for alias, version in aliases.items()}
 
@@ -377,7 +377,7 @@ def test_recording_an_encoder_leaves_one_model_and_one_version_wherever_it_was_c
             run = tracking.StepRun(tracking.Store(client, bench.store.experiment_id), run_id)
             try:
                 model = bench.log_encoder(run, dataset, state=run_id)
-                run.rate_encoder(model, dataset, "# Card", 0.0)
+                run.encoders.rate(model, dataset, "# Card", 0.0)
             except Killed:
                 pass
             finally:
@@ -408,7 +408,7 @@ def test_an_encoder_that_another_store_has_is_left_alone(bench, chain):
     model.metadata.update(model_id="m-" + "0" * 32)
     dataset.metadata.update(fingerprint=FINGERPRINT)
     run = tracking.StepRun(bench.store, chain["linear-eval"])
-    run.rate_encoder(model, dataset, "# Card", 1.0)
+    run.encoders.rate(model, dataset, "# Card", 1.0)
     run.close()
     assert versions() == before
 
