@@ -8,7 +8,6 @@ a living holder, and one that stays the same in `_LOOKS` looks has none.
 """
 
 import json
-import sys
 import threading
 import time
 import uuid
@@ -16,7 +15,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from components.outbox import answer, one_line, patiently
+from components.patience import PATIENCE_OF_STEPS, answer, one_line, patiently, say
 from trainer.shared.errors import UserError
 
 FILE = "lease.json"
@@ -28,8 +27,6 @@ _SECONDS_BETWEEN_LOOKS = 30.0
 _LOOKS = 7
 """Looks at the same generation, without a failed one between, after which its holder is thought dead: 180 s."""
 _SECONDS_OF_A_REQUEST = 60.0
-_PATIENCE = 3600.0
-"""Seconds that a step waits for storage, as it does for MLflow."""
 _PATIENCE_TO_RELEASE = 60.0
 
 Record = Mapping[str, str]
@@ -68,7 +65,7 @@ class Lease:
         try:
             patiently(lambda: self._write(record), _PATIENCE_TO_RELEASE, f"the storage of {self._file.url}")
         except Exception as error:
-            print(f"warning: {self._file.url} is not released ({one_line(error)}): it expires", file=sys.stderr, flush=True)
+            say(f"warning: {self._file.url} is not released ({one_line(error)}): it expires")
 
     def _renew_until_released(self) -> None:
         pause = _SECONDS_BETWEEN_RENEWALS
@@ -78,7 +75,7 @@ class Lease:
                 self._write(self._record)
             except Exception as error:
                 # While storage fails, others cannot take the folder over either.
-                print(f"warning: {self._file.url} is not renewed: it {answer(error)}", file=sys.stderr, flush=True)
+                say(f"warning: {self._file.url} is not renewed: it {answer(error)}")
                 pause = _SECONDS_AFTER_A_FAILURE
             if self._taken_by:
                 return
@@ -116,7 +113,7 @@ def take(folder: str, job: str, is_unfinished: Callable[[], bool]) -> Lease | No
                 if watched and generation != watched:
                     return None
                 if not watched:
-                    print(f"{folder} is held by {found['job']}; waiting for a sign of life", file=sys.stderr, flush=True)
+                    say(f"{folder} is held by {found['job']}; waiting for a sign of life")
                 # Where storage failed, the holder could not be heard from.
                 watched, looks = generation, 1 if failures else looks + 1
                 if looks < _LOOKS:
@@ -169,7 +166,7 @@ class _File:
 
 
 def _asked(file: _File, call: Callable[[], Any]) -> Any:
-    return _in_one_line(file.url, lambda: patiently(call, _PATIENCE, f"the storage of {file.url}"))
+    return _in_one_line(file.url, lambda: patiently(call, PATIENCE_OF_STEPS, f"the storage of {file.url}"))
 
 
 def _in_one_line(url: str, call: Callable[[], Any]) -> Any:

@@ -1,16 +1,21 @@
-"""Calls that are repeated while a service is down, and metrics that wait in a file until MLflow has them.
-
-Knows of MLflow, Google Cloud and storage only how their errors look.
-"""
+"""Metrics that wait in a file until MLflow has them."""
 
 import json
-import re
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from components.patience import (
+    LONGEST_WAIT,
+    SHORTEST_WAIT,
+    UnansweredError,
+    answer,
+    is_transient,
+    one_line,
+    patiently,
+    say,
+)
 from trainer.shared.errors import UserError
 
 FILE = "undelivered-metrics.json"
@@ -22,135 +27,8 @@ _SECONDS_BETWEEN_REMOTE_WRITES = 10.0
 _SECONDS_BETWEEN_LOCAL_WRITES = 0.2
 _SECONDS_TO_CLOSE = 60.0
 _SECONDS_TO_SETTLE = 60.0
-_SHORTEST_WAIT, _LONGEST_WAIT = 0.5, 10.0
-_TRANSIENT = (429, 500, 502, 503, 504)
-_TRANSIENT_IN_STORAGE = (
-    "AbortedError",
-    "DeadlineExceededError",
-    "InternalError",
-    "ResourceExhaustedError",
-    "UnavailableError",
-    "UnknownError",
-)
-"""Names of TensorFlow's exceptions."""
 
 T = TypeVar("T")
-
-
-def is_transient(error: BaseException) -> bool:
-    """Returns whether the same call may succeed later: no answer, too many calls, or an error inside the service."""
-    if isinstance(error, UserError):
-        return False
-    for cause in _causes(error):
-        module = type(cause).__module__
-        if isinstance(cause, ConnectionError | TimeoutError) or module.startswith("requests."):
-            response = getattr(cause, "response", None)
-            return response is None or response.status_code in _TRANSIENT
-        if module.startswith("google.api_core."):
-            return getattr(cause, "code", None) in _TRANSIENT
-        if module.startswith("google.auth.") and getattr(cause, "retryable", False):
-            return True
-        if module.startswith("tensorflow."):
-            return type(cause).__name__ in _TRANSIENT_IN_STORAGE
-    # Of MLflow's exceptions only those of its REST client come from a server; others name an error of this process.
-    return _rest_status(error) in _TRANSIENT
-
-
-def answer(error: BaseException) -> str:
-    """Says what a failed call met, as in "answers HTTP 503 at https://mlflow.example.com": one line, without credentials."""
-    causes = list(_causes(error))
-    urls = [request.url for one in causes if (request := getattr(one, "request", None)) is not None and hasattr(request, "url")]
-    where = f" at {hide_credentials(str(urls[0])).partition('?')[0]}" if urls else ""
-    # MLflow's client tries twice itself, and then keeps only this of the answer.
-    counted = re.search(r"too many (\d{3}) error responses", str(error))
-    statuses = [counted[1]] if counted else []
-    for one in causes:
-        if type(one).__module__.startswith("google.api_core.") and getattr(one, "code", None) is not None:
-            statuses.append(f"{int(one.code)} ({one_line(getattr(one, 'message', one))})")
-        elif type(one).__module__.startswith("requests.") and getattr(one, "response", None) is not None:
-            statuses.append(str(one.response.status_code))
-    coded = re.search(r"failed with error code (\d{3}) ", str(error))
-    if not statuses and (status := coded[1] if coded else _rest_status(error)):
-        statuses.append(f"{status} ({one_line(error)})")
-    if statuses:
-        return f"answers HTTP {statuses[0]}{where}"
-    if any(isinstance(one, TimeoutError) or "Timeout" in type(one).__name__ for one in causes):
-        return f"does not answer{where} (timeout)"
-    reasons = [one.strerror for one in causes if isinstance(one, OSError) and one.strerror]
-    if is_transient(error) and (reasons or urls):
-        return f"does not answer{where} ({reasons[-1].lower() if reasons else one_line(causes[-1])})"
-    return f"fails ({type(error).__name__}: {one_line(error)})"
-
-
-def one_line(what: object) -> str:
-    """Returns a text as one line of at most 500 characters without the credentials of any URL in it."""
-    return hide_credentials(" ".join(str(what).split()))[:500]
-
-
-def hide_credentials(text: str) -> str:
-    """Returns `text` without USER:PASSWORD@ in its URLs."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", text)
-
-
-def _causes(error: BaseException) -> Iterator[Any]:
-    """Yields an exception and those that led to it, the first one last."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
-def _rest_status(error: BaseException) -> int | None:
-    status = getattr(error, "get_http_status_code", None)
-    return int(status()) if type(error).__name__ == "RestException" and status is not None else None
-
-
-class UnansweredError(UserError):
-    """A service did not do its work for as long as patience lasts."""
-
-
-def patiently(call: Callable[[], T], patience: float, service: str = "MLflow") -> T:
-    """Returns what `call` returns. While it fails in a way that may pass, calls again for `patience` seconds.
-
-    Says once on stderr what the service answers. Raises UnansweredError with the last answer when patience ends, and
-    the error itself where it will not pass.
-    """
-    until = time.monotonic() + patience
-    wait, told = _SHORTEST_WAIT, False
-    while True:
-        try:
-            return call()
-        except Exception as error:
-            if not is_transient(error) or not patience:
-                raise
-            if time.monotonic() + wait > until:
-                raise UnansweredError(
-                    f"{service} {answer(error)}; gave up after {patience:.0f} s: start the same command again once it works"
-                ) from error
-            if not told:
-                _say(f"{service} {answer(error)}; waiting for it")
-                told = True
-        time.sleep(wait)
-        wait = min(2 * wait, _LONGEST_WAIT)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-class PatientClient:
-    """A client that repeats every call while the server does not answer, for `patience` seconds."""
-
-    def __init__(self, client: Any, patience: float) -> None:
-        self.impatient = client
-        self._patience = patience
-
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self.impatient, name)
-        if not callable(attribute):
-            return attribute
-        return lambda *args, **named: patiently(lambda: attribute(*args, **named), self._patience)
-
 
 Point = tuple[str, float, int, int]
 """A metric's name, value, time in milliseconds, and step."""
@@ -246,7 +124,7 @@ class Outbox:
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._waiting or self._failure, self._patience)
             if self._waiting and self._failure and not self._refused:
-                _say(f"MLflow {answer(self._failure)}; waiting for it")
+                say(f"MLflow {answer(self._failure)}; waiting for it")
             self._changed.wait_for(lambda: not self._waiting or self._refused, until - time.monotonic())
             if self._waiting:
                 kept = f"; undelivered metrics are kept in {self._file}" if self._file else ""
@@ -281,9 +159,9 @@ class Outbox:
             said = answer(self._failure) if self._failure else "does not answer"
         if lost:
             kept = f"{self._file} cannot be written ({met})" if self._file else "no file keeps them"
-            _say(f"warning: {len(lost)} metric values are lost: MLflow {said}, and {kept}")
+            say(f"warning: {len(lost)} metric values are lost: MLflow {said}, and {kept}")
         elif left_over:
-            _say(f"warning: {self._file} cannot be removed ({met}): remove it, or the same work will start in this folder again")
+            say(f"warning: {self._file} cannot be removed ({met}): remove it, or the same work will start in this folder again")
 
     def _from_storage(self, file: str, call: Callable[[], T]) -> T:
         try:
@@ -320,7 +198,7 @@ class Outbox:
                     return
                 self._changed.notify_all()
                 if failure:
-                    pause = min(2 * pause, _LONGEST_WAIT)
+                    pause = min(2 * pause, LONGEST_WAIT)
                     self._changed.wait_for(lambda: self._try_now or self._closing, pause)
                 else:
                     pause = _SECONDS_BETWEEN_CALLS
@@ -334,19 +212,19 @@ class Outbox:
                 self._write_now = False
             self._write()
             between = _SECONDS_BETWEEN_REMOTE_WRITES if "://" in self._file else _SECONDS_BETWEEN_LOCAL_WRITES
-            pause = _LONGEST_WAIT if self._write_failure else between
+            pause = LONGEST_WAIT if self._write_failure else between
         # The first write is at once, because the machine may be about to go; the last knows what was delivered.
         self._write()
         with self._changed:
             self._changed.wait_for(lambda: not self._delivering or self._closed)
-        pause = _SHORTEST_WAIT
+        pause = SHORTEST_WAIT
         while not self._closed:
             self._write()
             if self._write_failure is None or not is_transient(self._write_failure):
                 break
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, pause)
-            pause = min(2 * pause, _LONGEST_WAIT)
+            pause = min(2 * pause, LONGEST_WAIT)
         with self._changed:
             self._writing = False
             self._changed.notify_all()
@@ -368,7 +246,7 @@ class Outbox:
         except Exception as error:
             failure = error
             if self._write_failure is None and not self._closing:
-                _say(f"warning: {file} cannot be written ({_reason(error)}); undelivered metrics are in memory only")
+                say(f"warning: {file} cannot be written ({_reason(error)}); undelivered metrics are in memory only")
         with self._changed:
             self._write_failure = failure
             if failure is None:

@@ -49,9 +49,9 @@ def build_tfrecords(
             validation_images=validation.records,
             classes=manifest.num_classes,
         )
-        run.log_dataset(dataset, "output")
-        run.log_text(inspect_dataset.page(dataset.uri), "dataset.html")
-        run.log_metrics(
+        run.datasets.log(dataset, "output")
+        run.log_text(inspect_dataset.page(dataset.uri), tracking.DATASET_PAGE)
+        run.metrics.log(
             {
                 "data/train_images": train.records,
                 "data/validation_images": validation.records,
@@ -100,14 +100,14 @@ def pretrain(
         config = resolve(preset, overrides)
         settings = {name: value for name, value in asdict(config).items() if name != "linear_eval"}
         run.log_params(settings)
-        run.log_dataset(dataset, "training")
+        run.datasets.log(dataset, "training")
         claim = workspace.Claim(model.uri)
         if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):
             about = {"settings": settings, "dataset": dataset.metadata["fingerprint"]}
             claim = workspace.claim(checkpoints, run.job, **about, code_version=code_version)
             run.at_end(claim.release)
         model.uri = claim.folder
-        run.keep_metrics_in(claim.folder)
+        run.metrics.keep_in(claim.folder)
         try:
             with sigterm_noted() as should_stop:
                 result = train(
@@ -117,19 +117,19 @@ def pretrain(
                     preset=preset,
                     code_version=code_version,
                     strategy=strategy,
-                    log_metrics=run.log_metrics,
+                    log_metrics=run.metrics.log,
                     report=lambda done, total, text: bars("pretrain", done, total, text),
-                    before_checkpoint=run.settle,
+                    before_checkpoint=run.metrics.settle,
                     should_stop=claim.stopping(should_stop),
                 )
         except PreemptedError as preempted:
             print(f"preempted: {preempted}", file=sys.stderr)
             sys.exit(EXIT_CODE)
         claim.require()
-        if drawn := curves({"": run.history()}):
-            run.log_figure(drawn, "curves.png")
+        if drawn := curves({"": run.metrics.history()}):
+            run.log_figure(drawn, tracking.CURVES)
         model.metadata.update(preset=preset, steps=result.steps, state_sha256=result.state_sha256)
-        run.log_encoder(
+        run.encoders.log(
             model,
             dataset,
             [result.checkpoint, f"{model.uri}/config.json", f"{model.uri}/result.json"],
@@ -179,14 +179,14 @@ def linear_eval(
         given = os.environ.get(variables.ACCELERATOR, "")
         strategy = claim_devices(given, say=lambda line: bars.note("linear-eval", line))
         run.log_devices(describe_run(strategy))
-        run.log_dataset(dataset, "eval")
-        run.use_encoder(model)
+        run.datasets.log(dataset, "eval")
+        run.encoders.use(model)
         claim = workspace.Claim(metrics.uri)
         if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):
             about = {"model": model.metadata["state_sha256"], "dataset": dataset.metadata["fingerprint"]}
             claim = workspace.claim(checkpoints, run.job, linear_eval=overrides, **about, code_version=code_version)
             run.at_end(claim.release)
-        run.keep_metrics_in(claim.folder)
+        run.metrics.keep_in(claim.folder)
         try:
             with sigterm_noted() as should_stop:
                 result = evaluate(
@@ -196,7 +196,7 @@ def linear_eval(
                     overrides,
                     workspace=claim.folder,
                     strategy=strategy,
-                    log_metrics=run.log_metrics,
+                    log_metrics=run.metrics.log,
                     report=lambda done, total, text: bars("linear-eval", done, total, text),
                     should_stop=claim.stopping(should_stop),
                 )
@@ -204,9 +204,9 @@ def linear_eval(
             print(f"preempted: {preempted}", file=sys.stderr)
             sys.exit(EXIT_CODE)
         claim.require()
-        run.log_final_metrics(result.metrics, model.metadata["model_id"], dataset, int(model.metadata["steps"]))
-        run.rate_encoder(model, dataset, evaluated_card(model.uri, metrics.uri), result.metrics["eval/top_1_accuracy"])
-        run.log_features(dataset, result.features)
+        run.metrics.log_final(result.metrics, model.metadata["model_id"], dataset, int(model.metadata["steps"]))
+        run.encoders.rate(model, dataset, evaluated_card(model.uri, metrics.uri), result.metrics["eval/top_1_accuracy"])
+        run.datasets.log_features(dataset, result.features)
         history, runs = run.history_behind("pretrain"), run.sources()
         page = write_report(report.uri, metrics.uri, dataset.uri, history=history, runs=runs)
         run.log_text(page.html, tracking.REPORT)

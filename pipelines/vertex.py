@@ -18,6 +18,7 @@ from google.auth import exceptions as auth_exceptions
 from google.cloud import aiplatform_v1
 from google.protobuf import json_format
 
+from components import console
 from components.lineage import COMPONENTS, Artifact
 from trainer.shared.errors import UserError
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CONSOLE = "https://console.cloud.google.com"
 PLAN_LABEL = "sogclr-plan"
 """Label with a digest of all that was asked for: a job that has it is the same job."""
 
@@ -53,7 +53,7 @@ class Place:
         return f"projects/{self.project}/locations/{self.region}"
 
     def job_link(self, job_id: str) -> str:
-        return f"{CONSOLE}/vertex-ai/locations/{self.region}/pipelines/runs/{job_id}?project={self.project}"
+        return console.pipeline_job_page(self.project, self.region, job_id)
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ class Vertex:
             name=found.task_name,
             state=found.state.name if found.state else "",
             error=" ".join(found.error.message.split()) if found.error.code else "",
-            logs=f"{CONSOLE}/logs/query;query={query}?project={self.place.project}" if resource else "",
+            logs=console.logs_page(self.place.project, query) if resource else "",
             outputs={
                 name: Artifact(one.artifacts[0].schema_title, one.artifacts[0].uri, _plain(one.artifacts[0]))
                 for name, one in found.outputs.items()

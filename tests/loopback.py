@@ -6,6 +6,9 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+import tenacity
+
 
 class Clock:
     """Stands in for the module `time`: time passes only while somebody sleeps, and then at once."""
@@ -18,6 +21,13 @@ class Clock:
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
+
+
+def skip_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a `Clock` where repeated calls look for the time, so that hours of waiting take none."""
+    clock = Clock()
+    monkeypatch.setattr(tenacity, "time", clock)
+    monkeypatch.setattr(tenacity.nap, "time", clock)
 
 
 class Loopback:

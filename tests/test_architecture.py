@@ -28,11 +28,6 @@ def test_nothing_imports_eval_bare(path):
     assert "eval" not in imported(path)
 
 
-def test_only_tracking_imports_mlflow():
-    knowing = {str(path.relative_to(ROOT)) for path in FILES if any(name.split(".")[0] == "mlflow" for name in imported(path))}
-    assert knowing <= {"components/tracking.py"}
-
-
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

@@ -9,6 +9,10 @@ from mlflow import MlflowClient
 from test_pipeline import TINY, raw_archives
 
 from components import lease, outbox, steps, tracking, workspace
+from components.tracking import step_file, step_runs
+from components.tracking.datasets import Datasets
+from components.tracking.encoders import Encoders
+from components.tracking.metrics import Metrics
 from trainer.shared.records import MANIFEST
 
 PLACE = "projects/p/locations/europe-west4"
@@ -129,7 +133,7 @@ def test_a_step_that_mlflow_does_not_know_to_be_finished_though_it_recorded_all_
 def test_a_conversion_that_was_not_recorded_is_taken_as_it_is(world, monkeypatch):
     job = Job(*world, "converted")
     with monkeypatch.context() as patch:
-        patch.setattr(tracking.StepRun, "log_dataset", killed)
+        patch.setattr(Datasets, "log", killed)
         with pytest.raises(Killed):
             job.attempt("build-tfrecords")
     (manifest,) = job.folder.glob(f"kfp/{job.name}/dataset/dataset/{MANIFEST}")
@@ -140,22 +144,25 @@ def test_a_conversion_that_was_not_recorded_is_taken_as_it_is(world, monkeypatch
     assert [run.info.status for run in job.runs("build-tfrecords")] == ["FINISHED"]
 
 
-@pytest.mark.parametrize("where", ["log_encoder", "log_figure", "_log_step", "set_terminated"])
-def test_training_that_was_not_recorded_is_recorded_by_the_next_attempt(world, job, where, monkeypatch):
+@pytest.mark.parametrize(
+    ("of", "where"),
+    [(Encoders, "log"), (tracking.StepRun, "log_figure"), (step_file, "write"), (MlflowClient, "set_terminated")],
+    ids=["encoder", "figure", "outputs", "end"],
+)
+def test_training_that_was_not_recorded_is_recorded_by_the_next_attempt(world, job, of, where, monkeypatch):
     """However it was cut: no step is trained again, and there is one run, one version and one point a step."""
     other = Job(*world, f"trained-{where}")
     other.made = {"dataset": job.made["dataset"]}
     with monkeypatch.context() as patch:
         # As SIGKILL: nothing says that the attempt ended.
-        patch.setattr(tracking, "_record_failure", lambda *_: None)
+        patch.setattr(step_runs, "_record_failure", lambda *_: None)
         patch.setattr(workspace.Claim, "release", lambda *_: None)
-        if where == "_log_step":
-            real = tracking._log_step
-            patch.setattr(tracking, where, lambda *given: killed() if given[-1] else real(*given))
-        elif where == "set_terminated":
-            patch.setattr(MlflowClient, where, killed)
+        if of is step_file:
+            # Its first call, before the step does anything, records no outputs.
+            real = step_file.write
+            patch.setattr(of, where, lambda *given: killed() if given[-1] else real(*given))
         else:
-            patch.setattr(tracking.StepRun, where, killed)
+            patch.setattr(of, where, killed)
         with pytest.raises(Killed):
             other.attempt("pretrain")
     end_process()
@@ -173,14 +180,18 @@ def test_training_that_was_not_recorded_is_recorded_by_the_next_attempt(world, j
     assert Path(model.uri).parent == other.folder / "checkpoints"
 
 
-@pytest.mark.parametrize("where", ["log_final_metrics", "rate_encoder", "log_text"])
-def test_an_evaluation_that_was_not_recorded_is_recorded_by_the_next_attempt(world, job, where, monkeypatch):
+@pytest.mark.parametrize(
+    ("of", "where"),
+    [(Metrics, "log_final"), (Encoders, "rate"), (tracking.StepRun, "log_text")],
+    ids=["metrics", "rating", "report"],
+)
+def test_an_evaluation_that_was_not_recorded_is_recorded_by_the_next_attempt(world, job, of, where, monkeypatch):
     other = Job(*world, f"evaluated-{where}")
     other.made = {name: job.made[name] for name in ("dataset", "model")}
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, "_record_failure", lambda *_: None)
+        patch.setattr(step_runs, "_record_failure", lambda *_: None)
         patch.setattr(workspace.Claim, "release", lambda *_: None)
-        patch.setattr(tracking.StepRun, where, killed)
+        patch.setattr(of, where, killed)
         with pytest.raises(Killed):
             other.attempt("linear-eval")
     end_process()

@@ -315,8 +315,8 @@ def registered(exported, checkpoint, dataset, evaluated, tmp_path_factory):
         store = tracking.open_store(uri, artifacts=str(folder / "artifacts"))
         run = tracking.StepRun(store, store.client.create_run(store.experiment_id).info.run_id)
         files = [str(checkpoint / name) for name in ("checkpoint-00000003.npz", "config.json", "result.json")]
-        run.log_encoder(artifact, data, files, str(exported), params={"preset": "demo"}, metrics={}, step=3)
-        run.rate_encoder(artifact, data, evaluated_card(str(checkpoint), str(evaluated)), 0.5)
+        run.encoders.log(artifact, data, files, str(exported), params={"preset": "demo"}, metrics={}, step=3)
+        run.encoders.rate(artifact, data, evaluated_card(str(checkpoint), str(evaluated)), 0.5)
         run.close()
     (folder / "sitecustomize.py").write_text(
         "import sys\nsys.meta_path[:] = [one for one in sys.meta_path if 'editable' not in str(getattr(one, '__module__', ''))]\n"

@@ -15,7 +15,7 @@ import pytest
 from holding import started
 from vertex.google import serving
 
-from components import lease, outbox, workspace
+from components import lease, patience, workspace
 from trainer.shared.errors import UserError
 
 ROOT = "gs://bucket/checkpoints"
@@ -57,8 +57,8 @@ def folders(monkeypatch):
     monkeypatch.setattr(workspace, "_is_unfinished", lambda folder: True)
     monkeypatch.setattr(lease, "_SECONDS_BETWEEN_RENEWALS", 3600.0)
     monkeypatch.setattr(lease, "_SECONDS_AFTER_A_FAILURE", 0.01)
-    monkeypatch.setattr(outbox, "_SHORTEST_WAIT", 0.01)
-    monkeypatch.setattr(outbox, "_LONGEST_WAIT", 0.02)
+    monkeypatch.setattr(patience, "SHORTEST_WAIT", 0.01)
+    monkeypatch.setattr(patience, "LONGEST_WAIT", 0.02)
 
 
 def claim(job):

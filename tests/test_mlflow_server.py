@@ -14,7 +14,7 @@ from google.auth.exceptions import DefaultCredentialsError
 from google.cloud import secretmanager
 from holding import Hold, started
 from kfp import dsl
-from loopback import Clock
+from loopback import skip_waits
 from mlflow import MlflowClient
 from mlflow_server import PASSWORD, USER, serving
 from test_pipeline import raw_archives
@@ -80,7 +80,7 @@ SECRET = "projects/p/secrets/mlflow/versions/1"
 def google(monkeypatch):
     """A loopback Secret Manager, which `read_secret` asks."""
     client = secretmanager.SecretManagerServiceClient
-    monkeypatch.setattr(outbox, "time", Clock())
+    skip_waits(monkeypatch)
     with serving_google() as google:
         options = {"api_endpoint": google.url}
         monkeypatch.setattr(
@@ -163,7 +163,7 @@ def test_a_job_s_steps_are_one_run_and_a_retry_goes_on_with_its_step_s_run(serve
                 if attempt == 0:
                     raise OSError("the machine was taken away")
                 dataset.metadata.update(fingerprint="f" * 64, name="images", train_images=1, validation_images=1, classes=1)
-                run.log_dataset(dataset, "output")
+                run.datasets.log(dataset, "output")
         except OSError:
             assert store.client.get_run(runs[0]).info.status == "FAILED"
     assert runs[0] == runs[1]
@@ -197,12 +197,12 @@ def test_metrics_wait_in_a_file_and_the_next_attempt_delivers_them(server, tmp_p
     nowhere = tracking.Store(MlflowClient("http://127.0.0.1:9"), store.experiment_id)
     for first, of in ((0, nowhere), (100, nowhere), (200, store)):
         run = tracking.StepRun(of, run_id)
-        run.keep_metrics_in(str(folder))
+        run.metrics.keep_in(str(folder))
         for step in range(first, first + 100):
-            run.log_metrics({"loss": 1 / (step + 1), "nan": float("nan")}, step)
+            run.metrics.log({"loss": 1 / (step + 1), "nan": float("nan")}, step)
         if of is store:
-            assert [step for step, _ in run.history()["loss"]] == list(range(300))
-            assert len(run.history()["nan"]) == 300
+            assert [step for step, _ in run.metrics.history()["loss"]] == list(range(300))
+            assert len(run.metrics.history()["nan"]) == 300
         run.close(finished=True)
         # As long as the file is there, whoever does the same gets the folder.
         assert (folder / outbox.FILE).exists() == (of is nowhere)
@@ -212,13 +212,13 @@ def test_an_interrupted_step_is_gone_on_with_by_a_run_that_has_its_history(serve
     store = tracking.open_store(server.uri)
     before, after = (store.client.create_run(store.experiment_id).info.run_id for _ in range(2))
     run = tracking.StepRun(store, before)
-    run.keep_metrics_in(str(tmp_path / "work"))
-    run.log_metrics({"loss": 3.0}, 1)
+    run.metrics.keep_in(str(tmp_path / "work"))
+    run.metrics.log({"loss": 3.0}, 1)
     run.close()
     run = tracking.StepRun(store, after)
-    run.keep_metrics_in(str(tmp_path / "work"))
-    run.log_metrics({"loss": 2.0}, 2)
-    assert run.history() == {"loss": [(1, 3.0), (2, 2.0)]}
+    run.metrics.keep_in(str(tmp_path / "work"))
+    run.metrics.log({"loss": 2.0}, 2)
+    assert run.metrics.history() == {"loss": [(1, 3.0), (2, 2.0)]}
     run.close(finished=True)
     assert store.client.get_run(after).data.tags["sogclr.resumed_from"] == before
 

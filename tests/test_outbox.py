@@ -20,7 +20,8 @@ from holding import started, until
 from loopback import answering
 from mlflow import MlflowClient
 
-from components import outbox, tracking
+from components import outbox, patience, tracking
+from components.tracking import metrics
 from trainer.shared.errors import UserError
 
 PATIENCE = 600
@@ -76,8 +77,9 @@ def short_waits(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(outbox, "_SECONDS_BETWEEN_CALLS", 0.02)
     monkeypatch.setattr(outbox, "_SECONDS_BETWEEN_REMOTE_WRITES", 0.02, raising=False)
-    monkeypatch.setattr(outbox, "_SHORTEST_WAIT", 0.02)
-    monkeypatch.setattr(outbox, "_LONGEST_WAIT", 0.05)
+    for module in (outbox, patience):
+        monkeypatch.setattr(module, "SHORTEST_WAIT", 0.02)
+        monkeypatch.setattr(module, "LONGEST_WAIT", 0.05)
 
 
 def eventually(holds: Callable[[], bool]) -> None:
@@ -91,7 +93,7 @@ def step_run(uri):
 
 def log(run, steps=range(POINTS)):
     for step in steps:
-        run.log_metrics({"loss": 1 / (step + 1)}, step)
+        run.metrics.log({"loss": 1 / (step + 1)}, step)
 
 
 def steps_in(folder):
@@ -103,10 +105,10 @@ def steps_in(folder):
 def test_metrics_are_delivered_while_storage_fails(storage, folder, failure):
     with answering() as server:
         run = step_run(server.url)
-        run.keep_metrics_in(folder)
+        run.metrics.keep_in(folder)
         storage.failure = failure
         log(run)
-        run.flush()
+        run.metrics.flush()
         assert sorted(set(server.steps())) == list(range(POINTS))
         storage.failure = None
         log(run, [POINTS])
@@ -118,7 +120,7 @@ def test_metrics_are_delivered_while_storage_fails(storage, folder, failure):
 def test_training_waits_neither_for_the_server_nor_for_storage(storage, folder):
     with answering() as server:
         run = step_run(server.url)
-        run.keep_metrics_in(folder)
+        run.metrics.keep_in(folder)
         storage.open.clear()
         server.open.clear()
         log(run, [0])
@@ -126,7 +128,7 @@ def test_training_waits_neither_for_the_server_nor_for_storage(storage, folder):
         log(run, range(1, POINTS))
         storage.open.set()
         server.open.set()
-        run.flush()
+        run.metrics.flush()
         assert sorted(set(server.steps())) == list(range(POINTS))
         run.close()
 
@@ -135,7 +137,7 @@ def test_storage_sees_a_few_writes_however_many_lines_are_logged(storage, folder
     monkeypatch.setattr(outbox, "_SECONDS_BETWEEN_REMOTE_WRITES", 3600.0, raising=False)
     with answering(503) as server:
         run = step_run(server.url)
-        run.keep_metrics_in(folder)
+        run.metrics.keep_in(folder)
         for step in range(POINTS):
             log(run, [step])
         run.close()
@@ -146,7 +148,7 @@ def test_storage_sees_a_few_writes_however_many_lines_are_logged(storage, folder
 def test_the_file_follows_what_was_logged_while_the_server_is_down(folder, storage):
     with answering(503) as server:
         run = step_run(server.url)
-        run.keep_metrics_in(folder)
+        run.metrics.keep_in(folder)
         log(run)
         eventually(lambda: steps_in(folder) == list(range(POINTS)))
         server.status = 200
@@ -187,7 +189,7 @@ def test_closing_ends_while_the_server_hangs(storage, folder, kept, monkeypatch,
     monkeypatch.setattr(outbox, "_SECONDS_TO_CLOSE", 0.1, raising=False)
     with answering() as server:
         run = step_run(server.url)
-        run.keep_metrics_in(folder)
+        run.metrics.keep_in(folder)
         server.open.clear()
         if not kept:
             storage.open.clear()
@@ -209,7 +211,7 @@ def test_closing_ends_while_the_server_hangs(storage, folder, kept, monkeypatch,
 def test_closing_says_in_one_line_what_neither_took(storage, folder, capsys):
     with answering(503) as server:
         run = step_run(server.url)
-        run.keep_metrics_in(folder)
+        run.metrics.keep_in(folder)
         storage.failure = FAILURES["forbidden"]
         log(run)
         run.close()
@@ -230,9 +232,9 @@ def test_closing_a_run_without_a_file_says_what_is_lost(capsys):
 def test_a_finished_run_whose_file_cannot_be_removed_says_so_and_ends(storage, folder, capsys):
     with answering() as server:
         run = step_run(server.url)
-        run.keep_metrics_in(folder)
+        run.metrics.keep_in(folder)
         log(run)
-        run.flush()
+        run.metrics.flush()
         storage.failure = FAILURES["forbidden"]
         run.close(finished=True)
     assert f"{folder}/{outbox.FILE} cannot be removed (HTTP response code 403)" in capsys.readouterr().err
@@ -242,7 +244,7 @@ def test_a_step_that_ends_waits_for_the_server_and_says_what_it_answers(capsys):
     with answering(503) as server:
         run = step_run(server.url)
         log(run)
-        ending = threading.Thread(target=run.flush)
+        ending = threading.Thread(target=run.metrics.flush)
         ending.start()
         for _ in range(3):
             server.asked.acquire()
@@ -255,13 +257,13 @@ def test_a_step_that_ends_waits_for_the_server_and_says_what_it_answers(capsys):
 
 
 def test_a_step_that_ends_fails_in_one_line_when_patience_ends(folder, monkeypatch):
-    monkeypatch.setattr(tracking, "_PATIENCE_OF_STEPS", 0.1)
+    monkeypatch.setattr(metrics, "PATIENCE_OF_STEPS", 0.1)
     with answering(503) as server:
         run = step_run(server.url)
-        run.keep_metrics_in(folder)
+        run.metrics.keep_in(folder)
         log(run)
         with pytest.raises(UserError, match=r"took no metrics for 0 s: it .*; undelivered metrics are kept in") as raised:
-            run.flush()
+            run.metrics.flush()
         assert "\n" not in str(raised.value)
         run.close()
 
@@ -269,14 +271,14 @@ def test_a_step_that_ends_fails_in_one_line_when_patience_ends(folder, monkeypat
 def test_a_server_that_refuses_for_a_while_gets_every_metric(folder):
     with answering(403, "who are you") as server:
         run = step_run(server.url)
-        run.keep_metrics_in(folder)
+        run.metrics.keep_in(folder)
         log(run, [0])
         server.asked.acquire()
         with pytest.raises(
             UserError,
             match=r"MLflow refuses metrics: it answers HTTP 403 .*who are you.*; undelivered metrics are kept in ram://",
         ):
-            run.flush()
+            run.metrics.flush()
         server.status, server.body = 200, "{}"
         log(run, range(1, POINTS))
         eventually(lambda: sorted(set(server.steps())) == list(range(POINTS)))
@@ -287,7 +289,7 @@ def test_storage_that_fails_for_a_while_stops_no_step_that_begins(storage, folde
     storage.failure = FAILURES["unavailable"]
     with answering() as server:
         run = step_run(server.url)
-        beginning = threading.Thread(target=run.keep_metrics_in, args=(folder,))
+        beginning = threading.Thread(target=run.metrics.keep_in, args=(folder,))
         beginning.start()
         for _ in range(3):
             storage.asked.acquire()
@@ -333,9 +335,9 @@ def test_once_the_outbox_has_settled_a_sigkill_loses_nothing(storage, folder, mo
     monkeypatch.setattr(outbox, "_SECONDS_BETWEEN_REMOTE_WRITES", 3600.0)
     with answering(status) as server:
         run = step_run(server.url)
-        run.keep_metrics_in(folder)
+        run.metrics.keep_in(folder)
         for first in (0, POINTS):
             log(run, range(first, first + POINTS))
-            run.settle()
+            run.metrics.settle()
             assert sorted({*server.steps(), *steps_in(folder)}) == list(range(first + POINTS))
         run.close()

@@ -10,11 +10,11 @@ from pathlib import Path
 import mlflow
 import pytest
 from kfp import dsl
-from loopback import Clock, answering
+from loopback import answering, skip_waits
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from components import outbox, tracking, variables
+from components import patience, tracking, variables
 from trainer.shared.errors import UserError
 
 FINGERPRINT = "3fa9" * 16
@@ -52,7 +52,7 @@ class Bench:
                 "classes": 3.0,
             }
             dataset.metadata.update(about)
-            run.log_dataset(dataset, "output")
+            run.datasets.log(dataset, "output")
         return dataset
 
     def pretrain(self, pipeline_id, dataset):
@@ -61,10 +61,10 @@ class Bench:
         environ = self.environ(pipeline_id)
         with tracking.step("pretrain", arguments, {"model": model}, {"dataset": dataset}, environ) as run:
             run.log_params({"seed": 0, "linear_eval": {"seed": 1}})
-            run.log_dataset(dataset, "training")
+            run.datasets.log(dataset, "training")
             for step in range(1, 4):
-                run.log_metrics({"train/contrastive_loss": -1 / step}, step)
-            assert run.history() == {"train/contrastive_loss": [(1, -1.0), (2, -0.5), (3, -1 / 3)]}
+                run.metrics.log({"train/contrastive_loss": -1 / step}, step)
+            assert run.metrics.history() == {"train/contrastive_loss": [(1, -1.0), (2, -0.5), (3, -1 / 3)]}
             self.log_encoder(run, dataset, model)
         return model
 
@@ -77,7 +77,7 @@ class Bench:
         model.metadata.update(preset="demo", steps=3)
         params = {"preset": "demo", "state_sha256": state or uuid.uuid4().hex}
         about = {"params": params, "metrics": {"train/contrastive_loss": -1 / 3}, "step": 3}
-        run.log_encoder(model, dataset, [f"{model.uri}/checkpoint.npz"], f"{model.uri}/export", **about)
+        run.encoders.log(model, dataset, [f"{model.uri}/checkpoint.npz"], f"{model.uri}/export", **about)
         return model
 
     def linear_eval(self, pipeline_id, dataset, model, top_1=0.66):
@@ -85,13 +85,13 @@ class Bench:
         inputs = {"model": model, "dataset": dataset}
         arguments = {"overrides": [], "code_version": "c0de"}
         with tracking.step("linear-eval", arguments, {"metrics": metrics}, inputs, self.environ(pipeline_id)) as run:
-            run.log_dataset(dataset, "eval")
-            run.use_encoder(model)
+            run.datasets.log(dataset, "eval")
+            run.encoders.use(model)
             final = {f"eval/{name}": value for name, value in ACCURACIES.items()}
-            run.log_final_metrics(final, model.metadata["model_id"], dataset, 3)
-            run.rate_encoder(model, dataset, f"# Card\n\n{top_1:.0%}\n\n## Use\n\n{'at length ' * 600}", top_1)
+            run.metrics.log_final(final, model.metadata["model_id"], dataset, 3)
+            run.encoders.rate(model, dataset, f"# Card\n\n{top_1:.0%}\n\n## Use\n\n{'at length ' * 600}", top_1)
             files = {"train": {"path": f"{metrics.uri}/train.parquet", "digest": "5" * 64, "images": 36, "dimensions": 8}}
-            run.log_features(dataset, files)
+            run.datasets.log_features(dataset, files)
             run.log_figure(Figure(), "confusion.png")
             for name, value in ACCURACIES.items():
                 metrics.log_metric(name, value)
@@ -228,9 +228,9 @@ def test_a_step_that_fails_says_why_in_one_line_and_leaves_its_pipeline_open(ben
     assert (failed.status, failed.error.strip(), failed.user_error) == (status, message, mendable)
 
 
-@pytest.mark.parametrize("error", [MemoryError("no room"), outbox.UnansweredError("MLflow answers HTTP 503")])
+@pytest.mark.parametrize("error", [MemoryError("no room"), patience.UnansweredError("MLflow answers HTTP 503")])
 def test_a_step_that_fails_while_the_server_is_down_fails_for_its_own_reason(bench, monkeypatch, capsys, error):
-    monkeypatch.setattr(outbox, "time", Clock())
+    skip_waits(monkeypatch)
     pipeline_id = bench.pipeline()
     dataset = bench.artifact(dsl.Dataset, type(error).__name__, "build-tfrecords", "dataset")
     asked = []
@@ -249,7 +249,7 @@ def test_a_step_that_fails_while_the_server_is_down_fails_for_its_own_reason(ben
         fail()
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith("warning: MLflow does not know that this step failed: MLflow does not answer (connection refused)")
-    if isinstance(error, outbox.UnansweredError):
+    if isinstance(error, patience.UnansweredError):
         assert len(asked) == 1, "the step has waited once already"
     assert tracking.end_pipeline(bench.store, pipeline_id, "FAILED").failed.status == "KILLED"
 
@@ -320,7 +320,7 @@ def test_the_champion_is_the_best_measured_on_its_dataset_and_latest_the_newest(
     def measured(dataset, top_1, model=None):
         """Measures a model, a new one if none is given; returns it and which versions, from 0 on, the aliases are of."""
         model = model or bench.log_encoder(run, dataset)
-        run.rate_encoder(model, dataset, "# Card", top_1)
+        run.encoders.rate(model, dataset, "# Card", top_1)
         aliases = bench.client.get_registered_model(tracking.ENCODER).aliases
         return model, {alias: int(version) - first for alias, version in aliases.items()}
 
@@ -363,7 +363,7 @@ class Failing:
 @pytest.mark.thorough
 @pytest.mark.parametrize("error", [Killed(), ConnectionResetError(104, "Connection reset by peer")], ids=["killed", "lost"])
 def test_recording_an_encoder_leaves_one_model_and_one_version_wherever_it_was_cut(bench, error, monkeypatch):
-    monkeypatch.setattr(outbox, "time", Clock())
+    skip_waits(monkeypatch)
     dataset = bench.artifact(dsl.Dataset, "job", "cut", "dataset")
     dataset.metadata.update(name="images", fingerprint=FINGERPRINT)
     at, cut = 0, True
@@ -372,12 +372,12 @@ def test_recording_an_encoder_leaves_one_model_and_one_version_wherever_it_was_c
         run_id = bench.client.create_run(bench.store.experiment_id).info.run_id
         bench.client.log_metric(run_id, "train/contrastive_loss", -1 / 3, step=3)
         failing = Failing(bench.client, at, error)
-        patient = outbox.PatientClient(failing, 60)
+        patient = patience.PatientClient(failing, 60)
         for client in (patient, bench.client):
             run = tracking.StepRun(tracking.Store(client, bench.store.experiment_id), run_id)
             try:
                 model = bench.log_encoder(run, dataset, state=run_id)
-                run.rate_encoder(model, dataset, "# Card", 0.0)
+                run.encoders.rate(model, dataset, "# Card", 0.0)
             except Killed:
                 pass
             finally:
@@ -408,7 +408,7 @@ def test_an_encoder_that_another_store_has_is_left_alone(bench, chain):
     model.metadata.update(model_id="m-" + "0" * 32)
     dataset.metadata.update(fingerprint=FINGERPRINT)
     run = tracking.StepRun(bench.store, chain["linear-eval"])
-    run.rate_encoder(model, dataset, "# Card", 1.0)
+    run.encoders.rate(model, dataset, "# Card", 1.0)
     run.close()
     assert versions() == before
 
@@ -437,7 +437,7 @@ PASSWORD = "planted-password"
 )
 def test_a_server_that_is_waited_for_is_said_to_answer_what_it_answers(monkeypatch, capsys, status, answers):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(outbox, "time", Clock())
+    skip_waits(monkeypatch)
     with answering(status or 200) as server:
         url = server.url
         uri = (url if status else "http://127.0.0.1:9").replace("http://", f"http://someone:{PASSWORD}@")
@@ -454,7 +454,7 @@ def test_a_server_that_is_waited_for_is_said_to_answer_what_it_answers(monkeypat
 
 def test_a_server_that_comes_back_is_waited_for(monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(outbox, "time", Clock())
+    skip_waits(monkeypatch)
     found: list[tracking.Store] = []
     with answering(503) as server:
         opening = threading.Thread(target=lambda: found.append(tracking.open_store(server.url, patience=1e9)))
@@ -465,6 +465,21 @@ def test_a_server_that_comes_back_is_waited_for(monkeypatch, capsys):
         opening.join()
     assert [store.experiment_id for store in found] == ["7"]
     assert "waiting for it" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_a_call_though_it_comes_while_a_lost_connection_is_handled():
+    asked = []
+
+    def call():
+        asked.append(1)
+        try:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        except ConnectionResetError:
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(KeyboardInterrupt):
+        patience.patiently(call, 60)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(

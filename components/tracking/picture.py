@@ -1,4 +1,4 @@
-"""The picture of a pipeline run's lineage."""
+"""The picture of a pipeline run's lineage. Knows no MLflow."""
 
 from collections.abc import Mapping, Sequence
 

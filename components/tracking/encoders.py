@@ -1,0 +1,84 @@
+"""Encoders in MLflow: the one that a step pretrained becomes a registered model, the one that a step read becomes its input."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import LoggedModelInput, LoggedModelOutput
+from mlflow.exceptions import MlflowException
+
+from components.tracking import names, registry
+from components.tracking.metrics import Metrics
+from components.tracking.servable import save_servable
+from components.tracking.step_file import KfpArtifact
+from components.tracking.store import Store
+
+
+class Encoders:
+    """The encoders of one run."""
+
+    def __init__(self, store: Store, run_id: str, metrics: Metrics) -> None:
+        self._store, self._run_id, self._metrics = store, run_id, metrics
+
+    def log(
+        self,
+        model: KfpArtifact,
+        dataset: KfpArtifact,
+        files: Sequence[str],
+        exported: str,
+        *,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        step: int,
+    ) -> None:
+        """Records an encoder as a logged model with its final metrics, registers it, and says so in its metadata.
+
+        What an earlier attempt recorded of the same state, by `params["state_sha256"]`, is completed, not recorded again.
+        The model holds `files` and what `eval.export` wrote into the folder `exported`, and any MLflow can serve it. A store in
+        a database looks for the model to register where MLFLOW_TRACKING_URI says, so that must name this store.
+        """
+        client = self._store.client
+        texts = {name: str(value) for name, value in params.items()}
+        logged = registry.logged_model(self._store, self._run_id, texts)
+        with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as fetched:
+            source = Path(mlflow.artifacts.download_artifacts(artifact_uri=exported, dst_path=fetched))
+            card = (source / "README.md").read_text()
+            if not registry.is_ready(logged):
+                save_servable(made, source / "saved_model", logged.model_id, self._run_id)
+                for file in (*files, str(source / "encoder.keras"), str(source / "README.md")):
+                    mlflow.artifacts.download_artifacts(artifact_uri=file, dst_path=made)
+                client.log_model_artifacts(logged.model_id, made)
+                client.finalize_logged_model(logged.model_id, "READY")
+        self._log_output(logged.model_id, step)
+        self._metrics.log_final(metrics, logged.model_id, dataset, step)
+        tags = {names.TRAINED_ON: dataset.metadata["fingerprint"], names.MODEL_URI: model.uri, **texts}
+        version = registry.register(self._store, self._run_id, logged, card, tags)
+        model.metadata.update(model_id=logged.model_id, model_name=registry.ENCODER, model_version=version)
+
+    def use(self, model: KfpArtifact) -> None:
+        """Records an encoder as this run's input; by its path where another store has its model."""
+        if registry.has_model(self._store, model.metadata["model_id"]):
+            self._store.client.log_inputs(self._run_id, models=[LoggedModelInput(model.metadata["model_id"])])
+        else:
+            self._store.client.set_tag(self._run_id, names.ENCODER_URI, model.uri)
+
+    def rate(self, model: KfpArtifact, dataset: KfpArtifact, card: str, top_1: float) -> None:
+        """Says of a registered encoder what this run measured, and moves the aliases; nothing where another store has it."""
+        version = registry.version_of(self._store, model.metadata["model_id"])
+        if version:
+            registry.rate(self._store, self._run_id, version, dataset.metadata["fingerprint"], card, top_1)
+
+    def _log_output(self, model_id: str, step: int) -> None:
+        def is_there() -> bool:
+            outputs = self._store.client.get_run(self._run_id).outputs
+            return outputs is not None and any(one.model_id == model_id for one in outputs.model_outputs)
+
+        # A store in a database refuses to record it twice, also where the answer to a first call was lost.
+        if not is_there():
+            try:
+                self._store.client.log_outputs(self._run_id, [LoggedModelOutput(model_id, step)])
+            except MlflowException:
+                if not is_there():
+                    raise

@@ -1,0 +1,137 @@
+"""The runs above the steps: a pipeline's, which its command or its job on a cluster opens and closes, and a plan's."""
+
+import os
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from components import console, variables
+from components.lineage import Lineage
+from components.tracking import names, runs
+from components.tracking.notes import redraw
+from components.tracking.recorded import lineage
+from components.tracking.store import Store
+
+
+def start_pipeline(
+    store: Store,
+    name: str,
+    *,
+    command: Sequence[str],
+    root: str,
+    code_version: str,
+    git_commit: str = "",
+    params: Mapping[str, Any],
+    rerun_of: str = "",
+) -> str:
+    """Opens a pipeline's run and returns its ID.
+
+    `root` is the --root that a later command needs, empty where that is its default. `rerun_of` is the step's run that is done
+    again.
+    """
+    tags = {
+        names.COMPONENT: names.PIPELINE,
+        names.COMMAND: shlex.join([*command, *(["--root", root] if root else [])]),
+        names.ROOT: root,
+        names.CODE: code_version,
+        names.COMMIT: git_commit,
+        names.RERUN_OF: rerun_of,
+    }
+    run = store.client.create_run(store.experiment_id, run_name=name, tags={key: value for key, value in tags.items() if value})
+    runs.log_params(store, run.info.run_id, params)
+    return run.info.run_id
+
+
+def end_pipeline(store: Store, pipeline_id: str, status: str, run_ids: Iterable[str] = ()) -> Lineage:
+    """Closes a pipeline's run, which consists of `run_ids` and of the runs made under it. Returns what led to what.
+
+    A step that still counts as running becomes killed.
+    """
+    for run_id in run_ids:
+        runs.set_tags(store, pipeline_id, runs.named_by(store.client.get_run(run_id)))
+    for one in lineage(store, pipeline_id).steps:
+        if one.status == "RUNNING" and one.pipeline_id == pipeline_id:
+            store.client.set_terminated(one.run_id, "KILLED")
+    chain = lineage(store, pipeline_id)
+    result = chain.output("metrics")
+    if status == "FINISHED" and result is not None:
+        final = {f"eval/{key}": value for key, value in result.metadata.items() if key != "run_id"}
+        runs.log_metrics_once(store, pipeline_id, final, step=0)
+    store.client.set_terminated(pipeline_id, status)
+    redraw(store, pipeline_id)
+    return chain
+
+
+# ---- Of a job on a cluster
+
+
+def job_of(output_uri: str) -> str:
+    """Returns the name of the pipeline job that writes to `output_uri`, which ends in JOB/TASK/OUTPUT."""
+    return output_uri.rstrip("/").split("/")[-3]
+
+
+def find_job(store: Store, job: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Returns the pipeline's run of a pipeline job, if there is one: the first of several that began at once.
+
+    The folder of jobs that `environ` names tells jobs of one name in several projects or regions apart. Without one it is a
+    run that has none.
+    """
+    folder = environ.get(variables.JOB_FOLDER, "")
+    found = [run for run in runs.search(store, names.JOB, job) if run.data.tags.get(names.JOB_FOLDER, "") == folder]
+    return found[0].info.run_id if found else None
+
+
+def pipeline_of_job(store: Store, job: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Returns the pipeline's run of a pipeline job, and opens it where it is new."""
+    known = find_job(store, job, environ)
+    if known:
+        return known
+    folder = environ.get(variables.JOB_FOLDER, "")
+    tags = {
+        names.COMPONENT: names.PIPELINE,
+        names.JOB: job,
+        names.JOB_FOLDER: folder,
+        names.JOB_LINK: _job_link(folder, job),
+        names.IMAGE: environ.get(variables.IMAGE, ""),
+        names.COMMIT: environ.get(variables.COMMIT, ""),
+        names.RERUN_OF: environ.get(variables.RERUN_OF, ""),
+    }
+    run_id = store.client.create_run(store.experiment_id, run_name=job, tags={k: v for k, v in tags.items() if v}).info.run_id
+    # Another step may have done the same meanwhile; whoever looks later finds the first.
+    return find_job(store, job, environ) or run_id
+
+
+def _job_link(folder: str, job: str) -> str:
+    """Returns the page of a pipeline job; `folder` is projects/PROJECT/locations/REGION, or empty."""
+    if not folder:
+        return ""
+    _, project, _, region = folder.split("/")
+    return console.pipeline_job_page(project, region, job)
+
+
+def join(store: Store, job: str, run_ids: Iterable[str]) -> None:
+    """Says that a pipeline job consists of the runs `run_ids`, those that it took from the cache included."""
+    pipeline_id = pipeline_of_job(store, job)
+    for run in filter(None, (runs.find(store, run_id) for run_id in run_ids)):
+        runs.set_tags(store, pipeline_id, runs.named_by(run))
+    redraw(store, pipeline_id)
+
+
+def end_job(store: Store, job: str, state: str) -> None:
+    """Closes the pipeline's run of a pipeline job, which ended as KFP says: SUCCEEDED, FAILED or CANCELLED."""
+    status = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED"}.get(state, "FAILED")
+    end_pipeline(store, pipeline_of_job(store, job), status)
+
+
+# ---- Of a plan
+
+
+def log_plan(store: Store, name: str, plan: Mapping[str, Any]) -> str:
+    """Records a plan, as `pipelines/plan.py` makes it, in a run of its own and returns the run's ID."""
+    run_id = store.client.create_run(store.experiment_id, run_name=name, tags={names.COMPONENT: names.PLAN}).info.run_id
+    store.client.log_dict(run_id, dict(plan), names.PLAN_FILE)
+    numbers = {key: value for key, value in plan.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    runs.log_metrics_once(store, run_id, {f"plan/{key}": value for key, value in numbers.items()}, step=0)
+    runs.log_params(store, run_id, {key: plan[key] for key in ("preset", "accelerator", "fits", "bound_by") if key in plan})
+    store.client.set_terminated(run_id)
+    return run_id
