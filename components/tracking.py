@@ -696,7 +696,7 @@ def _open_run(
 
 
 def log_plan(store: Store, name: str, plan: Mapping[str, Any]) -> str:
-    """Records a plan, as of `pipelines/plan.py`, as a run of its own and returns the run's ID."""
+    """Records a plan, as of `pipelines/plan/`, as a run of its own and returns the run's ID."""
     run_id = store.client.create_run(store.experiment_id, run_name=name, tags={_COMPONENT: "plan"}).info.run_id
     store.client.log_dict(run_id, dict(plan), "plan.json")
     numbers = {key: value for key, value in plan.items() if isinstance(value, int | float) and not isinstance(value, bool)}
