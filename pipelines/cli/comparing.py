@@ -23,7 +23,7 @@ settings that differ, and writes a page with curves.
 
 def add_to(commands: Commands) -> None:
     """Adds the command of this module."""
-    one = add_command(commands, "compare", _read, compare, "Compare the linear evals of several runs.", _EXAMPLES)
+    one = add_command(commands, "compare", _read, print_comparison, "Compare the linear evals of several runs.", _EXAMPLES)
     one.add_argument("runs", nargs="+", metavar="RUN", help="MLflow ID of a run, or of the pipeline that it is part of")
     add_root(one)
     one.add_argument("--output", default="compare.html", metavar="FILE", help="where the page goes (default: %(default)s)")
@@ -42,7 +42,7 @@ def _read(args: Namespace) -> CompareOptions:
     return CompareOptions(tuple(args.runs), absolute(args.root), args.output, read_output(args))
 
 
-def compare(options: CompareOptions) -> int:
+def print_comparison(options: CompareOptions) -> int:
     """Prints how the linear evals of runs differ, and writes a page. Raises UserError for one that has not finished."""
     check_runs(options.root)
     store = open_store(options.root)
@@ -54,20 +54,18 @@ def compare(options: CompareOptions) -> int:
             raise UserError(f"the linear-eval {short(step.run_id)} has not finished: it is {step.status.lower()}")
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from eval import comparison
+    from eval.comparison import as_dict, as_text, compare, read_candidate, to_html
     from trainer.shared.files import write_whole
 
-    found = comparison.compare(
+    found = compare(
         [
-            comparison.read_candidate(
-                step.run_id, step.outputs["metrics"].uri, tracking.history_behind(store, step.run_id, "pretrain")
-            )
+            read_candidate(step.run_id, step.outputs["metrics"].uri, tracking.history_behind(store, step.run_id, "pretrain"))
             for step in steps
         ]
     )
-    write_whole(options.page, comparison.to_html(found).encode())
+    write_whole(options.page, to_html(found).encode())
     if options.output.json:
-        print(json.dumps({**comparison.as_dict(found), "page": options.page}))
+        print(json.dumps({**as_dict(found), "page": options.page}))
     else:
-        print("\n".join([*comparison.as_text(found), "", f"page: {shown(options.page)}"]))
+        print("\n".join([*as_text(found), "", f"page: {shown(options.page)}"]))
     return 0

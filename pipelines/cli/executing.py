@@ -12,6 +12,8 @@ from components.lineage import Lineage, short
 from pipelines import local
 from pipelines.cli.options import Output
 from pipelines.cli.store import ROOT, mlflow_names, open_store, shown
+from pipelines.code import code_version, git_commit
+from trainer.shared.progress import ProgressBars
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,6 @@ class Record:
 def execute(request: local.Request, record: Record, output: Output) -> int:
     """Runs what is requested under a new parent run, and prints what came out. Returns the exit code of the command."""
     from components import tracking
-    from pipelines.code import code_version, git_commit
-    from trainer.shared.progress import ProgressBars
 
     root = Path(request.root)
     # A run that began must be closed, though the server be down when it ends.

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from components import variables
 from components.lineage import COMPONENTS, Artifact, short
 from pipelines.cli.cluster import ClusterOptions, add_cluster, read_cluster
-from pipelines.cli.executing import Record, execute
 from pipelines.cli.formats import check_options
 from pipelines.cli.jobs import connect
 from pipelines.cli.options import (
@@ -28,7 +27,6 @@ from pipelines.cli.sending import Sending, add_sending, job_id_of, read_sending,
 from pipelines.cli.store import absolute, check_runs, make_root, open_store
 from pipelines.cli.submitting import check_place
 from pipelines.code import step_version
-from pipelines.local import Request
 from pipelines.vertex import accelerators
 from pipelines.vertex.cluster import Cluster, base_output_directory
 from pipelines.vertex.jobs import Job, JobName, parse_job
@@ -178,6 +176,9 @@ def _run_here(
     again: Again, root: Path, before: Mapping[str, Any], inputs: Mapping[str, Artifact], run: str, rerun_of: str
 ) -> int:
     """Runs a component on `inputs`. `before` are the arguments that it had, `run` is what --run names."""
+    from pipelines.cli.executing import Record, execute
+    from pipelines.local import Request
+
     component = again.component
     arguments = {**before, "code_version": step_version(component)}
     if component == "build-tfrecords":

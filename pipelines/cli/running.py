@@ -4,7 +4,6 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.cli.executing import Record, execute
 from pipelines.cli.options import (
     Commands,
     Experiment,
@@ -18,7 +17,6 @@ from pipelines.cli.options import (
     read_output,
 )
 from pipelines.cli.store import absolute, make_root
-from pipelines.local import Request
 from trainer.shared.errors import UserError
 
 _EXAMPLES = """
@@ -66,6 +64,8 @@ def run(options: RunOptions) -> int:
     root = make_root(options.root)
 
     from beam_jobs.archives import raw_identity
+    from pipelines.cli.executing import Record, execute
+    from pipelines.local import Request
 
     experiment = options.experiment
     raw = options.raw or _demo_raw(root)
