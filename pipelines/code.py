@@ -29,7 +29,7 @@ def program_version(lowering: str, project: Path = PROJECT) -> str:
     """Returns a short digest of what a compiled program follows from besides the config: the file `lowering` and the compiler."""
     files = _reached({project / lowering}, project)
     return _digest(
-        project, sorted(files | {project / "pipelines" / "xla_program.py", project / "requirements" / "tpu-check.lock"})
+        project, sorted(files | {project / "pipelines" / "plan" / "program.py", project / "requirements" / "tpu-check.lock"})
     )
 
 

@@ -9,8 +9,11 @@ from google.cloud import aiplatform_v1
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from pipelines import accelerators, cli, evaluation_plan, pipeline
-from pipelines.images import Images
+from pipelines import cli, pipeline
+from pipelines.plan import evaluation
+from pipelines.vertex import accelerators
+from pipelines.vertex.cluster import Cluster
+from pipelines.vertex.images import Images
 from trainer.config import Config
 from trainer.presets import resolve
 from trainer.shared.errors import UserError
@@ -43,9 +46,7 @@ PLUGIN = {
 
 def compiled(name):
     """Returns the IR as the real proto, and the one worker pool of pretraining."""
-    cluster = pipeline.Cluster(
-        Images(CUSTOM_JOB, "abc"), accelerators.get(name), environment={"MLFLOW_TRACKING_URI": "https://m"}
-    )
+    cluster = Cluster(Images(CUSTOM_JOB, "abc"), accelerators.get(name), environment={"MLFLOW_TRACKING_URI": "https://m"})
     proto = json_format.ParseDict(pipeline.compile_pipeline(cluster, {}), pipeline_spec_pb2.PipelineSpec())
     default = proto.components["comp-pretrain"].input_definitions.parameters["worker_pool_specs"].default_value
     (pool,) = json_format.MessageToDict(default)
@@ -84,18 +85,18 @@ def test_each_accelerator_compiles_into_the_machine_that_it_is(name):
 def test_a_step_is_told_the_accelerator_that_it_must_find():
     """Each its own; a step on any Kubeflow cluster was given none."""
     images = Images(CUSTOM_JOB, "abc")
-    spec = pipeline.compile_pipeline(pipeline.Cluster(images, accelerators.get("v5e-8")), {})
+    spec = pipeline.compile_pipeline(Cluster(images, accelerators.get("v5e-8")), {})
     for component, given in (("pretrain", "v5e-8 tpu 8"), ("linear-eval", "cpu cpu 1")):
         (pool,) = spec["components"][f"comp-{component}"]["inputDefinitions"]["parameters"]["worker_pool_specs"]["defaultValue"]
         assert {"name": "SOGCLR_ACCELERATOR", "value": given} in pool["container_spec"]["env"]
     assert "SOGCLR_ACCELERATOR" not in str(spec["deploymentSpec"])
-    assert "'SOGCLR_ACCELERATOR'" not in str(pipeline.compile_pipeline(pipeline.Cluster(images), {}))
+    assert "'SOGCLR_ACCELERATOR'" not in str(pipeline.compile_pipeline(Cluster(images), {}))
 
 
 @pytest.mark.parametrize(("name", "told"), [("v2-8", True), ("v3-8", True), ("v5e-8", True), ("l4-1", False), ("cpu", False)])
 def test_a_step_on_a_tpu_names_tensorflow_s_plug_in(name, told):
     """Where the container does not show the machine's devices too."""
-    cluster = pipeline.Cluster(Images(CUSTOM_JOB, "abc"), accelerators.get(name), accelerators.get(name))
+    cluster = Cluster(Images(CUSTOM_JOB, "abc"), accelerators.get(name), accelerators.get(name))
     spec = pipeline.compile_pipeline(cluster, {})
     for component in ("pretrain", "linear-eval"):
         (pool,) = spec["components"][f"comp-{component}"]["inputDefinitions"]["parameters"]["worker_pool_specs"]["defaultValue"]
@@ -124,7 +125,7 @@ def test_pretraining_is_a_custom_job_that_finds_its_checkpoints_again_and_starts
 @pytest.mark.parametrize("name", ["v5e-8", None])
 def test_every_step_is_tried_again_after_a_pause(name):
     """Also the one that closes the MLflow run: a pod may be lost, or the server be away for an hour."""
-    cluster = pipeline.Cluster(Images(CUSTOM_JOB, "abc"), accelerators.get(name) if name else None, retries=5)
+    cluster = Cluster(Images(CUSTOM_JOB, "abc"), accelerators.get(name) if name else None, retries=5)
     proto = json_format.ParseDict(pipeline.compile_pipeline(cluster, {}), pipeline_spec_pb2.PipelineSpec())
     tasks = {**proto.components["comp-exit-handler-1"].dag.tasks, "end-pipeline": proto.root.dag.tasks["end-pipeline"]}
     assert set(tasks) == {"build-tfrecords", "pretrain", "linear-eval", "record-lineage", "end-pipeline"}
@@ -148,7 +149,7 @@ def test_every_image_is_named_by_commit_or_digest():
         (Images("r", "abc"), ":abc"),
         (Images("r", "abc", {"cpu": "sha256:1", "tpu": "sha256:1"}), "@sha256:1"),
     ):
-        spec = pipeline.compile_pipeline(pipeline.Cluster(images, accelerators.get("v3-8")), {})
+        spec = pipeline.compile_pipeline(Cluster(images, accelerators.get("v3-8")), {})
         named = re.findall(r"image(?:_uri)?': '([^']+)'", str(spec))
         assert len(named) >= 7
         for image in named:
@@ -199,12 +200,12 @@ def test_a_better_machine_for_the_evaluation_is_none_that_is_refused(monkeypatch
     def reckon(demand, accelerator, dollars):
         cheapest = {"v4-8": 1.0, "v5e-16": 2.0, "v5e-8": 3.0}
         return {
-            "official": evaluation_plan.ProtocolPlan(0, 0, 0, hours=1, price=cheapest.get(accelerator.name, 9), bound_by="fit")
+            "official": evaluation.ProtocolEstimate(0, 0, 0, hours=1, price=cheapest.get(accelerator.name, 9), bound_by="fit")
         }
 
-    monkeypatch.setattr(evaluation_plan, "reckon", reckon)
-    demand = evaluation_plan.Demand({}, evaluation_plan.Cost(0, 0), "float32", memory_bytes=0, disk_bytes=0)
-    assert "take --eval-accelerator v5e-8 (" in evaluation_plan._better_machine(demand, evaluation_plan.Limits())
+    monkeypatch.setattr(evaluation, "reckon", reckon)
+    demand = evaluation.Demand({}, evaluation.Cost(0, 0), "float32", memory_bytes=0, disk_bytes=0)
+    assert "take --eval-accelerator v5e-8 (" in evaluation._better_machine(demand, evaluation.Limits())
 
 
 def compile_with(*options):

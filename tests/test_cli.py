@@ -1,5 +1,6 @@
 """The command line: what it refuses, how fast it answers, what it writes without running anything."""
 
+import argparse
 import http.client
 import json
 import os
@@ -20,10 +21,20 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from components import tracking
 from components.lineage import COMPONENTS, Artifact, Lineage, Step
 from pipelines import cli, code, local
+from pipelines.cli import executing, looking, store
+from pipelines.cli.parser import make_parser
 from trainer.presets import PRESETS
 
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = ("run", "rerun", "compare", "compile", "submit", "status", "cancel", "plan", "ui", "doctor", "presets", "accelerators")
+
+
+def commands_of(parser):
+    """Returns the parsers of all commands, by name."""
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
+COMMANDS = commands_of(make_parser())
 
 
 @pytest.fixture(autouse=True)
@@ -101,16 +112,86 @@ def test_a_line_that_is_no_command_is_one_line_with_exit_code_2(arguments, named
     assert named in said.err
 
 
-def test_every_option_of_every_command_says_what_it_is(capsys):
-    for command in COMMANDS:
-        with pytest.raises(SystemExit):
-            cli.main([command, "--help"])
-        listed = capsys.readouterr().out.partition("\noptions:")[2]
-        lines = listed.splitlines()
-        for number, line in enumerate(lines):
-            if line.startswith("  --"):
-                said = re.split(r"\s{2,}", line.strip())[1:] or lines[number + 1].strip()
-                assert said, f"{command} {line}"
+# ---- Help
+
+
+def listed_by(action):
+    """Returns what the help lists of an action: a line of its own, or one for each command."""
+    if not isinstance(action, argparse._SubParsersAction):
+        return [action]
+    assert [one.dest for one in action._choices_actions] == list(action.choices), "a command without a line in the help"
+    return action._choices_actions
+
+
+def faults_of_help(parser):
+    """Yields what is wrong with the help of a parser: a text that is missing, a line that a terminal of 80 columns breaks."""
+    if not parser.description:
+        yield f"{parser.prog} has no description"
+    for action in parser._actions:
+        for one in listed_by(action):
+            name = "/".join(one.option_strings) or one.dest
+            if not (one.help or "").strip():
+                yield f"{parser.prog} {name} has no help"
+            elif one.help == argparse.SUPPRESS:
+                yield f"{parser.prog} {name} is hidden"
+    for line in parser.format_help().splitlines():
+        if len(line) > 80:
+            yield f"{parser.prog} has a line of {len(line)} columns: {line}"
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_explains_itself_and_its_options_within_a_terminal(command, terminal, capsys):
+    parser = COMMANDS[command] if command else make_parser()
+    assert list(faults_of_help(parser)) == []
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == parser.format_help()
+
+
+def without_help(parser):
+    parser.add_argument("--silent")
+
+
+def with_empty_help(parser):
+    parser.add_argument("--empty", help=" ")
+
+
+def with_a_hidden_option(parser):
+    parser.add_argument("--hidden", help=argparse.SUPPRESS)
+
+
+def without_a_description(parser):
+    parser.description = ""
+
+
+def with_a_long_line(parser):
+    parser.epilog = "sogclr " + "x" * 80
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (without_help, "sogclr run --silent has no help"),
+        (with_empty_help, "sogclr run --empty has no help"),
+        (with_a_hidden_option, "sogclr run --hidden is hidden"),
+        (without_a_description, "sogclr run has no description"),
+        (with_a_long_line, "sogclr run has a line of 87 columns: sogclr xxx"),
+    ],
+)
+def test_a_help_with_a_fault_is_refused(spoil, fault, terminal):
+    parser = commands_of(make_parser())["run"]
+    spoil(parser)
+    (found,) = faults_of_help(parser)
+    assert found.startswith(fault)
+
+
+# ---- What goes wrong
 
 
 def test_debug_shows_the_traceback():
@@ -124,7 +205,7 @@ def test_a_run_that_is_refused_leaves_nothing(here):
 
 
 def test_what_fails_otherwise_is_one_line_with_exit_code_1(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "describe", None)
+    monkeypatch.setattr(looking, "describe", None)
     assert cli.main(["presets"]) == 1
     assert re.fullmatch(r"error: TypeError: [^\n]+\n", capsys.readouterr().err)
 
@@ -268,27 +349,27 @@ def test_a_step_s_version_is_of_the_sources_that_it_imports(tmp_path):
     assert changed_by("trainer/losses.py").isdisjoint({"build-tfrecords"})
     assert changed_by("beam_jobs/layouts/archives.py") == {"build-tfrecords"}
     assert changed_by("trainer/shared/records.py") == changed_by("components/tracking/store.py") == set(COMPONENTS)
-    assert changed_by("pipelines/cli.py") == changed_by("trainer/task.py") == set()
+    assert changed_by("pipelines/cli/running.py") == changed_by("trainer/task.py") == set()
 
 
 # ---- where MLflow is
 
 
 def test_mlflow_is_under_the_root_unless_the_environment_says_otherwise(here, monkeypatch):
-    assert cli._mlflow_names(here)["MLFLOW_TRACKING_URI"] == f"sqlite:///{here}/mlflow.db"
-    store = cli._open_store(here)
-    assert store.client.get_experiment(store.experiment_id).artifact_location == str(here / "artifacts")
+    assert store.mlflow_names(here)["MLFLOW_TRACKING_URI"] == f"sqlite:///{here}/mlflow.db"
+    opened = store.open_store(here)
+    assert opened.client.get_experiment(opened.experiment_id).artifact_location == str(here / "artifacts")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here}/other.db")
-    cli._open_store(here / "root")
+    store.open_store(here / "root")
     assert sorted(path.name for path in here.iterdir()) == ["mlflow.db", "other.db"]
 
 
 def test_the_cache_forgets_what_mlflow_does_not_know(here):
-    store = tracking.open_store(f"sqlite:///{here}/mlflow.db", artifacts=str(here))
-    known = store.client.create_run(store.experiment_id).info.run_id
+    opened = tracking.open_store(f"sqlite:///{here}/mlflow.db", artifacts=str(here))
+    known = opened.client.create_run(opened.experiment_id).info.run_id
     for name, run_id in {"kept": known, "lost": "0" * 32}.items():
         (here / f"{name}.json").write_text(json.dumps({"dataset": {"uri": "x", "metadata": {"run_id": run_id}}}))
-    local.forget_lost(here, lambda run_id: tracking.knows(store, run_id))
+    local.forget_lost(here, lambda run_id: tracking.knows(opened, run_id))
     assert [path.name for path in here.glob("*.json")] == ["kept.json"]
 
 
@@ -326,6 +407,6 @@ def test_a_run_s_summary_shows_the_control_if_there_was_one(controlled, tmp_path
         accuracies |= {"untrained_top_1_accuracy": 0.537, "untrained_top_5_accuracy": 0.863}
     metrics = Artifact("system.Metrics", "metrics", accuracies)
     step = Step("linear-eval", "1" * 32, "0" * 32, "FINISHED", 1.0, {}, {"metrics": metrics}, {})
-    said = "\n".join(cli._summary(Lineage("0" * 32, "run", (step,)), "lineage.png", tmp_path))
+    said = "\n".join(executing.summary(Lineage("0" * 32, "run", (step,)), "lineage.png", tmp_path))
     assert re.search(r"top-1 +68\.6%" + (r" +53\.7%" if controlled else "$"), said, re.M)
     assert ("untrained" in said) == controlled

@@ -24,8 +24,10 @@ from google.cloud.aiplatform_v1.types import JobState
 from holding import started, until
 from vertex.accounts import give_credentials
 
-from pipelines import accelerators, pipeline
-from pipelines.images import Images
+from pipelines import pipeline
+from pipelines.vertex import accelerators
+from pipelines.vertex.cluster import Cluster
+from pipelines.vertex.images import Images
 
 CONTAINER = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc")
 """A container's PID namespace: what it starts is PID 1, to which the kernel passes only signals with a handler."""
@@ -33,7 +35,7 @@ CONTAINER = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-
 
 @pytest.fixture(scope="module")
 def spec():
-    return pipeline.compile_pipeline(pipeline.Cluster(Images("registry/sogclr", "abc"), accelerators.get("v5e-8")), {})
+    return pipeline.compile_pipeline(Cluster(Images("registry/sogclr", "abc"), accelerators.get("v5e-8")), {})
 
 
 def command_of(spec, component):

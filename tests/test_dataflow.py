@@ -273,7 +273,7 @@ def test_cancelling_a_job_cancels_its_dataflow_job(submitted, capsys):
 
 @pytest.mark.parametrize(("method", "status"), [("GET", 403), ("PUT", 403), ("GET", 503)])
 def test_a_dataflow_job_that_cannot_be_cancelled_is_one_line(submitted, capsys, monkeypatch, method, status):
-    monkeypatch.setattr("pipelines.dataflow._FIRST_WAIT", 0.01)
+    monkeypatch.setattr("pipelines.vertex.dataflow._FIRST_WAIT", 0.01)
     dataflow, place = submitted
     dataflow.faults = {method: status}
     capsys.readouterr()
@@ -285,6 +285,6 @@ def test_a_dataflow_job_that_cannot_be_cancelled_is_one_line(submitted, capsys, 
 
 def test_a_job_without_dataflow_asks_nothing_of_it(submitted, capsys, monkeypatch):
     dataflow, place = submitted
-    monkeypatch.setattr("pipelines.vertex.Job.arguments", lambda job, component: {"beam_args": []})
+    monkeypatch.setattr("pipelines.vertex.jobs.Job.arguments", lambda job, component: {"beam_args": []})
     assert cli.main(["cancel", "mine", *place]) == 0
     assert dataflow.requests == []

@@ -15,7 +15,7 @@ from vertex import container
 from vertex.google import serving
 from vertex.image import image_of, layers
 
-from pipelines.images import Images
+from pipelines.vertex.images import Images
 from trainer import hardware
 from trainer.shared.errors import UserError
 

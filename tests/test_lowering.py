@@ -10,9 +10,9 @@ import tensorflow as tf
 
 from eval.measure.programs import lower_forward, lower_labelled_step
 from eval.measure.supervised import Recipe
-from pipelines import plan
 from pipelines.code import PROJECT
-from pipelines.machines import DEVICES
+from pipelines.plan import compiler
+from pipelines.plan.machines import DEVICES
 from trainer import encoder, train
 from trainer.input_pipeline import training_batches
 from trainer.lowering import OneOfMany, arguments_of, lower, lower_step, to_hlo
@@ -25,7 +25,7 @@ sys.path.insert(0, str(BENCHMARK.parent))
 
 import portable_step  # noqa: E402
 
-PYTHON = plan.tpu_python(PROJECT)
+PYTHON = compiler.tpu_python(PROJECT)
 
 
 def needs_compiler(test):
@@ -55,7 +55,7 @@ def test_another_runtime_takes_the_same_three_steps(dataset, tmp_path, one_block
     np.savez(tmp_path / "arguments.npz", **arguments_of(program, state, batch))
     (tmp_path / "step.hlo").write_bytes(program.hlo)
     files = ["--arguments", tmp_path / "arguments.npz", "--results", tmp_path / "results.npz", "--steps", "3"]
-    script = PROJECT / "pipelines" / "xla_program.py"
+    script = PROJECT / "pipelines" / "plan" / "program.py"
     said = subprocess.run([PYTHON, script, "run", tmp_path / "step.hlo", *files], check=True, capture_output=True, text=True)
     about = json.loads(said.stdout)
     assert about["platform"] == "cpu"
@@ -119,7 +119,7 @@ def test_a_replica_s_program_has_the_negatives_of_the_whole_slice():
 @needs_compiler
 def test_a_tpu_s_compiler_takes_the_step(one_block):
     config = resolve("demo", [*TINY, "depth=50", "blur=true", "precision=bfloat16", "optimizer=lars"])
-    needs = plan.compile_program(lower(config, 48, 6, replicas=8).hlo, DEVICES["v5e"], PYTHON, quick=True)
+    needs = compiler.compile_program(lower(config, 48, 6, replicas=8).hlo, DEVICES["v5e"], PYTHON, quick=True)
     assert needs["fits"]
     assert needs["compiler"] == "libtpu 0.0.30"
     assert needs["flops"] > 1e6
@@ -137,7 +137,7 @@ def test_a_tpu_s_compiler_takes_the_steps_of_an_evaluation(one_block, what):
         assert program.arguments["batch/image"] == ((8, 32, 32, 3), "uint8")
     else:
         program = lower_labelled_step(config, recipe, 6, replicas=1 if what == "official" else 4)
-    needs = plan.compile_program(program.hlo, DEVICES["v5e"], PYTHON, quick=True)
+    needs = compiler.compile_program(program.hlo, DEVICES["v5e"], PYTHON, quick=True)
     assert needs["fits"]
     assert needs["flops"] > 1e6
 
@@ -157,7 +157,7 @@ def test_a_step_that_no_tpu_can_run_is_refused_with_the_reason(what, reason):
 
     def compiled():
         hlo = to_hlo(tf.function(step, jit_compile=True), [tf.TensorSpec([8])])
-        return plan.compile_program(hlo, DEVICES["v5e"], PYTHON, quick=True)
+        return compiler.compile_program(hlo, DEVICES["v5e"], PYTHON, quick=True)
 
     with pytest.raises(UserError, match=reason):
         compiled()

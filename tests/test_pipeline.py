@@ -21,7 +21,8 @@ from vertex.accounts import give_credentials
 from vertex.google import serving
 
 from pipelines.cli import main
-from pipelines.vertex import Place, Vertex, credentials
+from pipelines.vertex.client import Vertex, credentials
+from pipelines.vertex.jobs import Place
 from trainer.shared.progress import parse_line
 
 RECORDED = Path(__file__).parent / "goldens" / "recorded.json"

@@ -8,15 +8,17 @@ import pytest
 
 from eval.measure import programs, protocols
 from eval.measure.protocols import Work
-from pipelines import accelerators, cli, evaluation_plan, machines, plan
+from pipelines import cli
 from pipelines.code import PROJECT
-from pipelines.evaluation_plan import Limits
+from pipelines.plan import compiler, estimate, evaluation, machines, tables
+from pipelines.plan.evaluation import Limits
+from pipelines.vertex import accelerators
 from trainer import encoder_cost
 from trainer.config import Config
 from trainer.encoder import make_encoder
 from trainer.presets import resolve
 
-PYTHON = plan.tpu_python(PROJECT)
+PYTHON = compiler.tpu_python(PROJECT)
 
 PLANNED = "sogclr_imagenet_r50_b512"
 
@@ -24,10 +26,10 @@ PLANNED = "sogclr_imagenet_r50_b512"
 def planned(tmp_path, monkeypatch, compiled, preset=PLANNED, accelerator="v5e-8", **known):
     """A plan on what a compiler said before, as the cache keeps it."""
     machine, config = accelerators.get(accelerator), resolve(preset)
-    assumed = plan.assumptions(preset, machine, **known)
+    assumed = estimate.assumptions(preset, machine, **known)
     stored = {"state_bytes": 300e6, "collectives": [{"kind": "all-reduce", "bytes": 100e6}]} | compiled
-    monkeypatch.setattr(plan, "_lower_and_compile", lambda *args: stored)
-    return plan.make_plan(preset, config, machine, assumed, python=PYTHON, cache=tmp_path, version="1")
+    monkeypatch.setattr(estimate, "_lower_and_compile", lambda *args: stored)
+    return estimate.make_estimate(preset, config, machine, assumed, python=PYTHON, cache=tmp_path, version="1")
 
 
 COMPILED = {
@@ -78,34 +80,37 @@ def test_a_step_too_large_says_what_would_fit(tmp_path, monkeypatch):
 
 
 def test_without_the_compiler_there_is_the_arithmetic(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "_lower_and_compile", lambda *args: {"state_bytes": 1.0, "collectives": []})
+    monkeypatch.setattr(estimate, "_lower_and_compile", lambda *args: {"state_bytes": 1.0, "collectives": []})
     machine = accelerators.get("v5e-8")
-    found = plan.make_plan(
-        PLANNED, resolve(PLANNED), machine, plan.assumptions(PLANNED, machine), python=None, cache=tmp_path, version="1"
+    found = estimate.make_estimate(
+        PLANNED, resolve(PLANNED), machine, estimate.assumptions(PLANNED, machine), python=None, cache=tmp_path, version="1"
     )
     assert "make tpu-check" in found.notes[0]
     assert found.values["steps"] > 1e6
-    assert plan.as_lines(found)
+    assert tables.pretraining(found)
 
 
 def test_a_plan_is_compiled_once_for_a_config_and_a_code_version(tmp_path, monkeypatch):
     planned(tmp_path, monkeypatch, COMPILED)
-    monkeypatch.setattr(plan, "_lower_and_compile", lambda *args: pytest.fail("it is in the cache"))
+    monkeypatch.setattr(estimate, "_lower_and_compile", lambda *args: pytest.fail("it is in the cache"))
     machine = accelerators.get("v5e-8")
     again = {"python": PYTHON, "cache": tmp_path}
-    assumed = plan.assumptions(PLANNED, machine, price=0.5)
-    found = plan.make_plan(PLANNED, resolve(PLANNED), machine, assumed, version="1", **again)
+    assumed = estimate.assumptions(PLANNED, machine, price=0.5)
+    found = estimate.make_estimate(PLANNED, resolve(PLANNED), machine, assumed, version="1", **again)
     assert found.values["dollars_per_device_hour"] == 0.5
     with pytest.raises(pytest.fail.Exception):
-        plan.make_plan(PLANNED, resolve(PLANNED), machine, assumed, version="2", **again)
+        estimate.make_estimate(PLANNED, resolve(PLANNED), machine, assumed, version="2", **again)
 
 
 def test_a_change_of_the_evaluation_compiles_no_step_again(tmp_path, monkeypatch):
     planned(tmp_path, monkeypatch, COMPILED)
-    monkeypatch.setattr(plan, "_lower_and_compile", lambda *args: pytest.fail("it is in the cache"))
-    machine, config = accelerators.get("v5e-8"), resolve(PLANNED, ["linear_eval.seed=1", "linear_eval.protocols=official"])
-    assumed = plan.assumptions(PLANNED, machine)
-    assert plan.make_plan(PLANNED, config, machine, assumed, python=PYTHON, cache=tmp_path, version="1").values["fits"]
+    monkeypatch.setattr(estimate, "_lower_and_compile", lambda *args: pytest.fail("it is in the cache"))
+    machine, config = (
+        accelerators.get("v5e-8"),
+        resolve(PLANNED, ["linear_eval.seed=1", "linear_eval.measure.protocols=official"]),
+    )
+    assumed = estimate.assumptions(PLANNED, machine)
+    assert estimate.make_estimate(PLANNED, config, machine, assumed, python=PYTHON, cache=tmp_path, version="1").values["fits"]
 
 
 # ---- Tables
@@ -116,7 +121,7 @@ def test_every_accelerator_has_a_device_a_host_and_a_price(name):
     accelerator = accelerators.get(name)
     device, host = machines.device_of(accelerator), machines.host_of(accelerator)
     assert device.flops_per_second >= device.rate("float32") > 0
-    assert device.dollars_per_hour > 0
+    assert machines.dollars_per_hour(accelerator) > 0
     assert host.cpus > 0
     assert host.memory_bytes or name.startswith("v2")
     assert bool(device.topology) == (accelerator.build == "tpu")
@@ -165,18 +170,18 @@ FORWARD = {"fits": True, "flops": 256 * 8e9, "bytes_accessed": 256 * 40e6}
 @pytest.fixture
 def evaluated(tmp_path, monkeypatch):
     """Plans an evaluation of `work` on what a compiler said of 256 images, with round figures."""
-    monkeypatch.setattr(evaluation_plan, "IMAGES_A_CORE", 1000.0)
+    monkeypatch.setattr(evaluation, "IMAGES_A_CORE", 1000.0)
     monkeypatch.setattr(protocols, "memory_bytes", lambda sizes: 40e9)
     monkeypatch.setattr(protocols, "disk_bytes", lambda config, sizes: 150e9)
 
     def evaluated(work, accelerator="v5e-8", forward=FORWARD, overrides=(), **limits):
-        monkeypatch.setattr(evaluation_plan, "_compiled_forward", lambda *args: None if accelerator == "cpu" else forward)
+        monkeypatch.setattr(evaluation, "_compiled_forward", lambda *args: None if accelerator == "cpu" else forward)
         monkeypatch.setattr(protocols, "work_of", lambda config, sizes: work)
         machine = accelerators.get(accelerator)
-        return evaluation_plan.make_evaluation_plan(
+        return evaluation.make_evaluation_estimate(
             resolve(PLANNED, overrides),
             machine,
-            plan.assumptions(PLANNED, machine),
+            estimate.assumptions(PLANNED, machine),
             Limits(**limits),
             python=None,
             cache=tmp_path,
@@ -245,7 +250,7 @@ def test_every_figure_of_an_evaluation_says_where_it_is_from(evaluated):
 
 
 def test_times_are_in_the_unit_that_people_use():
-    assert [evaluation_plan.duration(hours) for hours in (1234.56, 1, 0.5, 1 / 3600, 0)] == [
+    assert [evaluation.duration(hours) for hours in (1234.56, 1, 0.5, 1 / 3600, 0)] == [
         "1,234.6 hours",
         "1.0 hours",
         "30.0 minutes",
@@ -302,15 +307,15 @@ def test_a_forward_pass_is_compiled_once_for_its_shapes(tmp_path, monkeypatch):
         asked.append(device.topology)
         return {**FORWARD, "arguments_bytes": 1e8, "results_bytes": 0, "temp_bytes": 1e9, "code_bytes": 1e7}
 
-    monkeypatch.setattr(evaluation_plan, "compile_program", compile_program)
+    monkeypatch.setattr(evaluation, "compile_program", compile_program)
     monkeypatch.setattr(programs, "lower_forward", lambda config, images: programs.Program(b"", {}, (), ()))
 
     def evaluated(accelerator, *overrides, version="1", python=Path("python")):
         machine = accelerators.get(accelerator)
-        return evaluation_plan.make_evaluation_plan(
+        return evaluation.make_evaluation_estimate(
             resolve(PLANNED, overrides),
             machine,
-            plan.assumptions(PLANNED, machine),
+            estimate.assumptions(PLANNED, machine),
             Limits(),
             python=python,
             cache=tmp_path,
@@ -320,7 +325,7 @@ def test_a_forward_pass_is_compiled_once_for_its_shapes(tmp_path, monkeypatch):
     evaluated("v5e-8")
     for accelerator, override in (
         ("v5e-8", "linear_eval.seed=3"),
-        ("v5e-8", "linear_eval.protocols=official"),
+        ("v5e-8", "linear_eval.measure.protocols=official"),
         ("v5e-4", "epochs=10"),
         ("l4-1", "seed=2"),
         ("cpu", "seed=2"),
@@ -337,14 +342,14 @@ def test_a_forward_pass_is_compiled_once_for_its_shapes(tmp_path, monkeypatch):
 
 def test_sogclr_plan_shows_pretraining_and_then_the_evaluation(tmp_path, monkeypatch, capsys):
     stored = {"state_bytes": 300e6, "collectives": [], **COMPILED}
-    monkeypatch.setattr(plan, "_lower_and_compile", lambda *args: stored)
-    monkeypatch.setattr(plan, "tpu_python", lambda project: None)
+    monkeypatch.setattr(estimate, "_lower_and_compile", lambda *args: stored)
+    monkeypatch.setattr(compiler, "tpu_python", lambda project: None)
     arguments = ["plan", "--preset", PLANNED, "--accelerator", "v5e-8", "--root", str(tmp_path)]
     assert cli.main(arguments) == 0
     said = capsys.readouterr().out
     assert said.index(f"{PLANNED} on v5e-8") < said.index("its evaluation on v5e-8") < said.index("whole evaluation")
     assert "cannot end" not in said
-    official = ["--eval-accelerator", "cpu", "--set", "linear_eval.protocols=official"]
+    official = ["--eval-accelerator", "cpu", "--set", "linear_eval.measure.protocols=official"]
     assert cli.main([*arguments, *official]) == 0
     assert "cannot end: the evaluation takes" in capsys.readouterr().out
     assert cli.main([*arguments, *official, "--json"]) == 0

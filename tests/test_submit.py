@@ -12,7 +12,10 @@ from vertex.accounts import KEY, give_credentials, nothing_leaves_this_machine
 from vertex.google import serving
 
 from beam_jobs.layouts.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
-from pipelines import cli, plan, submission, vertex
+from pipelines import cli
+from pipelines.plan import compiler, estimate
+from pipelines.vertex import client
+from pipelines.vertex import storage as cloud_storage
 
 PROJECT, REGION, TAG = "my-project", "europe-west4", "0123456789ab"
 FOLDER = f"projects/{PROJECT}/locations/{REGION}"
@@ -49,9 +52,9 @@ def google(tmp_path, monkeypatch):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
         for name, seconds in {"_FIRST_WAIT": 0.01, "_LONGEST_WAIT": 0.05, "_PATIENCE": 1.5}.items():
-            monkeypatch.setattr(vertex, name, seconds)
-        monkeypatch.setattr(vertex, "_SECONDS_BETWEEN_LOOKS", 0.01)
-        monkeypatch.setattr(vertex, "_SECONDS_FOR_A_CALL", 1.0)
+            monkeypatch.setattr(client, name, seconds)
+        monkeypatch.setattr(client, "_SECONDS_BETWEEN_LOOKS", 0.01)
+        monkeypatch.setattr(client, "_SECONDS_FOR_A_CALL", 1.0)
         monkeypatch.chdir(tmp_path)
         repository = fake.url.removeprefix("http://") + "/my-project/sogclr"
         fake.accounts.images = {f"my-project/sogclr/sogclr-{build}:{TAG}": digest for build, digest in DIGEST.items()}
@@ -122,8 +125,8 @@ def test_a_step_that_was_found_not_to_fit_is_neither_compiled_nor_submitted(goog
     }
     compiled |= {"temp_bytes": 4e9, "code_bytes": 1e8, "flops": 2e12, "bytes_accessed": 4e10}
     known = {"state_bytes": 3e8, "collectives": [], "compiled": compiled}
-    monkeypatch.setattr(plan, "_lower_and_compile", lambda *_: known)
-    monkeypatch.setattr(plan, "tpu_python", lambda project: None)
+    monkeypatch.setattr(estimate, "_lower_and_compile", lambda *_: known)
+    monkeypatch.setattr(compiler, "tpu_python", lambda project: None)
     step = ("--preset", "sogclr_imagenet_r50_b512", "--accelerator", "v5e-8")
     assert cli.main(["plan", *step]) == 0
     assert cli.main([*google.submit, "--dry-run"]) == (0 if fits else 2)
@@ -152,7 +155,7 @@ def test_the_evaluation_has_pretraining_s_machine_unless_another_is_named(google
     assert re.search(r"^ok       evaluation: features, .*, \$.* on (v5e-8|cpu)$", capsys.readouterr().out, re.MULTILINE)
 
 
-DAYS_ON_A_CPU = ("--eval-accelerator", "cpu", "--set", "linear_eval.protocols=official")
+DAYS_ON_A_CPU = ("--eval-accelerator", "cpu", "--set", "linear_eval.measure.protocols=official")
 
 
 def test_an_evaluation_of_more_than_a_day_is_refused_with_a_better_machine(google, bucket, capsys):
@@ -259,7 +262,7 @@ def test_what_is_missing_is_named_and_nothing_is_submitted(google, bucket, capsy
 
 def test_the_bucket_s_faults_are_one_line_each(google, monkeypatch, capsys):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", google.url)
-    monkeypatch.setattr(submission, "_PATIENCE", 0.2)
+    monkeypatch.setattr(cloud_storage, "_PATIENCE", 0.2)
     arguments = [*google.quick[:-5], "options", "vertex", "images", "--dry-run"]
     named = {403: "roles/storage.legacyBucketReader", 401: "login", 429: "not answer", 500: "not answer", "cut": "not answer"}
     for fault, text in named.items():
@@ -278,7 +281,6 @@ def test_the_bucket_s_faults_are_one_line_each(google, monkeypatch, capsys):
 
 
 def test_a_check_can_be_skipped(google, bucket, capsys):
-    assert cli._CHECKS == submission.CHECKS
     assert cli.main([*google.submit, "--region", "us-east1", "--skip-check", "region", "images", "--tag", "fedcba987654"]) == 0
     assert "sogclr-tpu:fedcba987654" in jobs_made(google)[0]
 
@@ -388,7 +390,7 @@ def test_a_fault_that_stays_is_one_line_and_no_job(google, bucket, capsys, fault
 @pytest.mark.thorough
 @pytest.mark.parametrize("fault", ["slow", "lost"])
 def test_a_job_that_may_have_been_made_is_still_one_when_it_is_submitted_again(google, bucket, capsys, monkeypatch, fault):
-    monkeypatch.setattr(vertex, "_PATIENCE", 0.3)
+    monkeypatch.setattr(client, "_PATIENCE", 0.3)
     google.fail(*[fault] * 1000, path="pipelineJobs?pipelineJobId=")
     assert cli.main(google.quick) == 2
     assert "job mine may have been made" in one_error_line(capsys)
@@ -417,7 +419,7 @@ def test_every_fault_that_stays_is_one_line_whatever_was_asked(google, capsys, m
     name = f"{FOLDER}/pipelineJobs/mine"
     google.vertex.jobs[name] = aiplatform_v1.PipelineJob(name=name, state="PIPELINE_STATE_RUNNING")
     for name in ("_PATIENCE", "_PATIENCE_OF_FOLLOWING", "_SECONDS_FOR_A_CALL"):
-        monkeypatch.setattr(vertex, name, 0.1)
+        monkeypatch.setattr(client, name, 0.1)
     arguments = [*google.quick, *command[1:]] if command[0] == "submit" else [*command, *google.options]
     for fault in (429, 500, 403, "cut", "slow"):
         google.fail(*[fault] * 1000, path=path)
@@ -564,7 +566,7 @@ def test_an_interrupt_leaves_the_job_running_and_says_how_to_go_on(google, bucke
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(vertex.time, "sleep", interrupted)
+    monkeypatch.setattr(client.time, "sleep", interrupted)
     assert cli.main(["status", "mine", *google.options, "--wait"]) == 130
     assert "the job goes on; sogclr status mine" in capsys.readouterr().err
     assert google.sent("POST", ":cancel") == []
@@ -636,7 +638,7 @@ def test_an_evaluation_is_not_done_again_where_it_cannot_end(google, bucket, cap
     capsys.readouterr()
     images = google.submit[google.submit.index("--images") :]
     arguments = ["rerun", "linear-eval", "--run", "vertex:mine", *google.options, "--accelerator", "cpu", *images]
-    assert cli.main([*arguments, "--set", "linear_eval.protocols=official", "--job-id", "again"]) == 2
+    assert cli.main([*arguments, "--set", "linear_eval.measure.protocols=official", "--job-id", "again"]) == 2
     assert "more than a day: take --accelerator v5e-" in capsys.readouterr().out
     assert len(google.vertex.jobs) == 1
 

@@ -1,6 +1,6 @@
 """A step as a program for XLA, without the machine that it is for: what one replica of many does, as an HLO module.
 
-Any compiler of XLA's can say of it what a step needs, and any of its runtimes can run it: `pipelines/xla_program.py` does both.
+Any compiler of XLA's can say of it what a step needs, and any of its runtimes can run it: `pipelines/plan/program.py` does both.
 """
 
 import math

@@ -3,7 +3,7 @@
     python tests/benchmarks/evaluation_cpu.py [--images 1024] [--rounds 5]
 
 Prints images a second of one core's time, the best of the rounds, so that other work on the machine counts little. `sogclr plan`
-reckons with these figures: `CORE_FLOPS_PER_SECOND` in `pipelines/machines.py`, `IMAGES_A_CORE` in `pipelines/evaluation_plan.py`.
+reckons with these figures: in `pipelines/plan/`, `CORE_FLOPS_PER_SECOND` of `machines.py` and `IMAGES_A_CORE` of `evaluation.py`.
 """
 
 import argparse

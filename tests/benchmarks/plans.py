@@ -16,9 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines import accelerators, evaluation_plan, plan
 from pipelines.code import PROJECT, program_version
-from pipelines.machines import DEVICES, device_of
+from pipelines.plan import compiler, evaluation
+from pipelines.plan.estimate import assumptions
+from pipelines.plan.machines import DEVICES, dollars_per_hour
+from pipelines.vertex import accelerators
 from trainer.presets import resolve
 
 RESULTS = PROJECT / "docs" / "plans.jsonl"
@@ -29,6 +31,8 @@ MACHINES = ("v5e-8", "v3-8", "v4-8", "v5e-32")
 BATCHES = (128, 256, 512, 1024, 2048, 4096, 8192)
 LEVER_BATCH = 1024
 """On v5e-8, 128 samples a chip: what the official step's figure is for."""
+OFFICIAL_BYTES_PER_SAMPLE = 1198e6
+"""What the official step moves, float32, 128 samples a chip, ResNet-50 at 224 px, compiled for a v5e."""
 LEVERS = {
     "all of them": {},
     "1x1 convolutions normalised as the others are": {"fuses": False},
@@ -91,9 +95,9 @@ def lever_result(changes: dict[str, Any]) -> dict[str, Any]:
     config = replace(config, **{key: value for key, value in changes.items() if key != "fuses"})
     one = OneOfMany(machine.replicas, fuses=changes.get("fuses", True))
     program = lower_step(config, create_train_state(config, 1_281_167, 1000, one), one)
-    python = plan.tpu_python(PROJECT)
+    python = compiler.tpu_python(PROJECT)
     assert python is not None, "make tpu-check first"
-    compiled = plan.compile_program(program.hlo, DEVICES["v5e"], python)
+    compiled = compiler.compile_program(program.hlo, DEVICES["v5e"], python)
     if compiled["fits"]:
         compiled["bytes_per_sample"] = compiled["bytes_accessed"] * machine.replicas / LEVER_BATCH
     return compiled
@@ -103,13 +107,13 @@ def evaluation_result(machine: str, root: Path) -> dict[str, Any]:
     """Returns the plan of every protocol of `EVALUATED` on a machine, as `sogclr plan --json` has it under `evaluation`."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     accelerator = accelerators.get(machine)
-    python = plan.tpu_python(PROJECT)
+    python = compiler.tpu_python(PROJECT)
     assert python is not None, "make tpu-check first"
-    return evaluation_plan.make_evaluation_plan(
-        resolve(EVALUATED, [f"linear_eval.protocols={','.join(PROTOCOLS)}"]),
+    return evaluation.make_evaluation_estimate(
+        resolve(EVALUATED, [f"linear_eval.measure.protocols={','.join(PROTOCOLS)}"]),
         accelerator,
-        plan.assumptions(EVALUATED, accelerator),
-        evaluation_plan.Limits(),
+        assumptions(EVALUATED, accelerator),
+        evaluation.Limits(),
         python=python,
         cache=root / "plans",
         version=program_version("eval/measure/programs.py"),
@@ -119,7 +123,7 @@ def evaluation_result(machine: str, root: Path) -> dict[str, Any]:
 def price(machine: str, hours: float) -> float:
     """Returns dollars by the table of today, whatever it was when a row was compiled."""
     slice_of = accelerators.get(machine)
-    return hours * slice_of.replicas * device_of(slice_of).dollars_per_hour
+    return hours * slice_of.replicas * dollars_per_hour(slice_of)
 
 
 def page() -> None:
@@ -141,7 +145,7 @@ def page() -> None:
         hours = one["total_hours"]
         lines.append(
             f"| {preset} | {machine} | {one['batch_per_replica']} | {memory} | {one['bytes_per_sample'] / 1e6:.0f} MB "
-            f"| {one['bytes_per_sample'] / plan.OFFICIAL_BYTES_PER_SAMPLE:.2f} | {1e3 * one['step_seconds']:.0f} ms "
+            f"| {one['bytes_per_sample'] / OFFICIAL_BYTES_PER_SAMPLE:.2f} | {1e3 * one['step_seconds']:.0f} ms "
             f"| {one['samples_per_second']:,.0f} | {one['bound_by']} | {hours:,.0f} | ${price(machine, hours):,.0f} |"
         )
     titles = ("step at 128 samples a chip of a v5e-8", "traffic a sample", "of the official", "temporaries", "of the official")
@@ -152,7 +156,7 @@ def page() -> None:
         if one and one["fits"]:
             lines.append(
                 f"| {'ours' if lever == 'all of them' else f'ours, but {lever}'} | {one['bytes_per_sample'] / 1e6:.0f} MB "
-                f"| {one['bytes_per_sample'] / plan.OFFICIAL_BYTES_PER_SAMPLE:.3f} | {one['temp_bytes'] / 1e9:.1f} GB "
+                f"| {one['bytes_per_sample'] / OFFICIAL_BYTES_PER_SAMPLE:.3f} | {one['temp_bytes'] / 1e9:.1f} GB "
                 f"| {one['temp_bytes'] / 14.7e9:.2f} |"
             )
         elif one:
@@ -190,7 +194,7 @@ def evaluation_table(done: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def taken(machine: str, hours: float) -> str:
-    return f"{evaluation_plan.duration(hours)}, ${price(machine, hours):,.2f}" if hours else "-"
+    return f"{evaluation.duration(hours)}, ${price(machine, hours):,.2f}" if hours else "-"
 
 
 def put_between(marks: tuple[str, str], lines: list[str]) -> None:

@@ -38,8 +38,8 @@ def write(preset: str, overrides: list[str], output: Path, fuses: bool = True, f
     With `forward`, it is the forward pass of so many images.
     """
     from eval.measure.programs import lower_forward
-    from pipelines import accelerators
-    from pipelines.plan import assumptions
+    from pipelines.plan.estimate import assumptions
+    from pipelines.vertex import accelerators
     from trainer.lowering import OneOfMany, lower_step
     from trainer.presets import resolve
     from trainer.train import create_train_state
@@ -94,18 +94,18 @@ def product_rate(precision: str, size: int, repeat: int) -> float:
 
 def measure(folder: Path, repeat: int) -> dict[str, Any]:
     """Returns what a step took on JAX's first device, the best of `repeat`, beside a matrix product of the same precision."""
-    sys.path.insert(0, str(PROJECT / "pipelines"))
+    sys.path.insert(0, str(PROJECT / "pipelines" / "plan"))
     import jax
-    import xla_program
+    import program
 
     about = json.loads((folder / ABOUT).read_text())
     device = jax.devices()[0]
     # Before the step, for its 64-bit integers change JAX's types from there on.
     product = product_rate(about["precision"], 2048 if device.platform == "cpu" else 8192, repeat)
-    _, seconds = xla_program.run(xla_program.read(folder / PROGRAM), drawn(about["arguments"]), steps=3, repeat=repeat)
-    module = xla_program.xla_client.XlaComputation((folder / PROGRAM).read_bytes()).get_hlo_module()
+    _, seconds = program.run(program.read(folder / PROGRAM), drawn(about["arguments"]), steps=3, repeat=repeat)
+    module = program.xla_client.XlaComputation((folder / PROGRAM).read_bytes()).get_hlo_module()
     # As XLA counts before it optimises: the same on every device. A GPU's client does not count.
-    flops = xla_program.xla_client._xla.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)["flops"]
+    flops = program.xla_client._xla.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)["flops"]
     peak = next((rate for name, rate in PEAKS.items() if name in device.device_kind), None)
     return {
         **{name: about[name] for name in ("preset", "settings", "forward", "samples", "precision", "fuses")},

@@ -1,6 +1,6 @@
 """What the evaluation of a run will need, by protocol: hours, price, memory, disk; and whether it can end on that machine.
 
-The encoder's forward pass is compiled for its TPU as the train step is (`pipelines/plan.py`). Without the compiler, as in
+The encoder's forward pass is compiled for its TPU as the train step is (`estimate.py`). Without the compiler, as in
 `sogclr submit`, its FLOPs and bytes are counted from the convolutions (`trainer/encoder_cost.py`). Times of TPUs and GPUs are a
 roofline: a real evaluation is slower. Times of CPUs follow from what was measured.
 """
@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.accelerators import ACCELERATORS, Accelerator
-from pipelines.machines import DEVICES, device_of, host_of
-from pipelines.plan import Assumptions, Source, compile_program, keep, kept, kept_in, used_bytes
+from pipelines.plan.compiler import cache_file, cached, compile_program, keep, used_bytes
+from pipelines.plan.estimate import Assumptions, Source
+from pipelines.plan.machines import DEVICES, device_of, dollars_per_hour, host_of
+from pipelines.vertex.accelerators import ACCELERATORS, Accelerator
 from trainer.config import Config, feature_dim
 from trainer.encoder_cost import Cost, forward_cost
 
@@ -58,7 +59,7 @@ class Demand:
 
 
 @dataclass(frozen=True)
-class ProtocolPlan:
+class ProtocolEstimate:
     """What one protocol takes."""
 
     forward_images: int
@@ -71,11 +72,11 @@ class ProtocolPlan:
 
 
 @dataclass(frozen=True)
-class EvaluationPlan:
+class EvaluationEstimate:
     """What the evaluation of one run will need."""
 
     accelerator: str
-    protocols: Mapping[str, ProtocolPlan]
+    protocols: Mapping[str, ProtocolEstimate]
     """By name, in the order in which they run."""
     values: Mapping[str, Any]
     sources: Mapping[str, Source]
@@ -86,8 +87,8 @@ class EvaluationPlan:
 
     @property
     def summary(self) -> str:
-        taken = _taken(self.accelerator, self.values["total_hours"], self.values["price"])
-        return f"{', '.join(self.protocols)} take {taken} on {self.accelerator}"
+        needed = taken(self.accelerator, self.values["total_hours"], self.values["price"])
+        return f"{', '.join(self.protocols)} take {needed} on {self.accelerator}"
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -101,7 +102,7 @@ class EvaluationPlan:
         }
 
 
-def make_evaluation_plan(
+def make_evaluation_estimate(
     config: Config,
     accelerator: Accelerator,
     assumed: Assumptions,
@@ -111,10 +112,10 @@ def make_evaluation_plan(
     cache: Path,
     version: str,
     say: Callable[[str], None] = lambda text: None,
-) -> EvaluationPlan:
+) -> EvaluationEstimate:
     """Returns what the evaluation of a run of `config` needs on `accelerator`, the machine that `assumed` is for.
 
-    `python`, `cache` and `version` are as for `pipelines.plan.make_plan`. Without `python`, the forward pass that was compiled
+    `python`, `cache` and `version` are as for `estimate.make_estimate`. Without `python`, the forward pass that was compiled
     before counts, or else its convolutions do. Raises UserError where the forward pass does not compile for a TPU.
     """
     from eval.measure.protocols import Sizes, disk_bytes, memory_bytes, work_of
@@ -150,10 +151,12 @@ def make_evaluation_plan(
             f"{at_once} images at once do not fit into a device of {accelerator.name}: "
             f"take --set linear_eval.batch_size={max(1, at_once // 2)}"
         )
-    return EvaluationPlan(accelerator.name, protocols, values, sources, tuple(problems), tuple(_notes(demand, accelerator, fits)))
+    return EvaluationEstimate(
+        accelerator.name, protocols, values, sources, tuple(problems), tuple(_notes(demand, accelerator, fits))
+    )
 
 
-def reckon(demand: Demand, accelerator: Accelerator, dollars_per_device_hour: float) -> dict[str, ProtocolPlan]:
+def reckon(demand: Demand, accelerator: Accelerator, dollars_per_device_hour: float) -> dict[str, ProtocolEstimate]:
     """Returns what each protocol takes on `accelerator`.
 
     Its devices and hosts share images and fits. A CPU decodes images and computes on the same cores, one after the other. On
@@ -171,7 +174,7 @@ def reckon(demand: Demand, accelerator: Accelerator, dollars_per_device_hour: fl
         passing = compute + input_ if accelerator.build == "cpu" else max(compute, memory, input_)
         hours = (passing + fit) / 3600
         seconds = {"compute": compute, "memory": memory, "input": input_, "fit": fit}
-        plans[name] = ProtocolPlan(
+        plans[name] = ProtocolEstimate(
             forward_images=work.forward,
             trained_images=work.trained,
             fit_flops=work.flops,
@@ -207,7 +210,7 @@ def _better_machine(demand: Demand, limits: Limits) -> str:
     found: list[tuple[float, float, str]] = []
     for one in ACCELERATORS.values():
         memory = host_of(one).memory_bytes
-        plans = reckon(demand, one, device_of(one).dollars_per_hour).values()
+        plans = reckon(demand, one, dollars_per_hour(one)).values()
         hours = sum(plan.hours for plan in plans)
         is_there = not limits.region or not one.regions or limits.region in one.regions
         has_memory = memory is not None and demand.memory_bytes <= memory
@@ -215,9 +218,9 @@ def _better_machine(demand: Demand, limits: Limits) -> str:
             # Of equal prices, the faster machine.
             found.append((round(sum(plan.price for plan in plans), 2), hours, one.name))
     if not found:
-        return "no machine here ends sooner; take fewer linear_eval.protocols"
+        return "no machine here ends sooner; take fewer linear_eval.measure.protocols"
     price, hours, name = min(found)
-    return f"take {limits.option} {name} ({_taken(name, hours, price)}), or fewer linear_eval.protocols"
+    return f"take {limits.option} {name} ({taken(name, hours, price)}), or fewer linear_eval.measure.protocols"
 
 
 def duration(hours: float) -> str:
@@ -227,7 +230,8 @@ def duration(hours: float) -> str:
     return f"{number:,.1f} {unit}"
 
 
-def _taken(accelerator: str, hours: float, price: float) -> str:
+def taken(accelerator: str, hours: float, price: float) -> str:
+    """Returns time and price for people. All but those of a CPU are at best."""
     return f"{duration(hours)}{'' if accelerator == 'cpu' else ' at best'}, ${price:,.2f}"
 
 
@@ -259,8 +263,8 @@ def _compiled_forward(
     device = device_of(accelerator) if device_of(accelerator).topology else DEVICES["v5e"]
     shapes = {name: getattr(config, name) for name in _SHAPES}
     images = config.linear_eval.batch_size
-    file = kept_in(cache, {"forward": shapes, "images": images, "device": device.topology, "version": version})
-    if known := kept(file):
+    file = cache_file(cache, {"forward": shapes, "images": images, "device": device.topology, "version": version})
+    if known := cached(file):
         return known
     if python is None:
         return None
@@ -274,40 +278,3 @@ def _compiled_forward(
         known["fits"] = used_bytes(known) <= device.memory_bytes
     keep(file, known)
     return known
-
-
-def as_lines(plan: EvaluationPlan) -> list[tuple[str, str, str]]:
-    """Returns a plan for people: what, how much, and where that comes from."""
-    v, s = plan.values, plan.sources
-    rows: list[tuple[str, str, str]] = [
-        (
-            name,
-            f"{_images(one)}{_taken(plan.accelerator, one.hours, one.price)}, bound by {one.bound_by}",
-            s["protocols"],
-        )
-        for name, one in plan.protocols.items()
-    ]
-    rows.append(("whole evaluation", _taken(plan.accelerator, v["total_hours"], v["price"]), s["total_hours"]))
-    rows.append(
-        (
-            "forward pass",
-            f"{v['forward_flops'] / 1e9:.1f} G FLOPs, {v['forward_bytes'] / 1e6:.0f} MB an image; {v['images_at_once']} at once",
-            s["forward_flops"],
-        )
-    )
-    host = "not known" if v["host_memory_bytes"] is None else f"{v['host_memory_bytes'] / 1e9:,.0f}"
-    rows.append(("memory of a host", f"{v['memory_bytes'] / 1e9:.1f} of {host} GB", s["memory_bytes"]))
-    rows.append(("disk", f"{v['disk_bytes'] / 1e9:.1f} of {v['disk_limit_bytes'] / 1e9:,.0f} GB", s["disk_bytes"]))
-    rows.append(
-        (
-            "input",
-            f"{v['images_per_second_a_core']:,.0f} images/s a virtual CPU, {v['host_cores']} of them in a host",
-            s["images_per_second_a_core"],
-        )
-    )
-    return rows
-
-
-def _images(one: ProtocolPlan) -> str:
-    forward = f"{one.forward_images:,} forward, " if one.forward_images else ""
-    return forward + (f"{one.trained_images:,} trained, " if one.trained_images else "")

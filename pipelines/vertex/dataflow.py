@@ -1,15 +1,15 @@
 """The Dataflow jobs of a pipeline job: they are found and cancelled from here, since the step that waits for them may be gone."""
 
 import re
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import tenacity
 from google.api_core import exceptions
 from google.auth import exceptions as auth_exceptions
 
 from components.dataflow import JOB_LABEL, label_of
-from pipelines.vertex import Job
+from pipelines.vertex.jobs import Job
 from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,21 +36,32 @@ def cancel(job: Job, credentials: "Credentials") -> list[str]:
     client = api.JobsV1Beta3Client(transport="rest", client_options=endpoint, credentials=credentials)
     place = {"project_id": options["project"], "location": options["region"]}
     cancelled: list[str] = []
-    for wait in (*(_FIRST_WAIT * 2**number for number in range(_TRIES - 1)), None):
-        try:
-            for found in _active(client, place, label_of(job.job_id)):
-                wish = api.Job(requested_state=api.JobState.JOB_STATE_CANCELLED)
-                request = api.UpdateJobRequest(job_id=found, job=wish, **place)
-                client.update_job(request, timeout=_SECONDS_FOR_A_CALL, retry=None)
-                cancelled.append(found)
-            break
-        except (exceptions.GoogleAPICallError, auth_exceptions.GoogleAuthError, OSError) as error:
-            if wait is None or isinstance(error, exceptions.ClientError):
-                mend = f"gcloud dataflow jobs list --status=active --project={options['project']} --region={options['region']}"
-                said = " ".join(str(error).split())[:200]
-                raise DataflowError(f"a Dataflow job of {job.job_id} may go on ({said}); {mend} shows it") from error
-            time.sleep(wait)
+
+    def once() -> None:
+        for found in _active(client, place, label_of(job.job_id)):
+            wish = api.Job(requested_state=api.JobState.JOB_STATE_CANCELLED)
+            request = api.UpdateJobRequest(job_id=found, job=wish, **place)
+            client.update_job(request, timeout=_SECONDS_FOR_A_CALL, retry=None)
+            cancelled.append(found)
+
+    tries = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_may_pass),
+        stop=tenacity.stop_after_attempt(_TRIES),
+        wait=tenacity.wait_exponential(_FIRST_WAIT),
+        reraise=True,
+    )
+    try:
+        tries(once)
+    except (exceptions.GoogleAPICallError, auth_exceptions.GoogleAuthError, OSError) as error:
+        mend = f"gcloud dataflow jobs list --status=active --project={options['project']} --region={options['region']}"
+        said = " ".join(str(error).split())[:200]
+        raise DataflowError(f"a Dataflow job of {job.job_id} may go on ({said}); {mend} shows it") from error
     return list(dict.fromkeys(cancelled))
+
+
+def _may_pass(error: BaseException) -> bool:
+    failed = isinstance(error, exceptions.GoogleAPICallError | auth_exceptions.GoogleAuthError | OSError)
+    return failed and not isinstance(error, exceptions.ClientError)
 
 
 def _options(job: Job) -> dict[str, str]:

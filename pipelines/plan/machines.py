@@ -1,4 +1,4 @@
-"""What the machines of `pipelines/accelerators.py` can do and cost: their devices, their hosts, their prices.
+"""What the machines of `pipelines/vertex/accelerators.py` can do: their devices and their hosts. `prices.py` has what they cost.
 
 Every figure has its source here. A figure without a source is left out.
 """
@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipelines.accelerators import Accelerator
+from pipelines.plan.prices import PRICES
+from pipelines.vertex.accelerators import Accelerator
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,6 @@ class Device:
     bytes_per_second: float
     flops_per_second: float
     """In bfloat16."""
-    dollars_per_hour: float
-    """Of the device and its part of the host, on demand, in the USA."""
     float32_flops_per_second: float = 0.0
     """0 where no figure is published."""
     all_reduce_bytes_per_second: float = 0.0
@@ -50,38 +49,31 @@ _GIB = 2**30
 
 DEVICES: Mapping[str, Device] = {
     # An n2 (Cascade Lake, Ice Lake) has no bfloat16, so that float32's rate stands in both places. It includes what memory costs.
-    "cpu": Device(64 * _GIB, math.inf, 16 * CORE_FLOPS_PER_SECOND, 0.77694, 16 * CORE_FLOPS_PER_SECOND),
+    "cpu": Device(64 * _GIB, math.inf, 16 * CORE_FLOPS_PER_SECOND, 16 * CORE_FLOPS_PER_SECOND),
     # A T4 has no bfloat16, so that float32's rate stands in both places.
-    "t4": Device(16 * _GIB, 320e9, 8.1e12, 0.35 + 0.38, 8.1e12),
-    "l4": Device(24 * _GIB, 300e9, 121e12, 0.56004 + 0.44038, 60e12),
-    "a100": Device(40 * _GIB, 1555e9, 312e12, 2.93391 + 0.73948, 156e12),
-    "a100-80gb": Device(80 * _GIB, 2039e9, 312e12, 4.4242 + 1.09962, 156e12),
-    "h100": Device(80 * _GIB, 3350e9, 989.4e12, 9.79655 + 1.18251, 494.7e12),
+    "t4": Device(16 * _GIB, 320e9, 8.1e12, 8.1e12),
+    "l4": Device(24 * _GIB, 300e9, 121e12, 60e12),
+    "a100": Device(40 * _GIB, 1555e9, 312e12, 156e12),
+    "a100-80gb": Device(80 * _GIB, 2039e9, 312e12, 156e12),
+    "h100": Device(80 * _GIB, 3350e9, 989.4e12, 494.7e12),
     # A core is half a chip of v2 and v3. The two cores of a v4 chip are one device.
-    "v2": Device(8 * _GIB, 350e9, 23e12, 4.50 / 8, topology="v2:2x2"),
-    "v3": Device(16 * _GIB, 450e9, 61.5e12, 8.00 / 8, all_reduce_bytes_per_second=340e12 / 2048, topology="v3:2x2"),
+    "v2": Device(8 * _GIB, 350e9, 23e12, topology="v2:2x2"),
+    "v3": Device(16 * _GIB, 450e9, 61.5e12, all_reduce_bytes_per_second=340e12 / 2048, topology="v3:2x2"),
     "v4": Device(
         32 * _GIB,
         1200e9,
         275e12,
-        12.88 / 4,
         all_reduce_bytes_per_second=1.1e15 / 4096,
         topology="v4:2x2x1",
         chip_config="megacore",
     ),
-    "v5e": Device(16e9, 819e9, 197e12, 1.20, all_reduce_bytes_per_second=51.2e12 / 256, topology="v5e:2x4"),
+    "v5e": Device(16e9, 819e9, 197e12, all_reduce_bytes_per_second=51.2e12 / 256, topology="v5e:2x4"),
 }
 """By family. TPUs: Google's pages on each (docs.cloud.google.com/tpu/docs/v3, v4, v5e), v2 as remembered.
 
 GPUs: NVIDIA's data sheets of T4, L4, A100 (SXM) and H100 (SXM), dense matrices, TF32 for float32; the memory rates of L4 and T4
-are those of docs.cloud.google.com/compute/docs/gpus. Prices: `PRICES`.
+are those of docs.cloud.google.com/compute/docs/gpus.
 """
-
-PRICES = (
-    "Google's in the USA, on demand, from SkyPilot's catalog (v8/gcp/vms.csv at 006059e), read 2026-11-25 (TPUs) and 2026-11-26 "
-    "(others): us-central1, but us-east5 for a100-80gb and us-east4 for h100; --price takes another"
-)
-"""us-central1 lists an a100-80gb and an h100 at less than half of what other regions of the USA do, so theirs are taken."""
 
 HOSTS: Mapping[str, Host] = {
     "n2-standard-16": Host(16, 64 * _GIB),
@@ -128,3 +120,8 @@ def device_of(accelerator: Accelerator) -> Device:
 def host_of(accelerator: Accelerator) -> Host:
     """Returns one of an accelerator's hosts."""
     return HOSTS[family(accelerator) if accelerator.machine_type == "cloud-tpu" else accelerator.machine_type]
+
+
+def dollars_per_hour(accelerator: Accelerator) -> float:
+    """Returns what one of an accelerator's devices costs, with its part of the host."""
+    return PRICES[family(accelerator)].dollars_per_hour

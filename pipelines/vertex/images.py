@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from pipelines.accelerators import Build
+from pipelines.vertex.accelerators import Build
 from trainer.shared.errors import UserError
 
 _MANIFESTS = ", ".join(

@@ -1,18 +1,17 @@
-"""Vertex AI: its pipeline jobs as this project asks for them, follows them and reads what they left.
+"""The client of Vertex AI: makes pipeline jobs and schedules, follows them and ends them.
 
 Every call goes over REST, is made again while the service is overloaded or out of reach, and fails in one line for the
 person who can mend it. A job is created under an ID of ours, so that asking again never makes a second one.
 """
 
-import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import requests
+import tenacity
 from google.api_core import exceptions
 from google.auth import exceptions as auth_exceptions
 from google.cloud import aiplatform_v1
@@ -20,6 +19,7 @@ from google.protobuf import json_format
 
 from components import console
 from components.lineage import COMPONENTS, Artifact
+from pipelines.vertex.jobs import PLAN_LABEL, Job, Place, Task
 from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,98 +27,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PLAN_LABEL = "sogclr-plan"
-"""Label with a digest of all that was asked for: a job that has it is the same job."""
-
 _SECONDS_FOR_A_CALL = 30.0
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0
 _PATIENCE = 120.0
 """Seconds that a call is made again while it fails in a way that may pass."""
 _PATIENCE_OF_FOLLOWING = 1800.0
 _SECONDS_BETWEEN_LOOKS = 15.0
-_ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "PAUSED")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A project's part of Vertex AI in one region."""
-
-    project: str
-    region: str
-    endpoint: str = ""
-    """Of the API, where it is not Google's public one, as with Private Service Connect."""
-
-    @property
-    def folder(self) -> str:
-        return f"projects/{self.project}/locations/{self.region}"
-
-    def job_link(self, job_id: str) -> str:
-        return console.pipeline_job_page(self.project, self.region, job_id)
-
-
-@dataclass(frozen=True)
-class Task:
-    """One step of a job as it stands."""
-
-    name: str
-    state: str
-    """PENDING, RUNNING, SUCCEEDED, SKIPPED (taken from the cache), CANCELLED, FAILED, ..."""
-    error: str
-    logs: str
-    """Link to its logs; empty before it has any."""
-    outputs: Mapping[str, Artifact]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A pipeline job as it stands."""
-
-    job_id: str
-    state: str
-    """QUEUED, PENDING, RUNNING, SUCCEEDED, FAILED, CANCELLING, CANCELLED, PAUSED"""
-    error: str
-    link: str
-    plan: str
-    """What `PLAN_LABEL` says."""
-    tasks: tuple[Task, ...]
-    """Of the pipeline's components, in their order."""
-    spec: Mapping[str, Any]
-    parameters: Mapping[str, Any]
-    pipeline_root: str
-
-    @property
-    def ended(self) -> bool:
-        return self.state in _ENDED
-
-    def task(self, component: str) -> Task:
-        """Raises UserError where the job has none that got so far."""
-        found = next((task for task in self.tasks if task.name == component), None)
-        if found is None or not found.outputs:
-            state = f"it is {found.state}" if found else "it has no such step"
-            raise UserError(f"job {self.job_id} has nothing of {component} to go on from: {state}")
-        return found
-
-    def arguments(self, component: str) -> dict[str, Any]:
-        """Returns the arguments that the job gave to a component, without those of the custom job that it ran in."""
-        for dag in _dags(self.spec):
-            if component in dag.get("tasks", {}):
-                given = dag["tasks"][component].get("inputs", {}).get("parameters", {})
-                return {name: self._value(one) for name, one in given.items() if name != "base_output_directory"}
-        raise UserError(f"job {self.job_id} has no step {component}")
-
-    def _value(self, given: Mapping[str, Any]) -> Any:
-        if "runtimeValue" in given:
-            return given["runtimeValue"].get("constant")
-        # Through the exit handler, which passes parameters on under another name.
-        name = given["componentInputParameter"].removeprefix("pipelinechannel--")
-        known = self.spec["root"].get("inputDefinitions", {}).get("parameters", {})
-        return self.parameters.get(name, known.get(name, {}).get("defaultValue"))
-
-
-def _dags(spec: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    yield spec["root"].get("dag", {})
-    for component in spec.get("components", {}).values():
-        yield component.get("dag", {})
 
 
 def credentials() -> "tuple[Credentials, str]":
@@ -137,6 +51,17 @@ def credentials() -> "tuple[Credentials, str]":
             "GOOGLE_APPLICATION_CREDENTIALS names a key file"
         ) from error
     return found, project or ""
+
+
+def access_token(credentials: "Credentials") -> str:
+    """Returns a fresh token of `credentials`. Raises UserError where Google refuses them."""
+    import google.auth.transport.requests
+
+    try:
+        credentials.refresh(google.auth.transport.requests.Request())
+    except auth_exceptions.GoogleAuthError as error:
+        raise UserError("the credentials do not hold: gcloud auth application-default login renews them") from error
+    return str(credentials.token or "")
 
 
 class Vertex:
@@ -266,22 +191,26 @@ class Vertex:
     def _call(
         self, call: Callable[[float], T], patience: float | None = None, before_again: Callable[[], T | None] = lambda: None
     ) -> T:
-        """Returns what `call(timeout)` returns; calls again while it fails in a way that may pass."""
-        until, wait = time.monotonic() + (_PATIENCE if patience is None else patience), _FIRST_WAIT
-        told = False
-        while True:
-            try:
-                return call(_SECONDS_FOR_A_CALL)
-            except (exceptions.GoogleAPICallError, requests.RequestException, auth_exceptions.GoogleAuthError) as error:
-                if not _may_pass(error) or time.monotonic() + wait > until:
-                    raise self._in_words(error) from error
-                if not told:
-                    print(f"Vertex AI: {_short(error)}; trying again", file=sys.stderr, flush=True)
-                    told = True
-            time.sleep(wait)
-            wait = min(2 * wait, _LONGEST_WAIT)
-            if (known := before_again()) is not None and known:
-                return known
+        """Returns what `call(timeout)` returns; calls again while it fails in a way that may pass.
+
+        An answer may have been lost: before each further call, what `before_again` returns counts, if it is something.
+        """
+        tries = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_may_pass),
+            stop=tenacity.stop_before_delay(_PATIENCE if patience is None else patience),
+            wait=tenacity.wait_exponential(_FIRST_WAIT, _LONGEST_WAIT),
+            before_sleep=_say_once,
+            reraise=True,
+        )
+
+        def once() -> T:
+            known = before_again() if tries.statistics["attempt_number"] > 1 else None
+            return known or call(_SECONDS_FOR_A_CALL)
+
+        try:
+            return tries(once)
+        except (exceptions.GoogleAPICallError, requests.RequestException, auth_exceptions.GoogleAuthError) as error:
+            raise self._in_words(error) from error
 
     def _in_words(self, error: Exception) -> UserError:
         where = self.place.folder
@@ -358,7 +287,13 @@ class _NoAnswerError(UserError):
     pass
 
 
-def _may_pass(error: Exception) -> bool:
+def _say_once(state: tenacity.RetryCallState) -> None:
+    """Says, after the first failure of a call, that it is made again."""
+    if state.attempt_number == 1 and state.outcome and isinstance(error := state.outcome.exception(), Exception):
+        print(f"Vertex AI: {_short(error)}; trying again", file=sys.stderr, flush=True)
+
+
+def _may_pass(error: BaseException) -> bool:
     if isinstance(error, exceptions.GoogleAPICallError):
         return isinstance(error, exceptions.TooManyRequests | exceptions.ServerError)
     return isinstance(error, requests.ConnectionError | requests.Timeout | auth_exceptions.TransportError)
@@ -368,41 +303,3 @@ def _short(error: Exception) -> str:
     said = error.message if isinstance(error, exceptions.GoogleAPICallError) else str(error)
     code = f"{error.code} " if isinstance(error, exceptions.GoogleAPICallError) else f"{type(error).__name__}: "
     return f"{code}{' '.join(str(said).split())}"[:300]
-
-
-def parse_job(text: str, project: str, region: str, endpoint: str) -> tuple[Place, str]:
-    """Returns place and ID of a job that is named by its ID or by its whole resource name. Raises UserError."""
-    parts = text.removeprefix("vertex:").split("/")
-    if len(parts) == 6 and parts[::2] == ["projects", "locations", "pipelineJobs"]:
-        return Place(parts[1], parts[3], endpoint), parts[5]
-    if len(parts) != 1 or not parts[0]:
-        raise UserError(f"{text} names no job: give its ID, or projects/PROJECT/locations/REGION/pipelineJobs/ID")
-    missing = [option for option, value in (("--project", project), ("--region", region)) if not value]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} must say where job {parts[0]} is")
-    return Place(project, region, endpoint), parts[0]
-
-
-def parse_schedule(text: str, endpoint: str) -> Place | None:
-    """Returns the place of a schedule that is named by its whole resource name, or None for anything else."""
-    parts = text.split("/")
-    return Place(parts[1], parts[3], endpoint) if parts[::2] == ["projects", "locations", "schedules"] else None
-
-
-def as_json(job: Job) -> dict[str, Any]:
-    """Returns what scripts want of a job."""
-    return {
-        "job_id": job.job_id,
-        "state": job.state,
-        "error": job.error,
-        "link": job.link,
-        "tasks": {
-            task.name: {
-                "state": task.state,
-                "error": task.error,
-                "logs": task.logs,
-                "outputs": {name: dataclasses.asdict(one) for name, one in task.outputs.items()},
-            }
-            for task in job.tasks
-        },
-    }

@@ -1,0 +1,57 @@
+"""The command line. A module here is a group of commands.
+
+Each command reads its options once, into frozen settings that are checked on the way; nothing below knows argparse. What is
+heavy is imported by the command that needs it, so that --help answers at once.
+"""
+
+import os
+import select
+import signal
+import sys
+from collections.abc import Sequence
+
+from pipelines.cli.parser import make_parser
+from trainer.shared.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code.
+
+    0, 1 for what failed, 2 for what the user can mend, 130 for an interrupt, 141 where the reader of the output has gone.
+    """
+    args = make_parser().parse_args(arguments)
+    # A request to end is an interrupt, so that what was started is ended too.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code: int = args.command(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
+        if args.debug:
+            raise
+        print(f"error: {_in_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
+
+
+def _nobody_reads() -> bool:
+    """Says whether the reader of the output has gone, as head does when it has its lines; then nothing more is written to it."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if gone:
+        # Python flushes once more as it ends: to where that succeeds.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone

@@ -1,0 +1,150 @@
+"""The options that several commands have, and the frozen settings that they become."""
+
+import argparse
+import sys
+import textwrap
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TextIO, TypeVar
+
+from pipelines.cli.store import ROOT
+from trainer.config import Config, split_overrides
+from trainer.presets import resolve
+
+T = TypeVar("T")
+Commands = argparse._SubParsersAction
+_WIDTH = 80
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, where argparse would print all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help says how\n")
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    read: Callable[[Namespace], T],
+    do: Callable[[T], int],
+    summary: str,
+    examples: str = "",
+) -> argparse.ArgumentParser:
+    """Returns the parser of a new command.
+
+    `read` turns what was parsed into the command's settings and raises UserError for what is wrong in it. `do` gets the settings
+    and returns the exit code.
+    """
+    one: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(summary, _WIDTH),
+        epilog=examples.strip("\n"),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    one.set_defaults(command=lambda args: do(read(args)))
+    one.add_argument("--debug", action="store_true", help="show tracebacks, and all that the steps print")
+    return one
+
+
+# ---- How a command prints
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a command prints what it did."""
+
+    json: bool = False
+    """One JSON object on stdout, and all else on stderr."""
+    debug: bool = False
+    """All that the steps print, too."""
+
+    @property
+    def beside(self) -> TextIO:
+        """Returns where everything goes that is not the result."""
+        return sys.stderr if self.json else sys.stdout
+
+
+def add_json(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def read_output(args: Namespace) -> Output:
+    return Output(args.json, args.debug)
+
+
+# ---- What is run
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A preset, and the settings that change it."""
+
+    preset: str
+    overrides: tuple[str, ...]
+    config: Config
+    """What they resolve to."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Returns the pipeline's parameters that say which experiment it is."""
+        pretraining, linear_eval = split_overrides(self.overrides)
+        return {"preset": self.preset, "overrides": pretraining, "linear_eval_overrides": linear_eval}
+
+
+def add_preset(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--preset", required=True, metavar="NAME", help="the experiment; sogclr presets lists them")
+
+
+def add_set(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a setting of the preset; those of the linear eval begin with linear_eval.",
+    )
+
+
+def make_experiment(preset: str, overrides: Sequence[str]) -> Experiment:
+    """Raises UserError for a preset that is not there, and for settings that make no sense."""
+    return Experiment(preset, tuple(overrides), resolve(preset, overrides))
+
+
+def read_experiment(args: Namespace) -> Experiment:
+    return make_experiment(args.preset, args.overrides)
+
+
+# ---- Where
+
+
+def add_root(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--root", default=ROOT, metavar="DIR", help=f"folder of everything that is kept (default: {ROOT})")
+
+
+def add_place(one: argparse.ArgumentParser, what: str, required: bool = False) -> None:
+    group = one.add_argument_group("where on Google Cloud")
+    group.add_argument("--project", default="", metavar="P", required=required, help=f"project {what}")
+    group.add_argument("--region", default="", metavar="R", required=required, help=f"region {what}, as in europe-west4")
+    group.add_argument("--endpoint", default="", metavar="URL", help="of the API, where it is not Google's public one")
+
+
+# ---- Machines of the two steps that compute
+
+
+def add_eval_accelerator(one: argparse._ActionsContainer) -> None:
+    one.add_argument(
+        "--eval-accelerator", default="", metavar="NAME", help="machine of the linear eval (default: that of --accelerator)"
+    )
+
+
+def add_limits(one: argparse._ActionsContainer) -> None:
+    one.add_argument(
+        "--timeout-hours", type=float, default=168, metavar="H", help="end an attempt after so long (default and limit: 168)"
+    )
+    one.add_argument("--disk-gb", type=int, default=200, metavar="GB", help="boot disk (default: 200)")

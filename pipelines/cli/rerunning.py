@@ -1,0 +1,262 @@
+"""One component again: rerun, on what a run of this machine or a job on Vertex AI left, here or there."""
+
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components import variables
+from components.lineage import COMPONENTS, Artifact, short
+from pipelines.cli.cluster import ClusterOptions, add_cluster, read_cluster
+from pipelines.cli.formats import check_options
+from pipelines.cli.jobs import connect
+from pipelines.cli.options import (
+    Commands,
+    Output,
+    add_command,
+    add_json,
+    add_place,
+    add_root,
+    add_set,
+    make_experiment,
+    read_output,
+)
+from pipelines.cli.sending import Sending, add_sending, job_id_of, read_sending, send
+from pipelines.cli.store import absolute, check_runs, make_root, open_store
+from pipelines.cli.submitting import check_place
+from pipelines.code import step_version
+from pipelines.vertex import accelerators
+from pipelines.vertex.cluster import Cluster, base_output_directory
+from pipelines.vertex.jobs import Job, JobName, parse_job
+from trainer.config import split_overrides
+from trainer.presets import resolve
+from trainer.shared.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.vertex.preflight import Finding
+
+_MADE_BY = {"dataset": "build-tfrecords", "model": "pretrain"}
+_NEEDS = {"build-tfrecords": (), "pretrain": ("dataset",), "linear-eval": ("dataset", "model")}
+_EXAMPLES = """
+examples:
+  sogclr rerun linear-eval --run 3fa91c2e --set linear_eval.l2_penalties=1e-2
+  a job's artifacts, on this machine
+    sogclr rerun linear-eval --run vertex:JOB --project P --region R
+  a job's artifacts, on Vertex AI
+    sogclr rerun pretrain --run vertex:JOB --project P --region R \\
+        --accelerator v5e-8 --pipeline-root gs://B/sogclr
+"""
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command of this module."""
+    summary = "Run one component again, on what an earlier run left."
+    one = add_command(commands, "rerun", _read, rerun, summary, _EXAMPLES)
+    one.add_argument("component", metavar="COMPONENT", choices=COMPONENTS, help=f"one of {', '.join(COMPONENTS)}")
+    one.add_argument(
+        "--run", required=True, metavar="RUN", help="the earlier run: its MLflow ID (8 characters do), or vertex:JOB"
+    )
+    add_root(one)
+    add_set(one)
+    add_json(one)
+    add_place(one, "of vertex:JOB")
+    add_cluster(one, "where it is to run on Vertex AI; here, where it is not given", required=False)
+    add_sending(one)
+
+
+@dataclass(frozen=True)
+class Again:
+    """A component to run again, with what changes."""
+
+    component: str
+    overrides: tuple[str, ...]
+    root: str
+    output: Output
+
+
+@dataclass(frozen=True)
+class OfRun:
+    """... on what a run in MLflow left."""
+
+    again: Again
+    run: str
+
+
+@dataclass(frozen=True)
+class OfJob:
+    """... on what a job on Vertex AI left, on this machine."""
+
+    again: Again
+    name: JobName
+
+
+@dataclass(frozen=True)
+class OnVertex:
+    """... on what a job on Vertex AI left, there."""
+
+    again: Again
+    name: JobName
+    cluster: ClusterOptions
+    pipeline_root: str
+    """Empty for that of the job."""
+    sending: Sending
+
+
+def _read(args: Namespace) -> OfRun | OfJob | OnVertex:
+    _check_settings(args.component, args.overrides)
+    again = Again(args.component, tuple(args.overrides), args.root, read_output(args))
+    if not args.run.startswith("vertex:"):
+        _check_here(args)
+        return OfRun(again, args.run)
+    name = parse_job(args.run, args.project, args.region, args.endpoint)
+    if not args.accelerator:
+        return OfJob(again, name)
+    check_options({"--pipeline-root": args.pipeline_root})
+    return OnVertex(again, name, read_cluster(args), args.pipeline_root, read_sending(args))
+
+
+def _check_settings(component: str, overrides: list[str]) -> None:
+    """Raises UserError for a setting that is not one of the component's."""
+    for item in overrides:
+        pretraining, linear_eval = split_overrides([item])
+        if not {"build-tfrecords": [], "pretrain": pretraining, "linear-eval": linear_eval}[component]:
+            raise UserError(f"{item} is no setting of {component}")
+
+
+def _check_here(args: Namespace) -> None:
+    """Raises UserError for an option that a run on this machine cannot have."""
+    if args.accelerator:
+        raise UserError("--accelerator repeats a step on Vertex AI, from a job of it: name that with --run vertex:JOB")
+    for option in ("dry_run", "wait", "job_id"):
+        if getattr(args, option):
+            raise UserError(f"--{option.replace('_', '-')} is for a step on Vertex AI: --run vertex:JOB --accelerator NAME")
+
+
+def rerun(options: OfRun | OfJob | OnVertex) -> int:
+    """Runs one component again."""
+    match options:
+        case OfRun():
+            return _rerun_run(options)
+        case OfJob():
+            return _rerun_job(options)
+        case OnVertex():
+            return _rerun_on_vertex(options)
+
+
+# ---- On this machine
+
+
+def _rerun_run(options: OfRun) -> int:
+    from components import tracking
+
+    again, component = options.again, options.again.component
+    root = absolute(again.root)
+    check_runs(root)
+    store = open_store(root)
+    run_id = tracking.find_run(store, options.run)
+    source = tracking.find_step(store, run_id, component)
+    inputs = {name: tracking.find_step(store, source.run_id, _MADE_BY[name]).outputs[name] for name in _NEEDS[component]}
+    for name, artifact in inputs.items():
+        if "://" not in artifact.uri and not Path(artifact.uri).exists():
+            raise UserError(f"the {name} of run {short(run_id)} is gone: there is no {artifact.uri}; sogclr run makes it anew")
+    return _run_here(again, root, source.arguments, inputs, source.run_id, source.run_id)
+
+
+def _rerun_job(options: OfJob) -> int:
+    name, component = options.name, options.again.component
+    job = connect(name.place).get(name.job_id)
+    inputs = _inputs_from(job, component)
+    run = f"vertex:{name.place.folder}/pipelineJobs/{name.job_id}"
+    return _run_here(options.again, make_root(options.again.root), job.arguments(component), inputs, run, job.run_of(component))
+
+
+def _run_here(
+    again: Again, root: Path, before: Mapping[str, Any], inputs: Mapping[str, Artifact], run: str, rerun_of: str
+) -> int:
+    """Runs a component on `inputs`. `before` are the arguments that it had, `run` is what --run names."""
+    from pipelines.cli.executing import Record, execute
+    from pipelines.local import Request
+
+    component = again.component
+    arguments = {**before, "code_version": step_version(component)}
+    if component == "build-tfrecords":
+        from beam_jobs.raw import raw_identity
+
+        arguments |= {"raw_identity": raw_identity(arguments["raw"]), "beam_args": []}
+    else:
+        arguments["overrides"] = [*before["overrides"], *again.overrides]
+        resolve(arguments.get("preset", "demo"), arguments["overrides"])
+    settings = ("--set", *again.overrides) if again.overrides else ()
+    command = ("sogclr", "rerun", component, "--run", run, *settings)
+    record = Record(f"rerun {component}", command, again.root, rerun_of)
+    return execute(Request(str(root), arguments, component, inputs), record, again.output)
+
+
+def _inputs_from(job: Job, component: str) -> dict[str, Artifact]:
+    """Returns what a component needs of what a job left. Raises UserError where the job did not get so far."""
+    return {name: job.task(_MADE_BY[name]).outputs[name] for name in _NEEDS[component]}
+
+
+# ---- On Vertex AI
+
+
+def _rerun_on_vertex(options: OnVertex) -> int:
+    from pipelines import pipeline
+    from pipelines.vertex.submission import Submission
+
+    component, place, sending = options.again.component, options.name.place, options.sending
+    job = connect(place).get(options.name.job_id)
+    inputs = _inputs_from(job, component)
+    root = (options.pipeline_root or job.pipeline_root).rstrip("/")
+    check_place(place.project, place.region, root)
+    cluster = _cluster_again(options, job, root)
+    arguments = {**job.arguments(component), "code_version": step_version(component)}
+    if component != "build-tfrecords":
+        arguments["overrides"] = [*arguments["overrides"], *options.again.overrides]
+
+    def compiled(cluster: Cluster) -> dict[str, Any]:
+        beam = {"beam_args": list(cluster.beam_args)} if component == "build-tfrecords" else {}
+        return pipeline.compile_step(cluster, component, {**arguments, **beam}, inputs, base_output_directory(root))
+
+    submission = Submission(
+        place=place,
+        job_id=sending.job_id or job_id_of(f"rerun-{component}", time.strftime("-%Y%m%d-%H%M%S")),
+        title=f"{component} of job {job.job_id} again",
+        cluster=cluster,
+        pipeline_root=root,
+        raw=arguments.get("raw", ""),
+        compile=compiled,
+        parameters={},
+        components=(component,),
+    )
+    return send(submission, _estimates(options, job, cluster, arguments), sending, options.again.output)
+
+
+def _cluster_again(options: OnVertex, job: Job, root: str) -> Cluster:
+    """Returns the cluster of one step, which has the machine of --accelerator and knows the run that it does again."""
+    cluster = options.cluster.at(options.name.place, root)
+    source = job.run_of(options.again.component)
+    environment = {**cluster.environment, **({variables.RERUN_OF: source} if source else {})}
+    if options.again.component == "linear-eval" and cluster.accelerator:
+        cluster = replace(cluster, eval_accelerator=cluster.accelerator)
+    return replace(cluster, environment=environment, caching=False)
+
+
+def _estimates(options: OnVertex, job: Job, cluster: Cluster, arguments: Mapping[str, Any]) -> "list[Finding]":
+    """Returns what is known of the step's memory or time. Raises UserError where its machine cannot train its batch."""
+    from pipelines.cli import estimates
+
+    again = options.again
+    if again.component == "build-tfrecords":
+        return []
+    if again.component == "pretrain":
+        experiment = make_experiment(arguments["preset"], arguments["overrides"])
+        if cluster.accelerator:
+            accelerators.check(cluster.accelerator, experiment.config)
+        return estimates.memory_findings(experiment, cluster, again.root, options.sending.skip)
+    pretraining = job.arguments("pretrain")
+    experiment = make_experiment(pretraining["preset"], [*pretraining["overrides"], *arguments["overrides"]])
+    region = options.name.place.region
+    return [estimates.evaluation_finding(experiment, cluster, region, again.root, "--accelerator")]

@@ -1,0 +1,87 @@
+"""The whole pipeline on this machine: run."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.cli.options import (
+    Commands,
+    Experiment,
+    Output,
+    add_command,
+    add_json,
+    add_preset,
+    add_root,
+    add_set,
+    read_experiment,
+    read_output,
+)
+from pipelines.cli.store import absolute, make_root
+from trainer.shared.errors import UserError
+
+_EXAMPLES = """
+examples:
+  sogclr run --preset demo
+  sogclr run --preset demo --set epochs=10 gamma=0.8
+  sogclr run --preset sogclr_imagenet_r50_b512 --raw /data/imagenet \\
+      --root /data/runs
+
+Run again, it reuses the steps whose code, settings and input did not change;
+interrupted, pretraining goes on from its newest checkpoint.
+MLFLOW_TRACKING_URI, where it is set, says where the runs are recorded.
+"""
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command of this module."""
+    one = add_command(commands, "run", _read, run, "Run the whole pipeline on this machine.", _EXAMPLES)
+    add_preset(one)
+    one.add_argument("--raw", metavar="DIR", help="folder of the raw archives, here or gs://; the demo makes its own")
+    add_root(one)
+    add_set(one)
+    add_json(one)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    experiment: Experiment
+    raw: str
+    """Folder of the raw archives; empty for the demo's own."""
+    root: str
+    output: Output
+
+
+def _read(args: Namespace) -> RunOptions:
+    experiment = read_experiment(args)
+    if args.raw is None and args.preset != "demo":
+        raise UserError(f"--preset {args.preset} needs --raw DIR, the folder of the raw archives; only the demo makes its own")
+    raw = args.raw or ""
+    return RunOptions(experiment, raw if "://" in raw or not raw else str(absolute(raw)), args.root, read_output(args))
+
+
+def run(options: RunOptions) -> int:
+    """Runs the whole pipeline on this machine."""
+    root = make_root(options.root)
+
+    from beam_jobs.raw import raw_identity
+    from pipelines.cli.executing import Record, execute
+    from pipelines.local import Request
+
+    experiment = options.experiment
+    raw = options.raw or _demo_raw(root)
+    arguments = {"raw": raw, "raw_identity": raw_identity(raw), **experiment.parameters}
+    settings = ("--set", *experiment.overrides) if experiment.overrides else ()
+    named = ("--raw", raw) if options.raw else ()
+    command = ("sogclr", "run", "--preset", experiment.preset, *named, *settings)
+    record = Record(experiment.preset, command, options.root)
+    return execute(Request(str(root), arguments), record, options.output)
+
+
+def _demo_raw(root: Path) -> str:
+    from pipelines.demo_data import make_raw
+    from trainer.shared.progress import ProgressBars
+
+    folder = root / "demo-raw"
+    with ProgressBars() as bars:
+        make_raw(str(folder), report=lambda done, total: bars("demo-raw", done, total))
+    return str(folder)

@@ -1,0 +1,60 @@
+"""The root, a folder of everything that is kept, and the MLflow store that the environment or the root names."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.shared.errors import UserError
+
+if TYPE_CHECKING:
+    from components.tracking import Store
+
+ROOT = "runs"
+"""The root where none is named."""
+
+
+def make_root(name: str) -> Path:
+    """Returns the root `name`, which is a folder then. Raises UserError where it cannot be one."""
+    root = absolute(name)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--root {name} cannot be a folder: {error.strerror}") from error
+    return root
+
+
+def absolute(path: str) -> Path:
+    """Returns the one way to write a path, so that the cache knows it again."""
+    return Path(os.path.abspath(path))
+
+
+def shown(path: Path | str) -> str:
+    """Returns a path as short as it can be written from here."""
+    relative = os.path.relpath(path) if "://" not in str(path) else str(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def mlflow_names(root: Path) -> dict[str, str]:
+    """Returns MLflow's own variables for a root; what the user set wins."""
+    return {
+        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}",
+        "MLFLOW_EXPERIMENT_NAME": os.environ.get("MLFLOW_EXPERIMENT_NAME") or "sogclr",
+    }
+
+
+def open_store(root: Path) -> "Store":
+    """Returns the store of a root; makes it where there is none."""
+    from components import tracking
+
+    tracking.move_credentials()
+    names = mlflow_names(root)
+    uri = names["MLFLOW_TRACKING_URI"]
+    # A server says itself where artifacts go.
+    artifacts = None if uri.startswith("http") else str(root / "artifacts")
+    return tracking.open_store(uri, names["MLFLOW_EXPERIMENT_NAME"], artifacts)
+
+
+def check_runs(root: Path) -> None:
+    """Raises UserError where nothing was ever recorded under a root, and the environment names no other store."""
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
+        raise UserError(f"--root {shown(root)} holds no runs; sogclr run --preset demo --root {shown(root)} makes the first")

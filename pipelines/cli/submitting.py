@@ -1,0 +1,203 @@
+"""The whole pipeline on a cluster: compile writes it for any, submit sends it to Vertex AI."""
+
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+
+from pipelines.cli.cluster import add_cluster, read_cluster
+from pipelines.cli.formats import check_options
+from pipelines.cli.options import (
+    Commands,
+    Experiment,
+    Output,
+    add_command,
+    add_json,
+    add_place,
+    add_preset,
+    add_root,
+    add_set,
+    read_experiment,
+    read_output,
+)
+from pipelines.cli.sending import Sending, add_sending, job_id_of, read_sending, send
+from pipelines.cli.store import absolute
+from pipelines.vertex import accelerators
+from pipelines.vertex.cluster import Cluster, base_output_directory
+from pipelines.vertex.jobs import Place
+from trainer.shared.errors import UserError
+
+_COMPILE = """
+examples:
+  for any Kubeflow Pipelines
+    sogclr compile --preset demo --output pipeline.yaml
+  for Vertex AI
+    sogclr compile --preset sogclr_imagenet_r50_b512 --accelerator v5e-8 \\
+        --images europe-west4-docker.pkg.dev/PROJECT/sogclr \\
+        --output pipeline.yaml
+"""
+_SUBMIT = """
+examples:
+  sogclr submit --preset sogclr_imagenet_r50_b512 --accelerator v5e-8 \\
+      --project P --region europe-west4 --pipeline-root gs://BUCKET/sogclr \\
+      --raw gs://BUCKET/imagenet --mlflow-uri https://mlflow.example --dry-run
+
+--dry-run looks at all that can be looked at, prints the plan and what is
+missing, and makes nothing. Submitted again with the same --job-id, there is
+still one job. docs/vertex.md goes from an empty project to a finished run.
+"""
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the commands of this module."""
+    one = add_command(commands, "compile", _read_compile, compile_, "Write the pipeline as KFP IR YAML.", _COMPILE)
+    add_preset(one)
+    one.add_argument("--output", required=True, metavar="FILE", help="where to")
+    one.add_argument("--raw", metavar="DIR", help="default of the pipeline's parameter raw, which is required otherwise")
+    one.add_argument("--project", default="", metavar="P", help="project of the Dataflow job")
+    one.add_argument("--region", default="", metavar="R", help="region of the Dataflow job")
+    add_set(one)
+    add_root(one)
+    what = "machine of pretraining on Vertex AI; plain containers for any cluster, where it is not given"
+    add_cluster(one, what, required=False)
+
+    one = add_command(commands, "submit", _read_submit, submit, "Run the whole pipeline on Vertex AI.", _SUBMIT)
+    add_preset(one)
+    add_place(one, "to run in", required=True)
+    one.add_argument("--raw", required=True, metavar="gs://...", help="folder of the raw archives")
+    add_set(one)
+    add_root(one)
+    add_cluster(one, "machine of pretraining; sogclr accelerators lists them", required=True)
+    add_sending(one)
+    one.add_argument("--schedule", default="", metavar="CRON", help="make such a job again and again, as in '0 3 * * 1'")
+    one.add_argument("--max-runs", type=int, default=0, metavar="N", help="end the schedule after so many jobs")
+    add_json(one)
+
+
+# ---- compile
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    experiment: Experiment
+    cluster: Cluster
+    region: str
+    raw: str
+    """Empty to leave the parameter without a default."""
+    pipeline_root: str
+    root: str
+    output: str
+    """The file, as it was named."""
+
+
+def _read_compile(args: Namespace) -> CompileOptions:
+    experiment = read_experiment(args)
+    output = absolute(args.output)
+    if not output.parent.is_dir() or output.is_dir():
+        raise UserError(f"--output {args.output} cannot be written: name a file in a folder that exists")
+    raw = args.raw or ""
+    check_place(args.project, args.region, args.pipeline_root, raw if args.accelerator else "")
+    cluster = read_cluster(args).at(Place(args.project, args.region), args.pipeline_root)
+    if cluster.accelerator:
+        accelerators.check(cluster.accelerator, experiment.config)
+    return CompileOptions(experiment, cluster, args.region, raw, args.pipeline_root, args.root, args.output)
+
+
+def compile_(options: CompileOptions) -> int:
+    """Writes the pipeline as KFP IR YAML. Raises UserError where it is known that a step does not fit or cannot end."""
+    from pipelines import pipeline
+    from pipelines.cli import estimates
+
+    experiment, cluster = options.experiment, options.cluster
+    defaults = {**experiment.parameters, "raw_identity": ""} | ({"raw": options.raw} if options.raw else {})
+    if cluster.accelerator:
+        memory = estimates.pretraining(experiment, cluster.accelerator, options.root)
+        if memory and not memory.values["fits"]:
+            raise UserError(memory.memory)
+        for problem in estimates.evaluation(experiment, cluster, options.region, options.root).problems:
+            raise UserError(problem)
+        if options.pipeline_root:
+            defaults["base_output_directory"] = base_output_directory(options.pipeline_root)
+    pipeline.write(pipeline.compile_pipeline(cluster, defaults), absolute(options.output))
+    print(options.output)
+    return 0
+
+
+# ---- submit
+
+
+@dataclass(frozen=True)
+class SubmitOptions:
+    experiment: Experiment
+    place: Place
+    cluster: Cluster
+    raw: str
+    pipeline_root: str
+    root: str
+    schedule: str
+    max_runs: int
+    sending: Sending
+    output: Output
+
+
+def _read_submit(args: Namespace) -> SubmitOptions:
+    for name in ("project", "region", "pipeline_root", "raw"):
+        if not getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} is empty; sogclr submit --help says what it must be")
+    experiment = read_experiment(args)
+    check_place(args.project, args.region, args.pipeline_root, args.raw)
+    check_options({"--schedule": args.schedule})
+    if args.max_runs and not args.schedule:
+        raise UserError(f"--max-runs {args.max_runs} is for --schedule")
+    place = Place(args.project, args.region, args.endpoint)
+    options = read_cluster(args)
+    accelerators.check(accelerators.get(args.accelerator), experiment.config)
+    return SubmitOptions(
+        experiment=experiment,
+        place=place,
+        cluster=options.at(place, args.pipeline_root),
+        raw=args.raw.rstrip("/"),
+        pipeline_root=args.pipeline_root.rstrip("/"),
+        root=args.root,
+        schedule=args.schedule,
+        max_runs=args.max_runs,
+        sending=read_sending(args),
+        output=read_output(args),
+    )
+
+
+def submit(options: SubmitOptions) -> int:
+    """Sends the whole pipeline to Vertex AI."""
+    from pipelines import pipeline
+    from pipelines.cli import estimates
+    from pipelines.vertex.submission import Submission
+
+    experiment, place, cluster = options.experiment, options.place, options.cluster
+    # A schedule has no time of its own: asked for twice, it is one.
+    when = "" if options.schedule else time.strftime("-%Y%m%d-%H%M%S")
+    submission = Submission(
+        place=place,
+        job_id=options.sending.job_id or job_id_of(experiment.preset, when),
+        title=f"{experiment.preset}, the whole pipeline",
+        cluster=cluster,
+        pipeline_root=options.pipeline_root,
+        raw=options.raw,
+        compile=lambda cluster: pipeline.compile_pipeline(cluster, {}),
+        parameters={
+            "raw": options.raw,
+            "raw_identity": "",
+            **experiment.parameters,
+            "base_output_directory": base_output_directory(options.pipeline_root),
+        },
+        schedule=options.schedule,
+        max_runs=options.max_runs,
+    )
+    findings = [
+        *estimates.memory_findings(experiment, cluster, options.root, options.sending.skip),
+        estimates.evaluation_finding(experiment, cluster, place.region, options.root),
+    ]
+    return send(submission, findings, options.sending, options.output)
+
+
+def check_place(project: str, region: str, pipeline_root: str, raw: str = "") -> None:
+    """Raises UserError for the first of these that is not written as it must be; empty ones pass."""
+    check_options({"--project": project, "--region": region, "--pipeline-root": pipeline_root, "--raw": raw})

@@ -1,0 +1,71 @@
+"""The TPU's own compiler, which needs no TPU: what it says of a program, and the folder that keeps what it said."""
+
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.plan.machines import Device
+from trainer.shared.errors import UserError
+from trainer.shared.files import write_whole
+
+_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+
+
+def compile_program(hlo: bytes, device: Device, python: Path, listing: Path | None = None, quick: bool = False) -> dict[str, Any]:
+    """Returns what a program needs on a device, by the device's compiler, and `fits`.
+
+    `quick` has it optimise little: to see that it compiles. Raises UserError with the compiler's words where it does not.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".hlo") as file:
+        file.write(hlo)
+        file.flush()
+        command = [
+            str(python),
+            str(Path(__file__).with_name("program.py")),
+            "compile",
+            file.name,
+            "--topology",
+            device.topology,
+        ]
+        command += ["--chip-config", device.chip_config] if device.chip_config else []
+        command += ["--listing", str(listing)] if listing else []
+        command += ["--quick"] if quick else []
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return {"fits": True, **json.loads(done.stdout)}
+    said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"it ended with {done.returncode}"
+    if found := _OUT_OF_MEMORY.search(done.stderr):
+        unit = {"K": 2**10, "M": 2**20, "G": 2**30}
+        return {"fits": False, "used_bytes": float(found[1]) * unit[found[2]]}
+    raise UserError(f"the step does not compile for a TPU: {said[:500]}")
+
+
+def used_bytes(compiled: Mapping[str, Any]) -> float:
+    """Returns what a compiled program holds in the memory of a device."""
+    return sum(compiled[name] for name in ("arguments_bytes", "results_bytes", "temp_bytes", "code_bytes"))
+
+
+def tpu_python(project: Path) -> Path | None:
+    """Returns the interpreter that `make tpu-check` installed, if it did."""
+    python = project / ".venv-tpu" / "bin" / "python"
+    return python if python.exists() else None
+
+
+def cache_file(cache: Path, key: Mapping[str, Any]) -> Path:
+    """Returns the file in the folder `cache` that keeps what was found out of `key`, any JSON object."""
+    return cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
+
+
+def cached(file: Path) -> dict[str, Any]:
+    """Returns what `keep` left, or nothing."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def keep(file: Path, known: Mapping[str, Any]) -> None:
+    """Writes `known`, whole or not at all."""
+    write_whole(str(file), json.dumps(known).encode())

@@ -1,0 +1,169 @@
+"""The checks before a job is sent. They only read; whatever one of them finds, the others look all the same.
+
+What talks to Google is imported by the check that needs it, because the command line names the checks in its help.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from pipelines.vertex.accelerators import check_region
+from trainer.shared.errors import UserError
+
+if TYPE_CHECKING:
+    from google.auth.credentials import Credentials
+
+    from pipelines.vertex.cluster import Cluster
+    from pipelines.vertex.images import Images
+    from pipelines.vertex.submission import Submission
+
+T = TypeVar("T")
+
+CHECKS = ("options", "region", "memory", "evaluation", "mlflow", "vertex", "bucket", "images", "raw")
+"""Those that can be skipped: all but the one for credentials, without which nothing can be sent."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    name: str
+    ok: bool
+    text: str
+    """What is so, or what is missing and what to do."""
+    looked: bool = True
+    """Whether it could be looked at."""
+
+
+@dataclass(frozen=True)
+class PreflightReport:
+    """A submission with what the checks found."""
+
+    submission: "Submission"
+    """With the images by digest and the identity of the raw data, as far as they were found."""
+    findings: tuple[Finding, ...]
+    credentials: "Credentials | None" = None
+
+    @property
+    def problems(self) -> list[Finding]:
+        return [one for one in self.findings if not one.ok]
+
+
+def run_preflight(submission: "Submission", estimates: Iterable[Finding] = (), skip: Collection[str] = ()) -> PreflightReport:
+    """Returns what all checks but those in `skip` find. `estimates` are what is known of memory and evaluation."""
+
+    def look(name: str, check: Callable[[], tuple[str, T]]) -> tuple[Finding, T | None]:
+        if name in skip:
+            return _skipped(name), None
+        try:
+            text, found = check()
+            return Finding(name, True, text), found
+        except UserError as error:
+            return Finding(name, False, str(error)), None
+
+    def look_as_user(name: str, check: Callable[["Submission", "Credentials"], tuple[str, T]]) -> tuple[Finding, T | None]:
+        if who is None:
+            absent = Finding(name, False, "not looked at: that needs credentials", looked=False)
+            return (_skipped(name) if name in skip else absent), None
+        return look(name, partial(check, submission, who))
+
+    options, _ = look("options", lambda: _check_spec(submission))
+    region, _ = look("region", lambda: _check_region(submission))
+    estimated = [_skipped(one.name) if one.name in skip else one for one in estimates]
+    mlflow, _ = look("mlflow", lambda: _check_mlflow(submission))
+    access, who = look("credentials", _check_credentials)
+    vertex, _ = look_as_user("vertex", _check_vertex)
+    bucket, _ = look_as_user("bucket", _check_bucket)
+    images, resolved = look_as_user("images", _check_images)
+    raw, identity = look_as_user("raw", _check_raw) if submission.raw else (None, None)
+    findings = (options, region, *estimated, mlflow, access, vertex, bucket, images, *([raw] if raw else []))
+    return PreflightReport(_completed(submission, resolved, identity), findings, who)
+
+
+def _skipped(name: str) -> Finding:
+    return Finding(name, True, "skipped", looked=False)
+
+
+def _completed(submission: "Submission", images: "Images | None", identity: str | None) -> "Submission":
+    """Returns a submission with the images by digest and the identity of the raw data; None leaves what it has."""
+    if images is not None:
+        cluster = submission.cluster
+        cluster = replace(cluster, images=images, beam_args=_with_image(cluster, images))
+        submission = replace(submission, cluster=cluster)
+    if identity and "raw_identity" in submission.parameters:
+        submission = replace(submission, parameters={**submission.parameters, "raw_identity": identity})
+    return submission
+
+
+def _with_image(cluster: "Cluster", images: "Images") -> tuple[str, ...]:
+    """Returns Beam's options with the image by digest: its workers run exactly what the step runs."""
+    option = "--sdk_container_image="
+    return tuple(f"{option}{images.reference('cpu')}" if one.startswith(option) else one for one in cluster.beam_args)
+
+
+# ---- The checks: each returns a word on what it found, and what it found
+
+
+def _check_spec(submission: "Submission") -> tuple[str, None]:
+    from google.cloud import aiplatform_v1
+    from google.protobuf import json_format
+
+    size = len(json_format.MessageToJson(aiplatform_v1.PipelineJob.pb(submission.job())))
+    return f"compiled and parsed, {size:,} bytes", None
+
+
+def _check_region(submission: "Submission") -> tuple[str, None]:
+    region = submission.place.region
+    used = {one for component in submission.components if (one := submission.cluster.accelerator_of(component))}
+    for accelerator in used:
+        check_region(accelerator, region)
+    if known := sorted(one.name for one in used if one.regions):
+        return f"{region} has {', '.join(known)}, as Google's list says; quota is the project's own", None
+    return "no list of regions is kept but for TPUs", None
+
+
+def _check_mlflow(submission: "Submission") -> tuple[str, None]:
+    if not submission.cluster.environment.get("MLFLOW_TRACKING_URI"):
+        raise UserError("no MLflow server: --mlflow-uri URL, or MLFLOW_TRACKING_URI, must name one that the steps can reach")
+    return submission.cluster.mlflow, None
+
+
+def _check_credentials() -> tuple[str, "Credentials"]:
+    from pipelines.vertex.client import credentials
+
+    found, project = credentials()
+    who = getattr(found, "service_account_email", "") or "a user"
+    return f"of {who}{f', project {project}' if project else ''}", found
+
+
+def _check_vertex(submission: "Submission", who: "Credentials") -> tuple[str, None]:
+    from pipelines.vertex.client import Vertex
+
+    vertex = Vertex(submission.place, who)
+    vertex.check()
+    there = None if submission.schedule else vertex.find(submission.job_id)
+    return f"job {there.job_id} is there already ({there.state})" if there else "jobs can be made", None
+
+
+def _check_bucket(submission: "Submission", who: "Credentials") -> tuple[str, None]:
+    from pipelines.vertex.storage import check_bucket
+
+    # The steps write as themselves; who only submits need not be allowed to.
+    writes = not submission.cluster.service_account
+    return check_bucket(submission.pipeline_root, submission.place, who, writes=writes), None
+
+
+def _check_images(submission: "Submission", who: "Credentials") -> tuple[str, "Images"]:
+    from pipelines.vertex.client import access_token
+
+    builds = submission.cluster.builds
+    images = submission.cluster.images.resolved(access_token(who), builds)
+    return ", ".join(images.reference(build) for build in builds), images
+
+
+def _check_raw(submission: "Submission", who: "Credentials") -> tuple[str, str]:
+    from pipelines.vertex.storage import raw_identity
+
+    identity = raw_identity(submission.raw)
+    return f"{submission.raw} can be read, identity {identity}", identity

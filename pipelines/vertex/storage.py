@@ -1,0 +1,79 @@
+"""Cloud Storage, as a job will find it: may its bucket be written, may its raw archives be read."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import requests
+from google.api_core import exceptions
+from google.auth import exceptions as auth_exceptions
+from google.cloud import storage
+from google.cloud.storage.retry import DEFAULT_RETRY
+
+from pipelines.vertex.jobs import Place
+from trainer.shared.errors import UserError
+
+if TYPE_CHECKING:
+    from google.auth.credentials import Credentials
+
+_PATIENCE = 120.0
+"""Seconds that Cloud Storage is asked again while it fails in a way that may pass."""
+_TO_READ = ["storage.objects.get", "storage.objects.list"]
+_TO_WRITE = ["storage.objects.create", "storage.objects.delete", *_TO_READ]
+
+
+def check_bucket(uri: str, place: Place, credentials: "Credentials", *, writes: bool) -> str:
+    """Returns a word on the bucket of the folder `uri`.
+
+    `writes` says whether the job writes to it as the owner of `credentials`; a job with an account of its own does not. Raises
+    UserError where the bucket is not there, or may not be used.
+    """
+    name = _bucket_of(uri)
+    needed = _TO_WRITE if writes else _TO_READ
+    with _errors_in_words(name, "roles/storage.objectUser and roles/storage.legacyBucketReader on it allow it"):
+        patience = DEFAULT_RETRY.with_timeout(_PATIENCE)
+        bucket = storage.Client(project=place.project, credentials=credentials).get_bucket(name, retry=patience)
+        allowed = bucket.test_iam_permissions(needed, retry=patience)
+    missing = [one for one in needed if one not in allowed]
+    if missing:
+        raise UserError(f"gs://{name}: {', '.join(missing)} may not be done; roles/storage.objectUser on it allows it")
+    what = f"gs://{name} can be written" if writes else f"gs://{name} is there"
+    location = (bucket.location or "").lower()
+    if location and not place.region.startswith(location) and not location.startswith(place.region):
+        return f"{what}; it is in {location}, so reading it from {place.region} may cost transfer"
+    return what
+
+
+def raw_identity(raw: str) -> str:
+    """Returns what identifies the raw archives in a folder. Raises UserError where they are not there, or may not be read."""
+    from apache_beam.io.filesystem import BeamIOError
+
+    from beam_jobs import archives
+
+    bucket = _bucket_of(raw)
+    with _errors_in_words(bucket, "roles/storage.objectViewer and roles/storage.legacyBucketReader on it allow it"):
+        try:
+            return archives.raw_identity(raw)
+        except BeamIOError as error:
+            if "NotFound" in str(error):
+                raise UserError(f"there is no bucket gs://{bucket}: --raw must name the folder of the raw archives") from error
+            raise UserError(f"{raw} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _bucket_of(uri: str) -> str:
+    return uri.removeprefix("gs://").partition("/")[0]
+
+
+@contextmanager
+def _errors_in_words(bucket: str, remedy: str) -> Iterator[None]:
+    """Raises UserError for what Cloud Storage says of a bucket; `remedy` says what allows to read it."""
+    try:
+        yield
+    except exceptions.NotFound as error:
+        raise UserError(f"there is no bucket gs://{bucket}; docs/vertex.md makes it") from error
+    except exceptions.Forbidden as error:
+        raise UserError(f"gs://{bucket} may not be read: {remedy}") from error
+    except (exceptions.Unauthorized, auth_exceptions.GoogleAuthError) as error:
+        raise UserError("the credentials do not hold: gcloud auth application-default login renews them") from error
+    except (exceptions.GoogleAPICallError, requests.RequestException, exceptions.RetryError) as error:
+        raise UserError(f"Cloud Storage does not answer for gs://{bucket}: {type(error).__name__}") from error
