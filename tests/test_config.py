@@ -51,7 +51,7 @@ def test_overrides_reach_every_type_of_field():
         ("warmup_epochs=17", "warmup_epochs=17.0 makes no sense: it must be between 0 and epochs=16"),
         ("global_batch_size=1", "global_batch_size=1 makes no sense"),
         ("linear_eval.holdout_fraction=1", "linear_eval.holdout_fraction=1.0 makes no sense"),
-        ("linear_eval.measure.protocols=cached,onlin", "linear_eval.measure.protocols=onlin is not one of cached, "),
+        ("linear_eval.protocols=cached,onlin", "linear_eval.protocols=onlin is not one of cached, "),
         ("epochs", "'epochs' is not an override: write key=value, as in epochs=100"),
     ],
 )

@@ -19,7 +19,7 @@ from trainer.train import train
 
 TINY = ["depth=10", "width_multiplier=0.0625", "image_size=16", "global_batch_size=24", "epochs=1", "warmup_epochs=0"]
 SETTINGS = [
-    "linear_eval.measure.protocols=cached,knn,online,official",
+    "linear_eval.protocols=cached,knn,online,official",
     "linear_eval.batch_size=5",
     "linear_eval.l2_penalties=1e-1,1e-2",
     "linear_eval.official_batch_size=12",
@@ -90,7 +90,7 @@ class Replicas:
 def test_replicas_that_do_not_divide_a_batch_are_refused_before_anything_is_computed(
     odd, checkpoint, tmp_path, protocol, setting, near
 ):
-    settings = [*SETTINGS, f"linear_eval.measure.protocols={protocol}", f"linear_eval.{setting}"]
+    settings = [*SETTINGS, f"linear_eval.protocols={protocol}", f"linear_eval.{setting}"]
     with pytest.raises(UserError, match=f"linear_eval.{setting} does not divide over 5 replicas: take {near}"):
         linear_eval(str(odd), str(checkpoint), str(tmp_path / "out"), settings, strategy=Replicas())
     assert not (tmp_path / "out").exists()
@@ -99,7 +99,7 @@ def test_replicas_that_do_not_divide_a_batch_are_refused_before_anything_is_comp
 def endings(places: str, folder: Path, data: Path, checkpoint: Path) -> list[tuple[int, str, str]]:
     """Returns exit code, stdout and stderr of eval.task, run again for each of `places`, which tests/ending.py explains."""
     given = ["--data", data, "--checkpoint", checkpoint, "--output", folder / "out"]
-    settings = [*SETTINGS, "linear_eval.measure.protocols=official,finetune-100", "linear_eval.finetune_batch_size=12"]
+    settings = [*SETTINGS, "linear_eval.protocols=official,finetune-100", "linear_eval.finetune_batch_size=12"]
     settings += ["linear_eval.finetune_100_epochs=2"]
     script = Path(__file__).parent / "ending.py"
     subprocess.run([sys.executable, script, "eval.task", places, folder / "endings.json", *given, "--set", *settings], check=True)
@@ -142,7 +142,7 @@ def test_killed_anywhere_it_ends_with_the_bits_of_one_left_alone(odd, checkpoint
 def test_a_disk_that_is_full_in_the_middle_of_features_costs_one_line_and_nothing_else(odd, checkpoint, tmp_path):
     """A limit on the size of files in the place of a full disk: the index of the features fits into it, a part does not."""
     given = ["--data", odd, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--set", *SETTINGS]
-    command = [sys.executable, "-m", "eval.task", *given, "linear_eval.measure.protocols=cached"]
+    command = [sys.executable, "-m", "eval.task", *given, "linear_eval.protocols=cached"]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # noqa: E731
     full = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     assert full.returncode == 2

@@ -290,7 +290,7 @@ def test_the_whole_validation_split_counts_and_the_control_stands_beside(evaluat
 
 def test_an_evaluation_that_was_not_recorded_is_not_done_again_in_its_workspace(dataset, checkpoint, tmp_path, monkeypatch):
     def evaluate(output):
-        given = ["linear_eval.l2_penalties=1e-2", "linear_eval.measure.protocols=finetune-100"]
+        given = ["linear_eval.l2_penalties=1e-2", "linear_eval.protocols=finetune-100"]
         return linear_eval(str(dataset), str(checkpoint), str(tmp_path / output), given, workspace=str(tmp_path / "work"))
 
     first = evaluate("first")
@@ -336,7 +336,7 @@ def test_features_that_are_there_are_not_computed_again(evaluated, dataset, chec
 @pytest.mark.parametrize("images", [0, 20])
 def test_the_control_can_be_turned_off_or_fitted_to_a_part(evaluated, dataset, checkpoint, tmp_path, images, capsys):
     shutil.copytree(evaluated[1], tmp_path / "out")
-    overrides = [*QUICK, "linear_eval.measure.protocols=cached", f"linear_eval.control_images={images}"]
+    overrides = [*QUICK, "linear_eval.protocols=cached", f"linear_eval.control_images={images}"]
     result = linear_eval(str(dataset), str(checkpoint), str(tmp_path / "out"), overrides)
     about = read_evaluation(str(tmp_path / "out")).about_control
     if images:
@@ -429,8 +429,8 @@ def test_the_online_classifier_is_not_asked_about_classes_that_it_does_not_know(
     (tmp_path / "data" / "manifest.json").write_text(manifest_to_json(others))
     said = refused(tmp_path / "data", checkpoint, tmp_path)
     assert "has other classes than the dataset that" in said
-    assert said.endswith("take linear_eval.measure.protocols=cached,knn")
-    linear_eval(str(tmp_path / "data"), str(checkpoint), str(tmp_path / "out"), [*QUICK, "linear_eval.measure.protocols=cached"])
+    assert said.endswith("take linear_eval.protocols=cached,knn")
+    linear_eval(str(tmp_path / "data"), str(checkpoint), str(tmp_path / "out"), [*QUICK, "linear_eval.protocols=cached"])
     assert json.loads((tmp_path / "out" / "result.json").read_text())["classes_of_pretraining"] is False
     assert "note: " in capsys.readouterr().err
 
@@ -451,8 +451,8 @@ def test_a_duplicated_image_id_is_found(checkpoint, tmp_path):
         (["--set", "epochs=3"], "error: epochs=3 cannot be set here"),
         (["--set", "linear_eval.sed=3"], "error: linear_eval.sed is not a setting; did you mean linear_eval.seed?"),
         (
-            ["--set", "linear_eval.measure.protocols=offical"],
-            "error: linear_eval.measure.protocols=offical is not one of cached, knn, online, official, finetune-1, finetune-10, "
+            ["--set", "linear_eval.protocols=offical"],
+            "error: linear_eval.protocols=offical is not one of cached, knn, online, official, finetune-1, finetune-10, "
             "finetune-100; did you mean official?",
         ),
         (["--checkpoint", "/nowhere"], "error: /nowhere holds no pretraining run"),

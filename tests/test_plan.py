@@ -107,7 +107,7 @@ def test_a_change_of_the_evaluation_compiles_no_step_again(tmp_path, monkeypatch
     monkeypatch.setattr(estimate, "_lower_and_compile", lambda *args: pytest.fail("it is in the cache"))
     machine, config = (
         accelerators.get("v5e-8"),
-        resolve(PLANNED, ["linear_eval.seed=1", "linear_eval.measure.protocols=official"]),
+        resolve(PLANNED, ["linear_eval.seed=1", "linear_eval.protocols=official"]),
     )
     assumed = estimate.assumptions(PLANNED, machine)
     assert estimate.make_estimate(PLANNED, config, machine, assumed, python=PYTHON, cache=tmp_path, version="1").values["fits"]
@@ -325,7 +325,7 @@ def test_a_forward_pass_is_compiled_once_for_its_shapes(tmp_path, monkeypatch):
     evaluated("v5e-8")
     for accelerator, override in (
         ("v5e-8", "linear_eval.seed=3"),
-        ("v5e-8", "linear_eval.measure.protocols=official"),
+        ("v5e-8", "linear_eval.protocols=official"),
         ("v5e-4", "epochs=10"),
         ("l4-1", "seed=2"),
         ("cpu", "seed=2"),
@@ -349,7 +349,7 @@ def test_sogclr_plan_shows_pretraining_and_then_the_evaluation(tmp_path, monkeyp
     said = capsys.readouterr().out
     assert said.index(f"{PLANNED} on v5e-8") < said.index("its evaluation on v5e-8") < said.index("whole evaluation")
     assert "cannot end" not in said
-    official = ["--eval-accelerator", "cpu", "--set", "linear_eval.measure.protocols=official"]
+    official = ["--eval-accelerator", "cpu", "--set", "linear_eval.protocols=official"]
     assert cli.main([*arguments, *official]) == 0
     assert "cannot end: the evaluation takes" in capsys.readouterr().out
     assert cli.main([*arguments, *official, "--json"]) == 0

@@ -155,7 +155,7 @@ def test_the_evaluation_has_pretraining_s_machine_unless_another_is_named(google
     assert re.search(r"^ok       evaluation: features, .*, \$.* on (v5e-8|cpu)$", capsys.readouterr().out, re.MULTILINE)
 
 
-DAYS_ON_A_CPU = ("--eval-accelerator", "cpu", "--set", "linear_eval.measure.protocols=official")
+DAYS_ON_A_CPU = ("--eval-accelerator", "cpu", "--set", "linear_eval.protocols=official")
 
 
 def test_an_evaluation_of_more_than_a_day_is_refused_with_a_better_machine(google, bucket, capsys):
@@ -638,7 +638,7 @@ def test_an_evaluation_is_not_done_again_where_it_cannot_end(google, bucket, cap
     capsys.readouterr()
     images = google.submit[google.submit.index("--images") :]
     arguments = ["rerun", "linear-eval", "--run", "vertex:mine", *google.options, "--accelerator", "cpu", *images]
-    assert cli.main([*arguments, "--set", "linear_eval.measure.protocols=official", "--job-id", "again"]) == 2
+    assert cli.main([*arguments, "--set", "linear_eval.protocols=official", "--job-id", "again"]) == 2
     assert "more than a day: take --accelerator v5e-" in capsys.readouterr().out
     assert len(google.vertex.jobs) == 1
 

@@ -164,7 +164,7 @@ def test_every_protocol_runs_on_a_checkpoint_of_the_middle_of_a_run(dataset, tmp
         str(tmp_path / "run" / "checkpoint-00000004.npz"),
         str(tmp_path / "out"),
         [
-            "linear_eval.measure.protocols=official,finetune-1,finetune-10,finetune-100",
+            "linear_eval.protocols=official,finetune-1,finetune-10,finetune-100",
             "linear_eval.l2_penalties=1e-2",
             *(f"linear_eval.{name}_epochs=2" for name in ("official", "finetune_1", "finetune_10", "finetune_100")),
             f"linear_eval.finetune_10_subset={tmp_path / 'ids.txt'}",

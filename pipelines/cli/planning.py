@@ -37,7 +37,7 @@ examples:
   sogclr plan --preset sogclr_imagenet_r50_b2048 --accelerator v3-32 \\
       --price 1.0 --json
   sogclr plan --preset sogclr_imagenet_r50_b512 --accelerator v5e-8 \\
-      --eval-accelerator l4-1 --set linear_eval.measure.protocols=cached,official
+      --eval-accelerator l4-1 --set linear_eval.protocols=cached,official
 
 The step, and the evaluation's forward pass, are compiled by the TPU's own
 compiler, without a TPU: some minutes the first time, which make tpu-check

@@ -218,9 +218,9 @@ def _better_machine(demand: Demand, limits: Limits) -> str:
             # Of equal prices, the faster machine.
             found.append((round(sum(plan.price for plan in plans), 2), hours, one.name))
     if not found:
-        return "no machine here ends sooner; take fewer linear_eval.measure.protocols"
+        return "no machine here ends sooner; take fewer linear_eval.protocols"
     price, hours, name = min(found)
-    return f"take {limits.option} {name} ({taken(name, hours, price)}), or fewer linear_eval.measure.protocols"
+    return f"take {limits.option} {name} ({taken(name, hours, price)}), or fewer linear_eval.protocols"
 
 
 def duration(hours: float) -> str:

@@ -48,12 +48,12 @@ def raw_identity(raw: str) -> str:
     """Returns what identifies the raw archives in a folder. Raises UserError where they are not there, or may not be read."""
     from apache_beam.io.filesystem import BeamIOError
 
-    from beam_jobs import archives
+    from beam_jobs import raw as raw_data
 
     bucket = _bucket_of(raw)
     with _errors_in_words(bucket, "roles/storage.objectViewer and roles/storage.legacyBucketReader on it allow it"):
         try:
-            return archives.raw_identity(raw)
+            return raw_data.raw_identity(raw)
         except BeamIOError as error:
             if "NotFound" in str(error):
                 raise UserError(f"there is no bucket gs://{bucket}: --raw must name the folder of the raw archives") from error

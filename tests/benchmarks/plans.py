@@ -110,7 +110,7 @@ def evaluation_result(machine: str, root: Path) -> dict[str, Any]:
     python = compiler.tpu_python(PROJECT)
     assert python is not None, "make tpu-check first"
     return evaluation.make_evaluation_estimate(
-        resolve(EVALUATED, [f"linear_eval.measure.protocols={','.join(PROTOCOLS)}"]),
+        resolve(EVALUATED, [f"linear_eval.protocols={','.join(PROTOCOLS)}"]),
         accelerator,
         assumptions(EVALUATED, accelerator),
         evaluation.Limits(),
