@@ -5,27 +5,27 @@ from dataclasses import dataclass
 import keras
 import tensorflow as tf
 
-from trainer.config import Config
 from trainer.distribution import Replicas
 from trainer.encoder_cost import BLOCKS, SMALLEST_SQUEEZE
 from trainer.layers import BatchNorm, PointwiseNorm, initializer
+from trainer.settings import EncoderSettings
 
 
-def make_encoder(config: Config, replicas: Replicas | None = None) -> keras.Model:
-    """Returns a model from images, [B, S, S, 3] float32 in [0, 1], to features, [B, F] float32.
+def make_encoder(settings: EncoderSettings, image_size: int, seed: int = 0, replicas: Replicas | None = None) -> keras.Model:
+    """Returns a model from images, [B, S, S, 3] float32 in [0, 1] with S = `image_size`, to features, [B, F] float32.
 
-    F is 512 (depth 10, 18, 34) or 2048, times `config.width_multiplier`. Initial weights depend on `config.seed` and on nothing
-    else. Convolutions compute in `config.precision`. BN is over `replicas`, those of tf.distribute where it is not given.
+    F is `settings.feature_dim`. Initial weights depend on `seed` and on nothing else. Convolutions compute in
+    `settings.precision`. BN is over `replicas`, those of tf.distribute where it is not given.
     """
-    dtype = "float32" if config.precision == "float32" else "mixed_bfloat16"
-    build = _Builder(config.seed, config.selective_kernel_ratio, dtype, replicas)
-    images = keras.Input((config.image_size, config.image_size, 3), name="images")
-    width = int(64 * config.width_multiplier)
-    x = build.stem(images, width, config.cifar_stem)
-    for group, blocks in enumerate(BLOCKS[config.depth]):
+    dtype = "float32" if settings.precision == "float32" else "mixed_bfloat16"
+    build = _Builder(seed, settings.selective_kernel_ratio, dtype, replicas)
+    images = keras.Input((image_size, image_size, 3), name="images")
+    width = int(64 * settings.width_multiplier)
+    x = build.stem(images, width, settings.cifar_stem)
+    for group, blocks in enumerate(BLOCKS[settings.depth]):
         for block in range(blocks):
             stride = 2 if group > 0 and block == 0 else 1
-            make_block = build.basic_block if config.depth < 50 else build.bottleneck_block
+            make_block = build.basic_block if settings.depth < 50 else build.bottleneck_block
             x = make_block(x, width * 2**group, stride, block == 0, f"group{group + 1}_block{block + 1}")
     features = keras.layers.GlobalAveragePooling2D(name="features", dtype="float32")(x)
     return keras.Model(images, features, name="encoder")

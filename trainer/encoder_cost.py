@@ -6,7 +6,7 @@ Batch normalisation and ReLU cost nothing here: compilers fuse them into the con
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainer.config import Config
+from trainer.settings import EncoderSettings
 
 BLOCKS = {
     10: (1, 1, 1, 1),
@@ -52,29 +52,29 @@ class Convolution:
         return self.side_in**2 * self.channels_in + self.side**2 * self.channels
 
 
-def forward_cost(config: Config) -> Cost:
-    """Returns what an image costs in the encoder of `config`."""
-    layers = list(convolutions(config))
-    return Cost(sum(one.flops for one in layers), float(_BYTES[config.precision] * sum(one.values for one in layers)))
+def forward_cost(settings: EncoderSettings, image_size: int) -> Cost:
+    """Returns what an image of `image_size` pixels a side costs in the encoder."""
+    layers = list(convolutions(settings, image_size))
+    return Cost(sum(one.flops for one in layers), float(_BYTES[settings.precision] * sum(one.values for one in layers)))
 
 
-def convolutions(config: Config) -> Iterator[Convolution]:
+def convolutions(settings: EncoderSettings, image_size: int) -> Iterator[Convolution]:
     """Yields the convolutions of `trainer.encoder.make_encoder`, shortcuts included."""
-    selective = config.selective_kernel_ratio > 0
-    width = int(64 * config.width_multiplier)
-    side, channels = config.image_size, width
-    if config.cifar_stem or not selective:
-        kernel, stride = (3, 1) if config.cifar_stem else (7, 2)
+    selective = settings.selective_kernel_ratio > 0
+    width = int(64 * settings.width_multiplier)
+    side, channels = image_size, width
+    if settings.cifar_stem or not selective:
+        kernel, stride = (3, 1) if settings.cifar_stem else (7, 2)
         yield Convolution(side, 3, _strided(side, stride), width, kernel)
     else:
         half = _strided(side, 2)
         yield Convolution(side, 3, half, width // 2, 3)
         yield Convolution(half, width // 2, half, width // 2, 3)
         yield Convolution(half, width // 2, half, width, 3)
-    if not config.cifar_stem:
+    if not settings.cifar_stem:
         side = _strided(_strided(side, 2), 2)
-    bottleneck = config.depth >= 50
-    for group, blocks in enumerate(BLOCKS[config.depth]):
+    bottleneck = settings.depth >= 50
+    for group, blocks in enumerate(BLOCKS[settings.depth]):
         inner = width * 2**group
         outer = 4 * inner if bottleneck else inner
         for block in range(blocks):
@@ -87,7 +87,7 @@ def convolutions(config: Config) -> Iterator[Convolution]:
             else:
                 yield Convolution(side, channels, side, inner, 1)
                 if selective:
-                    squeeze = max(int(inner * config.selective_kernel_ratio), SMALLEST_SQUEEZE)
+                    squeeze = max(int(inner * settings.selective_kernel_ratio), SMALLEST_SQUEEZE)
                     yield Convolution(side, inner, after, 2 * inner, 3)
                     yield Convolution(1, inner, 1, squeeze, 1)
                     yield Convolution(1, squeeze, 1, 2 * inner, 1)

@@ -15,6 +15,7 @@ import tensorflow as tf
 from trainer.augmentation import NUM_DRAWS, central_crop, one_view, two_views
 from trainer.config import Config
 from trainer.order import Order
+from trainer.settings import RunSettings, ViewSettings
 from trainer.shared import records
 from trainer.shared.errors import UserError
 from trainer.shared.records import Manifest
@@ -35,25 +36,27 @@ def training_batches(
 ) -> tf.data.Dataset:
     """Returns batches of training images from `first_step` on, without end, of `replicas` one after another for each step.
 
-    What host `host` of `hosts` feeds to its `replicas`: with b = `config.global_batch_size` / (hosts * replicas) and S =
-    `config.image_size`, a batch has `views` [b, 2, S, S, 3] uint8, `draws` [b, 2, NUM_DRAWS] float32, `image_id` [b] int64, each
-    ID at most once in a step, and `label` [b] int64. A batch is a function of (config, dataset, step, hosts, replicas).
+    It is what host `host` of `hosts` feeds to its `replicas`. With b = global_batch_size / (hosts * replicas) and S = image_size,
+    a batch has `views` [b, 2, S, S, 3] uint8, `draws` [b, 2, NUM_DRAWS] float32, `image_id` [b] int64, each ID at most once in a
+    step, and `label` [b] int64. A batch is a function of (config, dataset, step, hosts, replicas).
 
     Raises UserError where there are fewer images than a batch. Iterating raises tf.errors.OpError at a record that is wrong:
     torn, without its features, with a label or an ID out of range, or with an ID that was there in the same epoch.
     """
-    split = training_split(config, data_dir, manifest)
-    taken = _in_order(config, data_dir, manifest, first_step, host, hosts)
+    settings, batch_size = config.views, config.optimizer.global_batch_size
+    size = settings.image_size
+    split = training_split(batch_size, data_dir, manifest)
+    taken = _in_order(batch_size, config.run, data_dir, manifest, first_step, host, hosts)
 
     def example(item: dict[str, tf.Tensor]) -> Batch:
         parsed = _parse(item["serialized"], split.records, manifest.num_classes)
         image_id = parsed[records.IMAGE_ID]
-        epoch_key = _epoch_key(config, item["epoch"])
+        epoch_key = _epoch_key(config.run.seed, item["epoch"])
         views, draws = two_views(
-            parsed[records.ENCODED], config.image_size, config.crop_min_area, epoch_key, image_id, config.crop_interpolation
+            parsed[records.ENCODED], size, settings.crop_min_area, epoch_key, image_id, settings.crop_interpolation
         )
         return {
-            "views": tf.ensure_shape(views, [2, config.image_size, config.image_size, 3]),
+            "views": tf.ensure_shape(views, [2, size, size, 3]),
             "draws": tf.ensure_shape(draws, [2, NUM_DRAWS]),
             "image_id": image_id,
             "label": parsed[records.LABEL],
@@ -63,14 +66,16 @@ def training_batches(
     return _untuned(
         taken.unbatch()
         .map(example, num_parallel_calls=_CORES, deterministic=True)
-        .batch(config.global_batch_size // (hosts * replicas), drop_remainder=True)
+        .batch(batch_size // (hosts * replicas), drop_remainder=True)
         .scan(tf.fill([split.records], tf.constant(-1, tf.int32)), _refuse_repeats)
         .prefetch(2 * replicas)
     )
 
 
 def labelled_batches(
-    config: Config,
+    views: ViewSettings,
+    batch_size: int,
+    run: RunSettings,
     data_dir: str,
     manifest: Manifest,
     image_ids: np.ndarray | None = None,
@@ -82,36 +87,36 @@ def labelled_batches(
 ) -> tf.data.Dataset:
     """Returns batches of training images for training with labels, from `first_step` on, without end.
 
-    The batches of host `host` of `hosts` are for its `replicas`, one after another for each step. A batch has `image` [b, S, S,
-    3] uint8, cropped and flipped at random, and `label` [b] int64, with b = `config.global_batch_size` / (hosts * replicas). It
-    is a function of (config, dataset, image_ids, step, hosts, replicas). With `image_ids`, [n] int64, n at least
-    `config.global_batch_size`, an epoch has those images only, which then stay in memory, encoded. Raises UserError where there
-    are fewer than a batch.
+    The batches of host `host` of `hosts` are for its `replicas`, one after another for each step. With b = `batch_size` /
+    (hosts * replicas) and S = image_size, a batch has `image` [b, S, S, 3] uint8, cropped and flipped at random, and `label` [b]
+    int64. It is a function of the arguments and the dataset. With `image_ids`, [n] int64, n at least `batch_size`, an epoch has those
+    images only, which then stay in memory, encoded. Raises UserError where there are fewer images than a batch.
     """
-    split = training_split(config, data_dir, manifest)
+    size = views.image_size
+    split = training_split(batch_size, data_dir, manifest)
     if image_ids is None:
-        taken = _in_order(config, data_dir, manifest, first_step, host, hosts)
+        taken = _in_order(batch_size, run, data_dir, manifest, first_step, host, hosts)
     else:
         stored = _stored(data_dir, manifest, image_ids)
-        order = Order((len(image_ids),), config.global_batch_size, len(image_ids), config.seed)
+        order = Order((len(image_ids),), batch_size, len(image_ids), run.seed)
         taken = order.windows(first_step, host, hosts).map(lambda window: _taken(window, stored, window["places"]))
 
     def example(item: dict[str, tf.Tensor]) -> Batch:
         parsed = _parse(item["serialized"], split.records, manifest.num_classes)
         view = one_view(
             parsed[records.ENCODED],
-            config.image_size,
-            config.crop_min_area,
-            _epoch_key(config, item["epoch"]),
+            size,
+            views.crop_min_area,
+            _epoch_key(run.seed, item["epoch"]),
             parsed[records.IMAGE_ID],
-            config.crop_interpolation,
+            views.crop_interpolation,
         )
-        return {"image": tf.ensure_shape(view, [config.image_size, config.image_size, 3]), "label": parsed[records.LABEL]}
+        return {"image": tf.ensure_shape(view, [size, size, 3]), "label": parsed[records.LABEL]}
 
     return _untuned(
         taken.unbatch()
         .map(example, num_parallel_calls=_CORES, deterministic=True)
-        .batch(config.global_batch_size // (hosts * replicas), drop_remainder=True)
+        .batch(batch_size // (hosts * replicas), drop_remainder=True)
         .prefetch(2 * replicas)
     )
 
@@ -121,7 +126,7 @@ PADDING = -1
 
 
 def evaluation_batches(
-    config: Config,
+    views: ViewSettings,
     data_dir: str,
     manifest: Manifest,
     split_name: str,
@@ -143,7 +148,7 @@ def evaluation_batches(
     images_of = [sum(shard.records for shard in split.shards[number::hosts]) for number in range(hosts)]
     most = max(images_of) if image_ids is None else min(max(images_of), len(image_ids))
     steps = -(-most // (batch_size * replicas))
-    size = config.image_size
+    size = views.image_size
     wanted = np.ones(split.records, bool) if image_ids is None else np.isin(np.arange(split.records), image_ids)
 
     def is_wanted(serialized: tf.Tensor) -> tf.Tensor:
@@ -151,7 +156,7 @@ def evaluation_batches(
 
     def example(serialized: tf.Tensor) -> Batch:
         parsed = _parse(serialized, split.records, manifest.num_classes)
-        image = central_crop(parsed[records.ENCODED], size, config.eval_crop_proportion)
+        image = central_crop(parsed[records.ENCODED], size, views.eval_crop_proportion)
         return {
             "image": tf.ensure_shape(image, [size, size, 3]),
             "image_id": parsed[records.IMAGE_ID],
@@ -188,20 +193,18 @@ def _untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
-def training_split(config: Config, data_dir: str, manifest: Manifest) -> records.Split:
+def training_split(batch_size: int, data_dir: str, manifest: Manifest) -> records.Split:
     """Returns the training images. Raises UserError where there are fewer than a batch."""
     split = _split(manifest, "train", data_dir)
-    if split.records < config.global_batch_size:
-        raise UserError(
-            f"global_batch_size={config.global_batch_size} is more than the {split.records} training images in {data_dir}"
-        )
+    if split.records < batch_size:
+        raise UserError(f"global_batch_size={batch_size} is more than the {split.records} training images in {data_dir}")
     return split
 
 
-def order_of(config: Config, manifest: Manifest) -> Order:
+def order_of(batch_size: int, run: RunSettings, manifest: Manifest) -> Order:
     """Returns the order in which a run sees the training images."""
     sizes = tuple(count for shard in manifest.splits["train"].shards for count in _block_sizes(shard))
-    return Order(sizes, config.global_batch_size, config.shuffle_window, config.seed)
+    return Order(sizes, batch_size, run.shuffle_window, run.seed)
 
 
 def naming_wrong_records(batches: Iterable[Batch], data_dir: str, manifest: Manifest, split_name: str) -> Iterator[Batch]:
@@ -246,12 +249,12 @@ def first_wrong_record(data_dir: str, manifest: Manifest, split_name: str) -> Us
 
 
 def _in_order(
-    config: Config, data_dir: str, manifest: Manifest, first_step: int, host: int = 0, hosts: int = 1
+    batch_size: int, run: RunSettings, data_dir: str, manifest: Manifest, first_step: int, host: int, hosts: int
 ) -> tf.data.Dataset:
     """Returns the records of a run's training images from `first_step` on, window by window: `serialized` and `epoch`."""
     blocks = _blocks(data_dir, manifest.splits["train"])
-    windows = order_of(config, manifest).windows(first_step, host, hosts)
-    if config.cache:
+    windows = order_of(batch_size, run, manifest).windows(first_step, host, hosts)
+    if run.cache:
         whole = tf.data.Dataset.from_tensors(np.arange(len(blocks.counts))).map(blocks.read).cache().repeat()
         return tf.data.Dataset.zip(windows, whole).map(lambda window, stored: _taken(window, stored, window["places"]))
     return windows.map(lambda window: _taken(window, blocks.read(window["blocks"]), window["order"])).prefetch(1)
@@ -272,8 +275,8 @@ def _stored(data_dir: str, manifest: Manifest, image_ids: np.ndarray) -> tf.Tens
     return tf.constant(list(chosen.as_numpy_iterator()))
 
 
-def _epoch_key(config: Config, epoch: tf.Tensor) -> tf.Tensor:
-    return tf.constant(config.seed, tf.int64) * 2**32 + epoch
+def _epoch_key(seed: int, epoch: tf.Tensor) -> tf.Tensor:
+    return tf.constant(seed, tf.int64) * 2**32 + epoch
 
 
 def _refuse_repeats(last_epoch: tf.Tensor, batch: Batch) -> tuple[tf.Tensor, Batch]:

@@ -16,7 +16,8 @@ from trainer.augmentation import NUM_DRAWS
 from trainer.config import Config
 from trainer.distribution import Replicas, check_divides
 from trainer.shared.errors import UserError
-from trainer.train import TrainState, create_train_state, make_replica_step
+from trainer.state import TrainState, create_train_state
+from trainer.step import make_replica_step
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def lower(config: Config, num_images: int, num_classes: int, replicas: int = 1) 
 
     Raises UserError where the batch does not divide.
     """
-    check_divides(config.global_batch_size, replicas)
+    check_divides(config.optimizer.global_batch_size, replicas)
     one = OneOfMany(replicas)
     return lower_step(config, create_train_state(config, num_images, num_classes, one), one)
 
@@ -168,7 +169,7 @@ def to_hlo(function: Any, specs: Sequence[tf.TensorSpec]) -> bytes:
 
 def batch_spec(config: Config, replicas: int = 1) -> dict[str, tf.TensorSpec]:
     """Returns what `training_batches` gives one of `replicas`."""
-    count, size = config.global_batch_size // replicas, config.image_size
+    count, size = config.optimizer.global_batch_size // replicas, config.views.image_size
     return {
         "views": tf.TensorSpec([count, 2, size, size, 3], tf.uint8),
         "draws": tf.TensorSpec([count, 2, NUM_DRAWS], tf.float32),

@@ -10,29 +10,29 @@ from typing import Protocol
 
 import tensorflow as tf
 
-from trainer.config import Config
+from trainer.settings import OptimizerSettings
 
 
-def total_steps(config: Config, num_images: int) -> int:
+def total_steps(settings: OptimizerSettings, num_images: int) -> int:
     """Returns the steps of a whole run over `num_images` training images, as the official code counts them."""
-    return num_images * config.epochs // config.global_batch_size + 1
+    return num_images * settings.epochs // settings.global_batch_size + 1
 
 
-def peak_learning_rate(config: Config) -> float:
+def peak_learning_rate(settings: OptimizerSettings) -> float:
     """Returns base * sqrt(B), or base * B / 256 (Chen et al. 2020, appendix B.1)."""
-    if config.learning_rate_scaling == "sqrt":
-        return config.base_learning_rate * math.sqrt(config.global_batch_size)
-    return config.base_learning_rate * config.global_batch_size / 256.0
+    if settings.learning_rate_scaling == "sqrt":
+        return settings.base_learning_rate * math.sqrt(settings.global_batch_size)
+    return settings.base_learning_rate * settings.global_batch_size / 256.0
 
 
-def learning_rate(config: Config, num_images: int, step: tf.Tensor) -> tf.Tensor:
+def learning_rate(settings: OptimizerSettings, num_images: int, step: tf.Tensor) -> tf.Tensor:
     """Returns the learning rate of `step` (0-based), a float32 scalar: linear from 0 to the peak, then cosine to 0.
 
     In float32 and in this order, as the official code does it: near the end 1 + cos cancels, so the order shows.
     """
-    peak = peak_learning_rate(config)
-    warmup = int(config.warmup_epochs * num_images // config.global_batch_size)
-    total = total_steps(config, num_images)
+    peak = peak_learning_rate(settings)
+    warmup = int(settings.warmup_epochs * num_images // settings.global_batch_size)
+    total = total_steps(settings, num_images)
     now = tf.cast(step, tf.float32)
     rising = now / max(warmup, 1) * peak
     done = tf.clip_by_value((now - warmup) / max(total - warmup, 1), 0.0, 1.0)
@@ -139,14 +139,16 @@ class AdamW:
             variable.assign_sub(learning_rate * change)
 
 
-def make_optimizer(config: Config, variables: Sequence[tf.Variable], exempt: Sequence[bool]) -> Optimizer:
-    match config.optimizer:
+def make_optimizer(settings: OptimizerSettings, variables: Sequence[tf.Variable], exempt: Sequence[bool]) -> Optimizer:
+    match settings.name:
         case "lars":
-            return Lars(variables, exempt, momentum=config.momentum, weight_decay=config.weight_decay)
+            return Lars(variables, exempt, momentum=settings.momentum, weight_decay=settings.weight_decay)
         case "momentum":
-            return Momentum(variables, exempt, momentum=config.momentum, weight_decay=config.weight_decay)
+            return Momentum(variables, exempt, momentum=settings.momentum, weight_decay=settings.weight_decay)
         case "adamw":
-            return AdamW(variables, exempt, beta_1=config.momentum, beta_2=config.adam_beta_2, weight_decay=config.weight_decay)
+            return AdamW(
+                variables, exempt, beta_1=settings.momentum, beta_2=settings.adam_beta_2, weight_decay=settings.weight_decay
+            )
 
 
 def _zeros_like(variables: Sequence[tf.Variable], name: str) -> list[tf.Variable]:

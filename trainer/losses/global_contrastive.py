@@ -1,17 +1,63 @@
-"""The contrastive losses: NT-Xent, with or without its positive in the denominator, and the global contrastive loss with u.
+"""The global contrastive loss of SogCLR (Yuan et al. 2022), whose memory of every image is u, and iSogCLR's (Qiu et al. 2023)."""
 
-Conventions of all of them. `z1` and `z2`, [b, d] float32, are the L2-normalised projections of the two views of b anchors, which
-are part of a global batch of B images; `all_z1` and `all_z2`, [B, d], are those of the whole batch, and `positions`, [b] int,
-says where in it an anchor is. On one replica both are the same and positions is 0..B-1. An anchor's negatives are both views of
-every OTHER image of the global batch, 2(B-1) of them. Gradients flow through anchors and negatives alike.
-"""
-
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config
+from trainer.losses.loss import Projections
+from trainer.settings import LossSettings
+
+
+def make(settings: LossSettings) -> "GlobalContrastive":
+    return GlobalContrastive(settings, VARIANTS[settings.variant])
+
+
+@dataclass(frozen=True)
+class GlobalContrastive:
+    """The loss with its vectors: `u`, 0 where an image was not seen yet, and where every image learns a temperature, those."""
+
+    settings: LossSettings
+    variant: "Variant"
+
+    @property
+    def vectors(self) -> Mapping[str, float]:
+        if not self.variant.learns_temperature:
+            return {"u": 0.0}
+        return {"u": 0.0, "temperature": self.settings.temperature, "temperature_velocity": 0.0}
+
+    def __call__(self, projections: Projections, stored: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Mapping[str, tf.Tensor]]:
+        own = {name: tf.gather(values, projections.positions) for name, values in stored.items()}
+        gamma = tf.gather(gamma_of_visit(stored["u"], self.settings.gamma, self.variant), projections.positions)
+        temperature = own.get("temperature", self.settings.temperature)
+        result = global_contrastive(*projections, own["u"], gamma, temperature, self.variant)
+        if not self.variant.learns_temperature:
+            return result.loss, {"u": result.u}
+        moved, velocity = next_temperature(temperature, own["temperature_velocity"], result.temperature_gradient, self.settings)
+        return result.loss, {"u": result.u, "temperature": moved, "temperature_velocity": velocity}
+
+    def metrics(self, vectors: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Returns what u, and the temperatures if they are learned, look like over the images seen so far."""
+        u = vectors["u"]
+        seen = u > 0
+        if not seen.any():
+            return {}
+        quantiles = np.quantile(u[seen], (0.01, 0.1, 0.5, 0.9, 0.99))
+        metrics = {
+            "train/u_mean": float(u[seen].mean()),
+            "train/u_seen": float(seen.mean()),
+            "train/global_objective": float(global_objective(tf.constant(u), self.settings.temperature)),
+        }
+        metrics |= {
+            f"train/u_p{name}": float(value) for name, value in zip(("01", "10", "50", "90", "99"), quantiles, strict=True)
+        }
+        if self.variant.learns_temperature:
+            temperature = vectors["temperature"][seen]
+            metrics |= {"train/temperature_mean": float(temperature.mean()), "train/temperature_std": float(temperature.std())}
+            metrics["train/global_objective"] = float(np.mean(temperature * np.log(u[seen])))
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -34,31 +80,6 @@ VARIANTS = {
 }
 
 
-def nt_xent(
-    z1: tf.Tensor,
-    z2: tf.Tensor,
-    all_z1: tf.Tensor,
-    all_z2: tf.Tensor,
-    positions: tf.Tensor,
-    temperature: float,
-    decoupled: bool = False,
-) -> tf.Tensor:
-    """Returns SimCLR's NT-Xent, a scalar: the mean over anchors of both views' cross-entropies (Chen et al. 2020, eq. 1).
-
-    `decoupled` leaves the positive out of the denominator (Yeh et al. 2022), which at gamma = 1 the global loss does too.
-    """
-    own = tf.one_hot(positions, tf.shape(all_z1)[0], dtype=z1.dtype)
-
-    def cross_entropy(anchor: tf.Tensor, others: tf.Tensor, same_view: tf.Tensor) -> tf.Tensor:
-        cross = tf.matmul(anchor, others, transpose_b=True) / temperature
-        within = tf.matmul(anchor, same_view, transpose_b=True) / temperature - own * 1e9
-        positive = tf.reduce_sum(cross * own, axis=1)
-        denominator = tf.concat([cross - own * 1e9 if decoupled else cross, within], axis=1)
-        return tf.reduce_logsumexp(denominator, axis=1) - positive
-
-    return tf.reduce_mean(cross_entropy(z1, all_z2, all_z1) + cross_entropy(z2, all_z1, all_z2))
-
-
 def gamma_of_visit(u: tf.Tensor, gamma: float, variant: Variant) -> tf.Tensor:
     """Returns the gamma of each image of the global batch, [B] float32, from its stored `u`, [B] float32."""
     constant = tf.fill(tf.shape(u), tf.constant(gamma, u.dtype))
@@ -71,7 +92,7 @@ def gamma_of_visit(u: tf.Tensor, gamma: float, variant: Variant) -> tf.Tensor:
             return tf.where(tf.reduce_sum(u) == 0.0, tf.ones_like(u), constant)
 
 
-class GlobalContrastive(NamedTuple):
+class Surrogate(NamedTuple):
     """What the global contrastive loss gives for b anchors."""
 
     loss: tf.Tensor
@@ -92,7 +113,7 @@ def global_contrastive(
     gamma: tf.Tensor,
     temperature: tf.Tensor | float,
     variant: Variant,
-) -> GlobalContrastive:
+) -> Surrogate:
     """Returns the surrogate of the global contrastive loss and what it learned of each anchor (Yuan et al. 2022, Algorithm 1).
 
     `u` and `gamma` are those of the anchors, [b] float32; `temperature` is a number, or each anchor's own, [b] float32.
@@ -117,33 +138,21 @@ def global_contrastive(
     loss1, u1, by_temperature1 = surrogate(z1, all_z2, all_z1)
     loss2, u2, by_temperature2 = surrogate(z2, all_z1, all_z2)
     stored = u1 + u2 if variant.stored == "sum" else (u1 + u2) / 2.0
-    return GlobalContrastive(tf.reduce_mean(loss1 + loss2), stored, (by_temperature1 + by_temperature2) / 2.0)
+    return Surrogate(tf.reduce_mean(loss1 + loss2), stored, (by_temperature1 + by_temperature2) / 2.0)
 
 
 def next_temperature(
-    temperature: tf.Tensor, velocity: tf.Tensor, gradient: tf.Tensor, settings: Config
+    temperature: tf.Tensor, velocity: tf.Tensor, gradient: tf.Tensor, settings: LossSettings
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the temperatures of images after a visit, and their velocities (Qiu et al. 2023, Algorithm 1).
 
-    All are [b] float32; `gradient` is `GlobalContrastive.temperature_gradient`. The objective of an image is
+    All are [b] float32; `gradient` is `Surrogate.temperature_gradient`. The objective of an image is
     temperature * (log E exp(s / temperature) + rho), so a large rho asks for small temperatures.
     """
     beta = settings.temperature_momentum
     velocity = (1.0 - beta) * velocity + beta * (gradient + settings.temperature_rho)
     moved = temperature - settings.temperature_learning_rate * velocity
     return tf.clip_by_value(moved, settings.temperature_min, settings.temperature_max), velocity
-
-
-def alignment(z1: tf.Tensor, z2: tf.Tensor) -> tf.Tensor:
-    """Returns the mean squared distance of positives, in [0, 4]; less is better (Wang & Isola 2020)."""
-    return tf.reduce_mean(tf.reduce_sum(tf.math.squared_difference(z1, z2), axis=1))
-
-
-def uniformity_kernel(z: tf.Tensor, all_z: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
-    """Returns the mean of exp(-2 |z_i - z_j|^2) over pairs of different images; its log is the uniformity (Wang & Isola 2020)."""
-    others = 1.0 - tf.one_hot(positions, tf.shape(all_z)[0], dtype=z.dtype)
-    kernel = tf.exp(4.0 * tf.matmul(z, all_z, transpose_b=True) - 4.0) * others
-    return tf.reduce_sum(kernel) / tf.reduce_sum(others)
 
 
 def global_objective(u: tf.Tensor, temperature: float) -> tf.Tensor:

@@ -1,0 +1,8 @@
+"""The decoupled contrastive loss (Yeh et al. 2022): NT-Xent without the positive in its denominator."""
+
+from trainer.losses.nt_xent import NtXent
+from trainer.settings import LossSettings
+
+
+def make(settings: LossSettings) -> NtXent:
+    return NtXent(settings.temperature, decoupled=True)

@@ -1,0 +1,24 @@
+"""The experiments there are, a file a dataset. `resolve` is how everything else gets a config."""
+
+from collections.abc import Iterable
+
+from trainer.config import Config, override
+from trainer.presets import cifar10, demo, imagenet
+from trainer.presets.preset import Preset
+from trainer.shared.errors import UserError, nearest
+
+__all__ = ["PRESETS", "Preset", "find", "resolve"]
+
+PRESETS: dict[str, Preset] = {one.name: one for one in (*demo.PRESETS, *imagenet.PRESETS, *cifar10.PRESETS)}
+
+
+def find(name: str) -> Preset:
+    """Returns the preset of a name. Raises UserError, with the nearest name, where there is none."""
+    if name not in PRESETS:
+        raise UserError(f"there is no preset {name}{nearest(name, PRESETS)}; sogclr presets lists them")
+    return PRESETS[name]
+
+
+def resolve(preset: str, overrides: Iterable[str] = ()) -> Config:
+    """Returns the config of `preset` with `overrides` ("key=value") in place. Raises UserError for what it cannot use."""
+    return override(find(preset).config, overrides)

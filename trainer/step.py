@@ -1,0 +1,97 @@
+"""The step: from a batch of views to the loss, its gradient, and the next state."""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from trainer.augmentation import augment
+from trainer.config import Config
+from trainer.distribution import Replicas
+from trainer.input_pipeline import Batch
+from trainer.losses import make_loss
+from trainer.losses.loss import Projections, alignment, uniformity_kernel
+from trainer.optimizer import learning_rate
+from trainer.state import TrainState
+
+
+def make_train_step(
+    config: Config, state: TrainState, strategy: tf.distribute.Strategy | None = None, compiled: bool = False
+) -> Callable[[Batch], dict[str, tf.Tensor]]:
+    """Returns the function that moves `state` by one batch of `training_batches` and returns scalars by metric name.
+
+    On R replicas of `strategy` (TensorFlow's default is one) it takes a batch for each, an R-th of the global batch. `compiled`
+    has XLA compile the whole step.
+    """
+    strategy = strategy or tf.distribute.get_strategy()
+    replica_step = make_replica_step(config, state, Replicas())
+
+    @tf.function(autograph=False, jit_compile=compiled or None)
+    def train_step(batch: Batch) -> dict[str, tf.Tensor]:
+        metrics = strategy.run(replica_step, args=(batch,))
+        return {name: strategy.experimental_local_results(value)[0] for name, value in metrics.items()}
+
+    return train_step
+
+
+def make_replica_step(config: Config, state: TrainState, replicas: Replicas) -> Callable[[Batch], dict[str, tf.Tensor]]:
+    """Returns what one of `replicas` does in a step, with its part of a global batch.
+
+    Negatives are those of all replicas, and the gradient goes through them.
+    """
+    num_images = state.u.shape[0]
+    loss_of = make_loss(config.loss)
+
+    def contrast(projections: Projections, image_id: tf.Tensor) -> tf.Tensor:
+        if not loss_of.vectors:
+            return loss_of(projections, {})[0]
+        # Every replica reads and writes the entries of the whole batch, so that u is the same on all.
+        every_id = replicas.gather(image_id)
+        loss, entries = loss_of(projections, {name: _entries(state.by_image[name], every_id) for name in loss_of.vectors})
+        every_entry = replicas.gather(tf.stack(list(entries.values()), axis=1))
+        for name, values in zip(entries, tf.unstack(every_entry, axis=1), strict=True):
+            state.by_image[name].scatter_update(tf.IndexedSlices(values, every_id))
+        return loss
+
+    def replica_step(batch: Batch) -> dict[str, tf.Tensor]:
+        per_replica = config.optimizer.global_batch_size // replicas.count
+        positions = replicas.index() * per_replica + tf.range(per_replica)
+        both = tf.concat([batch["views"][:, 0], batch["views"][:, 1]], axis=0)
+        draws = tf.concat([batch["draws"][:, 0], batch["draws"][:, 1]], axis=0)
+        labels = tf.tile(batch["label"], [2])
+        images = augment(both, draws, config.views.color_jitter_strength, config.views.blur)
+        rate = learning_rate(config.optimizer, num_images, state.step)
+        with tf.GradientTape() as tape:
+            features = state.encoder(images, training=True)
+            projected = tf.math.l2_normalize(state.projection(features, training=True), axis=1)
+            z1, z2 = tf.split(projected, 2)
+            all_z1, all_z2 = tf.unstack(replicas.gather(tf.stack([z1, z2], axis=1)), axis=1)
+            contrastive = contrast(Projections(z1, z2, all_z1, all_z2, positions), tf.cast(batch["image_id"], tf.int32))
+            logits = state.classifier(tf.stop_gradient(features))
+            supervised = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+            kernel_decay = config.optimizer.weight_decay * tf.nn.l2_loss(state.classifier.trainable_variables[0].value)
+            # Each replica has its part of the mean; their gradients are summed.
+            loss = (contrastive + supervised + kernel_decay) / replicas.count
+        gradients = replicas.sum(tape.gradient(loss, state.trainable))
+        state.optimizer.apply(gradients, rate, state.step)
+        state.step.assign_add(1)
+        means = {
+            "train/contrastive_loss": contrastive,
+            "train/online_loss": supervised,
+            "train/online_top_1_accuracy": tf.reduce_mean(tf.cast(tf.argmax(logits, 1) == labels, tf.float32)),
+            "train/alignment": alignment(z1, z2),
+            "train/uniformity": uniformity_kernel(z1, all_z1, positions),
+        }
+        values = tf.unstack(replicas.mean(tf.stack(list(means.values()))))
+        metrics = dict(zip(means, values, strict=True))
+        return metrics | {
+            "train/uniformity": tf.math.log(metrics["train/uniformity"]),
+            "train/learning_rate": rate,
+            "train/gradient_norm": tf.linalg.global_norm(gradients),
+        }
+
+    return replica_step
+
+
+def _entries(vector: tf.Variable, image_id: tf.Tensor) -> tf.Tensor:
+    # tf.gather would first read a variable of several replicas whole.
+    return tf.raw_ops.ResourceGather(resource=vector.handle, indices=image_id, dtype=vector.dtype)
