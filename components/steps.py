@@ -79,11 +79,11 @@ def pretrain(
     """
     import os
     import sys
-    from dataclasses import asdict
 
     from components import tracking, variables, workspace
     from eval.export.encoder import export
     from eval.show.figures import curves
+    from trainer.config import pretraining_of
     from trainer.distribution import claim_devices, describe_run
     from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
     from trainer.presets import resolve
@@ -98,7 +98,7 @@ def pretrain(
         strategy = claim_devices(given, say=lambda line: bars.note("pretrain", line))
         run.log_devices(describe_run(strategy))
         config = resolve(preset, overrides)
-        settings = {name: value for name, value in asdict(config).items() if name != "linear_eval"}
+        settings = pretraining_of(config)
         run.log_params(settings)
         run.datasets.log(dataset, "training")
         claim = workspace.Claim(model.uri)

@@ -19,7 +19,8 @@ from eval.measure.supervised import Recipe, train_classifier
 from trainer import checkpoint as checkpoints
 from trainer.config import override
 from trainer.shared.records import read_manifest
-from trainer.train import model_variables, read_config
+from trainer.state import model_variables
+from trainer.train import read_config
 
 
 def evaluate(data: str, checkpoint: str, output: Path, replicas: int, overrides: list[str]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
-from trainer.train import TrainState
+from trainer.state import TrainState
 
 
 def lift(state: TrainState) -> TrainState:

@@ -23,7 +23,8 @@ from trainer.distribution import Replicas
 from trainer.input_pipeline import training_batches
 from trainer.presets import resolve
 from trainer.shared.records import read_manifest
-from trainer.train import create_train_state, make_train_step
+from trainer.state import create_train_state
+from trainer.step import make_train_step
 
 
 class FusingReplicas(Replicas):

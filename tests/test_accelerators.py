@@ -14,7 +14,7 @@ from pipelines.plan import evaluation
 from pipelines.vertex import accelerators
 from pipelines.vertex.cluster import Cluster
 from pipelines.vertex.images import Images
-from trainer.config import Config
+from trainer.config import Config, replace
 from trainer.presets import resolve
 from trainer.shared.errors import UserError
 
@@ -242,7 +242,7 @@ def test_a_refused_machine_can_be_forced(tmp_path, monkeypatch):
 )
 def test_a_global_batch_that_does_not_divide_is_refused_with_one_that_does(name, batch, near):
     with pytest.raises(UserError, match=near.split(" ")[0]):
-        accelerators.check(accelerators.get(name), Config(global_batch_size=batch))
+        accelerators.check(accelerators.get(name), replace(Config(), global_batch_size=batch))
 
 
 def test_every_imagenet_preset_divides_on_every_common_slice():

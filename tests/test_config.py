@@ -4,37 +4,43 @@ import json
 
 import pytest
 
-from trainer.config import Config, config_from_dict, config_to_json, split_overrides
-from trainer.presets import PRESETS, describe, resolve
+from trainer.config import Config, config_from_dict, config_to_json, split_overrides, values_of
+from trainer.presets import PRESETS, resolve
+from trainer.settings import settings
 from trainer.shared.errors import UserError
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_resolves_and_says_its_command_result_and_source(name):
+def test_every_preset_resolves_and_says_its_command_result_source_and_cost(name):
     assert isinstance(resolve(name), Config)
-    described = describe(name)
-    assert all(described[part] for part in ("summary", "command", "published", "source"))
-    assert name in described["command"]
+    preset = PRESETS[name]
+    assert all((preset.summary, preset.command, preset.published, preset.source, preset.cost))
+    assert name in preset.command
 
 
 def test_imagenet_preset_is_the_official_recipe():
-    config = resolve("sogclr_imagenet_r50_b512")
-    assert (config.depth, config.image_size, config.global_batch_size, config.epochs) == (50, 224, 512, 800)
-    assert (config.temperature, config.gamma, config.loss) == (0.1, 0.9, "global_contrastive")
-    assert (config.optimizer, config.base_learning_rate, config.learning_rate_scaling) == ("lars", 0.075, "sqrt")
-    assert (config.weight_decay, config.warmup_epochs, config.projection_layers) == (1e-6, 10, 2)
+    expected = {
+        **{"depth": 50, "image_size": 224, "global_batch_size": 512, "epochs": 800, "weight_decay": 1e-6},
+        **{"temperature": 0.1, "gamma": 0.9, "loss": "global_contrastive", "optimizer": "lars", "warmup_epochs": 10},
+        **{"base_learning_rate": 0.075, "learning_rate_scaling": "sqrt", "projection_layers": 2, "projection_dim": 128},
+    }
+    values = values_of(resolve("sogclr_imagenet_r50_b512"))
+    assert {key: values[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("text", ["512", "512.0", " 512 ", "5.12e2"])
 def test_numbers_are_taken_in_every_form_a_pipeline_gives_them(text):
     config = resolve("demo", [f"global_batch_size={text}"])
-    assert config.global_batch_size == 512
-    assert isinstance(config.global_batch_size, int)
+    assert config.optimizer.global_batch_size == 512
+    assert isinstance(config.optimizer.global_batch_size, int)
 
 
-def test_overrides_reach_every_type_of_field():
-    config = resolve("demo", ["blur=True", "loss=nt_xent", "gamma=.5", "linear_eval.l2_penalties=1e-2,1e-3"])
-    assert (config.blur, config.loss, config.gamma, config.linear_eval.l2_penalties) == (True, "nt_xent", 0.5, (0.01, 0.001))
+def test_overrides_reach_every_type_of_setting():
+    values = values_of(
+        resolve("demo", ["blur=True", "loss=nt_xent", "gamma=.9", "depth=34", "linear_eval.l2_penalties=1e-2,1e-3"])
+    )
+    assert (values["blur"], values["loss"], values["gamma"], values["depth"]) == (True, "nt_xent", 0.9, 34)
+    assert values["linear_eval.l2_penalties"] == (0.01, 0.001)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +66,36 @@ def test_a_wrong_override_names_the_field_and_what_would_be_right(override, mess
         resolve("demo", [override])
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+UNUSED = [
+    (f"{need.key}={value}", key, one)
+    for key, one in settings().items()
+    for need in one.needs
+    for value in settings()[need.key].choices
+    if value not in need.values
+]
+
+
+@pytest.mark.parametrize(("chosen", "key", "setting"), UNUSED, ids=[f"{chosen} {key}" for chosen, key, _ in UNUSED])
+def test_a_setting_that_nothing_uses_is_refused_and_its_user_named(chosen, key, setting):
+    default = setting.default
+    other = next(one for one in setting.choices if one != default) if setting.choices else default * 0.9
+    config = resolve("demo", [chosen, f"{key}={default}"])
+    assert values_of(config)[key] == default
+    with pytest.raises(UserError) as error:
+        resolve("demo", [chosen, f"{key}={other}"])
+    assert str(error.value).startswith(f"{key}={other} has no effect with {chosen}: only ")
+    assert any(
+        f"only {need.key}={need.values[0]} uses it; leave {key} at {default}" in str(error.value) for need in setting.needs
+    )
+    assert "\n" not in str(error.value)
+
+
+def test_a_stored_config_with_a_setting_that_nothing_uses_is_read():
+    """An earlier version wrote it, and the run it is of did not use it either."""
+    stored = json.loads(config_to_json(resolve("demo", ["loss=nt_xent"]))) | {"gamma": 0.5}
+    assert config_from_dict(stored).loss.gamma == 0.5
 
 
 def test_a_combination_that_diverges_is_refused():

@@ -14,7 +14,8 @@ from trainer.input_pipeline import training_batches
 from trainer.presets import resolve
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
-from trainer.train import create_train_state, make_train_step
+from trainer.state import create_train_state
+from trainer.step import make_train_step
 
 TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=16", "epochs=6", "warmup_epochs=0", "base_learning_rate=0.002"]
 CASES = {

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import Config
+from trainer.config import Config, replace
 from trainer.encoder import make_encoder
 from trainer.heads import make_classifier, make_projection
 from trainer.layers import BatchNorm
@@ -19,7 +18,8 @@ COUNTS = json.loads((Path(__file__).parent / "goldens" / "encoders.json").read_t
 
 
 def encoder_of(**settings):
-    return make_encoder(replace(Config(), **settings))
+    config = replace(Config(), **settings)
+    return make_encoder(config.encoder, config.views.image_size, config.run.seed)
 
 
 @pytest.mark.thorough

@@ -40,7 +40,8 @@ from trainer.encoder import make_encoder
 from trainer.presets import resolve
 from trainer.shared.errors import UserError
 from trainer.shared.records import decode_example, read_manifest
-from trainer.train import model_variables, read_config, train
+from trainer.state import model_variables
+from trainer.train import read_config, train
 
 TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=24", "epochs=1", "warmup_epochs=0", "base_learning_rate=1"]
 
@@ -174,7 +175,7 @@ def test_what_is_no_picture_is_named_and_many_pictures_go_in_parts(exported, own
 @pytest.mark.thorough
 def test_selective_kernels_in_bfloat16_come_back_the_same(tmp_path):
     config = resolve("demo", [*TINY, "depth=50", "selective_kernel_ratio=0.0625", "cifar_stem=false", "precision=bfloat16"])
-    encoder = make_encoder(config)
+    encoder = make_encoder(config.encoder, config.views.image_size, config.run.seed)
     arrays = {name: variable.numpy() for name, variable in model_variables("encoder", encoder).items()}
     checkpoints.save(str(tmp_path), checkpoints.Checkpoint(1, arrays, {}), keep=1)
     about = {"dataset_fingerprint": "f", "num_images": 48, "num_classes": 6, "preset": "", "code_version": ""}
@@ -233,7 +234,7 @@ def test_published_results_stand_beside(tmp_path):
     about = {"dataset_fingerprint": "f", "num_images": 1281167, "num_classes": 1000, "code_version": "c0de"}
     stored = {"config": asdict(config), "preset": "sogclr_imagenet_r50_b512", **about}
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    card = model_card(make_encoder(config), str(tmp_path), 500)
+    card = model_card(make_encoder(config.encoder, config.views.image_size, config.run.seed), str(tmp_path), 500)
     assert "Published for `sogclr_imagenet_r50_b512`: 69.5 linear top-1" in card
     assert "step 500 of 2,001,824, before the end of pretraining" in card
     assert "ImageNet's allow research that is not commercial" in card

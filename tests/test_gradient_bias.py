@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.losses import VARIANTS, global_contrastive
+from trainer.losses.global_contrastive import VARIANTS, global_contrastive
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 

@@ -26,10 +26,10 @@ from eval.measure.protocols import Sizes, cached, memory_bytes, work_of
 from eval.measure.protocols.cached import fit_with_choice
 from eval.measure.protocols.knn import knn_scores
 from trainer import checkpoint as checkpoints
-from trainer.config import LinearEval
 from trainer.encoder import make_encoder
 from trainer.preemption import PreemptedError
 from trainer.presets import resolve
+from trainer.settings import LinearEvalSettings
 from trainer.shared.errors import UserError
 from trainer.shared.records import manifest_to_json, read_manifest
 from trainer.train import train
@@ -80,7 +80,7 @@ def test_the_penalty_is_chosen_where_it_helps(tmp_path):
     truth = random.integers(0, 2, 800)
     labels = np.where(random.random(800) < 0.2, 1 - truth, truth)
     values = np.concatenate([truth[:, None] * 4.0 + random.normal(0, 1, (800, 1)), random.normal(0, 1, (800, 200))], 1)
-    settings = LinearEval(l2_penalties=(1e-8, 0.3), holdout_fraction=0.5)
+    settings = LinearEvalSettings(l2_penalties=(1e-8, 0.3), holdout_fraction=0.5)
     chosen = fit_with_choice(stored(tmp_path, values.astype(np.float32), labels), 2, settings)
     assert chosen.l2_penalty == 0.3
 
@@ -367,7 +367,7 @@ def test_a_penalty_that_is_chosen_with_a_part_is_proved_on_all(monkeypatch, tmp_
 
     monkeypatch.setattr(cached, "fit_path", watched)
     monkeypatch.setattr(cached, "accuracies", accuracies)
-    settings = LinearEval(l2_penalties=tuple(with_a_part), holdout_fraction=0.25, choice_images=200)
+    settings = LinearEvalSettings(l2_penalties=tuple(with_a_part), holdout_fraction=0.25, choice_images=200)
     chosen = fit_with_choice(stored(tmp_path, *blobs(500, 0)), 4, settings)
     assert fitted == [(150, 1.0), (150, 0.1), (150, 0.01), (150, 0.001), (450, 1.0), (450, 0.1), (450, 0.01)]
     assert chosen.l2_penalty == 0.1
@@ -377,7 +377,9 @@ def test_the_encoder_that_is_evaluated_is_the_checkpoints(checkpoint):
     config = resolve("demo", TINY)
     stored = checkpoints.load_latest(str(checkpoint))
     encoder = load_encoder(config, stored)
-    for variable, untrained in zip(encoder.variables, make_encoder(config).variables, strict=True):
+    for variable, untrained in zip(
+        encoder.variables, make_encoder(config.encoder, config.views.image_size, config.run.seed).variables, strict=True
+    ):
         np.testing.assert_array_equal(variable.numpy(), stored.arrays[f"encoder/{variable.path}"])
         assert not np.array_equal(variable.numpy(), untrained.numpy())
 

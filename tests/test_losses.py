@@ -7,17 +7,10 @@ import oracle
 import pytest
 import tensorflow as tf
 
-from trainer.config import Config
-from trainer.losses import (
-    VARIANTS,
-    alignment,
-    gamma_of_visit,
-    global_contrastive,
-    global_objective,
-    next_temperature,
-    nt_xent,
-    uniformity_kernel,
-)
+from trainer.config import Config, replace
+from trainer.losses.global_contrastive import VARIANTS, gamma_of_visit, global_contrastive, global_objective, next_temperature
+from trainer.losses.loss import alignment, uniformity_kernel
+from trainer.losses.nt_xent import nt_xent
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -147,11 +140,16 @@ def test_the_gradient_by_an_images_temperature_is_that_of_its_objective():
 
 
 def test_a_temperature_moves_by_its_momentum_and_stays_within_its_bounds():
-    config = Config(
-        variant="isogclr", temperature_rho=0.5, temperature_learning_rate=0.1, temperature_momentum=0.9, temperature_max=0.35
+    config = replace(
+        Config(),
+        variant="isogclr",
+        temperature_rho=0.5,
+        temperature_learning_rate=0.1,
+        temperature_momentum=0.9,
+        temperature_max=0.35,
     )
     before, velocity, gradient = np.array([0.1, 0.2, 0.3]), np.array([0.0, 1.0, -1.0]), np.array([0.3, -2.0, -1.5])
-    moved, faster = next_temperature(*(tf.constant(x, tf.float32) for x in (before, velocity, gradient)), config)
+    moved, faster = next_temperature(*(tf.constant(x, tf.float32) for x in (before, velocity, gradient)), config.loss)
     expected = 0.1 * velocity + 0.9 * (gradient + 0.5)
     np.testing.assert_allclose(faster, expected, rtol=1e-6)
     np.testing.assert_allclose(moved, np.clip(before - 0.1 * expected, 0.05, 0.35), rtol=1e-6)

@@ -13,12 +13,14 @@ from eval.measure.supervised import Recipe
 from pipelines.code import PROJECT
 from pipelines.plan import compiler
 from pipelines.plan.machines import DEVICES
-from trainer import encoder, train
+from trainer import encoder
 from trainer.input_pipeline import training_batches
 from trainer.lowering import OneOfMany, arguments_of, lower, lower_step, to_hlo
 from trainer.presets import resolve
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
+from trainer.state import create_train_state
+from trainer.step import make_train_step
 
 BENCHMARK = PROJECT / "tests" / "benchmarks" / "portable_step.py"
 sys.path.insert(0, str(BENCHMARK.parent))
@@ -49,9 +51,9 @@ def test_another_runtime_takes_the_same_three_steps(dataset, tmp_path, one_block
     config = resolve("demo", [*TINY, "depth=50", "blur=true"])
     manifest = read_manifest(str(dataset))
     batch = {name: value.numpy() for name, value in next(iter(training_batches(config, str(dataset), manifest, 0))).items()}
-    state = train.create_train_state(config, 48, 6)
+    state = create_train_state(config, 48, 6)
     one = OneOfMany(1, fuses=how == "as on a TPU")
-    program = lower_step(config, train.create_train_state(config, 48, 6, one), one)
+    program = lower_step(config, create_train_state(config, 48, 6, one), one)
     np.savez(tmp_path / "arguments.npz", **arguments_of(program, state, batch))
     (tmp_path / "step.hlo").write_bytes(program.hlo)
     files = ["--arguments", tmp_path / "arguments.npz", "--results", tmp_path / "results.npz", "--steps", "3"]
@@ -60,7 +62,7 @@ def test_another_runtime_takes_the_same_three_steps(dataset, tmp_path, one_block
     about = json.loads(said.stdout)
     assert about["platform"] == "cpu"
 
-    step = train.make_train_step(config, state)
+    step = make_train_step(config, state)
     for _ in range(3):
         metrics = step(batch)
     with np.load(tmp_path / "results.npz") as stored:
@@ -102,8 +104,8 @@ def test_a_replica_s_program_has_the_negatives_of_the_whole_slice():
     assert not alone.collectives
     assert among.arguments["batch/views"][0][0] == 16
     received = [shape for name, (shape, _) in among.arguments.items() if name.startswith("received/")]
-    assert (48, 2, config.projection_dim) in received
-    state = train.create_train_state(config, 48, 6)
+    assert (48, 2, config.encoder.projection_dim) in received
+    state = create_train_state(config, 48, 6)
     gradients = 4 * sum(int(np.prod(v.shape)) for v in state.trainable)
     assert gradients in [one.bytes for one in among.collectives if one.kind == "all-reduce"]
     kinds = [one.kind for one in among.collectives]

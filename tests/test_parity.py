@@ -17,7 +17,8 @@ from trainer.augmentation import augment
 from trainer.input_pipeline import training_batches
 from trainer.presets import resolve
 from trainer.shared.records import read_manifest
-from trainer.train import create_train_state, train
+from trainer.state import create_train_state
+from trainer.train import train
 
 IMAGES, BATCH, EPOCHS, WARMUP_EPOCHS, CHECKPOINT_EPOCHS = 48, 12, 50, 5, 5
 GAMMA, TEMPERATURE, BASE_LEARNING_RATE, WEIGHT_DECAY = 0.9, 0.3, 1e-4, 1e-4
@@ -129,7 +130,7 @@ def transcribed(
             for name, variable in variables.items():
                 variable.assign(states[number][name])
         views, draws = (tf.concat([batch[name][:, 0], batch[name][:, 1]], 0) for name in ("views", "draws"))
-        images = tf.cast(augment(views, draws, config.color_jitter_strength, config.blur), tf.float64)
+        images = tf.cast(augment(views, draws, config.views.color_jitter_strength, config.views.blur), tf.float64)
         losses.append(step(images, batch["image_id"], tf.constant(learning_rate(number), tf.float64)).numpy())
         if number + 1 in states:
             ends[number + 1] = {name: variable.numpy() for name, variable in variables.items() if name not in weights}

@@ -14,9 +14,10 @@ from pipelines.plan import compiler, estimate, evaluation, machines, tables
 from pipelines.plan.evaluation import Limits
 from pipelines.vertex import accelerators
 from trainer import encoder_cost
-from trainer.config import Config
+from trainer.config import Config, replace
 from trainer.encoder import make_encoder
 from trainer.presets import resolve
+from trainer.settings import EncoderSettings
 
 PYTHON = compiler.tpu_python(PROJECT)
 
@@ -141,24 +142,24 @@ def test_every_accelerator_has_a_device_a_host_and_a_price(name):
     ids=str,
 )
 def test_the_count_of_convolutions_is_that_of_the_encoder(settings):
-    config = Config(**settings)
+    config = replace(Config(), **settings)
     expected = []
-    for layer in make_encoder(config).layers:
+    for layer in make_encoder(config.encoder, config.views.image_size, config.run.seed).layers:
         if hasattr(layer, "kernel"):
             (_, height, width, channels), (kernel, _, channels_in, _) = layer.output.shape, layer.kernel.shape
             assert height == width
             expected.append((height, channels, channels_in, kernel))
-    counted = list(encoder_cost.convolutions(config))
+    counted = list(encoder_cost.convolutions(config.encoder, config.views.image_size))
     assert sorted((one.side, one.channels, one.channels_in, one.kernel) for one in counted) == sorted(expected)
-    cost = encoder_cost.forward_cost(config)
+    cost = encoder_cost.forward_cost(config.encoder, config.views.image_size)
     assert cost.flops == sum(2 * kernel**2 * inputs * channels * side**2 for side, channels, inputs, kernel in expected)
-    written = sum(side**2 * channels for side, channels, _, _ in expected) * (2 if config.precision == "bfloat16" else 4)
+    written = sum(side**2 * channels for side, channels, _, _ in expected) * (2 if config.encoder.precision == "bfloat16" else 4)
     assert written < cost.bytes < 4 * written
 
 
 def test_a_resnet_50_takes_8_gflops_an_image():
     # 4.1 G multiplications and additions (He et al. 2016), counted twice.
-    assert encoder_cost.forward_cost(Config()).flops == pytest.approx(8.2e9, rel=0.01)
+    assert encoder_cost.forward_cost(EncoderSettings(), 224).flops == pytest.approx(8.2e9, rel=0.01)
 
 
 # ---- The evaluation
@@ -228,7 +229,7 @@ def test_a_fit_is_shared_by_the_devices_and_computed_in_float32(evaluated):
 
 def test_a_cpu_decodes_and_computes_one_after_the_other(evaluated):
     found = evaluated({"features": Work(forward=1_600_000), "cached": Work(flops=1e15)}, "cpu")
-    flops = encoder_cost.forward_cost(resolve(PLANNED)).flops
+    flops = encoder_cost.forward_cost(resolve(PLANNED).encoder, 224).flops
     passing = 1_600_000 * flops / 16 / machines.CORE_FLOPS_PER_SECOND + 1_600_000 / 16 / 1000
     assert seconds(found.protocols["features"]) == pytest.approx(passing)
     fit = 1e15 / 16 / machines.CORE_FLOPS_PER_SECOND
@@ -243,7 +244,7 @@ def test_every_figure_of_an_evaluation_says_where_it_is_from(evaluated):
     compiled, counted = evaluated({"knn": Work(flops=1e12)}), evaluated({"knn": Work(flops=1e12)}, forward=None)
     assert compiled.sources["forward_flops"] == "compiled"
     assert counted.sources["forward_flops"] == "computed"
-    assert counted.values["forward_flops"] == encoder_cost.forward_cost(resolve(PLANNED)).flops
+    assert counted.values["forward_flops"] == encoder_cost.forward_cost(resolve(PLANNED).encoder, 224).flops
     for found in (compiled, counted):
         assert set(found.sources) == {*found.values, "protocols"}
         assert json.loads(json.dumps(found.as_json()))["protocols"]["knn"]["fit_flops"] == 1e12

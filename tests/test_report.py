@@ -17,13 +17,15 @@ from eval.show import figures, pictures
 from eval.show.comparison import as_dict, as_text, compare, read_candidate, to_html
 from eval.show.report import write_report
 from trainer import checkpoint as checkpoints
+from trainer import config as configs
 from trainer.config import Config
 from trainer.shared import records
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
 from trainer.train import train
 
-TINY = Config(
+TINY = configs.replace(
+    Config(),
     image_size=16,
     depth=10,
     width_multiplier=0.125,
@@ -36,7 +38,7 @@ TINY = Config(
     temperature=0.3,
     log_every_steps=3,
 )
-RUNS = {"sogclr": TINY, "simclr": replace(TINY, loss="nt_xent")}
+RUNS = {"sogclr": TINY, "simclr": configs.replace(TINY, loss="nt_xent")}
 MINE = {"build-tfrecords": "a" * 32, "pretrain": "b" * 32, "linear-eval": "c" * 32}
 
 

@@ -8,6 +8,7 @@ from conftest import write_dataset
 from eval.measure.linear_eval import linear_eval
 from eval.measure.subsets import balanced_subset, read_subset
 from eval.measure.supervised import Recipe, train_classifier
+from trainer.config import replace
 from trainer.encoder import make_encoder
 from trainer.input_pipeline import labelled_batches
 from trainer.optimizer import learning_rate
@@ -37,10 +38,16 @@ def moved(encoder, before: list[np.ndarray]) -> set[str]:
     }
 
 
+def batches_of(config, recipe, dataset, image_ids=None):
+    """Returns the batches that training with labels by `recipe` takes."""
+    run = replace(config, seed=recipe.seed).run
+    return labelled_batches(config.views, recipe.batch_size, run, str(dataset), read_manifest(str(dataset)), image_ids)
+
+
 def test_nothing_in_a_frozen_encoder_moves(dataset):
     """Not a weight, not a statistic of BN."""
     config = tiny()
-    manifest, encoder = read_manifest(str(dataset)), make_encoder(config)
+    manifest, encoder = read_manifest(str(dataset)), make_encoder(config.encoder, config.views.image_size, config.run.seed)
     before = [variable.numpy() for variable in encoder.variables]
     done = []
     classifier = train_classifier(encoder, config, str(dataset), manifest, recipe(), on_progress=done.append)
@@ -52,12 +59,11 @@ def test_nothing_in_a_frozen_encoder_moves(dataset):
 def test_the_classifier_takes_the_steps_that_the_recipe_says(dataset):
     """From zero, Nesterov momentum .9, cosine from the first step on: by the formulas, on features made 16 at a time."""
     config, manifest = tiny("linear_eval.batch_size=16"), read_manifest(str(dataset))
-    encoder = make_encoder(config)
-    own = recipe().applied_to(config)
-    assert float(learning_rate(own, 48, tf.constant(0))) == pytest.approx(1.0 * 20 / 256)
+    encoder = make_encoder(config.encoder, config.views.image_size, config.run.seed)
+    assert float(learning_rate(recipe().optimizer, 48, tf.constant(0))) == pytest.approx(1.0 * 20 / 256)
     classifier = train_classifier(encoder, config, str(dataset), manifest, recipe())
     weights, velocity, steps = np.zeros((33, 6)), np.zeros((33, 6)), 48 * 3 // 20 + 1
-    for step, batch in enumerate(labelled_batches(own, str(dataset), manifest).take(steps)):
+    for step, batch in enumerate(batches_of(config, recipe(), dataset).take(steps)):
         features = encoder(batch["image"].numpy() / np.float32(255), training=False).numpy().astype(np.float64)
         inputs = np.concatenate([features, np.ones((20, 1))], 1)
         odds = np.exp(inputs @ weights)
@@ -76,7 +82,7 @@ def test_fine_tuning_moves_all_of_the_encoder_on_the_chosen_images_alone(tmp_pat
     bad = lambda split, encoded, label, i: encode_example(encoded if i in ids else b"no picture", label, i)  # noqa: E731
     manifest = write_dataset(tmp_path, example=bad)
     config = tiny()
-    encoder = make_encoder(config)
+    encoder = make_encoder(config.encoder, config.views.image_size, config.run.seed)
     before = [variable.numpy() for variable in encoder.variables]
     own = recipe(num_images=len(ids), batch_size=8, frozen=False, base_learning_rate=20.0)
     train_classifier(encoder, config, str(tmp_path), manifest, own, ids)
@@ -86,11 +92,11 @@ def test_fine_tuning_moves_all_of_the_encoder_on_the_chosen_images_alone(tmp_pat
 
 def test_an_epoch_has_every_chosen_image_once_and_the_next_another_order_and_other_views(dataset):
     ids = np.array([3, 8, 20, 41])
-    config = recipe(num_images=4, batch_size=4).applied_to(tiny())
-    batches = list(labelled_batches(config, str(dataset), read_manifest(str(dataset)), ids).take(8))
+    few = recipe(num_images=4, batch_size=4)
+    batches = list(batches_of(tiny(), few, dataset, ids).take(8))
     assert all(sorted(batch["label"].numpy()) == sorted(ids % 6) for batch in batches)
     assert len({tuple(batch["label"].numpy()) for batch in batches}) > 1
-    again = list(labelled_batches(config, str(dataset), read_manifest(str(dataset)), ids).take(8))
+    again = list(batches_of(tiny(), few, dataset, ids).take(8))
     images = [batch["image"].numpy() for batch in batches]
     for one, other in zip(images, again, strict=True):
         np.testing.assert_array_equal(one, other["image"])
@@ -99,11 +105,9 @@ def test_an_epoch_has_every_chosen_image_once_and_the_next_another_order_and_oth
 
 def test_views_of_an_image_are_flipped_half_of_the_time(dataset):
     """With the whole image as the only crop, a view is one of two."""
-    config = recipe(num_images=1, batch_size=2, seed=1).applied_to(tiny("crop_min_area=1", "global_batch_size=2"))
-    ids = np.array([3, 9])
-    views = [
-        batch["image"].numpy() for batch in labelled_batches(config, str(dataset), read_manifest(str(dataset)), ids).take(40)
-    ]
+    config, ids = tiny("crop_min_area=1", "global_batch_size=2"), np.array([3, 9])
+    pair = recipe(num_images=1, batch_size=2, seed=1)
+    views = [batch["image"].numpy() for batch in batches_of(config, pair, dataset, ids).take(40)]
     labelled = np.concatenate(views).astype(int)
     first = labelled[0]
     distance = [min(np.abs(view - first).max(), np.abs(view[:, ::-1] - first).max()) for view in labelled]

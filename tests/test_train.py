@@ -20,8 +20,10 @@ from trainer.shared import records
 from trainer.shared.errors import UserError
 from trainer.shared.progress import parse_line
 from trainer.shared.records import read_manifest
+from trainer.state import create_train_state
+from trainer.step import make_train_step
 from trainer.task import main
-from trainer.train import create_train_state, make_train_step, train
+from trainer.train import train
 
 TINY = [
     "depth=10",
@@ -58,13 +60,13 @@ def test_a_batch_has_every_image_once_and_views_that_depend_on_epoch_and_image_a
 
 
 def test_evaluation_sees_every_image_once(dataset):
-    batches = list(evaluation_batches(tiny(), str(dataset), read_manifest(str(dataset)), "validation", 5))
+    batches = list(evaluation_batches(tiny().views, str(dataset), read_manifest(str(dataset)), "validation", 5))
     ids = np.concatenate([batch["image_id"] for batch in batches])
     assert sorted(ids) == [-1, -1, -1, *range(17)]
     assert [batch["image"].shape for batch in batches] == 4 * [(5, 32, 32, 3)]
-    later = list(evaluation_batches(tiny(), str(dataset), read_manifest(str(dataset)), "validation", 5, first_step=2))
+    later = list(evaluation_batches(tiny().views, str(dataset), read_manifest(str(dataset)), "validation", 5, first_step=2))
     np.testing.assert_array_equal(np.concatenate([batch["image_id"] for batch in later]), ids[10:])
-    beyond = evaluation_batches(tiny(), str(dataset), read_manifest(str(dataset)), "validation", 5, first_step=9)
+    beyond = evaluation_batches(tiny().views, str(dataset), read_manifest(str(dataset)), "validation", 5, first_step=9)
     assert len(list(beyond.take(1))) == 0
 
 
@@ -74,7 +76,7 @@ def test_every_host_evaluates_its_own_shards_in_as_many_batches(dataset, chosen)
     hosts = [
         list(
             evaluation_batches(
-                tiny(), str(dataset), read_manifest(str(dataset)), "train", 5, chosen, host=host, hosts=3, replicas=2
+                tiny().views, str(dataset), read_manifest(str(dataset)), "train", 5, chosen, host=host, hosts=3, replicas=2
             )
         )
         for host in range(3)
@@ -324,9 +326,9 @@ def test_no_pipeline_is_tuned_by_a_thread_that_its_iterator_waits_for(dataset):
     for batches in (
         training_batches(config, data, manifest, 0),
         training_batches(tiny("cache=true"), data, manifest, 0),
-        labelled_batches(config, data, manifest),
-        labelled_batches(config, data, manifest, np.arange(20)),
-        evaluation_batches(config, data, manifest, "validation", 5),
+        labelled_batches(config.views, config.optimizer.global_batch_size, config.run, data, manifest),
+        labelled_batches(config.views, config.optimizer.global_batch_size, config.run, data, manifest, np.arange(20)),
+        evaluation_batches(config.views, data, manifest, "validation", 5),
     ):
         assert batches.options().autotune.enabled is False
 
@@ -345,7 +347,8 @@ import re, tensorflow as tf
 from trainer.input_pipeline import training_batches
 from trainer.presets import resolve
 from trainer.shared.records import read_manifest
-from trainer.train import create_train_state, make_train_step
+from trainer.state import create_train_state
+from trainer.step import make_train_step
 config = resolve("demo", {TINY!r})
 batches = iter(training_batches(config, {str(dataset)!r}, read_manifest({str(dataset)!r}), 0))
 state = create_train_state(config, 50_000_000, 6)

@@ -107,8 +107,8 @@ def _coerce(setting: Setting, text: str) -> Any:
         return _scalar(kind, text)
     except (ValueError, KeyError) as error:
         wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind)
-        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-        wanted = wanted or (f"one of {', '.join(map(str, choices))}" if choices else "numbers with commas between")
+        choices = ", ".join(map(str, setting.choices))
+        wanted = wanted or (f"one of {choices}" if choices else "numbers with commas between")
         raise UserError(f"{setting.key}={text} is not {wanted}") from error
 
 
@@ -134,10 +134,14 @@ def _number(text: str, kind: type) -> int | float:
     return value
 
 
+def pretraining_of(config: Config) -> dict[str, Any]:
+    """Returns the value of every setting of pretraining, by its key."""
+    return {key: value for key, value in values_of(config).items() if not key.startswith(LINEAR_EVAL)}
+
+
 def as_dict(config: Config) -> dict[str, Any]:
     """Returns every setting by its key, those of the linear eval in an object of their own: what config.json holds."""
-    pretraining = {key: value for key, value in values_of(config).items() if not key.startswith(LINEAR_EVAL)}
-    return {**pretraining, "linear_eval": dataclasses.asdict(config.linear_eval)}
+    return {**pretraining_of(config), "linear_eval": dataclasses.asdict(config.linear_eval)}
 
 
 def config_to_json(config: Config) -> str:

@@ -89,8 +89,8 @@ def labelled_batches(
 
     The batches of host `host` of `hosts` are for its `replicas`, one after another for each step. With b = `batch_size` /
     (hosts * replicas) and S = image_size, a batch has `image` [b, S, S, 3] uint8, cropped and flipped at random, and `label` [b]
-    int64. It is a function of the arguments and the dataset. With `image_ids`, [n] int64, n at least `batch_size`, an epoch has those
-    images only, which then stay in memory, encoded. Raises UserError where there are fewer images than a batch.
+    int64. It is a function of the arguments and the dataset. With `image_ids`, [n] int64, n at least `batch_size`, an epoch has
+    those images only, which then stay in memory, encoded. Raises UserError where there are fewer images than a batch.
     """
     size = views.image_size
     split = training_split(batch_size, data_dir, manifest)

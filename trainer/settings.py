@@ -232,10 +232,15 @@ class Setting:
     needs: tuple[OnlyWith, ...]
     default: Any
 
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """All values that it may have, where those can be listed."""
+        return _choices_of(self.kind)
+
     def check(self, value: Any) -> None:
         """Raises UserError where `value` is none of the choices, or out of the bounds."""
         for one, kind, bounds in self._parts(value):
-            choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+            choices = _choices_of(kind)
             if choices and one not in choices:
                 named = ", ".join(map(str, choices))
                 raise UserError(f"{self.key}={one} is not one of {named}{nearest(str(one), map(str, choices))}")
@@ -278,6 +283,10 @@ def _plain(hint: Any) -> tuple[Any, tuple[Any, ...]]:
         return hint, ()
     kind, *markers = typing.get_args(hint)
     return kind, tuple(markers)
+
+
+def _choices_of(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
 
 
 def _holds(bound: Any, value: Any) -> bool:

@@ -6,16 +6,15 @@ published.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from trainer.config import Config
+from trainer.config import Config, as_dict
 from trainer.encoder import make_encoder
 from trainer.optimizer import total_steps
-from trainer.presets import PRESETS, describe
+from trainer.presets import PRESETS
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
 from trainer.train import RESULT, read_config
@@ -38,13 +37,14 @@ def model_card(encoder: keras.Model, pretraining: str, step: int, *, data_dir: s
     """
     config, about = read_config(pretraining.rstrip("/"))
     features, parameters = encoder.output_shape[-1], encoder.count_params()
-    method = _METHODS["isogclr" if config.variant == "isogclr" and config.loss == "global_contrastive" else config.loss]
+    loss, shape, size = config.loss, config.encoder, config.views.image_size
+    method = _METHODS["isogclr" if loss.variant == "isogclr" and loss.name == "global_contrastive" else loss.name]
     preset = about["preset"] if about["preset"] in PRESETS else ""
-    side = f"{config.image_size}x{config.image_size}"
+    side = f"{size}x{size}"
     sections = [
         f"# Image encoder{f' {preset}' if preset else ''}",
         f"Makes {features:,} features (numbers) of a photograph, on which a linear classifier, a nearest-neighbour search or a "
-        f"clustering can work. A ResNet-{config.depth} of {config.width_multiplier:g} times the usual width, {parameters:,} "
+        f"clustering can work. A ResNet-{shape.depth} of {shape.width_multiplier:g} times the usual width, {parameters:,} "
         f"parameters, which sees the middle of a picture at {side} pixels; pretrained without labels by {method}.",
         "## Results",
         _results(step, about, preset, evaluation),
@@ -63,7 +63,7 @@ def model_card(encoder: keras.Model, pretraining: str, step: int, *, data_dir: s
         "The code is under the Apache License 2.0. The weights come under the terms of the photographs they were made of, too: "
         "ImageNet's allow research that is not commercial, and no other use.",
         "## Load and serve",
-        _USE.format(size=config.image_size, features=features).strip(),
+        _USE.format(size=size, features=features).strip(),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -71,7 +71,12 @@ def model_card(encoder: keras.Model, pretraining: str, step: int, *, data_dir: s
 def evaluated_card(pretraining: str, evaluation: str) -> str:
     """Returns `model_card` of what was evaluated in the folder `evaluation`, without a look at any weight."""
     config, _ = read_config(pretraining.rstrip("/"))
-    return model_card(make_encoder(config), pretraining, _evaluated(evaluation)["step"], evaluation=evaluation)
+    return model_card(
+        make_encoder(config.encoder, config.views.image_size, config.run.seed),
+        pretraining,
+        _evaluated(evaluation)["step"],
+        evaluation=evaluation,
+    )
 
 
 def _results(step: int, about: Mapping[str, Any], preset: str, evaluation: str) -> str:
@@ -92,8 +97,8 @@ def _results(step: int, about: Mapping[str, Any], preset: str, evaluation: str) 
             *_table(("protocol", "encoder", "top-1", "95% interval", "top-5"), map(_row, found["accuracies"])),
         ]
     if preset:
-        known = describe(preset)
-        lines += ["", f"Published for `{preset}`: {known['published']} (source: {known['source']})."]
+        known = PRESETS[preset]
+        lines += ["", f"Published for `{preset}`: {known.published} (source: {known.source})."]
     return "\n".join(lines)
 
 
@@ -124,21 +129,21 @@ def _data(about: Mapping[str, Any], data_dir: str) -> str:
 
 
 def _recipe(config: Config, about: Mapping[str, Any], preset: str, step: int, state: str) -> str:
-    plain = asdict(PRESETS[preset]() if preset else Config())
+    plain = as_dict(PRESETS[preset].config if preset else Config())
     changed = [
-        f"{name}={_text(value)}" for name, value in asdict(config).items() if value != plain[name] and name != "linear_eval"
+        f"{name}={_text(value)}" for name, value in as_dict(config).items() if value != plain[name] and name != "linear_eval"
     ]
-    unusual = {name: value for name, value in asdict(config).items() if value != asdict(Config())[name] and name not in _PLACES}
-    steps = total_steps(config, about["num_images"])
+    unusual = {name: value for name, value in as_dict(config).items() if value != as_dict(Config())[name] and name not in _PLACES}
+    steps = total_steps(config.optimizer, about["num_images"])
     lines = [
         f"- Taken at step {step:,} of {steps:,}{'' if step == steps else ', before the end of pretraining'}: "
-        f"`epochs={config.epochs}`, `global_batch_size={config.global_batch_size}`",
-        f"- Optimizer {config.optimizer}, seed {config.seed}, {config.precision}",
+        f"`epochs={config.optimizer.epochs}`, `global_batch_size={config.optimizer.global_batch_size}`",
+        f"- Optimizer {config.optimizer.name}, seed {config.run.seed}, {config.encoder.precision}",
     ]
     if unusual:
         lines.append(f"- Settings that are not the defaults: {', '.join(f'`{k}={_text(v)}`' for k, v in unusual.items())}")
     if preset:
-        command = describe(preset)["command"] + (f" --set {' '.join(changed)}" if changed else "")
+        command = PRESETS[preset].command + (f" --set {' '.join(changed)}" if changed else "")
         lines.append(f"- Command: `{command}`")
     if about["code_version"]:
         lines.append(f"- Code: `{about['code_version']}`")

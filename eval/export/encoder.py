@@ -27,7 +27,8 @@ from trainer.config import Config
 from trainer.encoder import make_encoder
 from trainer.shared.errors import UserError
 from trainer.shared.files import names_in, whole_folder, write_whole
-from trainer.train import model_variables, read_config
+from trainer.state import model_variables
+from trainer.train import read_config
 
 SAVED_MODEL = "saved_model"
 KERAS = "encoder.keras"
@@ -55,7 +56,7 @@ def export(checkpoint: str, output: str, *, data_dir: str = "", evaluation: str 
     stored = checkpoints.open_checkpoint(checkpoint)
     if tf.io.gfile.exists(output) and not _is_export(output):
         raise UserError(f"{output} is there and is no earlier export: name a folder that is not there yet")
-    encoder = make_encoder(config)
+    encoder = make_encoder(config.encoder, config.views.image_size, config.run.seed)
     card = model_card(encoder, folder, stored.step, data_dir=data_dir, evaluation=evaluation)
     checkpoints.restore(model_variables("encoder", encoder), stored)
 
@@ -98,7 +99,7 @@ def _upload(made: str, output: str) -> None:
 
 
 def _save(encoder: keras.Model, config: Config, path: str) -> None:
-    size = config.image_size
+    size = config.views.image_size
 
     @tf.function(autograph=False, input_signature=[tf.TensorSpec([None, size, size, 3], tf.float32, "images")])
     def of_images(images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -107,7 +108,7 @@ def _save(encoder: keras.Model, config: Config, path: str) -> None:
         return {"features": tf.cond(tf.size(images) > 0, lambda: encoder(images, training=False), lambda: none)}
 
     def seen(encoded: tf.Tensor) -> tf.Tensor:
-        return tf.ensure_shape(as_floats(central_crop(encoded, size, config.eval_crop_proportion)), [size, size, 3])
+        return tf.ensure_shape(as_floats(central_crop(encoded, size, config.views.eval_crop_proportion)), [size, size, 3])
 
     @tf.function(autograph=False, input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
     def of_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:

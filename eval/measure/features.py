@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import as_floats
-from trainer.config import Config
+from trainer.config import Config, values_of
 from trainer.distribution import jit_compile
 from trainer.encoder import make_encoder
 from trainer.input_pipeline import PADDING, evaluation_batches, naming_wrong_records
@@ -30,7 +30,7 @@ from trainer.preemption import PreemptedError
 from trainer.shared.errors import UserError
 from trainer.shared.files import write_whole
 from trainer.shared.records import Manifest
-from trainer.train import model_variables
+from trainer.state import model_variables
 
 INDEX = "features.json"
 _DIGEST = b"sogclr.digest"
@@ -169,7 +169,7 @@ def read_features(folder: str) -> StoredFeatures:
 
 def load_encoder(config: Config, checkpoint: checkpoints.Checkpoint) -> keras.Model:
     """Returns the encoder that a pretraining checkpoint holds. Raises UserError where it is of another architecture."""
-    encoder = make_encoder(config)
+    encoder = make_encoder(config.encoder, config.views.image_size, config.run.seed)
     checkpoints.restore(model_variables("encoder", encoder), checkpoint)
     return encoder
 
@@ -184,7 +184,7 @@ def digest_of(encoder: keras.Model, config: Config, manifest: Manifest, split: s
         "encoder": checkpoints.sha256_of(arrays),
         "dataset": manifest.fingerprint,
         "split": split,
-        **{name: getattr(config, name) for name in _SETTINGS},
+        **{key: value for key, value in values_of(config).items() if key in _SETTINGS},
     }
     if image_ids is not None:
         about["image_ids"] = hashlib.sha256(np.sort(image_ids).tobytes()).hexdigest()
@@ -281,7 +281,7 @@ def forward_pass(
 
     def of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
         return evaluation_batches(
-            config,
+            config.views,
             data_dir,
             manifest,
             split,

@@ -21,9 +21,10 @@ from eval.measure.logistic import top_k_accuracy
 from eval.measure.protocols import Context, Protocol, Scores, Sizes, Work, chosen, work_of
 from eval.measure.statistics import bootstrap_interval, confusion_matrix
 from trainer import checkpoint as checkpoints
-from trainer.config import LINEAR_EVAL, Config, LinearEval, override
+from trainer.config import Config, override
 from trainer.distribution import make_strategy
 from trainer.encoder_cost import forward_cost
+from trainer.settings import LINEAR_EVAL, LinearEvalSettings
 from trainer.shared.errors import UserError
 from trainer.shared.files import write_arrays
 from trainer.shared.records import Manifest, read_manifest
@@ -89,7 +90,7 @@ def linear_eval(
     tf.io.gfile.makedirs(output)
     images = {split: manifest.splits[split].records for split in SPLITS}
     sizes = Sizes(images["train"], images["validation"], manifest.num_classes, encoder.output_shape[-1])
-    progress = _Progress(work_of(config, sizes), forward_cost(config).flops, report)
+    progress = _Progress(work_of(config, sizes), forward_cost(config.encoder, config.views.image_size).flops, report)
 
     features: dict[str, StoredFeatures] = {}
     seconds: dict[str, float] = {}
@@ -298,7 +299,7 @@ def _has_classes_of(pretraining: Mapping[str, Any], manifest: Manifest) -> bool:
     return pretraining["dataset_fingerprint"] == manifest.fingerprint
 
 
-def _note_other_classes(data_dir: str, folder: str, settings: LinearEval) -> None:
+def _note_other_classes(data_dir: str, folder: str, settings: LinearEvalSettings) -> None:
     """Says that the dataset has other classes than pretraining's. Raises UserError where a protocol knows only those."""
     said = f"{data_dir} has other classes than the dataset that {folder} was pretrained on"
     if "online" in settings.protocols:

@@ -7,17 +7,17 @@ from eval.measure.supervised import Recipe, make_replica_step, make_state
 from trainer.config import Config
 from trainer.encoder import make_encoder
 from trainer.lowering import OneOfMany, Program, to_program
-from trainer.train import model_variables
+from trainer.state import model_variables
 
 
 def lower_forward(config: Config, images: int) -> Program:
     """Returns the forward pass of a replica over `images` images, with BN in inference mode."""
     one = OneOfMany(1)
-    encoder = make_encoder(config, one)
+    encoder = make_encoder(config.encoder, config.views.image_size, config.run.seed, one)
     features_of = features_of_pixels(encoder)
     return to_program(
         lambda batch: {"features": features_of(batch["image"])},
-        {"image": _images(config, images)},
+        {"image": _images(config.views.image_size, images)},
         model_variables("encoder", encoder),
         one,
     )
@@ -26,15 +26,15 @@ def lower_forward(config: Config, images: int) -> Program:
 def lower_labelled_step(config: Config, recipe: Recipe, num_classes: int, replicas: int = 1) -> Program:
     """Returns a step of training with labels of one of `replicas`: of `official` where the recipe freezes the encoder."""
     one = OneOfMany(replicas)
-    own = recipe.applied_to(config)
-    state = make_state(make_encoder(config, one), own, num_classes, recipe.frozen)
-    replica_step = make_replica_step(state, own, recipe.num_images, one)
+    encoder = make_encoder(config.encoder, config.views.image_size, config.run.seed, one)
+    state = make_state(encoder, recipe.optimizer, num_classes, recipe.frozen)
+    replica_step = make_replica_step(state, recipe, config.linear_eval.batch_size, one)
     step = tf.Variable(0, dtype=tf.int64, trainable=False)
     count = recipe.batch_size // replicas
-    batch = {"image": _images(config, count), "label": tf.TensorSpec([count], tf.int64)}
+    batch = {"image": _images(config.views.image_size, count), "label": tf.TensorSpec([count], tf.int64)}
     variables = model_variables("encoder", state.encoder) | state.variables() | {"step": step}
     return to_program(lambda batch: {"loss": replica_step(batch, tf.convert_to_tensor(step))}, batch, variables, one)
 
 
-def _images(config: Config, count: int) -> tf.TensorSpec:
-    return tf.TensorSpec([count, config.image_size, config.image_size, 3], tf.uint8)
+def _images(size: int, count: int) -> tf.TensorSpec:
+    return tf.TensorSpec([count, size, size, 3], tf.uint8)

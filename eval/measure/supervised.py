@@ -25,9 +25,10 @@ from trainer.heads import make_classifier
 from trainer.input_pipeline import Batch, labelled_batches, naming_wrong_records
 from trainer.optimizer import Optimizer, learning_rate, make_optimizer, total_steps
 from trainer.preemption import PreemptedError
+from trainer.settings import OptimizerSettings
 from trainer.shared.errors import UserError
 from trainer.shared.records import Manifest
-from trainer.train import model_variables
+from trainer.state import model_variables
 
 
 @dataclass(frozen=True)
@@ -45,24 +46,24 @@ class Recipe:
     frozen: bool
     """Whether the encoder stays as it is, statistics of BN included."""
 
-    def applied_to(self, config: Config) -> Config:
-        """Returns `config` with the optimisation of this recipe."""
-        return dataclasses.replace(
-            config,
-            global_batch_size=self.batch_size,
+    @property
+    def optimizer(self) -> OptimizerSettings:
+        """SGD with momentum, without weight decay; a cosine from the first step to 0."""
+        return OptimizerSettings(
+            name="momentum",
             epochs=self.epochs,
+            global_batch_size=self.batch_size,
             base_learning_rate=self.base_learning_rate,
             learning_rate_scaling="linear",
             warmup_epochs=0.0,
-            optimizer="momentum",
             momentum=0.9,
             weight_decay=0.0,
-            seed=self.seed,
         )
 
-    def image_visits(self, config: Config) -> int:
-        """Returns how many images go through the encoder in all."""
-        return total_steps(self.applied_to(config), self.num_images) * self.batch_size
+    @property
+    def image_visits(self) -> int:
+        """How many images go through the encoder in all."""
+        return total_steps(self.optimizer, self.num_images) * self.batch_size
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,9 @@ def train_classifier(
     """
     tf.config.experimental.enable_op_determinism()
     strategy = strategy or tf.distribute.get_strategy()
-    own = recipe.applied_to(config)
-    run = _run_name(encoder, own, manifest, recipe, image_ids)
+    run = _run_name(encoder, config, manifest, recipe, image_ids)
     with strategy.scope():
-        state = make_state(encoder, own, manifest.num_classes, recipe.frozen)
+        state = make_state(encoder, recipe.optimizer, manifest.num_classes, recipe.frozen)
     newest = checkpoints.load_latest(folder, lambda saved: _require_same(state, saved, run)) if folder else None
     if newest is not None:
         checkpoints.restore(state.variables(), newest)
@@ -122,7 +122,9 @@ def train_classifier(
     def of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
         hosts = context.num_input_pipelines
         return labelled_batches(
-            own,
+            config.views,
+            recipe.batch_size,
+            dataclasses.replace(config.run, seed=recipe.seed),
             data_dir,
             manifest,
             image_ids,
@@ -132,7 +134,7 @@ def train_classifier(
             replicas=context.num_replicas_in_sync // hosts,
         )
 
-    replica_step = make_replica_step(state, own, recipe.num_images, Replicas())
+    replica_step = make_replica_step(state, recipe, config.linear_eval.batch_size, Replicas())
 
     @tf.function(autograph=False, jit_compile=jit_compile(strategy) or None)
     def step(batch: Batch, number: tf.Tensor) -> tf.Tensor:
@@ -142,7 +144,7 @@ def train_classifier(
         arrays = {name: variable.numpy() for name, variable in state.variables().items()}
         return checkpoints.save(folder, checkpoints.Checkpoint(steps, arrays, {}, run), keep=1)
 
-    total = total_steps(own, recipe.num_images)
+    total = total_steps(recipe.optimizer, recipe.num_images)
     epoch = max(1, recipe.num_images // recipe.batch_size)
     batches = naming_wrong_records(strategy.distribute_datasets_from_function(of_host), data_dir, manifest, "train")
     loss = tf.constant(0.0)
@@ -171,16 +173,16 @@ def weights_of(classifier: keras.Model) -> dict[str, np.ndarray]:
 
 
 def make_replica_step(
-    state: State, config: Config, num_images: int, replicas: Replicas
+    state: State, recipe: Recipe, images_at_once: int, replicas: Replicas
 ) -> Callable[[Batch, tf.Tensor], tf.Tensor]:
     """Returns what one of `replicas` does in a step with its part of a batch of `labelled_batches`; it returns the mean loss.
 
-    `config` has the optimisation of the recipe. A frozen encoder works on `linear_eval.batch_size` images at a time.
+    A frozen encoder works on `images_at_once` images at a time.
     """
     features_of = features_of_pixels(state.encoder)
 
     def frozen_features(images: tf.Tensor) -> tf.Tensor:
-        count, at_once = images.shape[0], config.linear_eval.batch_size
+        count, at_once = images.shape[0], images_at_once
         if count <= at_once:
             return features_of(images)
         # In the memory of a small forward pass, however large the batch is.
@@ -198,26 +200,27 @@ def make_replica_step(
             # Each replica has its part of the mean; their gradients are summed.
             loss = tf.reduce_mean(losses) / replicas.count
         gradients = replicas.sum(tape.gradient(loss, state.trained))
-        state.optimizer.apply(gradients, learning_rate(config, num_images, number), number)
+        state.optimizer.apply(gradients, learning_rate(recipe.optimizer, recipe.num_images, number), number)
         return replicas.sum(loss)
 
     return replica_step
 
 
-def make_state(encoder: keras.Model, config: Config, num_classes: int, frozen: bool) -> State:
-    """Returns the state before the first step, a classifier of zeros on `encoder`; the recipe's optimisation is in `config`."""
+def make_state(encoder: keras.Model, settings: OptimizerSettings, num_classes: int, frozen: bool) -> State:
+    """Returns the state before the first step: a classifier of zeros on `encoder`."""
     classifier = make_classifier(encoder.output_shape[-1], num_classes)
     for variable in classifier.variables:
         variable.assign(tf.zeros(variable.shape))
     models = (classifier,) if frozen else (encoder, classifier)
     trained = tuple(variable.value for model in models for variable in model.trainable_variables)
-    return State(encoder, classifier, trained, make_optimizer(config, trained, [True] * len(trained)), frozen)
+    return State(encoder, classifier, trained, make_optimizer(settings, trained, [True] * len(trained)), frozen)
 
 
 def _run_name(encoder: keras.Model, config: Config, manifest: Manifest, recipe: Recipe, image_ids: np.ndarray | None) -> str:
     """Returns a digest of all that training with labels depends on."""
     about: Mapping[str, object] = {
-        "config": {name: value for name, value in dataclasses.asdict(config).items() if name != "linear_eval"},
+        "views": dataclasses.asdict(config.views),
+        "encoder": dataclasses.asdict(config.encoder),
         "recipe": dataclasses.asdict(recipe),
         "begun_with": digest_of(encoder, config, manifest, "train", image_ids),
     }

@@ -12,6 +12,7 @@ from eval.measure.statistics import MeanAndSpread, PairedTest, holm_correction, 
 from eval.show import figures
 from eval.show.figures import SERIES, History, Interval
 from trainer.checkpoint import run_folder
+from trainer.config import pretraining_of
 from trainer.shared.errors import UserError
 from trainer.shared.page import Section, between, percent, render
 from trainer.train import read_config
@@ -67,7 +68,7 @@ def read_candidate(run_id: str, folder: str, history: History) -> Candidate:
     """Returns a run by what its evaluation left in `folder`. Raises UserError where that, or its checkpoint's config, is gone."""
     evaluation = read_evaluation(folder)
     config, about = read_config(run_folder(evaluation.result["checkpoint"]))
-    settings = {name: value for name, value in asdict(config).items() if name != "linear_eval"}
+    settings = pretraining_of(config)
     settings |= {f"linear_eval.{name}": value for name, value in evaluation.result["linear_eval"].items()}
     rest = {
         "preset": about.get("preset", ""),

@@ -61,22 +61,22 @@ def views(jpegs: Sequence[tuple[int, bytes]], config: Config, epoch: int) -> np.
 
     [n, 2, S, S, 3] float32 in [0, 1], by the functions that make them in training.
     """
-    key = tf.constant(config.seed * 2**32 + epoch, tf.int64)
+    key = tf.constant(config.run.seed * 2**32 + epoch, tf.int64)
     made = [
         two_views(
             tf.constant(encoded),
-            config.image_size,
-            config.crop_min_area,
+            config.views.image_size,
+            config.views.crop_min_area,
             key,
             tf.constant(image_id, tf.int64),
-            config.crop_interpolation,
+            config.views.crop_interpolation,
         )
         for image_id, encoded in jpegs
     ]
     crops, draws = (tf.concat(parts, axis=0) for parts in zip(*made, strict=True))
     # As it is written: to compile it takes longer than to run it this once.
-    augmented = augment.python_function(crops, draws, config.color_jitter_strength, config.blur)
-    return augmented.numpy().reshape(len(jpegs), 2, config.image_size, config.image_size, 3)
+    augmented = augment.python_function(crops, draws, config.views.color_jitter_strength, config.views.blur)
+    return augmented.numpy().reshape(len(jpegs), 2, config.views.image_size, config.views.image_size, 3)
 
 
 def from_array(pixels: np.ndarray) -> Image.Image:

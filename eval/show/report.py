@@ -4,7 +4,6 @@ What a run lacks, such as u of SimCLR or the curves of a run elsewhere, its page
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +16,8 @@ from eval.show import figures, samples
 from eval.show.figures import History, Interval
 from eval.show.run import Run, read_run
 from trainer import checkpoint as checkpoints
-from trainer.config import Config
-from trainer.presets import PRESETS, describe
+from trainer.config import Config, as_dict, pretraining_of
+from trainer.presets import PRESETS
 from trainer.shared.files import write_whole
 from trainer.shared.page import Facts, Section, between, percent, render
 
@@ -90,7 +89,7 @@ def _figures(run: Run) -> dict[str, Figure]:
         ),
         "curves.png": figures.curves({"": run.history}),
     }
-    if run.config.loss == "global_contrastive":
+    if run.config.loss.name == "global_contrastive":
         drawn["u.png"] = figures.u_over_training(run.history)
     if _has_classes(run):
         matrix = found.confusion(found.headline.column)
@@ -113,17 +112,18 @@ def _header(run: Run) -> dict[str, Any]:
     if knn := found.row("knn"):
         stats.append(Stat("k-NN", percent(knn.top_1), between(knn.top_1_interval)))
     if run.preset in PRESETS:
-        published = describe(run.preset)
-        value, _, rest = published["published"].partition(" ")
+        published = PRESETS[run.preset]
+        value, _, rest = published.published.partition(" ")
         if value.replace(".", "").isdigit():
-            said = f"{rest}, protocol official. {published['source']}"
+            said = f"{rest}, protocol official. {published.source}"
             stats.append(Stat("Published for the preset", f"{value}%", said))
         else:
             stats.append(Stat("Published for the preset", "none", ""))
-    width = f", width {run.config.width_multiplier:g}" if run.config.width_multiplier != 1 else ""
+    shape, training = run.config.encoder, run.config.optimizer
+    width = f", width {shape.width_multiplier:g}" if shape.width_multiplier != 1 else ""
     return {
         "preset": run.preset or "pretrained encoder",
-        "about": f"ResNet-{run.config.depth}{width} · {run.config.epochs} epochs at batch {run.config.global_batch_size} · "
+        "about": f"ResNet-{shape.depth}{width} · {training.epochs} epochs at batch {training.global_batch_size} · "
         f"{run.manifest.name}, {run.manifest.num_classes:,} classes",
         "headline": row,
         "control": control,
@@ -134,7 +134,7 @@ def _header(run: Run) -> dict[str, Any]:
 
 def _accuracies(run: Run, drawn: Mapping[str, Figure]) -> Section:
     rows = run.evaluation.rows
-    published = describe(run.preset) if run.preset in PRESETS else None
+    published = PRESETS.get(run.preset)
     said = "; ".join(f"{row.column} {percent(row.top_1)}" for row in rows)
     return Section(
         "accuracies",
@@ -144,7 +144,7 @@ def _accuracies(run: Run, drawn: Mapping[str, Figure]) -> Section:
         {
             "svg": figures.svg(drawn["accuracies.png"], f"top-1 with intervals: {said}"),
             "rows": list(map(_row, rows)),
-            "note": f"Published for {run.preset}: {published['published']} ({published['source']})." if published else "",
+            "note": f"Published for {run.preset}: {published.published} ({published.source})." if published else "",
         },
     )
 
@@ -168,13 +168,13 @@ def _training(run: Run, drawn: Mapping[str, Figure]) -> Section | None:
         "training",
         "Pretraining",
         "What was recorded; a point is the mean since the one before it."
-        + (" The loss is a surrogate that has the objective's gradient." if run.config.loss == "global_contrastive" else ""),
+        + (" The loss is a surrogate that has the objective's gradient." if run.config.loss.name == "global_contrastive" else ""),
         {"svg": figures.svg(drawn["curves.png"], f"curves of pretraining; at the end {last}")},
     )
 
 
 def _u(run: Run, drawn: Mapping[str, Figure]) -> Section | None:
-    if run.config.loss != "global_contrastive":
+    if run.config.loss.name != "global_contrastive":
         return None
     svg = figures.svg(drawn["u.png"], "mean and quantiles of u over the steps") if "u.png" in drawn else ""
     rows = samples.extremes_of_u(run)
@@ -184,7 +184,7 @@ def _u(run: Run, drawn: Mapping[str, Figure]) -> Section | None:
         "u",
         "u, the estimator",
         "u is kept for each image: a moving average of its contrast to the images of its batches, which stands for that to all "
-        f"others. gamma = {run.config.gamma:g}, variant {run.config.variant}.",
+        f"others. gamma = {run.config.loss.gamma:g}, variant {run.config.loss.variant}.",
         {"svg": svg, "rows": rows},
     )
 
@@ -260,7 +260,7 @@ def _provenance(run: Run) -> Section:
 
 
 def _settings(config: Config, linear_eval: Mapping[str, Any]) -> Facts:
-    pretraining = [(name, (str(value),)) for name, value in asdict(config).items() if name != "linear_eval"]
+    pretraining = [(name, (str(value),)) for name, value in pretraining_of(config).items()]
     return pretraining + [(f"linear_eval.{name}", (str(value),)) for name, value in linear_eval.items()]
 
 
@@ -268,6 +268,6 @@ def _changed(config: Config, preset: str) -> str | tuple[str, ...]:
     """Returns the settings that differ from the preset's, or a sentence where there are none to show."""
     if preset not in PRESETS:
         return "this version does not know the preset"
-    now, usual = asdict(config), asdict(PRESETS[preset]())
+    now, usual = as_dict(config), as_dict(PRESETS[preset].config)
     changed = (f"{name}={value}" for name, value in now.items() if name != "linear_eval" and value != usual[name])
     return tuple(changed) or "nothing"

@@ -55,7 +55,7 @@ class Run:
     def thumbnails(self, split: str, image_ids: Sequence[int], side: int = SIDE) -> dict[int, Image.Image]:
         """Returns pictures of images, cropped as evaluation crops them, by ID in the order given."""
         jpegs = pictures.read_jpegs(self.data_dir, self.manifest, split, image_ids)
-        proportion = self.config.eval_crop_proportion
+        proportion = self.config.views.eval_crop_proportion
         return {int(image_id): pictures.thumbnail(jpegs[int(image_id)], side, proportion) for image_id in image_ids}
 
     def drawn(self, count: int, number: int) -> list[int]:

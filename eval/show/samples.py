@@ -75,7 +75,7 @@ def views(run: Run) -> Section:
         "views",
         "What the network sees",
         "Training images drawn by chance, with their two views in the first epoch, as the trainer's own code makes them at "
-        f"{run.config.image_size} px.",
+        f"{run.config.views.image_size} px.",
         {"cards": cards},
     )
 

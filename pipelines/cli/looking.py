@@ -8,7 +8,7 @@ from pathlib import Path
 from pipelines.cli.options import Commands, Output, add_command, add_json, add_root, read_output
 from pipelines.cli.store import absolute, check_runs, mlflow_names, shown
 from pipelines.vertex.accelerators import ACCELERATORS
-from trainer.presets import PRESETS, describe
+from trainer.presets import PRESETS
 from trainer.shared.errors import UserError
 
 
@@ -98,9 +98,10 @@ def examine_machine(options: DoctorOptions) -> int:
 
 def list_presets(output: Output) -> int:
     """Prints the presets: a table on a terminal, a line each elsewhere."""
-    described = [describe(name) for name in PRESETS]
+    titles = ("name", "summary", "published", "source", "cost", "command")
+    described = [(one.name, one.summary, one.published, one.source, one.cost, one.command) for one in PRESETS.values()]
     if output.json:
-        print(json.dumps(described))
+        print(json.dumps([dict(zip(titles, one, strict=True)) for one in described]))
         return 0
     from rich.console import Console
     from rich.table import Table
@@ -108,14 +109,14 @@ def list_presets(output: Output) -> int:
     console = Console()
     if console.is_terminal:
         table = Table(box=None, padding=(0, 2, 1, 0))
-        for title in ("preset", "what", "published", "source"):
+        for title in ("preset", "what", "published", "source", "cost"):
             table.add_column(title, no_wrap=title == "preset")
-        for one in described:
-            table.add_row(one["name"], one["summary"], one["published"], one["source"])
+        for *shown, _ in described:
+            table.add_row(*shown)
         console.print(table)
     else:
-        for one in described:
-            print(f"{one['name']}: {one['summary']} Published: {one['published']}. Source: {one['source']}. {one['command']}")
+        for name, summary, published, source, cost, command in described:
+            print(f"{name}: {summary} Published: {published}. Source: {source}. Cost: {cost}. {command}")
     return 0
 
 

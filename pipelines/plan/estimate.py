@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pipelines.plan.compiler import cache_file, cached, compile_program, keep, used_bytes
 from pipelines.plan.machines import Device, device_of, dollars_per_hour, host_of
 from pipelines.vertex.accelerators import Accelerator, check
-from trainer.config import Config
+from trainer.config import Config, pretraining_of
 
 _SECONDS_A_COLLECTIVE = 10e-6
 _IMAGES_A_CORE = 453.0
@@ -133,7 +133,7 @@ def cached_estimate(preset: str, config: Config, accelerator: Accelerator, *, ca
 
 
 def _step_file(cache: Path, config: Config, accelerator: Accelerator, assumed: Assumptions, version: str) -> Path:
-    settings = {name: value for name, value in asdict(config).items() if name != "linear_eval"}
+    settings = pretraining_of(config)
     key = {"config": settings, "images": assumed.num_images, "classes": assumed.num_classes}
     key |= {"device": device_of(accelerator).topology, "replicas": accelerator.replicas, "version": version}
     return cache_file(cache, key)
@@ -182,10 +182,16 @@ def _estimate(
         values.update(named)
         sources.update(dict.fromkeys(named, source))
 
-    replicas, batch = accelerator.replicas, config.global_batch_size
-    steps = total_steps(config, assumed.num_images)
+    replicas, batch = accelerator.replicas, config.optimizer.global_batch_size
+    steps = total_steps(config.optimizer, assumed.num_images)
     put("assumed", num_images=assumed.num_images)
-    put("computed", steps=steps, epochs=config.epochs, batch_per_replica=batch // replicas, checkpoint_bytes=known["state_bytes"])
+    put(
+        "computed",
+        steps=steps,
+        epochs=config.optimizer.epochs,
+        batch_per_replica=batch // replicas,
+        checkpoint_bytes=known["state_bytes"],
+    )
     exchanged = sum(one["bytes"] for one in known["collectives"])
     put("computed", collectives=len(known["collectives"]), collectives_bytes=exchanged)
     compiled = known.get("compiled")
@@ -202,7 +208,7 @@ def _estimate(
         notes.append("the step does not fit into the memory of a device: take a smaller batch or more replicas")
     else:
         _put_times(put, config, accelerator, assumed, device, compiled, known["collectives"], steps)
-        if config.precision == "float32":
+        if config.encoder.precision == "float32":
             notes.append("precision=float32: FLOPs and bytes are those of float32, at the device's rate for bfloat16")
     return Estimate(preset, accelerator.name, values, sources, tuple(filter(None, notes)))
 
@@ -218,7 +224,7 @@ def _put_times(
     steps: int,
 ) -> None:
     replicas = accelerator.replicas
-    own = config.global_batch_size // replicas
+    own = config.optimizer.global_batch_size // replicas
     used = used_bytes(compiled)
     named = ("compiler", "compile_seconds", "arguments_bytes", "temp_bytes", "code_bytes", "flops", "bytes_accessed")
     put("compiled", fits=used <= device.memory_bytes, used_bytes=used, **{name: compiled[name] for name in named})
@@ -234,17 +240,17 @@ def _put_times(
         "compute": compiled["flops"] / device.flops_per_second,
         "memory": compiled["bytes_accessed"] / device.bytes_per_second,
         "interconnect": _exchange_seconds(collectives, device, replicas),
-        "input": config.global_batch_size / accelerator.hosts / (assumed.host_cores * assumed.images_a_core),
+        "input": config.optimizer.global_batch_size / accelerator.hosts / (assumed.host_cores * assumed.images_a_core),
     }
     on_device = max(rates["compute"], rates["memory"]) + rates["interconnect"]
     step = max(on_device, rates["input"])
     put("computed", **{f"{name}_seconds": seconds for name, seconds in rates.items()})
-    rate = config.global_batch_size / on_device
+    rate = config.optimizer.global_batch_size / on_device
     put(
         "computed",
         step_seconds=step,
         bound_by=max(rates, key=rates.__getitem__),
-        samples_per_second=config.global_batch_size / step,
+        samples_per_second=config.optimizer.global_batch_size / step,
         host_images_per_second_needed=rate / accelerator.hosts,
         host_cores_needed=math.ceil(rate / accelerator.hosts / assumed.images_a_core),
         input_starved=rates["input"] > on_device,

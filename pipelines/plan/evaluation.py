@@ -15,7 +15,7 @@ from pipelines.plan.compiler import cache_file, cached, compile_program, keep, u
 from pipelines.plan.estimate import Assumptions, Source
 from pipelines.plan.machines import DEVICES, device_of, dollars_per_hour, host_of
 from pipelines.vertex.accelerators import ACCELERATORS, Accelerator
-from trainer.config import Config, feature_dim
+from trainer.config import Config, values_of
 from trainer.encoder_cost import Cost, forward_cost
 
 if TYPE_CHECKING:
@@ -123,11 +123,11 @@ def make_evaluation_estimate(
     compiled = _compiled_forward(config, accelerator, python, cache, version, say)
     fits = compiled is not None and compiled["fits"]
     at_once = config.linear_eval.batch_size
-    cost = forward_cost(config)
+    cost = forward_cost(config.encoder, config.views.image_size)
     if compiled is not None and fits:
         cost = Cost(compiled["flops"] / at_once, compiled["bytes_accessed"] / at_once)
-    sizes = Sizes(assumed.num_images, assumed.num_validation, assumed.num_classes, feature_dim(config))
-    demand = Demand(work_of(config, sizes), cost, config.precision, memory_bytes(sizes), disk_bytes(config, sizes))
+    sizes = Sizes(assumed.num_images, assumed.num_validation, assumed.num_classes, config.encoder.feature_dim)
+    demand = Demand(work_of(config, sizes), cost, config.encoder.precision, memory_bytes(sizes), disk_bytes(config, sizes))
     protocols = reckon(demand, accelerator, assumed.dollars_per_device_hour)
     host = host_of(accelerator)
     values: dict[str, Any] = {}
@@ -261,7 +261,7 @@ def _compiled_forward(
     if accelerator.build == "cpu":
         return None
     device = device_of(accelerator) if device_of(accelerator).topology else DEVICES["v5e"]
-    shapes = {name: getattr(config, name) for name in _SHAPES}
+    shapes = {key: value for key, value in values_of(config).items() if key in _SHAPES}
     images = config.linear_eval.batch_size
     file = cache_file(cache, {"forward": shapes, "images": images, "device": device.topology, "version": version})
     if known := cached(file):

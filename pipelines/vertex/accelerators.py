@@ -162,7 +162,7 @@ def check(accelerator: Accelerator, config: Config) -> None:
 
     Whether a step fits into the memory of a device is not looked at here.
     """
-    batch, replicas = config.global_batch_size, accelerator.replicas
+    batch, replicas = config.optimizer.global_batch_size, accelerator.replicas
     if batch % replicas or batch // replicas < 1:
         below, above = batch // replicas * replicas, -(-batch // replicas) * replicas
         near = " or ".join(str(one) for one in dict.fromkeys((below, above)) if one >= max(2, replicas))

@@ -22,10 +22,11 @@ import tensorflow as tf
 from conftest import write_dataset
 from input_pipeline import photograph
 
-from trainer.config import Config
+from trainer.config import Config, replace
 from trainer.encoder import make_encoder
 from trainer.encoder_cost import forward_cost
 from trainer.input_pipeline import evaluation_batches, labelled_batches
+from trainer.settings import EncoderSettings
 from trainer.shared.records import read_manifest
 
 AT_ONCE = 32
@@ -44,7 +45,7 @@ def best_rate(run: Callable[[], int], rounds: int) -> float:
 
 
 def forward(precision: str) -> Callable[[], int]:
-    encoder = make_encoder(Config(precision=precision))
+    encoder = make_encoder(EncoderSettings(precision=precision), 224)
     images = tf.random.uniform([AT_ONCE, 224, 224, 3])
 
     @tf.function(autograph=False)
@@ -72,14 +73,14 @@ def main() -> None:
     args = parser.parse_args()
     for precision in ("float32", "bfloat16"):
         rate = best_rate(forward(precision), args.rounds)
-        flops = rate * forward_cost(Config()).flops
+        flops = rate * forward_cost(EncoderSettings(), 224).flops
         print(f"forward pass, {precision}: {rate:.1f} images/s a core, {flops / 1e9:.0f} GFLOP/s, {CORES} cores", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder), train=args.images, validation=1, picture=photograph)
-        manifest, config = read_manifest(folder), Config(global_batch_size=64)
+        manifest, config = read_manifest(folder), replace(Config(), global_batch_size=64)
         for name, dataset in {
-            "central crops": evaluation_batches(config, folder, manifest, "train", 64),
-            "random crops": labelled_batches(config, folder, manifest),
+            "central crops": evaluation_batches(config.views, folder, manifest, "train", 64),
+            "random crops": labelled_batches(config.views, 64, config.run, folder, manifest),
         }.items():
             rate = best_rate(batches(dataset), args.rounds)
             print(f"{name}: {rate:.0f} images/s a core, {CORES} cores", flush=True)

@@ -73,7 +73,7 @@ def cached(train: Any, validation: Any, classes: int, passes: int, part: float) 
     """Runs the choice of the penalty and the fit, each of them for `passes` evaluations if that is not 0."""
     from eval.measure import logistic
     from eval.measure.protocols import cached as protocol
-    from trainer.config import LinearEval
+    from trainer.settings import LinearEvalSettings
 
     times: dict[str, list[float]] = {}
     path = logistic.fit_path
@@ -104,7 +104,7 @@ def cached(train: Any, validation: Any, classes: int, passes: int, part: float) 
     protocol.fit = lambda examples, num_classes, penalty, start, **how: next(
         timed(examples, num_classes, [penalty], start, **how)
     )
-    classifier = protocol.fit_with_choice(train, classes, LinearEval())
+    classifier = protocol.fit_with_choice(train, classes, LinearEvalSettings())
     logits = classifier.logits(validation.whole().values)
     correct = logistic.top_k_accuracy(logits, validation.labels_by_id(), 1)
     return {

@@ -144,13 +144,13 @@ def run_one(run: Run, work: Path) -> dict:
     whole = not checkpoints.paths(str(folder))
     begun = time.process_time()
     if run.arm == "u reset each epoch":
-        every = manifest.splits["train"].records // config.global_batch_size
+        every = manifest.splits["train"].records // config.optimizer.global_batch_size
         while True:
             newest = checkpoints.load_latest(str(folder))
             steps_done = newest.step if newest else 0
             if newest is not None and np.any(newest.arrays["u"]):
                 forgotten = {**newest.arrays, "u": np.zeros_like(newest.arrays["u"])}
-                checkpoints.save(str(folder), replace(newest, arrays=forgotten), config.keep_checkpoints)
+                checkpoints.save(str(folder), replace(newest, arrays=forgotten), config.run.keep_checkpoints)
             taken = iter(range(steps_done + 1, 10**9))
             try:
                 result = train(config, data, str(folder), should_stop=lambda taken=taken: next(taken) % every == 0)
@@ -170,7 +170,7 @@ def run_one(run: Run, work: Path) -> dict:
 
     stored = checkpoints.load(result.checkpoint)
     logits, labels, penalty = evaluate(load_encoder(config, stored))
-    control, _, _ = evaluate(make_encoder(config))
+    control, _, _ = evaluate(make_encoder(config.encoder, config.views.image_size, config.run.seed))
     line = {
         "name": run.name,
         "group": run.group,

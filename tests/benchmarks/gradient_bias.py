@@ -34,10 +34,12 @@ from trainer.augmentation import augment
 from trainer.config import Config
 from trainer.heads import make_projection
 from trainer.input_pipeline import training_batches
-from trainer.losses import VARIANTS, gamma_of_visit, global_contrastive, nt_xent
+from trainer.losses.global_contrastive import VARIANTS, gamma_of_visit, global_contrastive
+from trainer.losses.nt_xent import nt_xent
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
-from trainer.train import model_variables, read_config
+from trainer.state import model_variables
+from trainer.train import read_config
 
 DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = "gradient_bias.json"
@@ -67,12 +69,16 @@ class Bias:
 def projections(config: Config, data: str, stored: checkpoints.Checkpoint, count: int) -> tf.Tensor:
     """Returns what encoder and head make of two views of the first `count` images, [count, 2, d] float32, not normalised."""
     encoder = load_encoder(config, stored)
-    head = make_projection(encoder.output_shape[-1], config.projection_layers, config.projection_dim, config.seed)
+    head = make_projection(
+        encoder.output_shape[-1], config.encoder.projection_layers, config.encoder.projection_dim, config.run.seed
+    )
     checkpoints.restore(model_variables("projection", head), stored)
     parts: list[tf.Tensor] = []
-    for batch in training_batches(config, data, read_manifest(data), 0).take(math.ceil(count / config.global_batch_size)):
+    for batch in training_batches(config, data, read_manifest(data), 0).take(
+        math.ceil(count / config.optimizer.global_batch_size)
+    ):
         both = [
-            augment(batch["views"][:, view], batch["draws"][:, view], config.color_jitter_strength, config.blur)
+            augment(batch["views"][:, view], batch["draws"][:, view], config.views.color_jitter_strength, config.views.blur)
             for view in (0, 1)
         ]
         parts.append(tf.stack([head(encoder(images, training=False), training=False) for images in both], axis=1))

@@ -26,7 +26,7 @@ import tensorflow as tf
 from conftest import write_dataset
 from PIL import Image
 
-from trainer.config import Config
+from trainer.config import Config, replace
 from trainer.input_pipeline import training_batches
 from trainer.shared import records
 from trainer.shared.records import read_manifest
@@ -90,7 +90,7 @@ def official_recipe(folder: Path) -> tf.data.Dataset:
 
 
 def ours(folder: Path, interpolation: str) -> tf.data.Dataset:
-    config = Config(global_batch_size=BATCH, crop_interpolation=interpolation, shuffle_window=256)
+    config = replace(Config(), global_batch_size=BATCH, crop_interpolation=interpolation, shuffle_window=256)
     return training_batches(config, str(folder), read_manifest(str(folder)), 0)
 
 

@@ -88,7 +88,7 @@ def lever_result(changes: dict[str, Any]) -> dict[str, Any]:
     """Returns what the step of `LEVER_BATCH` on v5e-8 needs with one lever undone."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from trainer.lowering import OneOfMany, lower_step
-    from trainer.train import create_train_state
+    from trainer.state import create_train_state
 
     machine = accelerators.get("v5e-8")
     config = resolve(f"sogclr_imagenet_r50_b{LEVER_BATCH}")

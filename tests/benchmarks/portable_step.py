@@ -42,7 +42,7 @@ def write(preset: str, overrides: list[str], output: Path, fuses: bool = True, f
     from pipelines.vertex import accelerators
     from trainer.lowering import OneOfMany, lower_step
     from trainer.presets import resolve
-    from trainer.train import create_train_state
+    from trainer.state import create_train_state
 
     config = resolve(preset, overrides)
     sizes = assumptions(preset, accelerators.get("cpu"))
@@ -56,9 +56,9 @@ def write(preset: str, overrides: list[str], output: Path, fuses: bool = True, f
     about = {
         "preset": preset,
         "settings": overrides,
-        "samples": forward or config.global_batch_size,
+        "samples": forward or config.optimizer.global_batch_size,
         "forward": bool(forward),
-        "precision": config.precision,
+        "precision": config.encoder.precision,
     }
     (output / ABOUT).write_text(json.dumps({**about, "fuses": fuses, "arguments": program.arguments}, indent=1))
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -23,18 +22,19 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.augmentation import NUM_DRAWS, augment
-from trainer.config import Config
-from trainer.losses import VARIANTS, gamma_of_visit, global_contrastive
+from trainer.config import Config, replace
+from trainer.losses.global_contrastive import VARIANTS, gamma_of_visit, global_contrastive
 from trainer.optimizer import learning_rate
 from trainer.presets import resolve
-from trainer.train import TrainState, create_train_state, make_train_step
+from trainer.state import TrainState, create_train_state
+from trainer.step import make_train_step
 
 NUM_IMAGES = 2000
 
 
 def batch_of(config: Config, seed: int = 0, num_images: int = NUM_IMAGES) -> dict[str, tf.Tensor]:
     random = np.random.default_rng(seed)
-    count, side = config.global_batch_size, config.image_size
+    count, side = config.optimizer.global_batch_size, config.views.image_size
     return {
         "views": tf.constant(random.integers(0, 256, (count, 2, side, side, 3), np.uint8)),
         "draws": tf.constant(random.random((count, 2, NUM_DRAWS), np.float32)),
@@ -50,20 +50,20 @@ def bare_step(config: Config, state: TrainState) -> Callable[[dict[str, tf.Tenso
     def step(batch: dict[str, tf.Tensor]) -> tf.Tensor:
         views = tf.concat([batch["views"][:, 0], batch["views"][:, 1]], 0)
         draws = tf.concat([batch["draws"][:, 0], batch["draws"][:, 1]], 0)
-        images = augment(views, draws, config.color_jitter_strength, config.blur)
-        variant = VARIANTS[config.variant]
+        images = augment(views, draws, config.views.color_jitter_strength, config.views.blur)
+        variant = VARIANTS[config.loss.variant]
         with tf.GradientTape() as tape:
             features = state.encoder(images, training=True)
             z1, z2 = tf.split(tf.math.l2_normalize(state.projection(features, training=True), axis=1), 2)
             u = state.u.sparse_read(batch["image_id"])
-            gamma = gamma_of_visit(u, config.gamma, variant)
-            positions = tf.range(config.global_batch_size)
-            result = global_contrastive(z1, z2, z1, z2, positions, u, gamma, config.temperature, variant)
+            gamma = gamma_of_visit(u, config.loss.gamma, variant)
+            positions = tf.range(config.optimizer.global_batch_size)
+            result = global_contrastive(z1, z2, z1, z2, positions, u, gamma, config.loss.temperature, variant)
             logits = state.classifier(tf.stop_gradient(features))
             labels = tf.tile(batch["label"], [2])
             online = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
             loss = result.loss + online
-        rate = learning_rate(config, NUM_IMAGES, state.step)
+        rate = learning_rate(config.optimizer, NUM_IMAGES, state.step)
         state.optimizer.apply(tape.gradient(loss, state.trainable), rate, state.step)
         state.u.scatter_update(tf.IndexedSlices(result.u, batch["image_id"]))
         state.step.assign_add(1)
@@ -95,7 +95,10 @@ def loop(rounds: int) -> None:
             if turn:
                 taken[name].append(spent)
     ratios = sorted(own / other for own, other in zip(taken["ours"], taken["bare"], strict=True))
-    print(f"{config.global_batch_size} samples, ResNet-{config.depth} x{config.width_multiplier} at {config.image_size} px")
+    print(
+        f"{config.optimizer.global_batch_size} samples, ResNet-{config.encoder.depth} x{config.encoder.width_multiplier} "
+        f"at {config.views.image_size} px"
+    )
     print(f"trainer's step {statistics.median(taken['ours']) * 1e3:.1f} ms, bare {statistics.median(taken['bare']) * 1e3:.1f} ms")
     print(f"ratio {statistics.median(ratios):.3f} (median of {rounds} turns; {ratios[0]:.3f} to {ratios[-1]:.3f})")
 

@@ -54,7 +54,7 @@ def an_epoch_reads_the_dataset_once(place: World) -> None:
     assert taken <= 1.05 * train * epochs
     for split in ("train", "validation"):
         read.clear()
-        steps = sum(1 for _ in evaluation_batches(config, "gs://a-bucket/data", manifest, split, 64))
+        steps = sum(1 for _ in evaluation_batches(config.views, "gs://a-bucket/data", manifest, split, 64))
         taken = sum(count for name, count in read.items() if f"-{split}." in name)
         whole = sum(shard.bytes for shard in manifest.splits[split].shards)
         print(f"{steps} batches of {split}: {taken / whole:.3f} times the split")

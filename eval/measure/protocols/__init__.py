@@ -1,7 +1,7 @@
 """The ways to measure an encoder, a file each. Read `protocol.py` first, then `cached.py`.
 
-A new protocol takes a file here, whose PROTOCOLS holds it, and its name in `trainer.config.Protocol`. Settings of its own are
-fields of `trainer.config.LinearEval`.
+A new protocol takes a file here, whose PROTOCOLS holds it, and its name in `trainer.settings.ProtocolName`. Its settings are
+fields of `trainer.settings.LinearEvalSettings`.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from eval.measure.protocols.cached import CACHED
 from eval.measure.protocols.control import CONTROL
 from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
 from trainer.config import Config
-from trainer.config import Protocol as ProtocolName
+from trainer.settings import ProtocolName
 
 _BASE_BYTES = 1.5e9
 """Of TensorFlow, the encoder and a batch."""
@@ -43,7 +43,7 @@ def _in_this_folder() -> Iterator[Protocol]:
 
 _FOUND = {one.name: one for one in _in_this_folder()}
 PROTOCOLS: dict[str, Protocol] = {name: _FOUND[name] for name in get_args(ProtocolName)}
-"""By name, in the order of `trainer.config.Protocol`."""
+"""By name, in the order of `trainer.settings.ProtocolName`."""
 
 
 def memory_bytes(sizes: Sizes) -> float:

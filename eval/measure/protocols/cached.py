@@ -13,8 +13,9 @@ import tensorflow as tf
 from eval.measure.features import StoredFeatures
 from eval.measure.logistic import LinearClassifier, accuracies, fit, fit_path
 from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
-from trainer.config import Config, LinearEval
+from trainer.config import Config
 from trainer.preemption import PreemptedError
+from trainer.settings import LinearEvalSettings
 
 EVALUATIONS = 12
 """Of the objective for one penalty, as planned for: docs/evaluation.md says what was measured."""
@@ -55,7 +56,7 @@ PROTOCOLS = (CACHED,)
 def fit_with_choice(
     train: StoredFeatures,
     num_classes: int,
-    settings: LinearEval,
+    settings: LinearEvalSettings,
     *,
     strategy: tf.distribute.Strategy | None = None,
     on_progress: Callable[[float, str], None] = lambda done, text: None,
@@ -102,7 +103,7 @@ def fit_with_choice(
         )
 
 
-def work_of_fits(settings: LinearEval, images: int) -> float:
+def work_of_fits(settings: LinearEvalSettings, images: int) -> float:
     """Returns how many examples all evaluations of an objective read, as planned for."""
     penalties, chosen_with = len(settings.l2_penalties), min(images, settings.choice_images)
     passes = float(images)

@@ -22,7 +22,7 @@ def scores(context: Context) -> Scores:
     count, most = context.train.count, context.settings.control_images
     chosen = np.sort(drawn_order(count, context.settings.seed)[:most]) if most < count else None
     with context.strategy.scope():
-        encoder = make_encoder(context.config)
+        encoder = make_encoder(context.config.encoder, context.config.views.image_size, context.config.run.seed)
     fitted = min(count, most)
     images = fitted + len(context.validation.labels)
 

@@ -9,8 +9,9 @@ from eval.measure.features import extract, load_encoder
 from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
 from eval.measure.subsets import balanced_counts, balanced_subset, read_subset
 from eval.measure.supervised import Recipe, train_classifier, weights_of
-from trainer.config import Config, LinearEval
+from trainer.config import Config
 from trainer.distribution import check_divides
+from trainer.settings import LinearEvalSettings
 from trainer.shared.records import Manifest
 
 
@@ -20,8 +21,8 @@ class _Part:
 
     name: str
     fraction: float
-    epochs: Callable[[LinearEval], int]
-    listed: Callable[[LinearEval], str] = lambda settings: ""
+    epochs: Callable[[LinearEvalSettings], int]
+    listed: Callable[[LinearEvalSettings], str] = lambda settings: ""
     """A file of images, in the place of those that are drawn."""
 
 
@@ -37,7 +38,7 @@ _TRAINING_SHARE = 0.95
 def _scores(part: _Part, context: Context) -> Scores:
     image_ids = _image_ids(part, context)
     recipe = _recipe(part, context.config, context.sizes.train if image_ids is None else len(image_ids))
-    visits = recipe.image_visits(context.config)
+    visits = recipe.image_visits
     with context.strategy.scope():
         encoder = load_encoder(context.config, context.checkpoint)
     folder = f"{context.work_dir}/{part.name}"
@@ -73,7 +74,7 @@ def _scores(part: _Part, context: Context) -> Scores:
 
 def _work(part: _Part, config: Config, sizes: Sizes) -> Work:
     images = sizes.train if part.fraction == 1 else max(sizes.classes, round(part.fraction * sizes.train))
-    return Work(forward=sizes.validation, trained=_recipe(part, config, images).image_visits(config))
+    return Work(forward=sizes.validation, trained=_recipe(part, config, images).image_visits)
 
 
 def _check(part: _Part, config: Config, manifest: Manifest, replicas: int) -> None:

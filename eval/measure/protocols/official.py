@@ -11,7 +11,7 @@ from trainer.shared.records import Manifest
 
 def scores(context: Context) -> Scores:
     recipe = _recipe(context.config, context.sizes.train)
-    visits = recipe.image_visits(context.config)
+    visits = recipe.image_visits
     classifier = train_classifier(
         context.encoder,
         context.config,
@@ -28,7 +28,7 @@ def scores(context: Context) -> Scores:
 
 
 def work(config: Config, sizes: Sizes) -> Work:
-    return Work(forward=_recipe(config, sizes.train).image_visits(config))
+    return Work(forward=_recipe(config, sizes.train).image_visits)
 
 
 def check(config: Config, manifest: Manifest, replicas: int) -> None:

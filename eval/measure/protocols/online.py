@@ -4,7 +4,7 @@ from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Wo
 from trainer import checkpoint as checkpoints
 from trainer.config import Config
 from trainer.heads import make_classifier
-from trainer.train import model_variables
+from trainer.state import model_variables
 
 
 def scores(context: Context) -> Scores:

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from eval.measure.features import Features, StoredFeatures
 from trainer.checkpoint import Checkpoint
-from trainer.config import Config, LinearEval
+from trainer.config import Config
+from trainer.settings import LinearEvalSettings
 from trainer.shared.records import Manifest
 
 
@@ -64,7 +65,7 @@ class Context:
     """Whether to raise PreemptedError soon."""
 
     @property
-    def settings(self) -> LinearEval:
+    def settings(self) -> LinearEvalSettings:
         return self.config.linear_eval
 
     @property
