@@ -21,7 +21,8 @@ from vertex.accounts import give_credentials
 from vertex.google import serving
 
 from pipelines.cli import main
-from pipelines.vertex.client import Vertex, credentials
+from pipelines.vertex.client import Vertex
+from pipelines.vertex.credentials import find_credentials
 from pipelines.vertex.jobs import Place
 from trainer.shared.progress import parse_line
 
@@ -393,7 +394,7 @@ def test_a_step_of_a_job_on_vertex_is_done_again_on_this_machine(folder, first, 
         job += ("--job-id", "mine", "--skip-check", "options", "region", "mlflow", "vertex", "bucket", "images", "raw")
         done = sogclr("submit", "--preset", "demo", *place, *job, "--set", "linear_eval.l2_penalties=1e-2", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        sent = Vertex(Place("my-project", "europe-west4", google.url), credentials()[0]).get("mine")
+        sent = Vertex(Place("my-project", "europe-west4", google.url), find_credentials()[0]).get("mine")
         assert set(sent.arguments("pretrain")) == {"preset", "overrides", "code_version"}
         left = {name: step(first, name)["outputs"] for name in COMPONENTS[:2]}
         google.vertex.leave("mine", left)

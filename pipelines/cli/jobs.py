@@ -62,9 +62,10 @@ def _read_cancelled(args: Namespace) -> JobOptions | ScheduleOptions:
 
 def connect(place: Place) -> "Vertex":
     """Returns the client of a place, with the credentials of this machine."""
-    from pipelines.vertex.client import Vertex, credentials
+    from pipelines.vertex.client import Vertex
+    from pipelines.vertex.credentials import find_credentials
 
-    return Vertex(place, credentials()[0])
+    return Vertex(place, find_credentials()[0])
 
 
 def show_status(options: JobOptions) -> int:
@@ -88,9 +89,10 @@ def cancel_schedule(options: ScheduleOptions) -> int:
 def cancel_job(options: JobOptions) -> int:
     """Ends a job and its Dataflow jobs. Returns 0 though Dataflow may refuse, which is a warning."""
     from pipelines.vertex import dataflow
-    from pipelines.vertex.client import Vertex, credentials
+    from pipelines.vertex.client import Vertex
+    from pipelines.vertex.credentials import find_credentials
 
-    who = credentials()[0]
+    who = find_credentials()[0]
     job = Vertex(options.name.place, who).cancel(options.name.job_id)
     try:
         for found in dataflow.cancel(job, who):

@@ -1,4 +1,4 @@
-"""One component again: rerun, on what a run of this machine or a job on Vertex AI left, here or there."""
+"""One component again: rerun. It takes what a run in MLflow or a job on Vertex AI left, and runs here or on Vertex AI."""
 
 import time
 from argparse import Namespace
@@ -68,7 +68,7 @@ def add_to(commands: Commands) -> None:
 
 @dataclass(frozen=True)
 class Again:
-    """A component to run again, with what changes."""
+    """A component to run again, and the settings that change."""
 
     component: str
     overrides: tuple[str, ...]
@@ -78,7 +78,7 @@ class Again:
 
 @dataclass(frozen=True)
 class OfRun:
-    """... on what a run in MLflow left."""
+    """A component to run again on this machine, on what a run in MLflow left."""
 
     again: Again
     run: str
@@ -86,7 +86,7 @@ class OfRun:
 
 @dataclass(frozen=True)
 class OfJob:
-    """... on what a job on Vertex AI left, on this machine."""
+    """A component to run again on this machine, on what a job on Vertex AI left."""
 
     again: Again
     name: JobName
@@ -94,13 +94,13 @@ class OfJob:
 
 @dataclass(frozen=True)
 class OnVertex:
-    """... on what a job on Vertex AI left, there."""
+    """A component to run again on Vertex AI, on what a job there left."""
 
     again: Again
     name: JobName
     cluster: ClusterOptions
     pipeline_root: str
-    """Empty for that of the job."""
+    """Empty for the pipeline root of that job."""
     sending: Sending
 
 

@@ -1,4 +1,4 @@
-"""What Google charges for a device: a table with its date and its source, and no code beside it but a sentence about it."""
+"""What Google charges for a device: a table with its dates and its source. A new price is a change of this file alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Price:
 
     dollars_per_hour: float
     read: str
-    """Day on which it was read, as in 2026-11-25."""
+    """The day on which it was read, as in 2026-11-25."""
     region: str = REGION
 
 
@@ -32,7 +32,7 @@ PRICES: Mapping[str, Price] = {
     "v4": Price(12.88 / 4, _TPUS_READ),
     "v5e": Price(1.20, _TPUS_READ),
 }
-"""By family. us-central1 lists an a100-80gb and an h100 at less than half of what other regions of the USA do: theirs count."""
+"""By family. us-central1 lists an a100-80gb and an h100 at less than half of other regions' prices, which stand here instead."""
 
 IN_WORDS = (
     f"Google's in the USA, on demand, from {SOURCE}, read {_TPUS_READ} (TPUs) and {_OTHERS_READ} (others): {REGION}, but "

@@ -4,7 +4,6 @@ Every call goes over REST, is made again while the service is overloaded or out 
 person who can mend it. A job is created under an ID of ours, so that asking again never makes a second one.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -33,35 +32,6 @@ _PATIENCE = 120.0
 """Seconds that a call is made again while it fails in a way that may pass."""
 _PATIENCE_OF_FOLLOWING = 1800.0
 _SECONDS_BETWEEN_LOOKS = 15.0
-
-
-def credentials() -> "tuple[Credentials, str]":
-    """Returns the credentials of this machine and the project they name. Raises UserError saying how to get some."""
-    import google.auth
-
-    try:
-        found, project = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
-    except auth_exceptions.GoogleAuthError as error:
-        if named := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
-            raise UserError(
-                f"GOOGLE_APPLICATION_CREDENTIALS names {named}, which holds no credentials: mend or unset it"
-            ) from error
-        raise UserError(
-            "there are no Google Cloud credentials on this machine: gcloud auth application-default login makes them, or "
-            "GOOGLE_APPLICATION_CREDENTIALS names a key file"
-        ) from error
-    return found, project or ""
-
-
-def access_token(credentials: "Credentials") -> str:
-    """Returns a fresh token of `credentials`. Raises UserError where Google refuses them."""
-    import google.auth.transport.requests
-
-    try:
-        credentials.refresh(google.auth.transport.requests.Request())
-    except auth_exceptions.GoogleAuthError as error:
-        raise UserError("the credentials do not hold: gcloud auth application-default login renews them") from error
-    return str(credentials.token or "")
 
 
 class Vertex:

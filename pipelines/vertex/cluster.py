@@ -10,29 +10,30 @@ from pipelines.vertex.images import Images
 from trainer.hardware import plugin_environment
 
 LONGEST_HOURS = 168.0
-"""The longest timeout of a custom job. 7 days is Vertex AI's default, and its pages name no longer one."""
+"""The longest timeout of a custom job: 7 days, Vertex AI's default. Its pages name no longer timeout."""
 _LIBTPU = "/opt/sogclr/lib/python3.11/site-packages/libtpu/libtpu.so"
-"""In the TPU image, as the Dockerfile installs it."""
+"""The TPU's library in the TPU image, where the Dockerfile installs it."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where and how a compiled pipeline runs. Nothing of it changes a result."""
+    """Where and how a compiled pipeline runs. Its values change no result."""
 
     images: Images
     accelerator: Accelerator | None = None
-    """What pretraining runs on; None for plain containers, as any Kubeflow Pipelines runs them."""
+    """The machine of pretraining. None for plain containers, which any Kubeflow Pipelines runs."""
     eval_accelerator: Accelerator = field(default_factory=lambda: accelerators.get("cpu"))
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Of every step. No secrets: it is in the YAML."""
+    """Environment variables of every step. They stand in the YAML, so none of them is a secret."""
     beam_args: tuple[str, ...] = ()
+    """Beam's own options; none to convert in the step's own container."""
     timeout_hours: float = LONGEST_HOURS
     retries: int = 3
-    """How often a step that fails, or whose machine is lost, is started again."""
+    """How often a step starts again after it failed or lost its machine."""
     spot: bool = False
     disk_gb: int = 200
     service_account: str = ""
-    """Of all steps; empty for the account that the pipeline runs as."""
+    """The account that all steps run as; empty for the account of the pipeline."""
     network: str = ""
     encryption_key: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -40,14 +41,14 @@ class Cluster:
 
     @property
     def builds(self) -> tuple[Build, ...]:
-        """Returns which images it needs."""
+        """Returns the builds of TensorFlow whose images it needs."""
         used: list[Build] = ["cpu"]
         if self.accelerator:
             used += [self.eval_accelerator.build, self.accelerator.build]
         return tuple(dict.fromkeys(used))
 
     def accelerator_of(self, component: str) -> Accelerator | None:
-        """Returns what a component has a custom job on, or None for one that is a plain container."""
+        """Returns the machine of a component's custom job, or None for a component that runs in a plain container."""
         if self.accelerator is None:
             return None
         return {"pretrain": self.accelerator, "linear-eval": self.eval_accelerator}.get(component)

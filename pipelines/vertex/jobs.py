@@ -20,7 +20,7 @@ class Place:
     project: str
     region: str
     endpoint: str = ""
-    """Of the API, where it is not Google's public one, as with Private Service Connect."""
+    """URL of the API; empty for Google's public one. Private Service Connect has another."""
 
     @property
     def folder(self) -> str:
@@ -32,7 +32,7 @@ class Place:
 
 @dataclass(frozen=True)
 class JobName:
-    """The job of an ID in a place."""
+    """Which job: its place and its ID there."""
 
     place: Place
     job_id: str
@@ -61,9 +61,9 @@ class Job:
     error: str
     link: str
     plan: str
-    """What `PLAN_LABEL` says."""
+    """The value of `PLAN_LABEL`."""
     tasks: tuple[Task, ...]
-    """Of the pipeline's components, in their order."""
+    """The steps of the pipeline, in its order."""
     spec: Mapping[str, Any]
     parameters: Mapping[str, Any]
     pipeline_root: str
@@ -73,7 +73,7 @@ class Job:
         return self.state in _ENDED
 
     def task(self, component: str) -> Task:
-        """Raises UserError where the job has none that got so far."""
+        """Returns the task of a component. Raises UserError where the job has none, or it left nothing."""
         found = next((task for task in self.tasks if task.name == component), None)
         if found is None or not found.outputs:
             state = f"it is {found.state}" if found else "it has no such step"
@@ -128,7 +128,7 @@ def parse_schedule(text: str, endpoint: str) -> Place | None:
 
 
 def as_json(job: Job) -> dict[str, Any]:
-    """Returns what scripts want of a job."""
+    """Returns a job as JSON, for scripts."""
     return {
         "job_id": job.job_id,
         "state": job.state,

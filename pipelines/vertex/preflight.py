@@ -130,9 +130,9 @@ def _check_mlflow(submission: "Submission") -> tuple[str, None]:
 
 
 def _check_credentials() -> tuple[str, "Credentials"]:
-    from pipelines.vertex.client import credentials
+    from pipelines.vertex.credentials import find_credentials
 
-    found, project = credentials()
+    found, project = find_credentials()
     who = getattr(found, "service_account_email", "") or "a user"
     return f"of {who}{f', project {project}' if project else ''}", found
 
@@ -155,7 +155,7 @@ def _check_bucket(submission: "Submission", who: "Credentials") -> tuple[str, No
 
 
 def _check_images(submission: "Submission", who: "Credentials") -> tuple[str, "Images"]:
-    from pipelines.vertex.client import access_token
+    from pipelines.vertex.credentials import access_token
 
     builds = submission.cluster.builds
     images = submission.cluster.images.resolved(access_token(who), builds)
