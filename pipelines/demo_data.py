@@ -57,7 +57,7 @@ def ignore(*_: object) -> None:
 def make_raw(folder: str, report: Callable[[int, int], None] = ignore) -> None:
     """Writes the raw data to `folder`, the same bytes each time; whole or not at all. Does nothing where it is there already.
 
-    `report` is called with the photographs done and how many there are. Raises UserError where `folder` has something else
+    `report` is called with the photographs done and how many there are. Raises UserError if `folder` has something else
     in it, and where a photograph is not installed.
     """
     target = Path(folder)

@@ -45,7 +45,7 @@ class Finding:
     name: str
     value: str
     wrong: str = ""
-    """What is wrong with it and what to do; empty where nothing is."""
+    """What is wrong with it and what to do; empty if nothing is."""
 
 
 def examine(root: Path, store_uri: str, experiment: str, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
@@ -209,7 +209,7 @@ def _google_credentials(environ: Mapping[str, str]) -> Finding:
         return Finding(
             name,
             "GOOGLE_APPLICATION_CREDENTIALS names a file",
-            "" if there else f"{named} cannot be read: mend or unset the variable",
+            "" if there else f"{named} cannot be read: fix or unset the variable",
         )
     folder = environ.get("CLOUDSDK_CONFIG") or os.path.expanduser("~/.config/gcloud")
     if os.path.exists(os.path.join(folder, "application_default_credentials.json")):

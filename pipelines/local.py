@@ -48,7 +48,7 @@ def run(
     report: Callable[[str, int, int, str], None],
     echo: Callable[[str], None] | None = None,
 ) -> list[str] | None:
-    """Runs a pipeline and returns the MLflow runs of what it made or reused, or None where it failed.
+    """Runs a pipeline and returns the MLflow runs of what it made or reused, or None if it failed.
 
     `environment` is added to that of the steps. What they print goes to the file `log`, line by line to `echo`, where it is
     progress to `report`, and where it is a note to stderr.

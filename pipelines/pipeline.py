@@ -90,7 +90,7 @@ def sogclr(raw: str, raw_identity: str, preset: str, overrides: list[str], linea
 
     Args:
         raw: Folder of the raw archives.
-        raw_identity: Changes when the archives do; may be empty where nothing is taken from a cache.
+        raw_identity: Changes when the archives do; may be empty if nothing is taken from a cache.
         preset: The experiment.
         overrides: key=value for pretraining.
         linear_eval_overrides: key=value for the linear eval, as in linear_eval.seed=1.

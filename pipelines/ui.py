@@ -18,7 +18,7 @@ _HOST = "127.0.0.1"
 def serve(uri: str, artifacts: str, port: int, log: Path, ready: Callable[[str], None]) -> None:
     """Serves the store at `uri` until it is interrupted; calls `ready(url)` once the page can be opened.
 
-    What the server says goes to the file `log`. Raises UserError where the port cannot be had.
+    What the server says goes to the file `log`. Raises UserError if the port cannot be had.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -25,7 +25,7 @@ def move_credentials(environ: MutableMapping[str, str] = os.environ) -> None:
 def read_secret(environ: MutableMapping[str, str] = os.environ) -> None:
     """Puts the secret that `environ` names, if it names one, where MLflow looks for credentials.
 
-    Waits for Secret Manager as long as a step waits for MLflow. Raises UserError where the secret cannot be read.
+    Waits for Secret Manager as long as a step waits for MLflow. Raises UserError if the secret cannot be read.
     """
     name = environ.get(variables.SECRET)
     if not name:

@@ -73,7 +73,7 @@ class Metrics:
         self._outbox.settle()
 
     def flush(self) -> None:
-        """Waits until the store has every metric. Raises UserError where it refuses them."""
+        """Waits until the store has every metric. Raises UserError if it refuses them."""
         self._outbox.flush()
 
     def close(self, finished: bool = False) -> None:

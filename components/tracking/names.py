@@ -50,7 +50,7 @@ REPLICAS = "sogclr.replicas"
 ERROR = "sogclr.error"
 """Why the step failed, one line."""
 USER_ERROR = "sogclr.user_error"
-"""Whether the user can mend the error: true or false."""
+"""Whether the user can fix the error: true or false."""
 
 DATASET_FINGERPRINT = "sogclr.dataset_fingerprint"
 """Fingerprint of the dataset that the step made or read."""

@@ -26,7 +26,7 @@ def start_pipeline(
 ) -> str:
     """Opens a pipeline's run and returns its ID.
 
-    `root` is the --root that a later command needs, empty where that is its default. `rerun_of` is the step's run that is done
+    `root` is the --root that a later command needs, empty if that is its default. `rerun_of` is the step's run that is done
     again.
     """
     tags = {

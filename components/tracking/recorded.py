@@ -18,7 +18,7 @@ def knows(store: Store, run_id: str) -> bool:
 
 
 def find_run(store: Store, prefix: str) -> str:
-    """Returns the ID of the one run that begins with `prefix`. Raises UserError where there is none, or several."""
+    """Returns the ID of the one run that begins with `prefix`. Raises UserError if there is none, or several."""
     if len(prefix) < 8:
         raise UserError(f"run {prefix} is too short: give at least the first 8 characters of a run ID")
     found = store.client.search_runs([store.experiment_id], max_results=50000)
@@ -33,7 +33,7 @@ def find_run(store: Store, prefix: str) -> str:
 def find_step(store: Store, run_id: str, component: str) -> Step:
     """Returns the run of `component` that the run `run_id` is, follows from or belongs to.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     tags = store.client.get_run(run_id).data.tags
     if names.COMPONENT not in tags:

@@ -72,7 +72,7 @@ def register(store: Store, run_id: str, model: LoggedModel, card: str, tags: Map
 
 
 def version_of(store: Store, model_id: str) -> str | None:
-    """Returns the version of `ENCODER` that a logged model is, or None where this store has no such version."""
+    """Returns the version of `ENCODER` that a logged model is, or None if this store has no such version."""
     return next((str(one.version) for one in _versions(store) if one.source == _source(model_id)), None)
 
 

@@ -12,7 +12,7 @@ from components.tracking.store import Store
 
 
 def find(store: Store, run_id: str) -> Run | None:
-    """Returns a run, or None where the store has none of that ID."""
+    """Returns a run, or None if the store has none of that ID."""
     try:
         return store.client.get_run(run_id) if run_id else None
     except MlflowException as error:

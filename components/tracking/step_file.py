@@ -27,7 +27,7 @@ def write(store: Store, run_id: str, arguments: Mapping[str, Any], outputs: Mapp
 
 
 def read(store: Store, run_id: str) -> dict[str, Any]:
-    """Returns the `arguments` and `outputs` of a step; both are empty where it was killed before it recorded them."""
+    """Returns the `arguments` and `outputs` of a step; both are empty if it was killed before it recorded them."""
     if not any(file.path == names.STEP_FILE for file in store.client.list_artifacts(run_id)):
         return {"arguments": {}, "outputs": {}}
     with tempfile.TemporaryDirectory() as folder:

@@ -33,7 +33,7 @@ class Store:
 def open_store(uri: str, experiment: str = EXPERIMENT, artifacts: str | None = None, patience: float = 0.0) -> Store:
     """Returns the store at `uri`. Makes its experiment where that is new, with the folder `artifacts` for artifacts.
 
-    While the store does not answer, repeats each call for `patience` seconds. Raises UserError where the store cannot be used.
+    While the store does not answer, repeats each call for `patience` seconds. Raises UserError if the store cannot be used.
     """
     with _refused_in_one_line(uri):
         client = cast(MlflowClient, PatientClient(MlflowClient(uri), patience))
@@ -52,7 +52,7 @@ def open_job_store(environ: Mapping[str, str] = os.environ) -> Store:
 
 
 def describe_store(uri: str, experiment: str = EXPERIMENT) -> str:
-    """Returns in words what the store at `uri` holds, and changes nothing in it. Raises UserError where it cannot be used."""
+    """Returns in words what the store at `uri` holds, and changes nothing in it. Raises UserError if it cannot be used."""
     with _refused_in_one_line(uri):
         found = MlflowClient(uri).get_experiment_by_name(experiment)
         return f"has the experiment {experiment}" if found else f"answers; sogclr run makes the experiment {experiment}"
@@ -81,5 +81,5 @@ def _refused_in_one_line(uri: str) -> Iterator[None]:
         elif error.get_http_status_code() in (401, 403):
             hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         else:
-            hint = "mend or unset MLFLOW_TRACKING_URI"
+            hint = "fix or unset MLFLOW_TRACKING_URI"
         raise UserError(f"MLflow cannot use {without_credentials(uri)}: {said}; {hint}") from error

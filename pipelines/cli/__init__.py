@@ -17,7 +17,7 @@ from trainer.shared.errors import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
-    0, 1 for what failed, 2 for what the user can mend, 130 for an interrupt, 141 where the reader of the output has gone.
+    0, 1 for what failed, 2 for what the user can fix, 130 for an interrupt, 141 where the reader of the output has gone.
     """
     args = make_parser().parse_args(arguments)
     # A request to end is an interrupt, so that what was started is ended too.

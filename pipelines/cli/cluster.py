@@ -151,7 +151,7 @@ def read_cluster(args: Namespace) -> ClusterOptions:
 
 
 def _check_machines(args: Namespace) -> None:
-    """Raises UserError where a custom job cannot have the machine that an option names."""
+    """Raises UserError if a custom job cannot have the machine that an option names."""
     machines = {"--accelerator": args.accelerator, "--eval-accelerator": args.eval_accelerator} if args.accelerator else {}
     for option, name in machines.items():
         if name:

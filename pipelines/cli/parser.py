@@ -9,7 +9,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="sogclr",
         description="SogCLR from raw images to a linear eval, on this machine or on Vertex AI, with the lineage of all steps.",
-        epilog="sogclr COMMAND --help tells more of each. Exit codes: 0 done, 1 failed, 2 something for you to mend.",
+        epilog="sogclr COMMAND --help tells more of each. Exit codes: 0 done, 1 failed, 2 something for you to fix.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

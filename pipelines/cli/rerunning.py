@@ -195,7 +195,7 @@ def _run_here(
 
 
 def _inputs_from(job: Job, component: str) -> dict[str, Artifact]:
-    """Returns what a component needs of what a job left. Raises UserError where the job did not get so far."""
+    """Returns what a component needs of what a job left. Raises UserError if the job did not get so far."""
     return {name: job.task(_MADE_BY[name]).outputs[name] for name in _NEEDS[component]}
 
 
@@ -245,7 +245,7 @@ def _cluster_again(options: OnVertex, job: Job, root: str) -> Cluster:
 
 
 def _estimates(options: OnVertex, job: Job, cluster: Cluster, arguments: Mapping[str, Any]) -> "list[Finding]":
-    """Returns what is known of the step's memory or time. Raises UserError where its machine cannot train its batch."""
+    """Returns what is known of the step's memory or time. Raises UserError if its machine cannot train its batch."""
     from pipelines.cli import estimates
 
     again = options.again

@@ -53,7 +53,7 @@ def job_id_of(name: str, when: str) -> str:
 def send(submission: "Submission", estimates: Iterable[Finding], sending: Sending, output: Output) -> int:
     """Looks at a submission, prints what it is and what was found, and sends it unless something is missing.
 
-    Returns the exit code of the command. Raises UserError where something is missing.
+    Returns the exit code of the command. Raises UserError if something is missing.
     """
     report = run_preflight(submission, estimates, sending.skip)
     _print_report(report, output)
@@ -89,7 +89,7 @@ def _report_as_json(report: PreflightReport) -> dict[str, object]:
 def _in_words(problems: Iterable[Finding]) -> str:
     missing, waiting = ([one.name for one in problems if one.looked is looked] for looked in (True, False))
     later = f"; {', '.join(waiting)} can be looked at then" if waiting else ""
-    return f"{', '.join(missing)} must be mended first{later}"
+    return f"{', '.join(missing)} must be fixed first{later}"
 
 
 def _send(report: PreflightReport, sending: Sending, output: Output) -> int:

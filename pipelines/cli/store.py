@@ -14,7 +14,7 @@ ROOT = "runs"
 
 
 def make_root(name: str) -> Path:
-    """Returns the root `name`, which is a folder then. Raises UserError where it cannot be one."""
+    """Returns the root `name`, which is a folder then. Raises UserError if it cannot be one."""
     root = absolute(name)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -55,6 +55,6 @@ def open_store(root: Path) -> "Store":
 
 
 def check_runs(root: Path) -> None:
-    """Raises UserError where nothing was ever recorded under a root, and the environment names no other store."""
+    """Raises UserError if nothing was ever recorded under a root, and the environment names no other store."""
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
         raise UserError(f"--root {shown(root)} holds no runs; sogclr run --preset demo --root {shown(root)} makes the first")

@@ -103,7 +103,7 @@ def _read_compile(args: Namespace) -> CompileOptions:
 
 
 def compile_(options: CompileOptions) -> int:
-    """Writes the pipeline as KFP IR YAML. Raises UserError where it is known that a step does not fit or cannot end."""
+    """Writes the pipeline as KFP IR YAML. Raises UserError if it is known that a step does not fit or cannot end."""
     from pipelines import pipeline
     from pipelines.cli import estimates
 

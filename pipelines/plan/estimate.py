@@ -109,7 +109,7 @@ def make_estimate(
     """Returns the estimate of a run's pretraining.
 
     `python` is the interpreter that has the TPU's compiler, or None; `cache` a folder that keeps what was compiled, by config,
-    device, replicas and `version`, which names the code; `listing` a file for the compiled program. Raises UserError where the
+    device, replicas and `version`, which names the code; `listing` a file for the compiled program. Raises UserError if the
     batch does not divide, and where the step is none that a TPU can run.
     """
     check(accelerator, config)

@@ -116,7 +116,7 @@ def make_evaluation_estimate(
     """Returns what the evaluation of a run of `config` needs on `accelerator`, the machine that `assumed` is for.
 
     `python`, `cache` and `version` are as for `estimate.make_estimate`. Without `python`, the forward pass that was compiled
-    before counts, or else its convolutions do. Raises UserError where the forward pass does not compile for a TPU.
+    before counts, or else its convolutions do. Raises UserError if the forward pass does not compile for a TPU.
     """
     from eval.measure.protocols import Sizes, disk_bytes, memory_bytes, work_of
 
@@ -254,7 +254,7 @@ def _notes(demand: Demand, accelerator: Accelerator, is_compiled: bool) -> Itera
 def _compiled_forward(
     config: Config, accelerator: Accelerator, python: Path | None, cache: Path, version: str, say: Callable[[str], None]
 ) -> Mapping[str, Any] | None:
-    """Returns what the compiler says of the forward pass on one device, or None where it was not asked.
+    """Returns what the compiler says of the forward pass on one device, or None if it was not asked.
 
     The program of a GPU is not known here: a v5e's stands in its place. A CPU was measured, so that none is needed.
     """

@@ -24,7 +24,7 @@ class Device:
     all_reduce_bytes_per_second: float = 0.0
     """A whole pod's rate, divided by its devices. 0 where no figure is published."""
     topology: str = ""
-    """The smallest slice that the TPU's compiler knows the device in; empty where no compiler is here for it."""
+    """The smallest slice that the TPU's compiler knows the device in; empty if no compiler is here for it."""
     chip_config: str = ""
 
     def rate(self, precision: str) -> float:
@@ -39,7 +39,7 @@ class Host:
     cpus: int
     """Virtual CPUs."""
     memory_bytes: float | None = None
-    """None where no figure is known."""
+    """None if no figure is known."""
 
 
 CORE_FLOPS_PER_SECOND = 190e9

@@ -22,7 +22,7 @@ class Accelerator:
     build: Build
     machine_type: str
     accelerator_type: str = ""
-    """Vertex AI's name; empty where the machine type says it all."""
+    """Vertex AI's name; empty if the machine type says it all."""
     accelerator_count: int = 0
     """As Vertex AI counts: GPUs, or TPU cores."""
     tpu_topology: str = ""
@@ -30,11 +30,11 @@ class Accelerator:
     """Parts that a global batch is cut into: GPUs, TPU cores, or chips where TensorFlow sees a chip as one device."""
     hosts: int = 1
     regions: tuple[str, ...] = ()
-    """Where Google lists it; empty where this project keeps no list."""
+    """Where Google lists it; empty if this project keeps no list."""
 
     @property
     def refused(self) -> str:
-        """Returns why Vertex AI cannot train this project on it; empty where it can."""
+        """Returns why Vertex AI cannot train this project on it; empty if it can."""
         if self.accelerator_type == "TPU_V4_POD":
             return "Vertex AI lists no v4 for TensorFlow"
         if self.hosts > 1:
@@ -137,7 +137,7 @@ def get(name: str) -> Accelerator:
 
 
 def check_usable(accelerator: Accelerator, option: str, *, spot: bool = False, force: bool = False) -> None:
-    """Raises UserError where Vertex AI cannot run a custom job of this project on `accelerator`, or does not sell it as spot.
+    """Raises UserError if Vertex AI cannot run a custom job of this project on `accelerator`, or does not sell it as spot.
 
     `option` is the command-line option that names the machine. `force` allows a machine that is refused, though not as spot.
     """
@@ -158,7 +158,7 @@ def check_usable(accelerator: Accelerator, option: str, *, spot: bool = False, f
 
 
 def check(accelerator: Accelerator, config: Config) -> None:
-    """Raises UserError where `config` cannot be trained on `accelerator`, with what could.
+    """Raises UserError if `config` cannot be trained on `accelerator`, with what could.
 
     Whether a step fits into the memory of a device is not looked at here.
     """
@@ -173,6 +173,6 @@ def check(accelerator: Accelerator, config: Config) -> None:
 
 
 def check_region(accelerator: Accelerator, region: str) -> None:
-    """Raises UserError where Google does not list `accelerator` in `region`."""
+    """Raises UserError if Google does not list `accelerator` in `region`."""
     if accelerator.regions and region not in accelerator.regions:
         raise UserError(f"--region {region} has no {accelerator.name}: Google lists it in {', '.join(accelerator.regions)}")

@@ -1,7 +1,7 @@
 """The client of Vertex AI: makes pipeline jobs and schedules, follows them and ends them.
 
 Every call goes over REST, is made again while the service is overloaded or out of reach, and fails in one line for the
-person who can mend it. A job is created under an ID of ours, so that asking again never makes a second one.
+person who can fix it. A job is created under an ID of ours, so that asking again never makes a second one.
 """
 
 import sys
@@ -44,12 +44,12 @@ class Vertex:
         self._schedules = aiplatform_v1.ScheduleServiceClient(transport="rest", client_options=options, credentials=credentials)
 
     def check(self) -> None:
-        """Raises UserError where jobs of this place cannot be seen."""
+        """Raises UserError if jobs of this place cannot be seen."""
         request = aiplatform_v1.ListPipelineJobsRequest(parent=self.place.folder, page_size=1)
         self._call(lambda timeout: self._jobs.list_pipeline_jobs(request, timeout=timeout, retry=None))
 
     def find(self, job_id: str, patience: float | None = None) -> Job | None:
-        """Returns a job as it stands, or None where there is none of that ID."""
+        """Returns a job as it stands, or None if there is none of that ID."""
         try:
             name = f"{self.place.folder}/pipelineJobs/{job_id}"
             return self._job(
@@ -67,7 +67,7 @@ class Vertex:
     def create(self, job_id: str, job: aiplatform_v1.PipelineJob) -> tuple[Job, bool]:
         """Returns the job `job_id`, and whether this call made it: one that was asked for alike before is taken as it is.
 
-        Raises UserError where the ID is another job's, and where no answer came: the job may be there then.
+        Raises UserError if the ID is another job's, and where no answer came: the job may be there then.
         """
         plan = job.labels[PLAN_LABEL]
         if (there := self.find(job_id)) is None:
@@ -136,7 +136,7 @@ class Vertex:
         return self._call(lambda timeout: create(timeout).name, before_again=there), True
 
     def delete_schedule(self, name: str) -> None:
-        """Ends a schedule, by its resource name. Jobs that it made go on. Raises UserError where there is none."""
+        """Ends a schedule, by its resource name. Jobs that it made go on. Raises UserError if there is none."""
         self._call(lambda timeout: self._schedules.delete_schedule(name=name, timeout=timeout, retry=None))
 
     def follow(self, job_id: str, say: Callable[[str], None]) -> Job:

@@ -20,7 +20,7 @@ def find_credentials() -> "tuple[Credentials, str]":
     except exceptions.GoogleAuthError as error:
         if named := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
             raise UserError(
-                f"GOOGLE_APPLICATION_CREDENTIALS names {named}, which holds no credentials: mend or unset it"
+                f"GOOGLE_APPLICATION_CREDENTIALS names {named}, which holds no credentials: fix or unset it"
             ) from error
         raise UserError(
             "there are no Google Cloud credentials on this machine: gcloud auth application-default login makes them, or "
@@ -30,7 +30,7 @@ def find_credentials() -> "tuple[Credentials, str]":
 
 
 def access_token(credentials: "Credentials") -> str:
-    """Returns a fresh token of `credentials`. Raises UserError where Google refuses them."""
+    """Returns a fresh token of `credentials`. Raises UserError if Google refuses them."""
     try:
         credentials.refresh(google.auth.transport.requests.Request())
     except exceptions.GoogleAuthError as error:

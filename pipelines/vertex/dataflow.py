@@ -26,7 +26,7 @@ class DataflowError(Exception):
 
 
 def cancel(job: Job, credentials: "Credentials") -> list[str]:
-    """Cancels the active Dataflow jobs of a pipeline job and returns their IDs. Raises DataflowError where Dataflow refuses."""
+    """Cancels the active Dataflow jobs of a pipeline job and returns their IDs. Raises DataflowError if Dataflow refuses."""
     options = _options(job)
     if options.get("runner") != "DataflowRunner":
         return []

@@ -45,7 +45,7 @@ class Images:
         return f"{self.name(build)}@{digest}" if digest else f"{self.name(build)}:{self.tag}"
 
     def resolved(self, token: str, builds: tuple[Build, ...]) -> "Images":
-        """Returns the same with the digests that the registry has for `builds`. Raises UserError where it has not all of them."""
+        """Returns the same with the digests that the registry has for `builds`. Raises UserError if it has not all of them."""
         return replace(self, digests={build: _digest(self.name(build), self.tag, token) for build in builds})
 
 

@@ -73,7 +73,7 @@ class Job:
         return self.state in _ENDED
 
     def task(self, component: str) -> Task:
-        """Returns the task of a component. Raises UserError where the job has none, or it left nothing."""
+        """Returns the task of a component. Raises UserError if the job has none, or it left nothing."""
         found = next((task for task in self.tasks if task.name == component), None)
         if found is None or not found.outputs:
             state = f"it is {found.state}" if found else "it has no such step"
@@ -89,7 +89,7 @@ class Job:
         raise UserError(f"job {self.job_id} has no step {component}")
 
     def run_of(self, component: str) -> str:
-        """Returns the MLflow run of a component, as the metadata of what it made says it; empty where nothing does."""
+        """Returns the MLflow run of a component, as the metadata of what it made says it; empty if nothing does."""
         made = (one for task in self.tasks if task.name == component for one in task.outputs.values())
         return next((str(one.metadata.get("run_id", "")) for one in made), "")
 

@@ -45,7 +45,7 @@ def check_bucket(uri: str, place: Place, credentials: "Credentials", *, writes: 
 
 
 def raw_identity(raw: str) -> str:
-    """Returns what identifies the raw archives in a folder. Raises UserError where they are not there, or may not be read."""
+    """Returns what identifies the raw archives in a folder. Raises UserError if they are not there, or may not be read."""
     from apache_beam.io.filesystem import BeamIOError
 
     from beam_jobs import raw as raw_data

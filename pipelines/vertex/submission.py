@@ -38,7 +38,7 @@ class Submission:
     cluster: Cluster
     pipeline_root: str
     raw: str
-    """Folder of the raw archives that the job reads; empty where it reads none."""
+    """Folder of the raw archives that the job reads; empty if it reads none."""
     compile: Callable[[Cluster], dict[str, Any]]
     parameters: Mapping[str, Any]
     components: tuple[str, ...] = COMPONENTS
@@ -121,7 +121,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def check_parameters(spec: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Raises UserError where `values` are not the parameters of the pipeline `spec`: the service finds out only later."""
+    """Raises UserError if `values` are not the parameters of the pipeline `spec`: the service finds out only later."""
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     for name, definition in known.items():
         if name not in values:
@@ -149,7 +149,7 @@ class Sent:
 
 
 def submit(submission: Submission, credentials: "Credentials") -> Sent:
-    """Sends a submission. Raises UserError where Vertex AI refuses it or does not answer."""
+    """Sends a submission. Raises UserError if Vertex AI refuses it or does not answer."""
     vertex, job = Vertex(submission.place, credentials), submission.job()
     if submission.schedule:
         name, is_new = vertex.schedule(submission.job_id, submission.schedule, job, submission.max_runs)
