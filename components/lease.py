@@ -52,7 +52,7 @@ class Lease:
         if self._taken_by:
             raise LostLeaseError(
                 f"{self._file.url} was taken over by {self._taken_by}, because this process did not renew it in time: "
-                "this process stops without another write"
+                "it stops without another write"
             )
 
     def release(self, finished: bool) -> None:
