@@ -54,10 +54,10 @@ def ignore(*_: object) -> None:
     """Does nothing."""
 
 
-def make_raw(folder: str, report: Callable[[int, int], None] = ignore) -> None:
+def make_raw(folder: str, on_progress: Callable[[int, int], None] = ignore) -> None:
     """Writes the raw data to `folder`, the same bytes each time; whole or not at all. Does nothing where it is there already.
 
-    `report` is called with the photographs done and how many there are. Raises UserError if `folder` has something else
+    `on_progress` is called with the photographs done and how many there are. Raises UserError if `folder` has something else
     in it, and where a photograph is not installed.
     """
     target = Path(folder)
@@ -66,15 +66,15 @@ def make_raw(folder: str, report: Callable[[int, int], None] = ignore) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{folder} is in the way: the demo's raw data needs a folder that is empty or not there yet")
     with whole_folder(folder) as made:
-        _write(Path(made), report)
+        _write(Path(made), on_progress)
 
 
-def _write(folder: Path, report: Callable[[int, int], None]) -> None:
+def _write(folder: Path, on_progress: Callable[[int, int], None]) -> None:
     synsets = {name: f"n{90000001 + number}" for number, name in enumerate(PHOTOGRAPHS)}
     validation: list[tuple[str, bytes]] = []
     with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w", format=tarfile.USTAR_FORMAT) as train:
         for number, (name, synset) in enumerate(synsets.items()):
-            report(number, len(synsets))
+            on_progress(number, len(synsets))
             photograph = _load(PHOTOGRAPHS[name])
             random = np.random.default_rng(number)
             border = round(TRAIN_PART * photograph.width)
@@ -93,7 +93,7 @@ def _write(folder: Path, report: Callable[[int, int], None]) -> None:
             _add(flat, f"ILSVRC2012_val_{number:08d}.JPEG", validation[source][1])
     (folder / "validation_labels.txt").write_text("".join(f"{validation[source][0]}\n" for source in order))
     (folder / "synset_words.txt").write_text("".join(f"{synset} {name}\n" for name, synset in synsets.items()))
-    report(len(synsets), len(synsets))
+    on_progress(len(synsets), len(synsets))
 
 
 def _load(file: str) -> Image.Image:
@@ -136,7 +136,7 @@ def main() -> int:
     folder = parser.parse_args().folder
     try:
         with ProgressBars() as bars:
-            make_raw(folder, report=lambda done, total: bars("demo-raw", done, total))
+            make_raw(folder, on_progress=lambda done, total: bars("demo-raw", done, total))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

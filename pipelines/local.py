@@ -45,13 +45,13 @@ def run(
     request: Request,
     environment: Mapping[str, str],
     log: Path,
-    report: Callable[[str, int, int, str], None],
+    on_progress: Callable[[str, int, int, str], None],
     echo: Callable[[str], None] | None = None,
 ) -> list[str] | None:
     """Runs a pipeline and returns the MLflow runs of what it made or reused, or None if it failed.
 
     `environment` is added to that of the steps. What they print goes to the file `log`, line by line to `echo`, where it is
-    progress to `report`, and where it is a note to stderr.
+    progress to `on_progress`, and where it is a note to stderr.
     """
     project = str(Path(__file__).absolute().parents[1])
     search = os.pathsep.join(filter(None, (project, os.environ.get("PYTHONPATH"))))
@@ -86,9 +86,9 @@ def run(
                 # KFP indents what a step prints.
                 said = text.strip()
                 if progress := parse_line(said):
-                    report(*progress)
+                    on_progress(*progress)
                 elif reused := _REUSED.search(text):
-                    report(reused[1], 1, 1, "reused")
+                    on_progress(reused[1], 1, 1, "reused")
                 elif _NOTE.match(said) and not echo:
                     print(said, file=sys.stderr, flush=True)
             process.wait()

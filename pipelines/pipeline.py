@@ -67,7 +67,7 @@ def _connect(
     return Outputs(dataset, model, evaluated.outputs["metrics"])
 
 
-def _imported(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def _import_artifacts(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     types = {kind.schema_title: kind for kind in (dsl.Dataset, dsl.Model)}
     return {
         name: dsl.importer(
@@ -80,7 +80,7 @@ def _imported(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 # ---- On this machine
 
 
-def _task_here(component: str, **arguments: Any) -> Any:
+def _local_task(component: str, **arguments: Any) -> Any:
     return COMPONENTS[component](**arguments)
 
 
@@ -95,7 +95,7 @@ def sogclr(raw: str, raw_identity: str, preset: str, overrides: list[str], linea
         overrides: key=value for pretraining.
         linear_eval_overrides: key=value for the linear eval, as in linear_eval.seed=1.
     """
-    return _connect(_task_here, (), raw, raw_identity, preset, overrides, linear_eval_overrides)
+    return _connect(_local_task, (), raw, raw_identity, preset, overrides, linear_eval_overrides)
 
 
 def one_step(component: str, arguments: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> dsl.base_component.BaseComponent:
@@ -103,7 +103,7 @@ def one_step(component: str, arguments: Mapping[str, Any], inputs: Mapping[str, 
 
     @dsl.pipeline(name=f"sogclr-{component}")
     def again() -> None:
-        _task_here(component, **arguments, **_imported(inputs))
+        _local_task(component, **arguments, **_import_artifacts(inputs))
 
     return again
 
@@ -118,10 +118,10 @@ def compile_pipeline(cluster: Cluster, defaults: Mapping[str, Any]) -> dict[str,
     """
 
     def connect(*parameters: Any, base_output_directory: Any = "") -> None:
-        with dsl.ExitHandler(_end(cluster), name="steps"):
+        with dsl.ExitHandler(_end_task(cluster), name="steps"):
             made = _connect(partial(_task, cluster, base_output_directory), cluster.beam_args, *parameters)
             join = record_lineage(job=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, **made._asdict())
-            _place(cluster, "record-lineage", join).set_caching_options(False)
+            _with_environment(cluster, "record-lineage", join).set_caching_options(False)
 
     # KFP takes the parameters from a function's signature.
     def plain(raw: str, raw_identity: str, preset: str, overrides: list[str], linear_eval_overrides: list[str]) -> None:
@@ -137,7 +137,7 @@ def compile_pipeline(cluster: Cluster, defaults: Mapping[str, Any]) -> dict[str,
     ) -> None:
         connect(raw, raw_identity, preset, overrides, linear_eval_overrides, base_output_directory=base_output_directory)
 
-    return _compiled(cluster, with_custom_jobs if cluster.accelerator else plain, "sogclr", defaults)
+    return _compile(cluster, with_custom_jobs if cluster.accelerator else plain, "sogclr", defaults)
 
 
 def compile_step(
@@ -146,34 +146,36 @@ def compile_step(
     """Returns a pipeline of `component` alone, on what an earlier job left, as IR."""
 
     def again() -> None:
-        with dsl.ExitHandler(_end(cluster), name="steps"):
-            _task(cluster, base_output_directory, component, **arguments, **_imported(inputs)).set_caching_options(False)
+        with dsl.ExitHandler(_end_task(cluster), name="steps"):
+            _task(cluster, base_output_directory, component, **arguments, **_import_artifacts(inputs)).set_caching_options(False)
 
-    return _compiled(cluster, again, f"sogclr-{component}", {})
+    return _compile(cluster, again, f"sogclr-{component}", {})
 
 
-def _end(cluster: Cluster) -> Any:
-    return _place(cluster, "end-pipeline", end_pipeline(job=dsl.PIPELINE_JOB_NAME_PLACEHOLDER)).set_caching_options(False)
+def _end_task(cluster: Cluster) -> Any:
+    return _with_environment(cluster, "end-pipeline", end_pipeline(job=dsl.PIPELINE_JOB_NAME_PLACEHOLDER)).set_caching_options(
+        False
+    )
 
 
 def _task(cluster: Cluster, base_output_directory: Any, component: str, **arguments: Any) -> Any:
     """Returns the task of a component: a custom job where it has a machine of its own, else a container."""
     if cluster.accelerator_of(component):
         task = _custom_job(cluster, component)(**arguments, base_output_directory=base_output_directory)
-        return _retried(cluster, task.set_caching_options(cluster.caching))
-    task = _place(cluster, component, COMPONENTS[component](**arguments))
+        return _with_retries(cluster, task.set_caching_options(cluster.caching))
+    task = _with_environment(cluster, component, COMPONENTS[component](**arguments))
     if component == "build-tfrecords" and cluster.beam_args:
         return task.set_cpu_limit("2").set_memory_limit("8G")
     return task.set_cpu_limit("8").set_memory_limit("32G")
 
 
-def _place(cluster: Cluster, component: str, task: Any) -> Any:
+def _with_environment(cluster: Cluster, component: str, task: Any) -> Any:
     for name, value in cluster.environment_of(component).items():
         task.set_env_variable(name, value)
-    return _retried(cluster, task.set_caching_options(cluster.caching))
+    return _with_retries(cluster, task.set_caching_options(cluster.caching))
 
 
-def _retried(cluster: Cluster, task: Any) -> Any:
+def _with_retries(cluster: Cluster, task: Any) -> Any:
     return task.set_retry(cluster.retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="3600s")
 
 
@@ -198,7 +200,7 @@ def _custom_job(cluster: Cluster, component: str) -> Callable:
     )
 
 
-def _compiled(cluster: Cluster, function: Callable, name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _compile(cluster: Cluster, function: Callable, name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     pipeline = dsl.pipeline(name=name, description="Raw images to TFRecords, SogCLR pretraining, linear eval.")(function)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "pipeline.yaml")

@@ -15,7 +15,7 @@ from components.tracking.pipeline_runs import (
     find_job,
     job_of,
     join,
-    log_plan,
+    log_estimate,
     pipeline_of_job,
     start_pipeline,
 )
@@ -42,7 +42,7 @@ __all__ = [
     "job_of",
     "join",
     "knows",
-    "log_plan",
+    "log_estimate",
     "move_credentials",
     "open_job_store",
     "open_store",

@@ -6,10 +6,10 @@ Names that begin with `mlflow.` are MLflow's own: its UI shows their values.
 # ---- Tags of a run
 
 COMPONENT = "sogclr.component"
-"""The kind of run: one of `lineage.COMPONENTS`, or `PIPELINE`, or `PLAN`."""
+"""The kind of run: one of `lineage.COMPONENTS`, or `PIPELINE`, or `ESTIMATE`."""
 PIPELINE = "pipeline"
 """A pipeline's run, the parent of its steps' runs."""
-PLAN = "plan"
+ESTIMATE = "plan"
 """A run that holds the cost estimate of `sogclr plan`."""
 
 PARENT = "mlflow.parentRunId"
@@ -93,7 +93,7 @@ STEP_FILE = "step.json"
 """Arguments and outputs of a step."""
 LINEAGE_PICTURE = "lineage.png"
 """The picture of a pipeline run's lineage."""
-PLAN_FILE = "plan.json"
+ESTIMATE_FILE = "plan.json"
 """The cost estimate of `sogclr plan`."""
 DATASET_PAGE = "dataset.html"
 """A page that shows the contents of a dataset."""

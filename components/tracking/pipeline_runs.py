@@ -126,10 +126,10 @@ def end_job(store: Store, job: str, state: str) -> None:
 # ---- A cost estimate
 
 
-def log_plan(store: Store, name: str, plan: Mapping[str, Any]) -> str:
+def log_estimate(store: Store, name: str, plan: Mapping[str, Any]) -> str:
     """Records a cost estimate, as `sogclr plan --json` prints it, in a run of its own and returns the run's ID."""
-    run_id = store.client.create_run(store.experiment_id, run_name=name, tags={names.COMPONENT: names.PLAN}).info.run_id
-    store.client.log_dict(run_id, dict(plan), names.PLAN_FILE)
+    run_id = store.client.create_run(store.experiment_id, run_name=name, tags={names.COMPONENT: names.ESTIMATE}).info.run_id
+    store.client.log_dict(run_id, dict(plan), names.ESTIMATE_FILE)
     numbers = {key: value for key, value in plan.items() if isinstance(value, int | float) and not isinstance(value, bool)}
     runs.log_metrics_once(store, run_id, {f"plan/{key}": value for key, value in numbers.items()}, step=0)
     runs.log_params(store, run_id, {key: plan[key] for key in ("preset", "accelerator", "fits", "bound_by") if key in plan})

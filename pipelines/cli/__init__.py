@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
             return 141
         if args.debug:
             raise
@@ -46,7 +46,7 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
 
 
-def _nobody_reads() -> bool:
+def _output_is_closed() -> bool:
     """Says whether the reader of the output has gone, as head does when it has its lines; then nothing more is written to it."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)

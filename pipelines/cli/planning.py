@@ -121,7 +121,7 @@ def plan(options: PlanOptions) -> int:
     if options.log:
         from components import tracking
 
-        run_id = tracking.log_plan(open_store(root), f"plan {pretraining.preset} {pretraining.accelerator}", both)
+        run_id = tracking.log_estimate(open_store(root), f"plan {pretraining.preset} {pretraining.accelerator}", both)
         print(f"recorded as run {short(run_id)}", file=sys.stderr)
     if options.output.json:
         print(json.dumps(both))

@@ -67,7 +67,7 @@ def add_to(commands: Commands) -> None:
 
 
 @dataclass(frozen=True)
-class Again:
+class Rerun:
     """A component to run again, and the settings that change."""
 
     component: str
@@ -77,18 +77,18 @@ class Again:
 
 
 @dataclass(frozen=True)
-class OfRun:
+class FromRun:
     """A component to run again on this machine, on what a run in MLflow left."""
 
-    again: Again
+    again: Rerun
     run: str
 
 
 @dataclass(frozen=True)
-class OfJob:
+class FromJob:
     """A component to run again on this machine, on what a job on Vertex AI left."""
 
-    again: Again
+    again: Rerun
     name: JobName
 
 
@@ -96,7 +96,7 @@ class OfJob:
 class OnVertex:
     """A component to run again on Vertex AI, on what a job there left."""
 
-    again: Again
+    again: Rerun
     name: JobName
     cluster: ClusterOptions
     pipeline_root: str
@@ -104,15 +104,15 @@ class OnVertex:
     sending: Sending
 
 
-def _read(args: Namespace) -> OfRun | OfJob | OnVertex:
+def _read(args: Namespace) -> FromRun | FromJob | OnVertex:
     _check_settings(args.component, args.overrides)
-    again = Again(args.component, tuple(args.overrides), args.root, read_output(args))
+    again = Rerun(args.component, tuple(args.overrides), args.root, read_output(args))
     if not args.run.startswith("vertex:"):
         _check_here(args)
-        return OfRun(again, args.run)
+        return FromRun(again, args.run)
     name = parse_job(args.run, args.project, args.region, args.endpoint)
     if not args.accelerator:
-        return OfJob(again, name)
+        return FromJob(again, name)
     check_options({"--pipeline-root": args.pipeline_root})
     return OnVertex(again, name, read_cluster(args), args.pipeline_root, read_sending(args))
 
@@ -134,12 +134,12 @@ def _check_here(args: Namespace) -> None:
             raise UserError(f"--{option.replace('_', '-')} is for a step on Vertex AI: --run vertex:JOB --accelerator NAME")
 
 
-def rerun(options: OfRun | OfJob | OnVertex) -> int:
+def rerun(options: FromRun | FromJob | OnVertex) -> int:
     """Runs one component again."""
     match options:
-        case OfRun():
+        case FromRun():
             return _rerun_run(options)
-        case OfJob():
+        case FromJob():
             return _rerun_job(options)
         case OnVertex():
             return _rerun_on_vertex(options)
@@ -148,7 +148,7 @@ def rerun(options: OfRun | OfJob | OnVertex) -> int:
 # ---- On this machine
 
 
-def _rerun_run(options: OfRun) -> int:
+def _rerun_run(options: FromRun) -> int:
     from components import tracking
 
     again, component = options.again, options.again.component
@@ -164,7 +164,7 @@ def _rerun_run(options: OfRun) -> int:
     return _run_here(again, root, source.arguments, inputs, source.run_id, source.run_id)
 
 
-def _rerun_job(options: OfJob) -> int:
+def _rerun_job(options: FromJob) -> int:
     name, component = options.name, options.again.component
     job = connect(name.place).get(name.job_id)
     inputs = _inputs_from(job, component)
@@ -173,7 +173,7 @@ def _rerun_job(options: OfJob) -> int:
 
 
 def _run_here(
-    again: Again, root: Path, before: Mapping[str, Any], inputs: Mapping[str, Artifact], run: str, rerun_of: str
+    again: Rerun, root: Path, before: Mapping[str, Any], inputs: Mapping[str, Artifact], run: str, rerun_of: str
 ) -> int:
     """Runs a component on `inputs`. `before` are the arguments that it had, `run` is what --run names."""
     from pipelines.cli.executing import Record, execute

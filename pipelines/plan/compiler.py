@@ -61,11 +61,11 @@ def cache_file(cache: Path, key: Mapping[str, Any]) -> Path:
     return cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
 
 
-def cached(file: Path) -> dict[str, Any]:
+def read_cache(file: Path) -> dict[str, Any]:
     """Returns what `keep` left, or nothing."""
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def keep(file: Path, known: Mapping[str, Any]) -> None:
+def write_cache(file: Path, known: Mapping[str, Any]) -> None:
     """Writes `known`, whole or not at all."""
     write_whole(str(file), json.dumps(known).encode())

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.plan.compiler import cache_file, cached, compile_program, keep, used_bytes
+from pipelines.plan.compiler import cache_file, compile_program, read_cache, used_bytes, write_cache
 from pipelines.plan.machines import Device, device_of, dollars_per_hour, host_of
 from pipelines.vertex.accelerators import Accelerator, check
 from trainer.config import Config, pretraining_of
@@ -114,25 +114,25 @@ def make_estimate(
     """
     check(accelerator, config)
     device = device_of(accelerator)
-    file = _step_file(cache, config, accelerator, assumed, version)
-    known = {} if listing else cached(file)
+    file = _train_step_cache(cache, config, accelerator, assumed, version)
+    known = {} if listing else read_cache(file)
     compiles = python is not None and device.topology != ""
     if not known or (compiles and "compiled" not in known):
         known = _lower_and_compile(config, accelerator, assumed, device, python if compiles else None, listing, say)
-        keep(file, known)
+        write_cache(file, known)
     return _estimate(preset, config, accelerator, assumed, device, known, python is not None)
 
 
 def cached_estimate(preset: str, config: Config, accelerator: Accelerator, *, cache: Path, version: str) -> Estimate | None:
     """Returns the estimate from what `make_estimate` compiled before for the preset's dataset, or None if it compiled nothing."""
     assumed = assumptions(preset, accelerator)
-    known = cached(_step_file(cache, config, accelerator, assumed, version))
+    known = read_cache(_train_step_cache(cache, config, accelerator, assumed, version))
     if "compiled" not in known:
         return None
     return _estimate(preset, config, accelerator, assumed, device_of(accelerator), known, has_compiler=True)
 
 
-def _step_file(cache: Path, config: Config, accelerator: Accelerator, assumed: Assumptions, version: str) -> Path:
+def _train_step_cache(cache: Path, config: Config, accelerator: Accelerator, assumed: Assumptions, version: str) -> Path:
     settings = pretraining_of(config)
     key = {"config": settings, "images": assumed.num_images, "classes": assumed.num_classes}
     key |= {"device": device_of(accelerator).topology, "replicas": accelerator.replicas, "version": version}

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.plan.compiler import cache_file, cached, compile_program, keep, used_bytes
+from pipelines.plan.compiler import cache_file, compile_program, read_cache, used_bytes, write_cache
 from pipelines.plan.estimate import Assumptions, Source
 from pipelines.plan.machines import DEVICES, device_of, dollars_per_hour, host_of
 from pipelines.vertex.accelerators import ACCELERATORS, Accelerator
@@ -87,7 +87,7 @@ class EvaluationEstimate:
 
     @property
     def summary(self) -> str:
-        needed = taken(self.accelerator, self.values["total_hours"], self.values["price"])
+        needed = time_and_price(self.accelerator, self.values["total_hours"], self.values["price"])
         return f"{', '.join(self.protocols)} take {needed} on {self.accelerator}"
 
     def as_json(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def make_evaluation_estimate(
         cost = Cost(compiled["flops"] / at_once, compiled["bytes_accessed"] / at_once)
     sizes = Sizes(assumed.num_images, assumed.num_validation, assumed.num_classes, config.encoder.feature_dim)
     demand = Demand(work_of(config, sizes), cost, config.encoder.precision, memory_bytes(sizes), disk_bytes(config, sizes))
-    protocols = reckon(demand, accelerator, assumed.dollars_per_device_hour)
+    protocols = estimate_protocols(demand, accelerator, assumed.dollars_per_device_hour)
     host = host_of(accelerator)
     values: dict[str, Any] = {}
     sources: dict[str, Source] = {"protocols": "computed"}
@@ -156,7 +156,7 @@ def make_evaluation_estimate(
     )
 
 
-def reckon(demand: Demand, accelerator: Accelerator, dollars_per_device_hour: float) -> dict[str, ProtocolEstimate]:
+def estimate_protocols(demand: Demand, accelerator: Accelerator, dollars_per_device_hour: float) -> dict[str, ProtocolEstimate]:
     """Returns what each protocol takes on `accelerator`.
 
     Its devices and hosts share images and fits. A CPU decodes images and computes on the same cores, one after the other. On
@@ -210,7 +210,7 @@ def _better_machine(demand: Demand, limits: Limits) -> str:
     found: list[tuple[float, float, str]] = []
     for one in ACCELERATORS.values():
         memory = host_of(one).memory_bytes
-        plans = reckon(demand, one, dollars_per_hour(one)).values()
+        plans = estimate_protocols(demand, one, dollars_per_hour(one)).values()
         hours = sum(plan.hours for plan in plans)
         is_there = not limits.region or not one.regions or limits.region in one.regions
         has_memory = memory is not None and demand.memory_bytes <= memory
@@ -220,7 +220,7 @@ def _better_machine(demand: Demand, limits: Limits) -> str:
     if not found:
         return "no machine here ends sooner; take fewer linear_eval.protocols"
     price, hours, name = min(found)
-    return f"take {limits.option} {name} ({taken(name, hours, price)}), or fewer linear_eval.protocols"
+    return f"take {limits.option} {name} ({time_and_price(name, hours, price)}), or fewer linear_eval.protocols"
 
 
 def duration(hours: float) -> str:
@@ -230,7 +230,7 @@ def duration(hours: float) -> str:
     return f"{number:,.1f} {unit}"
 
 
-def taken(accelerator: str, hours: float, price: float) -> str:
+def time_and_price(accelerator: str, hours: float, price: float) -> str:
     """Returns time and price for people. All but those of a CPU are at best."""
     return f"{duration(hours)}{'' if accelerator == 'cpu' else ' at best'}, ${price:,.2f}"
 
@@ -238,7 +238,7 @@ def taken(accelerator: str, hours: float, price: float) -> str:
 def _notes(demand: Demand, accelerator: Accelerator, is_compiled: bool) -> Iterator[str]:
     device = device_of(accelerator)
     if accelerator.build == "cpu":
-        yield "a virtual CPU is taken to be as fast as the core that was measured, an AMD EPYC's in float32"
+        yield "a virtual CPU is time_and_price to be as fast as the core that was measured, an AMD EPYC's in float32"
     else:
         yield "times are a roofline, without start, compilation and reading: a real evaluation is slower"
         if not is_compiled:
@@ -248,7 +248,7 @@ def _notes(demand: Demand, accelerator: Accelerator, is_compiled: bool) -> Itera
     if demand.precision == "float32" and not device.float32_flops_per_second:
         yield "precision=float32: computed at the device's rate for bfloat16"
     if any(work.trained for work in demand.work.values()):
-        yield f"fine-tuning: an image is taken to cost {_PASSES_A_TRAINED_IMAGE} forward passes"
+        yield f"fine-tuning: an image is time_and_price to cost {_PASSES_A_TRAINED_IMAGE} forward passes"
 
 
 def _compiled_forward(
@@ -264,7 +264,7 @@ def _compiled_forward(
     shapes = {key: value for key, value in values_of(config).items() if key in _SHAPES}
     images = config.linear_eval.batch_size
     file = cache_file(cache, {"forward": shapes, "images": images, "device": device.topology, "version": version})
-    if known := cached(file):
+    if known := read_cache(file):
         return known
     if python is None:
         return None
@@ -276,5 +276,5 @@ def _compiled_forward(
     known = compile_program(program.hlo, device, python)
     if known["fits"]:
         known["fits"] = used_bytes(known) <= device.memory_bytes
-    keep(file, known)
+    write_cache(file, known)
     return known

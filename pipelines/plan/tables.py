@@ -1,7 +1,7 @@
 """An estimate for people: rows of what, how much, and where that comes from."""
 
 from pipelines.plan.estimate import Estimate
-from pipelines.plan.evaluation import EvaluationEstimate, ProtocolEstimate, taken
+from pipelines.plan.evaluation import EvaluationEstimate, ProtocolEstimate, time_and_price
 
 
 def pretraining(estimate: Estimate) -> list[tuple[str, str, str]]:
@@ -54,12 +54,12 @@ def evaluation(estimate: EvaluationEstimate) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = [
         (
             name,
-            f"{_images(one)}{taken(estimate.accelerator, one.hours, one.price)}, bound by {one.bound_by}",
+            f"{_images(one)}{time_and_price(estimate.accelerator, one.hours, one.price)}, bound by {one.bound_by}",
             s["protocols"],
         )
         for name, one in estimate.protocols.items()
     ]
-    rows.append(("whole evaluation", taken(estimate.accelerator, v["total_hours"], v["price"]), s["total_hours"]))
+    rows.append(("whole evaluation", time_and_price(estimate.accelerator, v["total_hours"], v["price"]), s["total_hours"]))
     rows.append(
         (
             "forward pass",
