@@ -218,14 +218,14 @@ def test_doctor_names_what_differs_from_the_lock(monkeypatch):
     found = doctor._against_lock("cpu")
     assert found.wrong.startswith("numpy 1.0, not ==")
     assert "pillow missing, not ==" in found.wrong
-    assert found.wrong.endswith(f": remove {sys.prefix}, then make setup TENSORFLOW=cpu installs what is locked")
+    assert found.wrong.endswith(f": remove {sys.prefix}, then make setup TENSORFLOW=cpu installs the locked versions")
 
 
 @pytest.mark.parametrize("command", [["-c", "import os; os.abort()"], ["-c", "raise SystemExit('libcuda is not here')"]])
 def test_doctor_outlives_a_tensorflow_that_does_not_import(monkeypatch, command):
     run = subprocess.run
     monkeypatch.setattr(doctor.subprocess, "run", lambda _, **keywords: run([sys.executable, *command], **keywords))
-    assert "while it is imported" in doctor.tensorflow_devices()["error"]
+    assert "importing TensorFlow exits with" in doctor.tensorflow_devices()["error"]
 
 
 def test_doctor_says_whether_credentials_are_there_and_never_what_they_are(monkeypatch, tmp_path, capsys):
