@@ -181,7 +181,7 @@ def write_references(plan: Plan, split: str, shard_file: str, packed: list[Packe
 
     Does nothing if the shard is finished already. Returns how many images were written, repaired and rejected.
     """
-    references = sorted(unpack_references(packed))
+    references = unpack_references(sorted(packed))
     image_ids = [reference.image_id for reference in references]
     if proof.is_finished(plan, shard_file, image_ids, [reference.image.label for reference in references]):
         return {}
