@@ -136,7 +136,7 @@ def _arms(main: Sequence[Line], where: str) -> list[str]:
         rows.append([str(batch), *cells, f"{100 * np.mean(of_batch):.1f}"])
     text = wrapped(
         "Top-1 of the final checkpoint in per cent, by the protocol `cached`: mean over seeds ± sample standard deviation "
-        "(number of seeds). Brackets hold the 95% interval by bootstrap over the validation images."
+        "(number of seeds). In brackets: the 95% interval by bootstrap over the validation images."
     )
     return [f"### The three arms{where}", text, table(["batch", *NAMES.values(), "untrained"], rows)]
 
@@ -171,7 +171,7 @@ def _small_batch(main: Sequence[Line], where: str) -> list[str]:
     title = f"### From batch {large} to batch {small}{where}"
     text = wrapped(
         "Change: points of top-1 that an arm gains (+) or loses (-) with the small batch, over the seeds that it has at both "
-        "sizes. The last column is SogCLR's change with the same seeds, minus the arm's change. Brackets hold the 95% interval "
+        "sizes. The last column is SogCLR's change with the same seeds, minus the arm's change. In brackets: the 95% interval "
         "by bootstrap over the same images. If the last column is above 0, SogCLR needs a large batch less than the arm does."
     )
     return [title, text, table(["arm", "seeds", "change", "SogCLR's minus this one's"], rows)] if rows else []
