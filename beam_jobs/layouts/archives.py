@@ -69,3 +69,6 @@ def list_tar(folder: str, archive: Archive) -> Listing:
     )
     # A tar that is cut off lacks names and labels; to say so as well would not help.
     return Listing(tuple(images), tuple(problems) or name_problems(archive.name, names) + of_labels)
+
+
+LAYOUT = Archives()
