@@ -40,7 +40,9 @@ def build_tfrecords(
             logging.basicConfig(stream=sys.stderr, format="%(message)s")
             logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)
             beam_args = [*beam_args, f"--labels={JOB_LABEL}={label_of(tracking.job_of(dataset.uri))}"]
-        manifest = build(raw, dataset.uri, beam_args=beam_args, report=lambda done, total: bars("build-tfrecords", done, total))
+        manifest = build(
+            raw, dataset.uri, beam_args=beam_args, on_progress=lambda done, total: bars("build-tfrecords", done, total)
+        )
         train, validation = manifest.splits["train"], manifest.splits["validation"]
         dataset.metadata.update(
             name=manifest.name,

@@ -36,10 +36,10 @@ from raw_data import (
 from beam_jobs import convert, files, shards
 from beam_jobs.build_tfrecords import main
 from beam_jobs.job import build
-from beam_jobs.proof import LostRecordsError
 from beam_jobs.publish import CONVERSION
 from beam_jobs.raw import open_raw, raw_identity
 from beam_jobs.references import pack_reference, unpack_references
+from beam_jobs.verify import LostRecordsError
 from trainer.shared.errors import UserError
 from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, RECORDS_PER_BLOCK, read_manifest, reading_places
 
@@ -445,7 +445,7 @@ def test_arguments_that_make_no_sense_are_refused_before_anything_is_written(arg
 
 def test_progress_goes_from_nothing_to_all(raw, tmp_path):
     seen: list[tuple[int, int]] = []
-    build(str(raw), str(tmp_path / "output"), num_shards=2, report=lambda done, total: seen.append((done, total)))
+    build(str(raw), str(tmp_path / "output"), num_shards=2, on_progress=lambda done, total: seen.append((done, total)))
     assert {total for _, total in seen} == {4 + 4 + 1}
     assert seen[0][0] == 0
     assert seen[-1][0] == 9
