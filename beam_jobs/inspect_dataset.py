@@ -204,7 +204,7 @@ def _check_records(name: str, split: Split, seen: list[tuple[int, int]]) -> list
         problems.append(f"the image IDs of {name} are not exactly 0..{split.records - 1}, each once")
     counts = np.bincount([label for _, label in seen], minlength=len(split.records_per_class)).tolist()
     if counts != list(split.records_per_class):
-        problems.append(f"the numbers of images per label of {name} differ from the manifest")
+        problems.append(f"the labels of {name} do not occur as often as the manifest says")
     return problems
 
 
