@@ -31,7 +31,7 @@ from beam_jobs.publish import publish
 from beam_jobs.references import Batch, Indexed, Reference
 from beam_jobs.shards import Record, make_record, write_shard
 from trainer.shared.files import is_local
-from trainer.shared.records import reading_places
+from trainer.shared.records import reading_positions
 
 _BATCH = 32
 """Images that a thread takes at a time."""
@@ -114,7 +114,7 @@ def assign_ids(indexed: Indexed, plan: Plan, counts: dict[int, int]) -> list[tup
     split = plan.raw.archives[indexed.archive].split
     of_split = plan_split(plan, split, counts)
     first_id = of_split.first_ids[indexed.archive]
-    places = reading_places(of_split.num_images)[first_id : first_id + len(indexed.images)]
+    places = reading_positions(of_split.num_images)[first_id : first_id + len(indexed.images)]
     shards = of_split.shards_of(places).tolist()
     references = map(Reference, places.tolist(), itertools.count(first_id), indexed.images)
     by_shard: dict[int, list[Reference]] = {}

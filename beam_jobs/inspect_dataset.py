@@ -34,7 +34,7 @@ from trainer.shared.records import (
     Split,
     decode_example,
     manifest_from_json,
-    reading_places,
+    reading_positions,
 )
 
 _SAMPLED_BLOCKS = 32
@@ -224,7 +224,7 @@ def _images_by_class(folder: str, manifest: Manifest, split: str, labels: Sequen
     """Yields each label with some of its images, which are found by their IDs: those of `train` are in the order of labels."""
     of_split = manifest.splits[split]
     first_ids = np.concatenate([[0], np.cumsum(of_split.records_per_class)])
-    places = reading_places(of_split.records)
+    places = reading_positions(of_split.records)
     shard_ends = np.cumsum([shard.records for shard in of_split.shards])
     for label in labels:
         shown = []

@@ -14,7 +14,7 @@ import tensorflow as tf
 from trainer import checkpoint as checkpoints
 from trainer.config import Config, as_dict, config_from_dict
 from trainer.distribution import check_divides, jit_compile, make_strategy
-from trainer.input_pipeline import Batch, naming_wrong_records, training_batches, training_split
+from trainer.input_pipeline import Batch, naming_bad_records, training_batches, training_split
 from trainer.losses import make_loss
 from trainer.optimizer import peak_learning_rate, total_steps
 from trainer.preemption import PreemptedError
@@ -165,7 +165,7 @@ class _Batches:
             )
 
         batches = self.strategy.distribute_datasets_from_function(of_host)
-        yield from naming_wrong_records(batches, self.data_dir, self.manifest, "train")
+        yield from naming_bad_records(batches, self.data_dir, self.manifest, "train")
 
 
 class _Pending:

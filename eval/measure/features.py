@@ -25,7 +25,7 @@ from trainer.augmentation import as_floats
 from trainer.config import Config, values_of
 from trainer.distribution import jit_compile
 from trainer.encoder import make_encoder
-from trainer.input_pipeline import PADDING, evaluation_batches, naming_wrong_records
+from trainer.input_pipeline import PADDING, evaluation_batches, naming_bad_records
 from trainer.preemption import PreemptedError
 from trainer.shared.errors import UserError
 from trainer.shared.files import write_whole
@@ -308,7 +308,7 @@ def forward_pass(
     # An accelerator works on a batch while the one before is fetched from it.
     before: tuple[dict[str, tf.Tensor], tf.Tensor] | None = None
     batches = strategy.distribute_datasets_from_function(of_host)
-    for batch in naming_wrong_records(batches, data_dir, manifest, split):
+    for batch in naming_bad_records(batches, data_dir, manifest, split):
         now = batch, forward(batch["image"])
         if before is not None:
             yield fetched(*before)

@@ -22,7 +22,7 @@ from trainer.augmentation import as_floats
 from trainer.config import Config
 from trainer.distribution import Replicas, jit_compile
 from trainer.heads import make_classifier
-from trainer.input_pipeline import Batch, labelled_batches, naming_wrong_records
+from trainer.input_pipeline import Batch, labelled_batches, naming_bad_records
 from trainer.optimizer import Optimizer, learning_rate, make_optimizer, total_steps
 from trainer.preemption import PreemptedError
 from trainer.settings import OptimizerSettings
@@ -146,7 +146,7 @@ def train_classifier(
 
     total = total_steps(recipe.optimizer, recipe.num_images)
     epoch = max(1, recipe.num_images // recipe.batch_size)
-    batches = naming_wrong_records(strategy.distribute_datasets_from_function(of_host), data_dir, manifest, "train")
+    batches = naming_bad_records(strategy.distribute_datasets_from_function(of_host), data_dir, manifest, "train")
     loss = tf.constant(0.0)
     on_progress(done * recipe.batch_size)
     for number, batch in zip(range(done, total), batches, strict=False):

@@ -9,7 +9,7 @@ from eval.measure.neighbours import nearest_neighbours
 from eval.show import pictures
 from eval.show.run import SIDE, Run
 from trainer.shared.page import Picture, Section, data_uri
-from trainer.shared.records import reading_places
+from trainer.shared.records import reading_positions
 
 _EXTREMES = 10
 _QUERIES = 8
@@ -117,7 +117,7 @@ def _neighbours(run: Run, train: StoredFeatures, validation: Features) -> Sectio
 
 def _map(run: Run, validation: Features) -> Section | None:
     # The places are in no order of classes, and of the first ones the records lie together.
-    chosen = np.flatnonzero(reading_places(len(validation.labels)) < _MAPPED)
+    chosen = np.flatnonzero(reading_positions(len(validation.labels)) < _MAPPED)
     if len(chosen) < 10:
         return None
     classes, labels = run.evaluation.classes, validation.labels[chosen]
