@@ -297,7 +297,7 @@ def test_an_export_to_an_object_store_that_failed_in_the_middle_is_made_again(ch
     tf.io.gfile.makedirs(f"{output}-theirs")
     with tf.io.gfile.GFile(f"{output}-theirs/notes.txt", "w") as file:
         file.write("precious")
-    with pytest.raises(UserError, match="is there and is no earlier export"):
+    with pytest.raises(UserError, match="exists and is not an earlier export"):
         export(str(checkpoint), f"{output}-theirs")
 
 

@@ -155,15 +155,15 @@ def test_features_come_back_as_they_were_written(tmp_path):
 
 
 def test_what_holds_no_features_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no folder of features"):
+    with pytest.raises(UserError, match="is not a folder of features"):
         read_features(str(tmp_path))
     (tmp_path / "features.json").write_text('{"digest": "", "dimensions": 10, "rows": [3]}')
     for content in (b"something else", b""):
         (tmp_path / "part-00000.parquet").write_bytes(content)
-        with pytest.raises(UserError, match="is no part of features"):
+        with pytest.raises(UserError, match="is not a part of features"):
             read_features(str(tmp_path)).whole()
     storing._write_part(str(tmp_path / "part-00000.parquet"), Features(np.arange(2), np.arange(2), np.zeros((2, 10), "f")), "")
-    with pytest.raises(UserError, match=r"has 2 images, and features\.json says 3: delete"):
+    with pytest.raises(UserError, match=r"has 2 images, but features\.json says 3: delete"):
         list(read_features(str(tmp_path)).parts())
 
 

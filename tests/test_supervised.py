@@ -174,7 +174,7 @@ def test_every_protocol_runs_on_a_checkpoint_of_the_middle_of_a_run(dataset, tmp
             f"linear_eval.finetune_10_subset={tmp_path / 'ids.txt'}",
             "linear_eval.finetune_batch_size=10",
         ],
-        report=lambda done, total, text: reported.append((done, total)),
+        on_progress=lambda done, total, text: reported.append((done, total)),
     )
     rows = {row.protocol: row for row in result.accuracies if row.encoder == "pretrained"}
     assert list(rows) == ["cached", "official", "finetune-1", "finetune-10", "finetune-100"]

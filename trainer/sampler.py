@@ -58,8 +58,7 @@ class Sampler:
             start, positions = self._window(index, tail, hosts)
             mine = tf.boolean_mask(
                 positions,
-                (start + tf.range(tf.size(positions, tf.int64)) >= first)
-                & (self._host_of_each(start, positions, hosts) == host),
+                (start + tf.range(tf.size(positions, tf.int64)) >= first) & (self._host_of_each(start, positions, hosts) == host),
             )
             blocks, indices = self._locate(mine)
             window = {"epoch": index // self.windows_per_epoch, "blocks": blocks, "indices": indices, "positions": mine}

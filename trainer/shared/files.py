@@ -114,4 +114,4 @@ def _create(path: str) -> BinaryIO:
 
 def _unwritable(path: str, error: OSError) -> UserError:
     remedy = "make room" if error.errno in _NO_ROOM else "fix that"
-    return UserError(f"{path} cannot be written: {error.strerror}; {remedy} and run the same command again")
+    return UserError(f"{path} cannot be written: {error.strerror}; {remedy} and start the same command again")
