@@ -2,8 +2,8 @@
 
     python -m eval.task --data DATA --checkpoint CHECKPOINTS --output OUTPUT [--set linear_eval.key=value ...]
 
-The same command resumes from the features, the finished protocols and the finished epochs in OUTPUT. On SIGTERM it saves its state
-and exits with 75, "temporary failure": run it again.
+The same command resumes from the features, the finished protocols and the finished epochs in OUTPUT. On SIGTERM it saves its
+state and exits with 75, "temporary failure": run it again.
 """
 
 import argparse

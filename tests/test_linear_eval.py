@@ -431,7 +431,7 @@ def test_the_online_classifier_is_not_asked_about_classes_that_it_does_not_know(
     (tmp_path / "data" / "manifest.json").write_text(manifest_to_json(others))
     said = refused(tmp_path / "data", checkpoint, tmp_path)
     assert "has other classes than the dataset that" in said
-    assert said.endswith("take linear_eval.protocols=cached,knn")
+    assert said.endswith("set linear_eval.protocols=cached,knn")
     linear_eval(str(tmp_path / "data"), str(checkpoint), str(tmp_path / "out"), [*QUICK, "linear_eval.protocols=cached"])
     assert json.loads((tmp_path / "out" / "result.json").read_text())["classes_of_pretraining"] is False
     assert "note: " in capsys.readouterr().err

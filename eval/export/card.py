@@ -54,10 +54,10 @@ def model_card(encoder: keras.Model, pretraining: str, step: int, *, data_dir: s
         "## Intended use",
         "Features for research on representation learning: linear probes, retrieval, clustering, and initial weights for "
         "fine-tuning on photographs like those of pretraining.",
-        "Do not use it for decisions about people, for surveillance, or where a wrong answer does harm: its accuracy on different "
-        "groups of people was not measured, and the features inherit the biases of the photographs. Do not use it for other "
-        "kinds of pictures (medical, satellite, documents) without evaluating it on them. Similar features do not prove that "
-        "two pictures show the same thing.",
+        "Do not use it for decisions about people, for surveillance, or where a wrong answer does harm: its accuracy on "
+        "different groups of people was not measured, and the features inherit the biases of the photographs. Do not use it for "
+        "other kinds of pictures (medical, satellite, documents) without evaluating it on them. Similar features do not prove "
+        "that two pictures show the same thing.",
         "## Licence",
         "The code is under the Apache License 2.0. The weights are also subject to the terms of the photographs of pretraining: "
         "ImageNet's allow research that is not commercial, and no other use.",
@@ -133,9 +133,7 @@ def _recipe(config: Config, about: Mapping[str, Any], preset: str, step: int, st
         f"{name}={_text(value)}" for name, value in as_dict(config).items() if value != usual[name] and name != "linear_eval"
     ]
     defaults = as_dict(Config())
-    unusual = {
-        name: value for name, value in as_dict(config).items() if value != defaults[name] and name not in _NOT_IN_RECIPE
-    }
+    unusual = {name: value for name, value in as_dict(config).items() if value != defaults[name] and name not in _NOT_IN_RECIPE}
     steps = total_steps(config.optimizer, about["num_images"])
     lines = [
         f"- Taken at step {step:,} of {steps:,}{'' if step == steps else ', before the end of pretraining'}: "

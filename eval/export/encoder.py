@@ -8,7 +8,7 @@ An export is a folder, written atomically. On object stores the card is written 
     encoder.keras   from images to features, to continue training; needs this project, for its layers
     README.md       the model card
 
-A picture is a JPEG, a PNG or a still GIF. Grey becomes three channels, CMYK becomes RGB, and transparency is dropped. If a picture
+A picture is a JPEG, a PNG or a still GIF. Grey becomes three channels, CMYK becomes RGB, transparency is dropped. If a picture
 cannot be decoded, its whole batch fails.
 """
 
@@ -47,9 +47,9 @@ class Exported:
 def export(checkpoint: str, output: str, *, data_dir: str = "", evaluation: str = "") -> Exported:
     """Exports the encoder in `checkpoint`, a file or a folder (its newest checkpoint), into the folder `output`.
 
-    Replaces an earlier export in `output`. The card describes the dataset `data_dir` and the results in `evaluation`, the folder
-    of an evaluation of this checkpoint, if they are given. Raises UserError if `output` holds something else, or if the checkpoint,
-    the dataset or the evaluation cannot be used.
+    Replaces an earlier export in `output`. If they are given, the card describes the dataset `data_dir` and the results in
+    `evaluation`, the folder of an evaluation of this checkpoint. Raises UserError if `output` holds something else, or if the
+    checkpoint, the dataset or the evaluation cannot be used.
     """
     output = output.rstrip("/")
     folder = checkpoints.run_folder(checkpoint)
@@ -88,7 +88,7 @@ def _write(encoder: keras.Model, config: Config, card: str, folder: str) -> None
 
 
 def _upload(made: str, output: str) -> None:
-    """Copies an export to an object store. It cannot rename a folder, so this deletes the old card first and copies the new last."""
+    """Copies an export to an object store, which cannot rename a folder: removes the old card first, writes the new one last."""
     if tf.io.gfile.exists(f"{output}/{CARD}"):
         tf.io.gfile.remove(f"{output}/{CARD}")
     if names_in(output):

@@ -204,9 +204,9 @@ def extract(
     on_progress: Callable[[int], None] = lambda done: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> StoredFeatures:
-    """Computes the features of `split`, or of `image_ids` in it, and stores them in a folder under `folder` named by their digest.
+    """Computes the features of `split`, or of `image_ids` in it, into a subfolder of `folder` that is named by their digest.
 
-    Does not compute parts again that the folder already has. `encoder` must be made in the scope of `strategy`, by default
+    Skips the parts that the subfolder already has. `encoder` must be made in the scope of `strategy`, by default
     TensorFlow's current one. Calls `on_progress(finished images)` after each batch. Soon after `should_stop()` returns True,
     raises PreemptedError and keeps the finished parts. Raises UserError if the split does not hold every image ID exactly once,
     or if features are not finite.
