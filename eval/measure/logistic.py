@@ -127,7 +127,7 @@ def cut(pieces: Iterable[tuple[np.ndarray, ...]], rows: int) -> Iterator[tuple[n
 
 
 def even_rows(count: int, most: int, replicas: int) -> int:
-    """Returns the rows per piece, about `most` or fewer, so that they divide over the replicas and `count` needs little padding."""
+    """Returns the rows per piece, `most` or fewer rounded up to divide over the replicas, with little padding for `count`."""
     return -(-count // (-(-count // most) * replicas)) * replicas
 
 

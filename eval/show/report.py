@@ -50,9 +50,9 @@ def write_report(
 ) -> Report:
     """Writes the report of the evaluation in the folder `evaluation` as an HTML file `path`.
 
-    `data_dir` is the dataset of the evaluation. The checkpoint is read from the path that the evaluation recorded. `history` holds
-    the metrics of pretraining, `runs` the ID of each component's run. Raises UserError if evaluation, dataset or checkpoint is
-    missing.
+    `data_dir` is the dataset of the evaluation. The checkpoint is read from the path that the evaluation recorded. `history`
+    holds the metrics of pretraining, `runs` the ID of each component's run. Raises UserError if evaluation, dataset or checkpoint
+    is missing.
     """
     run = read_run(evaluation, data_dir, history or {}, runs or {})
     drawn = _figures(run)
