@@ -367,7 +367,7 @@ def test_an_accelerator_that_a_variable_hides_is_a_warning_that_names_it(machine
     ("build", "devices", "shown", "given", "said"),
     [
         ("cpu", {}, "gpu", "a100-1 gpu 1", "given a100-1, 1 x GPU, and TensorFlow has none: the system shows 1 x NVIDIA A100"),
-        ("cpu", {}, "gpu", "a100-1 gpu 1", "TensorFlow for cpu cannot use it: make setup TENSORFLOW=gpu, or take the image"),
+        ("cpu", {}, "gpu", "a100-1 gpu 1", "TensorFlow for cpu cannot use it: make setup TENSORFLOW=gpu, or use the image"),
         ("gpu", {}, "gpu", "a100-1 gpu 1", "CUDA's libraries do not load"),
         ("gpu", {}, "", "a100-8 gpu 8", "the system shows no GPU; run the job on a machine with a100-8, and its container with"),
         ("gpu", {"GPU": 1}, "gpu", "v5e-8 tpu 8", "8 x TPU, and TensorFlow has none: the system shows no TPU"),

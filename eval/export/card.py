@@ -43,7 +43,7 @@ def model_card(encoder: keras.Model, pretraining: str, step: int, *, data_dir: s
     sections = [
         f"# Image encoder{f' {preset}' if preset else ''}",
         f"Turns a photograph into {features:,} features (numbers) for a linear classifier, nearest-neighbour search or "
-        f"clustering. A ResNet-{shape.depth} of {shape.width_multiplier:g} times the usual width with {parameters:,} parameters, "
+        f"clustering. A ResNet-{shape.depth} of {shape.width_multiplier:g} times the usual width, {parameters:,} parameters, "
         f"pretrained without labels by {method}. Its input is the central square of a picture at {side} pixels.",
         "## Results",
         _results(step, about, preset, evaluation),
