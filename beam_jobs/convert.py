@@ -30,7 +30,7 @@ from beam_jobs.publish import publish
 from beam_jobs.references import PackedImage, PackedReference, Reference, pack_images, pack_reference, unpack_references
 from beam_jobs.shards import Record, make_record, write_shard
 from trainer.shared.files import is_local
-from trainer.shared.records import reading_places
+from trainer.shared.records import reading_positions
 
 _BATCH = 32
 """Images that a thread takes at a time."""
@@ -117,7 +117,7 @@ def assign_ids(indexed: Indexed, plan: Plan, counts: dict[int, int]) -> list[tup
     split = plan.raw.archives[number].split
     of_split = plan_split(plan, split, counts)
     first_id = of_split.first_ids[number]
-    places = reading_places(of_split.num_images)[first_id : first_id + len(packed)]
+    places = reading_positions(of_split.num_images)[first_id : first_id + len(packed)]
     shards = of_split.shards_of(places).tolist()
     by_shard: dict[int, list[PackedReference]] = {}
     for image_id, (place, shard, image) in enumerate(zip(places.tolist(), shards, packed, strict=True), start=first_id):

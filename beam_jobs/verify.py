@@ -17,7 +17,7 @@ from beam_jobs.plan import Plan, SplitPlan, plan_split
 from beam_jobs.raw import SPLITS, Index
 from beam_jobs.shards import FINGERPRINTS, WrittenShard, contents_digest, file_crc32c
 from trainer.shared.errors import UserError
-from trainer.shared.records import Manifest, Shard, Split, reading_places
+from trainer.shared.records import Manifest, Shard, Split, reading_positions
 
 _SHOWN = 3
 """Number of problems that a one-line error lists."""
@@ -156,7 +156,7 @@ def refuse_faults(plan: Plan, of_archives: list[Any], reports: Mapping[str, Any]
 
 def _verify_split(plan: Plan, of_split: SplitPlan, labels_by_archive: list[list[int]], reports: Mapping[str, Any]) -> Split:
     labels = np.concatenate([np.array(labels, np.int64) for labels in labels_by_archive])
-    order = np.argsort(reading_places(of_split.num_images))
+    order = np.argsort(reading_positions(of_split.num_images))
     cuts = np.flatnonzero(np.diff(of_split.shards_of(np.arange(len(order))))) + 1
     shards, repaired = [], []
     resized = 0

@@ -121,7 +121,7 @@ def pretrain(
                     code_version=code_version,
                     strategy=strategy,
                     log_metrics=run.metrics.log,
-                    report=lambda done, total, text: bars("pretrain", done, total, text),
+                    on_progress=lambda done, total, text: bars("pretrain", done, total, text),
                     before_checkpoint=run.metrics.settle,
                     should_stop=claim.stopping(should_stop),
                 )
@@ -200,7 +200,7 @@ def linear_eval(
                     workspace=claim.folder,
                     strategy=strategy,
                     log_metrics=run.metrics.log,
-                    report=lambda done, total, text: bars("linear-eval", done, total, text),
+                    on_progress=lambda done, total, text: bars("linear-eval", done, total, text),
                     should_stop=claim.stopping(should_stop),
                 )
         except PreemptedError as preempted:

@@ -41,7 +41,7 @@ from beam_jobs.raw import open_raw, raw_identity
 from beam_jobs.references import pack_reference, unpack_references
 from beam_jobs.verify import LostRecordsError
 from trainer.shared.errors import UserError
-from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, RECORDS_PER_BLOCK, read_manifest, reading_places
+from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, RECORDS_PER_BLOCK, read_manifest, reading_positions
 
 
 def test_stock_tfds_gives_back_every_image_with_its_id_and_label(built):
@@ -108,12 +108,12 @@ def test_reading_in_order_is_mixed_over_classes(built):
 
 @pytest.mark.parametrize("num_images", [1, 2, 1000])
 def test_every_place_is_taken_once(num_images):
-    assert sorted(reading_places(num_images)) == list(range(num_images))
+    assert sorted(reading_positions(num_images)) == list(range(num_images))
 
 
 def test_reading_order_never_changes():
     """It decides the bytes of every dataset that exists."""
-    assert reading_places(8).tolist() == [6, 4, 0, 7, 1, 3, 2, 5]
+    assert reading_positions(8).tolist() == [6, 4, 0, 7, 1, 3, 2, 5]
 
 
 def test_ids_and_bytes_do_not_depend_on_the_order_in_the_archives(built, tmp_path):

@@ -284,7 +284,7 @@ def test_a_full_disk_is_one_line_and_what_is_finished_stays(raw, references, tmp
     for processes in (1, 2):
         with monkeypatch.context() as patch:
             patch.setattr(shared, "_create", full)
-            with pytest.raises(UserError, match="No space left on device; make room and give the same command again") as caught:
+            with pytest.raises(UserError, match="No space left on device; make room and start the same command again") as caught:
                 build(str(raw), str(output), num_shards=8, processes=processes)
         assert "\n" not in str(caught.value)
         assert "while running" not in str(caught.value)
