@@ -54,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     with world() as place:
         os.environ.update(TRUST)
-        from conftest import write_dataset
+        from support.datasets import write_dataset
 
         picture = noise(250)
         folder = place.google.storage.bucket("a-bucket") / "data"
