@@ -9,7 +9,6 @@
 A runner may do any step twice, even at the same time: the files are the same, and each appears whole or not at all.
 """
 
-import itertools
 import multiprocessing
 import os
 import sys
@@ -28,7 +27,7 @@ from beam_jobs import images, proof, raw
 from beam_jobs.layouts.layout import RawImage
 from beam_jobs.plan import Plan, plan_split
 from beam_jobs.publish import publish
-from beam_jobs.references import Batch, Indexed, Reference
+from beam_jobs.references import PackedImage, PackedReference, Reference, pack_images, pack_reference, unpack_references
 from beam_jobs.shards import Record, make_record, write_shard
 from trainer.shared.files import is_local
 from trainer.shared.records import reading_places
@@ -38,6 +37,8 @@ _BATCH = 32
 _REMOTE_THREADS = 16
 """Requests for remote images at the same time: each mostly waits."""
 
+Indexed = tuple[int, list[PackedImage]]
+"""The number of an archive, and its images that get IDs, in the order of their IDs."""
 ShardKey = tuple[str, str]
 """Split, and the shard's file."""
 Item = TypeVar("Item")
@@ -102,25 +103,26 @@ def index_archive(number: int, plan: Plan) -> Indexed:
     if plan.look_first:
         found, repaired = _check_images(plan, archive.split, found)
     proof.report_archive(plan, number, found, repaired)
-    return Indexed(number, found.images)
+    return number, pack_images(found.images)
 
 
 def count_images(indexed: Indexed) -> tuple[int, int]:
-    return indexed.archive, len(indexed.images)
+    number, packed = indexed
+    return number, len(packed)
 
 
-def assign_ids(indexed: Indexed, plan: Plan, counts: dict[int, int]) -> list[tuple[ShardKey, Batch]]:
-    """Returns a batch of references for each shard that has images of an archive; `counts` has all archives' images by number."""
-    split = plan.raw.archives[indexed.archive].split
+def assign_ids(indexed: Indexed, plan: Plan, counts: dict[int, int]) -> list[tuple[ShardKey, list[PackedReference]]]:
+    """Returns references for each shard that has images of an archive; `counts` has the number of images by archive."""
+    number, packed = indexed
+    split = plan.raw.archives[number].split
     of_split = plan_split(plan, split, counts)
-    first_id = of_split.first_ids[indexed.archive]
-    places = reading_places(of_split.num_images)[first_id : first_id + len(indexed.images)]
+    first_id = of_split.first_ids[number]
+    places = reading_places(of_split.num_images)[first_id : first_id + len(packed)]
     shards = of_split.shards_of(places).tolist()
-    references = map(Reference, places.tolist(), itertools.count(first_id), indexed.images)
-    by_shard: dict[int, list[Reference]] = {}
-    for shard, reference in zip(shards, references, strict=True):
-        by_shard.setdefault(shard, []).append(reference)
-    return [((split, of_split.shard_files[shard]), Batch(of_shard)) for shard, of_shard in by_shard.items()]
+    by_shard: dict[int, list[PackedReference]] = {}
+    for image_id, (place, shard, image) in enumerate(zip(places.tolist(), shards, packed, strict=True), start=first_id):
+        by_shard.setdefault(shard, []).append(pack_reference(place, image_id, image))
+    return [((split, of_split.shard_files[shard]), references) for shard, references in by_shard.items()]
 
 
 class WriteShards(beam.DoFn):
@@ -140,13 +142,13 @@ class WriteShards(beam.DoFn):
         elif self.writers.threads > 1:
             self._pool = ThreadPoolExecutor(self.writers.threads)
 
-    def process(self, grouped: tuple[ShardKey, Iterable[Batch]]) -> Iterator[tuple[None, str]]:
-        (split, shard_file), batches = grouped
-        of_shard = Batch([reference for batch in batches for reference in batch.references])
+    def process(self, grouped: tuple[ShardKey, Iterable[list[PackedReference]]]) -> Iterator[tuple[None, str]]:
+        (split, shard_file), groups = grouped
+        packed = [reference for group in groups for reference in group]
         if self._pool:
-            self._pending.append(self._pool.submit(write_batch, self.plan, split, shard_file, of_shard))
+            self._pending.append(self._pool.submit(write_references, self.plan, split, shard_file, packed))
         else:
-            _count(write_batch(self.plan, split, shard_file, of_shard))
+            _count(write_references(self.plan, split, shard_file, packed))
         yield None, shard_file
 
     def finish_bundle(self) -> None:
@@ -174,12 +176,12 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def write_batch(plan: Plan, split: str, shard_file: str, batch: Batch) -> dict[str, int]:
-    """Writes the shard of the images that `batch` refers to, in the order of their places.
+def write_references(plan: Plan, split: str, shard_file: str, packed: list[PackedReference]) -> dict[str, int]:
+    """Writes the shard of the images that are referred to, in the order of their places.
 
     Does nothing if the shard is finished already. Returns how many images were written, repaired and rejected.
     """
-    references = sorted(batch.references)
+    references = unpack_references(sorted(packed))
     image_ids = [reference.image_id for reference in references]
     if proof.is_finished(plan, shard_file, image_ids, [reference.image.label for reference in references]):
         return {}

@@ -10,15 +10,15 @@ from types import FrameType
 
 EXIT_CODE = 128 + signal.SIGTERM
 _SECONDS_TO_END = 25.0
-"""From SIGTERM on. Whoever sends it kills what is there half a minute later."""
+"""Counted from SIGTERM. Clusters send SIGKILL half a minute after it."""
 
 
 @contextmanager
 def ends_on_sigterm() -> Iterator[None]:
-    """Within it, SIGTERM raises SystemExit with `EXIT_CODE`, and the process ends within `_SECONDS_TO_END` whatever it waits for.
+    """While the block runs, SIGTERM raises SystemExit with `EXIT_CODE` and ends the process within `_SECONDS_TO_END`.
 
-    What a thread does at that time may keep Python from ending: a shard that is written, a service that does not answer. Only
-    the main thread can be interrupted so; elsewhere SIGTERM does what it did.
+    The time limit is needed because a thread that writes a shard or waits for a service keeps Python from ending. Has no
+    effect outside the main thread, the only one that a signal can interrupt.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Files by path, local or gs:// alike: all that the rooms here know of file systems."""
+"""Files by path, local or gs://. Nothing else in the room depends on the file system."""
 
 import functools
 import os
@@ -18,9 +18,9 @@ from trainer.shared.errors import UserError
 from trainer.shared.files import is_local, whole_file
 
 WHOLE = 16 * 2**20
-"""Bytes a request, where a remote file is read from its beginning to its end."""
+"""Bytes of a request for a remote file that is read from its beginning to its end."""
 SPARSE = 2**10
-"""Bytes a request, where little of a remote file is read."""
+"""Bytes of a request for a remote file of which little is read."""
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")
 
 
@@ -40,7 +40,7 @@ def join(folder: str, name: str) -> str:
 
 
 def find(path: str) -> FileInfo | None:
-    """Returns what is known of a file, or None where there is none."""
+    """Returns a file's size and time, or None if there is no such file."""
     if is_local(path):
         return _info("", path) if os.path.isfile(path) else None
     if not FileSystems.exists(path):
@@ -50,15 +50,15 @@ def find(path: str) -> FileInfo | None:
 
 
 def tree(folder: str, depth: int) -> list[FileInfo]:
-    """Returns the files in `folder` and in its folders, `depth` of them deep, sorted by name; links are followed.
+    """Returns the files in `folder` and in its subfolders down to `depth` levels, sorted by name. Follows links.
 
-    What begins with a dot is passed over, as file managers leave such files anywhere. None where there is no such folder.
+    Passes over names that begin with a dot, because file managers leave such files anywhere. Without a folder, returns none.
     """
     return sorted(_walk(folder, "", depth) if is_local(folder) else _match(folder, depth))
 
 
 def names(folder: str) -> list[str]:
-    """Returns the names of the files in `folder`, sorted; none where there is no such folder."""
+    """Returns the sorted names of the files in `folder`; an empty list if there is no such folder."""
     if is_local(folder):
         try:
             return sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
@@ -69,7 +69,7 @@ def names(folder: str) -> list[str]:
 
 
 def open_to_read(path: str, request: int = WHOLE) -> BinaryIO:
-    """Opens a file; `request` is how many bytes a request to a remote one asks for at least."""
+    """Opens a file. For a remote file, each request asks for at least `request` bytes."""
     if is_local(path):
         return open(path, "rb")
     if FileSystems.get_scheme(path) == "gs":
@@ -83,7 +83,7 @@ def read(path: str) -> bytes:
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
-    """Returns the `size` bytes at `offset`, fewer where the file ends before. Any thread may."""
+    """Returns the `size` bytes at `offset`, fewer if the file ends before. Safe in any thread."""
     if is_local(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -97,15 +97,15 @@ def read_range(path: str, offset: int, size: int) -> bytes:
 
 @functools.lru_cache(maxsize=64)
 def _opened_by(thread: int, path: str) -> BinaryIO:
-    """A remote file: opening one takes a request of its own, and its position is one thread's."""
+    """Returns an open remote file, one for each thread, because its position is shared. Opening takes a request."""
     return open_to_read(path, SPARSE)
 
 
 @contextmanager
 def open_to_write(path: str) -> Iterator[BinaryIO]:
-    """Gives a file to write to; it is at `path` once the block ends, and never in part.
+    """Gives a file to write to. The file appears at `path` when the block ends, whole or not at all.
 
-    Raises UserError where there is no room for it, or none may be written there.
+    Raises UserError if the disk is full or `path` cannot be written.
     """
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     if is_local(path):
@@ -129,13 +129,13 @@ def _create(path: str) -> BinaryIO:
 
 
 def write(path: str, content: bytes) -> None:
-    """Writes a file; whole or not at all."""
+    """Writes a file, whole or not at all."""
     with open_to_write(path) as file:
         file.write(content)
 
 
 def delete(paths: list[str]) -> None:
-    """Deletes what is there of `paths`."""
+    """Deletes those of `paths` that exist."""
     for path in paths:
         if is_local(path) and os.path.lexists(path):
             os.unlink(path)
@@ -144,12 +144,12 @@ def delete(paths: list[str]) -> None:
 
 
 def delete_temporary(folder: str) -> None:
-    """Deletes what `open_to_write` left in `folder` when it was killed."""
+    """Deletes the temporary files that a killed `open_to_write` left in `folder`."""
     delete([join(folder, name) for name in names(folder) if _TEMPORARY.fullmatch(name)])
 
 
 def delete_folder(folder: str) -> None:
-    """Deletes the files in `folder`, and itself where it is more than the beginning of their names."""
+    """Deletes `folder` and its files. In a bucket a folder is only the beginning of its files' names."""
     if is_local(folder):
         shutil.rmtree(folder, ignore_errors=True)
     else:
@@ -174,7 +174,7 @@ def _walk(folder: str, prefix: str, depth: int) -> Iterator[FileInfo]:
                 yield from _walk(entry.path, f"{prefix}{entry.name}/", depth - 1)
         elif entry.is_file():
             yield _info(prefix + entry.name, entry.path)
-        else:  # a link to nothing: empty, so that whoever reads it says so
+        else:  # a broken link counts as an empty file, which is reported when it is read
             yield FileInfo(prefix + entry.name, 0, 0.0)
 
 
@@ -187,5 +187,5 @@ def _match(folder: str, depth: int) -> Iterator[FileInfo]:
 
 
 def _literal(path: str) -> str:
-    """A pattern that matches `path` only."""
+    """Returns a pattern that matches `path` only."""
     return "".join(f"[{character}]" if character in "*?[" else character for character in path)

@@ -1,4 +1,4 @@
-"""One image: what its header says it is, and a JPEG that every decoder reads alike."""
+"""One image: what its header says, and how it becomes a JPEG that every decoder reads alike."""
 
 import io
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError, features
 from PIL import __version__ as pillow_version
 
 REPAIRED_QUALITY = 100
-"""Of what had to become a JPEG: few images, which lose next to nothing."""
+"""JPEG quality of repaired images. They are few, and lose next to nothing."""
 RESIZED_QUALITY = 95
-"""Of what was made smaller: possibly all images. Both have full colour resolution."""
+"""JPEG quality of resized images, which may be all images."""
 MAX_PIXELS = 2**30 // 12
-"""Where an image counts as made to exhaust memory: 89 million, Pillow's own limit, above any of ImageNet's."""
+"""89 million pixels, Pillow's own limit and more than any of ImageNet's images has. A larger image may exhaust memory."""
 HEAD_BYTES = 2**12
-"""What of a file is read to see a usual JPEG's header; where that is not enough, all of it is."""
+"""Bytes that usually hold a JPEG's header. If they do not, the whole file is read."""
 TAIL_BYTES = 2
 
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
@@ -23,33 +23,33 @@ _WITHOUT_LENGTH = frozenset(range(0xD0, 0xD9)) | {0x01}
 _END, _START_OF_SCAN, _ADOBE = 0xD9, 0xDA, 0xEE
 _END_OF_IMAGE = b"\xff\xd9"
 CODECS = f"Pillow {pillow_version}, libjpeg {features.version_codec('jpg')}"
-"""What images that are made here depend on."""
+"""The versions on which the bytes of repaired and resized images depend."""
 _SRGB = ImageCms.createProfile("sRGB")
 
 
 class UnreadableImageError(Exception):
-    """The bytes are no image that can be read; the message says why in a few words."""
+    """The bytes are not a readable image. The message says why in a few words."""
 
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What the header of a JPEG says of the image."""
+    """The header of a JPEG."""
 
     process: int
-    """The start-of-frame marker: 0xC0 baseline, 0xC1 extended, 0xC2 progressive, else a kind that few decoders read."""
+    """The start-of-frame marker: 0xC0 baseline, 0xC1 extended, 0xC2 progressive. Few decoders read the others."""
     precision: int
-    """Bits a sample."""
+    """Bits of a sample."""
     height: int
     width: int
     components: int
     adobe_transform: int | None
-    """Of Adobe's marker: 0 none, 1 YCbCr, 2 YCCK; None where there is no such marker."""
+    """Colour transform that Adobe's marker gives: 0 none, 1 YCbCr, 2 YCCK. None without such a marker."""
     scan: int
-    """Where the header ends and pixels begin, bytes."""
+    """Byte at which the header ends and pixels begin."""
 
     @property
     def is_usual(self) -> bool:
-        """Whether every decoder makes the same of it: grey or YCbCr, eight bits, of a common kind and size."""
+        """Whether every decoder gives the same pixels: grey or YCbCr, eight bits, of a common kind and size."""
         return (
             self.process in (_BASELINE, _EXTENDED, _PROGRESSIVE)
             and self.precision == 8
@@ -65,7 +65,7 @@ class Prepared:
     encoded: bytes
     """A JPEG, grey or RGB."""
     repaired: str
-    """What had to be done to make it one, "" where nothing."""
+    """How it was repaired, "" if it was not."""
     resized: bool
 
 
@@ -74,13 +74,13 @@ class Options:
     """How images are treated."""
 
     decode: bool = False
-    """Whether each is decoded whole, to see that it can be, and not only where its header or its end is unusual."""
+    """Whether to decode every image to find damage. Without it, only images with an unusual header or end are decoded."""
     max_side: int | None = None
-    """Pixels that the longer side may have; larger images are made as small."""
+    """Pixels of the longer side. Larger images are resized to it; None resizes none."""
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
-    """Returns the header of a JPEG without decoding it, or None where `data` has no whole one."""
+    """Returns the header of a JPEG without decoding pixels, or None if `data` has no whole header."""
     if data[:2] != b"\xff\xd8":
         return None
     adobe_transform = frame = None
@@ -109,7 +109,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
 
 
 def keeps_its_bytes(head: bytes, tail: bytes, options: Options) -> bool:
-    """Returns whether an image is sure to be taken as it is, from its first `HEAD_BYTES` and its last `TAIL_BYTES`."""
+    """Returns whether an image surely keeps its bytes, judged by its first `HEAD_BYTES` and its last `TAIL_BYTES`."""
     if options.decode or tail != _END_OF_IMAGE:
         return False
     header = read_jpeg_header(head)
@@ -117,11 +117,11 @@ def keeps_its_bytes(head: bytes, tail: bytes, options: Options) -> bool:
 
 
 def prepare(data: bytes, options: Options) -> Prepared:
-    """Returns what of an image goes into its record.
+    """Returns the JPEG that goes into an image's record.
 
-    Its own bytes where they are a usual whole JPEG, grey or RGB. Anything else that Pillow reads becomes an RGB JPEG, the
-    same bytes for the same image, of the colours that its ICC profile gives its pixels, or, without one, of those that
-    decoders agree on. Raises UnreadableImageError.
+    A usual whole JPEG, grey or RGB, keeps its own bytes. Anything else that Pillow reads becomes an RGB JPEG; the same image
+    always gives the same bytes. Its colours are those of its ICC profile, or without one those that decoders agree on.
+    Raises UnreadableImageError.
     """
     if not data:
         raise UnreadableImageError("is empty")
@@ -130,7 +130,7 @@ def prepare(data: bytes, options: Options) -> Prepared:
         raise _too_large(header.width, header.height)
     usual = header is not None and header.is_usual
     larger = header is not None and _is_larger(header.width, header.height, options.max_side)
-    # What lacks its end may be cut off; bytes after the end do no harm.
+    # A JPEG without its end marker may be cut off. Bytes after the marker do no harm.
     whole = header is not None and data.rfind(_END_OF_IMAGE, header.scan) >= 0
     if usual and whole and not larger and not options.decode:
         return Prepared(data, "", False)
@@ -139,7 +139,7 @@ def prepare(data: bytes, options: Options) -> Prepared:
             if image.width * image.height > MAX_PIXELS:
                 raise _too_large(image.width, image.height)
             if usual and not larger:
-                # Every bit is read, few pixels are made. A cut-off image raises.
+                # Reads every bit but makes few pixels. Raises for an image that is cut off.
                 image.draft(None, (1, 1))
                 image.load()
                 return Prepared(data, "", False)
@@ -172,9 +172,9 @@ def _is_larger(width: int, height: int, max_side: int | None) -> bool:
 
 
 def _to_rgb(image: Image.Image, header: JpegHeader | None) -> tuple[Image.Image, str]:
-    """Returns an image in RGB, and by what its colours were found where that is not by its mode alone."""
+    """Returns an image in RGB, and " by its ICC profile" if that gave the colours, else ""."""
     if image.mode == "CMYK" and header and header.adobe_transform is None:
-        # Pillow takes every CMYK JPEG for one of Adobe's, whose inks are inverted; without Adobe's marker they are not.
+        # Pillow inverts the inks of every CMYK JPEG. Adobe's are stored inverted; without Adobe's marker they are not.
         inks = ImageChops.invert(image)
         inks.info = image.info
         image = inks
@@ -191,7 +191,7 @@ def _to_rgb(image: Image.Image, header: JpegHeader | None) -> tuple[Image.Image,
             assert managed is not None
             return managed, " by its ICC profile"
         except (ImageCms.PyCMSError, OSError):
-            pass  # a profile that is broken, or of another kind of pixels, says nothing
+            pass  # the profile is broken, or for another kind of pixels
     return image.convert("RGB"), ""
 
 

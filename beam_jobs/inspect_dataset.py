@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import statistics
-import struct
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from PIL import Image
 from beam_jobs import files
 from beam_jobs.images import read_jpeg_header
 from beam_jobs.shards import FINGERPRINTS, file_crc32c, fingerprint_term, frame
+from trainer.shared.blocks import block_extent, framed_records, locate
 from trainer.shared.errors import UserError
 from trainer.shared.page import Picture, Section, data_uri, render
 from trainer.shared.records import (
@@ -34,7 +34,6 @@ from trainer.shared.records import (
     Split,
     decode_example,
     manifest_from_json,
-    reading_places,
 )
 
 _SAMPLED_BLOCKS = 32
@@ -186,19 +185,15 @@ def _read_whole(folder: str, shard: Shard) -> tuple[Iterator[Record], list[str]]
 
 
 def _read_block(folder: str, shard: Shard, block: int) -> Iterator[Record]:
-    """Yields the records from one of a shard's offsets to the next. Raises ValueError where they are damaged."""
-    start = shard.blocks[block]
-    end = shard.blocks[block + 1] if block + 1 < len(shard.blocks) else shard.bytes
-    data = files.read_range(files.join(folder, shard.file), start, end - start)
-    position = 0
-    while position < len(data):
-        (length,) = struct.unpack_from("<Q", data, position)
-        framed = data[position : position + length + 16]
-        encoded, label, image_id = decode_example(framed[12:-4])
-        if b"".join(frame(encoded, label, image_id)) != framed:
+    """Yields the records of a block. Raises ValueError if one is damaged."""
+    start, size = block_extent(shard, block)
+    data = files.read_range(files.join(folder, shard.file), start, size)
+    for position, record in framed_records(data):
+        encoded, label, image_id = decode_example(record)
+        framed = b"".join(frame(encoded, label, image_id))
+        if framed != data[position : position + len(framed)]:
             raise ValueError(f"the record at byte {start + position} has a wrong checksum")
         yield Record(image_id, label, encoded)
-        position += len(framed)
 
 
 def _check_records(name: str, split: Split, seen: list[tuple[int, int]]) -> list[str]:
@@ -224,14 +219,10 @@ def _images_by_class(folder: str, manifest: Manifest, split: str, labels: Sequen
     """Yields each label with some of its images, which are found by their IDs: those of `train` are in the order of labels."""
     of_split = manifest.splits[split]
     first_ids = np.concatenate([[0], np.cumsum(of_split.records_per_class)])
-    places = reading_places(of_split.records)
-    shard_ends = np.cumsum([shard.records for shard in of_split.shards])
     for label in labels:
+        chosen = _evenly([(image_id,) for image_id in range(first_ids[label], first_ids[label + 1])], _SHOWN_IMAGES)
         shown = []
-        for (image_id,) in _evenly([(image_id,) for image_id in range(first_ids[label], first_ids[label + 1])], _SHOWN_IMAGES):
-            place = int(places[image_id])
-            number = int(np.searchsorted(shard_ends, place, side="right"))
-            within = place - (int(shard_ends[number - 1]) if number else 0)
+        for number, within in locate(of_split, [image_id for (image_id,) in chosen]):
             records = _read_block(folder, of_split.shards[number], within // RECORDS_PER_BLOCK)
             shown.append(next(itertools.islice(records, within % RECORDS_PER_BLOCK, None)).encoded)
         yield label, shown

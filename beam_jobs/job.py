@@ -42,28 +42,29 @@ def build(
 ) -> Manifest:
     """Converts the raw images in the folder `raw` to a dataset in the folder `output`, and returns its manifest.
 
-    `processes` run on this machine, one by default; `beam_args` are Beam's own options, for any other runner; `report` is
-    called with how many parts of the job are done and how many there are, from another thread; `options` are those of
-    `make_plan`. The output is the same to the byte whatever the runner.
+    processes: number of processes on this machine, 1 by default
+    beam_args: Beam's own options; they may choose another runner. Every runner writes the same bytes
+    report: is called from another thread with the number of finished parts of the job and the number of all parts
+    options: the arguments of `make_plan`
 
-    A dataset that the same conversion finished before is left as it is. One of other raw data or options raises UserError.
-    On Dataflow, an earlier attempt's job of the same conversion is gone on with where it still runs. SIGTERM and Ctrl-C cancel
-    the job.
+    Leaves a dataset as it is if the same conversion finished it before. On Dataflow, waits for an earlier attempt's job of the
+    same conversion if that still runs. SIGTERM and Ctrl-C cancel the job.
 
-    Raises UserError for input that cannot be converted whole, after reading all of it, and `proof.LostRecordsError`; then
-    `output` has neither manifest nor shards. Interrupted, or without room, it has finished shards, which the same call uses.
+    Raises UserError if `output` holds another dataset. Raises UserError for faulty input, after reading all of it, and
+    `proof.LostRecordsError` if the runner is at fault; `output` then has neither manifest nor shards. After an interruption or
+    on a full disk, `output` keeps the finished shards, and the same call goes on from them.
     """
     plan = make_plan(raw, output, **options)
     pipeline = make_pipeline(beam_args, processes)
     job = dataflow.Conversion(pipeline, plan) if dataflow.is_dataflow(pipeline) else None
     running = job.running() if job else None
     if files.find(files.join(output, MANIFEST)):
-        # Its work folder is there where an earlier job of this kind was interrupted when all but clearing up was done.
+        # The work folder is still there if the earlier job was interrupted while it cleared up.
         if _made_here(plan) != plan.identity and not was_made_by(plan):
             raise _finished(plan)
         print(f"{output} is already there: the same conversion finished before", file=sys.stderr, flush=True)
         return publish(plan)
-    if not running:  # else its workers write there
+    if not running:  # a running job's workers write to the output folder
         _prepare(plan)
         pipeline | Convert(plan, Writers() if names_runner(beam_args) else local_writers(processes or 1))
     with _watched(plan, report), job.watched() if job else nullcontext():
@@ -79,9 +80,9 @@ def build(
 
 
 def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any) -> None:
-    """Describes the job that `build` would run, to Dataflow: a template, or nothing at all, as `beam_args` ask for.
+    """Describes to Dataflow the job that `build` would run, as a template or a dry run, whichever `beam_args` ask for.
 
-    A template's job proves and publishes by itself; it is for these raw images and this output only.
+    A job from the template checks and publishes the dataset by itself. It is for these raw images and this output only.
     """
     plan = make_plan(raw, output, **options)
     pipeline = make_pipeline(beam_args, None)
@@ -92,7 +93,7 @@ def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any)
 def plan_only(
     raw: str, output: str, *, processes: int | None = None, beam_args: Sequence[str] = (), **options: Any
 ) -> survey.Survey:
-    """Returns what `build` would do with the same arguments, having looked at every image's header; writes nothing that stays."""
+    """Returns what `build` would do with the same arguments. Reads every image's header; leaves no file behind."""
     plan = make_plan(raw, output, **options)
     local = is_local(output)
     work = tempfile.mkdtemp(prefix="sogclr-plan-") if local else files.join(output, f".plan-{uuid.uuid4().hex}")
@@ -116,7 +117,7 @@ def _finished(plan: Plan) -> UserError:
 
 
 def _prepare(plan: Plan) -> None:
-    """Makes the output folder ready: an interrupted job's shards stay where they are those of this plan."""
+    """Makes the output folder ready. Keeps the shards of an interrupted job if it had the same plan."""
     made_here = _made_here(plan)
     if not made_here and (others := [name for name in files.names(plan.output) if _SHARD_FILE.fullmatch(name)]):
         raise UserError(f"{plan.output} has {others[0]}, which no unfinished job of this kind left there: give another folder")
@@ -129,6 +130,7 @@ def _prepare(plan: Plan) -> None:
 
 
 def _made_here(plan: Plan) -> str:
+    """Returns the `Plan.identity` of the unfinished job in the output folder, "" if there is none."""
     path = files.join(plan.work, _IDENTITY)
     return files.read(path).decode() if files.find(path) else ""
 
@@ -141,7 +143,7 @@ def _remove_leftovers(plan: Plan) -> None:
 
 @contextmanager
 def _watched(plan: Plan, report: Callable[[int, int], None]) -> Iterator[None]:
-    """Reports while the block runs: a part for each archive, each shard, and for proving and publishing."""
+    """Reports progress while the block runs. Each archive is a part, each shard, and the publishing."""
     total = len(plan.raw.archives) + sum(plan.num_shards.values()) + 1
     ended = threading.Event()
     pause = _SECONDS_BETWEEN_LOOKS if is_local(plan.work) else _SECONDS_BETWEEN_REMOTE_LOOKS

@@ -1,4 +1,4 @@
-"""The plan of a conversion: which image gets which ID, which place in the order of reading, which shard."""
+"""The plan of a conversion: its checked options, and each image's ID, place in the order of reading, and shard."""
 
 import hashlib
 import importlib.metadata
@@ -16,9 +16,9 @@ from trainer.shared.errors import UserError
 VERIFY = ("headers", "decode")
 ON_BAD_IMAGE = ("fail", "skip")
 WORK = ".building"
-"""Folder within the output that is there while it is not finished."""
+"""Folder within the output; it exists until the dataset is finished."""
 SHARD_BYTES = 128 * 2**20
-"""What a shard has, about, where the number of shards is not given."""
+"""Approximate size of a shard if the number of shards is not given."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -26,7 +26,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known before any image is: all that the workers have to be told."""
+    """What is known before any image is read. Workers need nothing else."""
 
     raw: Raw
     output: str
@@ -34,26 +34,26 @@ class Plan:
     """The folder of the workers' reports."""
     name: str
     version: str
-    """Of the dataset in TFDS."""
+    """The dataset's version in TFDS."""
     num_shards: Mapping[str, int]
-    """By split, at most: no shard is empty."""
+    """By split. A split with fewer images has fewer shards: none is empty."""
     images: images.Options
     look_first: bool
-    """Whether images are looked at when they are indexed: those that cannot be read get no ID."""
+    """Whether images are checked when they are indexed, so that unreadable images get no ID."""
     expected: Mapping[str, int] | None
-    """How many images of each split there must be, where that is known."""
+    """Number of images that each split must have; None if that is not known."""
     options: Mapping[str, str | int]
-    """Those of the conversion that change what is written."""
+    """The conversion's options that change what is written."""
     tool_version: str
 
     @property
     def rejected(self) -> str:
-        """The file that lists all that is wrong with the raw data, where that is much."""
+        """The file that lists all faults of the raw data if an error cannot name them all."""
         return files.join(self.output, f"{self.name}-rejected.txt")
 
     @property
     def identity(self) -> str:
-        """A hex digest that differs where a shard could."""
+        """A hex digest. It differs between plans that may write different shards."""
         raw = self.raw.identity, self.raw.synsets, self.raw.images_per_class
         rest = self.name, sorted(self.num_shards.items()), self.images, self.look_first, images.CODECS, self.tool_version
         return hashlib.sha256(repr((raw, rest)).encode()).hexdigest()
@@ -61,10 +61,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """The images of a split, known once those of each archive are counted."""
+    """The IDs and shards of a split's images. Known once the images of each archive are counted."""
 
     first_ids: Mapping[int, int]
-    """By archive: the ID of its first image. The others follow in the order of their names."""
+    """ID of an archive's first image, by the archive's number. The other images follow in the order of their names."""
     num_images: int
     shard_files: tuple[str, ...]
 
@@ -88,16 +88,16 @@ def make_plan(
 ) -> Plan:
     """Returns the plan of converting the raw images in the folder `raw` to a dataset in the folder `output`.
 
-    name: of the dataset in TFDS; by default NAME where `output` is ROOT/NAME/1.0.0, which is then its version, else images
-    num_shards: of each split; by default what makes shards of 128 MiB
+    name: the dataset's name in TFDS; by default NAME if `output` is ROOT/NAME/VERSION, else images
+    num_shards: shards of each split; by default as many as make shards of 128 MiB
     subset: one of `subsets.SUBSETS` or a file with a synset a line
-    images_per_class: at most, of training images, the first by name
-    on_bad_image: fail, or skip: images that cannot be read get no ID and are listed in the manifest
-    verify: headers, or decode: how deep to look for damage
-    max_side: pixels that the longer side may have; larger images are made as small
-    allow_other_counts: of the synsets of the real ImageNet, not all images need be there
+    images_per_class: the most training images of a class, the first by name
+    on_bad_image: fail, or skip to give unreadable images no ID and list them in the manifest
+    verify: how deep to look for damage: headers, or decode to decode every image
+    max_side: pixels of the longer side; larger images are resized to it
+    allow_other_counts: whether ImageNet's synsets may have other numbers of images than ImageNet
 
-    Raises UserError for arguments that make no sense, and where there are no raw images.
+    Raises UserError for arguments that make no sense, and if there are no raw images.
     """
     for argument, value in (("num_shards", num_shards), ("images_per_class", images_per_class), ("max_side", max_side)):
         if value is not None and value < 1:

@@ -1,7 +1,7 @@
-"""The proof that what was indexed was written: the reports that the workers leave, and what follows from them.
+"""The proof that every indexed image was written. It rests on reports that the workers leave.
 
-A report is a small JSON file, of an archive that was indexed or of a shard that was written. Reports do not go through the
-runner, so they show what it lost.
+A report is a small JSON file about an indexed archive or a written shard. Reports do not go through the runner, so they show
+what the runner lost.
 """
 
 import json
@@ -36,7 +36,7 @@ class FaultsError(UserError):
 
 
 def report_archive(plan: Plan, number: int, index: Index, repaired: Listed) -> None:
-    """Tells what is in an archive; `repaired` are those that will have to be, where the images were looked at."""
+    """Reports an archive's images. `repaired` lists the images that will be repaired, if the images were checked."""
     labels = [image.label for image in index.images]
     content = {
         "found": index.found,
@@ -50,17 +50,17 @@ def report_archive(plan: Plan, number: int, index: Index, repaired: Listed) -> N
 
 
 def report_shard(plan: Plan, written: WrittenShard, resized: int, repaired: Listed, rejected: Listed) -> None:
-    """Tells that a shard was written."""
+    """Reports a written shard."""
     _report(plan, written.shard.file, {**asdict(written), "resized": resized, "repaired": repaired, "rejected": rejected})
 
 
 def count_reports(plan: Plan) -> int:
-    """Returns how many archives are indexed and shards written."""
+    """Returns the number of indexed archives and written shards."""
     return len(_report_names(plan))
 
 
 def is_finished(plan: Plan, file: str, image_ids: Iterable[int], labels: Iterable[int]) -> bool:
-    """Returns whether a shard of these images is on disk, every byte of it as it was written."""
+    """Returns whether a shard of exactly these images is on disk with the checksum that it was written with."""
     report_file = files.join(plan.work, f"{file}.json")
     if not files.find(report_file):
         return False
@@ -75,11 +75,11 @@ def is_finished(plan: Plan, file: str, image_ids: Iterable[int], labels: Iterabl
 
 
 def prove(plan: Plan) -> Manifest:
-    """Returns the manifest of what is on disk, having checked that it is exactly what the plan says.
+    """Checks that the shards on disk are exactly what the plan says, and returns their manifest.
 
-    Each archive was indexed; each shard is there in its whole length and holds the images of the plan, each with its ID and
-    label, in their order. So the IDs of a split are 0..N-1, each once. Raises FaultsError where the input is at fault, for
-    all of it that is, and LostRecordsError where the runner is.
+    Each archive was indexed. Each shard has its whole length and holds the plan's images, in their order, each with its ID and
+    label. So the IDs of a split are 0..N-1, each once. Raises FaultsError, which names all faults, if the input is at fault,
+    and LostRecordsError if the runner is.
     """
     reports = _read_reports(plan)
     of_archives = archive_reports(plan, reports)
@@ -114,7 +114,7 @@ def labels_of(report: Any) -> list[int]:
 
 
 def faults(plan: Plan, of_archives: list[Any]) -> tuple[list[str], Listed]:
-    """Returns all that is wrong with the raw data as far as indexing shows: problems, and images that cannot be read."""
+    """Returns the faults of the raw data that indexing shows: problems, and images that cannot be read."""
     problems = [*plan.raw.problems, *(problem for report in of_archives for problem in report["problems"])]
     rejected = [image for report in of_archives for image in report["rejected"]]
     for split in SPLITS:
@@ -137,7 +137,7 @@ def faults(plan: Plan, of_archives: list[Any]) -> tuple[list[str], Listed]:
 
 
 def refuse_faults(plan: Plan, of_archives: list[Any], reports: Mapping[str, Any]) -> None:
-    """Raises FaultsError for all that is wrong with the raw data, and lists it in a file where that is much."""
+    """Raises FaultsError if the raw data has faults. Writes them to a file if the error cannot name them all."""
     problems, rejected = faults(plan, of_archives)
     if plan.look_first:
         rejected = []  # they are left out

@@ -1,4 +1,4 @@
-"""The last step of a conversion: what is written becomes a dataset, at once, for TFDS and for this project."""
+"""The last step of a conversion: the written shards become a dataset, for TFDS and for this project."""
 
 import json
 from typing import Any
@@ -11,15 +11,15 @@ from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, MANIFEST, Manifest,
 CONVERSION = ".conversion"
 """File of a dataset that holds the `Plan.identity` of the conversion that made it.
 
-It is not in the manifest, because it knows the times of the raw files, and equal datasets have equal manifests.
+Not part of the manifest: the identity depends on the raw files' times, and equal datasets must have equal manifests.
 """
 _FEATURES = "tensorflow_datasets.core.features"
 
 
 def publish(plan: Plan) -> Manifest:
-    """Proves the conversion and makes a dataset of it: TFDS's metadata, then the manifest, last of all; returns that.
+    """Proves the conversion, then writes TFDS's metadata and, last of all, the manifest. Returns the manifest.
 
-    Does nothing more where the manifest is there already. Raises what `proof.prove` does.
+    If the manifest exists already, only clears up. Raises what `proof.prove` raises.
     """
     path = files.join(plan.output, MANIFEST)
     if files.find(path):
@@ -36,9 +36,9 @@ def publish(plan: Plan) -> Manifest:
 
 
 def was_made_by(plan: Plan) -> bool:
-    """Returns whether the finished dataset in the output folder is what `plan` makes.
+    """Returns whether `plan` made the finished dataset in the output folder.
 
-    Raises UserError where it is and a shard is not there in its whole length.
+    Raises UserError if it did, and one of the shards is missing or has another length.
     """
     path = files.join(plan.output, CONVERSION)
     if not files.find(path) or files.read(path).decode() != plan.identity:
@@ -55,9 +55,9 @@ def was_made_by(plan: Plan) -> bool:
 
 
 def _tfds_metadata(plan: Plan, manifest: Manifest) -> dict[str, str]:
-    """Returns by name the files that TFDS keeps beside its records, as its own `folder_dataset.write_metadata` writes them.
+    """Returns the contents of TFDS's metadata files by name, the same that its `folder_dataset.write_metadata` writes.
 
-    Written here because TFDS imports TensorFlow, for which a worker has neither memory nor use.
+    Written without TFDS, because that imports TensorFlow, which a worker has neither memory nor use for.
     """
     splits = [
         {

@@ -1,4 +1,4 @@
-"""One shard: a TFRecord file, with what a manifest and a proof need to know of it."""
+"""One shard: how its TFRecord file is written, and the checksums and digests that the manifest and the proof need."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ from beam_jobs import files
 from trainer.shared.records import RECORDS_PER_BLOCK, Shard, example_head
 
 FINGERPRINTS = 2**256
-"""How many there are: sums of fingerprints are modulo this."""
+"""Number of different fingerprints. Sums of fingerprints are modulo this."""
 _PIECE = 2**20
 
 
@@ -24,7 +24,7 @@ class Record:
     image_id: int
     label: int
     framed: tuple[bytes, bytes, bytes]
-    """As TFRecord files hold it, the JPEG in the middle."""
+    """The record as TFRecord files hold it, in three parts. The second is the JPEG."""
     fingerprint: int
     """`fingerprint_term`."""
 
@@ -37,11 +37,11 @@ class WrittenShard:
     contents: str
     """`contents_digest` of its records."""
     fingerprint: int
-    """Sum of those of its records, modulo `FINGERPRINTS`."""
+    """Sum of its records' fingerprints, modulo `FINGERPRINTS`."""
 
 
 def make_record(split: str, image_id: int, label: int, encoded: bytes) -> Record:
-    """Returns the record of a JPEG: all the work on it that does not depend on other records."""
+    """Returns the record of a JPEG. Several threads can make records: none depends on another."""
     return Record(image_id, label, frame(encoded, label, image_id), fingerprint_term(split, image_id, label, encoded))
 
 
@@ -84,12 +84,12 @@ def file_crc32c(path: str) -> str:
 
 
 def contents_digest(image_ids: Iterable[int], labels: Iterable[int]) -> str:
-    """Returns a hex digest of which images are there under which labels, and in what order."""
+    """Returns a hex digest of image IDs and labels, in their order."""
     return hashlib.sha256(np.array([image_ids, labels], "<i8").tobytes()).hexdigest()
 
 
 def fingerprint_term(split: str, image_id: int, label: int, encoded: bytes) -> int:
-    """Returns what an image adds to the fingerprint of its dataset, which is a sum and so knows nothing of shards and order."""
+    """Returns an image's term in the fingerprint of its dataset: a sum, so that shards and order do not matter."""
     of_bytes = hashlib.sha256(encoded).digest()
     return int.from_bytes(hashlib.sha256(f"{split} {image_id} {label} ".encode() + of_bytes).digest())
 

@@ -1,4 +1,4 @@
-"""The subsets of ImageNet that papers use, by name, and how many images of them there are."""
+"""The subsets of ImageNet that papers use: their names, synsets and numbers of images."""
 
 import hashlib
 from collections.abc import Sequence
@@ -44,9 +44,9 @@ SUBSETS = {"imagenet_s": IMAGENET_S, "imagenet100_cmc": IMAGENET100_CMC}
 
 
 def synsets_of(subset: str) -> tuple[str, ...]:
-    """Returns the synsets of a subset, sorted: one of `SUBSETS`, or a file with a synset a line.
+    """Returns the sorted synsets of a subset: a name in `SUBSETS`, or a file with a synset a line.
 
-    Raises UserError where it is neither, and where the file is empty or names a synset twice.
+    Raises UserError if it is neither, or if the file is empty or names a synset twice.
     """
     if subset in SUBSETS:
         return tuple(sorted(SUBSETS[subset]))
@@ -61,9 +61,9 @@ def synsets_of(subset: str) -> tuple[str, ...]:
 
 
 def known_counts(synsets: Sequence[str]) -> dict[str, int] | None:
-    """Returns how many images each split of the real ImageNet has of these synsets, where that is known.
+    """Returns the number of ImageNet's images of these synsets by split, or None if it is not known.
 
-    It is known of all 1,000 and of the named subsets; None for any other synsets.
+    It is known for all 1,000 synsets and for the named subsets.
     """
     return _KNOWN_COUNTS.get(_digest(synsets))
 

@@ -12,7 +12,7 @@ from beam_jobs.shards import make_record
 from trainer.shared.errors import UserError
 
 _SAMPLE = 256
-"""Images that are prepared to see how long one takes."""
+"""Images that are prepared to measure the time of one."""
 _SHOWN = 20
 
 
@@ -20,7 +20,7 @@ _SHOWN = 20
 class SplitSurvey:
     images: int
     bytes: int
-    """Of the raw images."""
+    """Total size of the raw images."""
     shards: int
     repaired: tuple[dict[str, Any], ...]
     """Source of each image that would be repaired, and what would be done."""
@@ -37,18 +37,18 @@ class Survey:
     classes: int
     splits: dict[str, SplitSurvey]
     seconds: float
-    """That the conversion would take on this machine in one process, about."""
+    """Estimated duration of the conversion on this machine in one process."""
     problems: tuple[str, ...]
     """Why it would fail."""
 
 
 def looking_plan(plan: Plan, work: str) -> Plan:
-    """Returns the plan of looking only: reports go to the folder `work`."""
+    """Returns the plan that indexes and checks images only. Its reports go to the folder `work`."""
     return replace(plan, work=work, look_first=True)
 
 
 def survey(plan: Plan, of_archives: Sequence[Any]) -> Survey:
-    """Returns what the plan comes to, from the reports of its archives, whose images were looked at."""
+    """Returns the plan in figures, from the reports of its archives, whose images were checked."""
     problems, rejected = proof.faults(plan, list(of_archives))
     if rejected and not plan.look_first:
         problems = [*problems, f"{len(rejected)} of the images cannot be read: give --on-bad-image=skip to leave them out"]
@@ -97,7 +97,7 @@ def _clock(seconds: float) -> str:
 
 
 def _seconds_an_image(plan: Plan) -> float:
-    """Returns how long reading and preparing one image takes, measured on some of one archive of each split."""
+    """Returns the seconds that reading and preparing an image takes, measured on a sample of one archive of each split."""
     seconds = []
     for split in SPLITS:
         of_split = [plan.raw.archives[number] for number in plan.raw.of_split(split)]

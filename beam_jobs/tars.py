@@ -21,16 +21,16 @@ class Member(NamedTuple):
 
 
 def members(file: BinaryIO, name: str, start: int, end: int) -> tuple[list[Member], list[str]]:
-    """Returns the files in the tar that lies at start..end of `file`, in the order of their base names, and what is wrong."""
-    members: list[Member] = []
+    """Returns the files in the tar at bytes start..end of `file`, sorted by name without folders, and what is wrong with it."""
+    found: list[Member] = []
     try:
         for member in _walk(file, start, end):
-            members.append(member)  # one by one, to have those before what is wrong
+            found.append(member)  # one by one, to keep the files before a fault
     except _CutOffError:
-        return sorted(members), [f"{name} is cut off: its {end - start} bytes do not end as a tar does; get it again"]
+        return sorted(found), [f"{name} is cut off: its {end - start} bytes do not end as a tar does; get it again"]
     except tarfile.ReadError as error:
         return [], [f"{name} cannot be read as a tar ({error}); get it again"]
-    return sorted(members), []
+    return sorted(found), []
 
 
 class _CutOffError(Exception):
@@ -38,7 +38,7 @@ class _CutOffError(Exception):
 
 
 def _walk(file: BinaryIO, start: int, end: int) -> Iterator[Member]:
-    """Yields the files in a tar. Raises _CutOffError, and tarfile.ReadError where it is no tar at all."""
+    """Yields the files in a tar. Raises _CutOffError, or tarfile.ReadError if the bytes are no tar at all."""
     position = start
     while position + tarfile.BLOCKSIZE <= end:
         file.seek(position)
@@ -63,7 +63,7 @@ def _walk(file: BinaryIO, start: int, end: int) -> Iterator[Member]:
 
 
 def _plain_member(header: bytes, position: int) -> tarfile.TarInfo | None:
-    """Returns what a header says where that is a usual one, of a file and short name; tarfile takes three times as long."""
+    """Returns the member of a usual header, of a file with a short name, else None. Three times as fast as tarfile."""
     if header[156] != 0x30 or header[257:262] != b"ustar" or header[345]:
         return None
     try:

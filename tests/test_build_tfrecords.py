@@ -39,7 +39,7 @@ from beam_jobs.job import build
 from beam_jobs.proof import LostRecordsError
 from beam_jobs.publish import CONVERSION
 from beam_jobs.raw import open_raw, raw_identity
-from beam_jobs.references import Batch, Indexed
+from beam_jobs.references import pack_reference, unpack_references
 from trainer.shared.errors import UserError
 from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, RECORDS_PER_BLOCK, read_manifest, reading_places
 
@@ -159,28 +159,32 @@ def test_there_are_no_empty_shards(raw, tmp_path):
     assert len(manifest.splits["train"].shards) == 30
 
 
+def pack(references):
+    return [pack_reference(place, image_id, tuple(image)) for place, image_id, image in references]
+
+
 def lose_one(assigned):
-    (key, batch), *others = assigned
-    return [(key, Batch(batch.references[1:])), *others]
+    (key, references), *others = assigned
+    return [(key, references[1:]), *others]
 
 
 def double_one(assigned):
-    (key, batch), *others = assigned
-    return [(key, Batch([*batch.references, batch.references[0]])), *others]
+    (key, references), *others = assigned
+    return [(key, [*references, references[0]]), *others]
 
 
 def mislabel_one(assigned):
-    (key, batch), *others = assigned
-    first, *references = batch.references
+    (key, packed), *others = assigned
+    first, *references = unpack_references(packed)
     mislabelled = first._replace(image=first.image._replace(label=1 - first.image.label))
-    return [(key, Batch([mislabelled, *references])), *others]
+    return [(key, pack([mislabelled, *references])), *others]
 
 
 def exchange_two_ids(assigned):
-    (key, batch), *others = assigned
-    first, second, *references = batch.references
+    (key, packed), *others = assigned
+    first, second, *references = unpack_references(packed)
     exchanged = first._replace(image_id=second.image_id), second._replace(image_id=first.image_id)
-    return [(key, Batch([*exchanged, *references])), *others]
+    return [(key, pack([*exchanged, *references])), *others]
 
 
 def lose_a_shard(assigned):
@@ -197,7 +201,7 @@ def test_what_goes_wrong_between_workers_is_caught_and_nothing_published(fault, 
 
     def faulty(indexed, plan, counts):
         assigned = list(assign_ids(indexed, plan, counts))
-        return fault(assigned) if indexed.archive == 0 or fault in (lose_a_shard, lose_all) else assigned
+        return fault(assigned) if indexed[0] == 0 or fault in (lose_a_shard, lose_all) else assigned
 
     monkeypatch.setattr(convert, "assign_ids", faulty)
     with pytest.raises(LostRecordsError, match="nothing was published"):
@@ -209,7 +213,7 @@ def test_a_lost_archive_is_caught(raw, tmp_path, monkeypatch):
     index_archive = convert.index_archive
 
     def faulty(number, plan):
-        return Indexed(1, []) if number == 1 else index_archive(number, plan)
+        return (1, []) if number == 1 else index_archive(number, plan)
 
     monkeypatch.setattr(convert, "index_archive", faulty)
     with pytest.raises(LostRecordsError, match=r"lost ILSVRC2012_img_train.tar/n01000002.tar"):

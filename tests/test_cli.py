@@ -205,9 +205,9 @@ def test_a_run_that_is_refused_leaves_nothing(here):
 
 
 def test_what_fails_otherwise_is_one_line_with_exit_code_1(monkeypatch, capsys):
-    monkeypatch.setattr(looking, "describe", None)
+    monkeypatch.setattr(looking, "PRESETS", None)
     assert cli.main(["presets"]) == 1
-    assert re.fullmatch(r"error: TypeError: [^\n]+\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: AttributeError: [^\n]+\n", capsys.readouterr().err)
 
 
 # ---- presets

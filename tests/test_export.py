@@ -12,7 +12,6 @@ import urllib.error
 import urllib.request
 from base64 import b64encode
 from contextlib import suppress
-from dataclasses import asdict, replace
 from importlib.metadata import version as version_of
 from pathlib import Path
 from shutil import copytree
@@ -36,6 +35,7 @@ from eval.measure.linear_eval import linear_eval
 from eval.serving import Encoder
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import as_floats, central_crop
+from trainer.config import as_dict, replace
 from trainer.encoder import make_encoder
 from trainer.presets import resolve
 from trainer.shared.errors import UserError
@@ -179,7 +179,7 @@ def test_selective_kernels_in_bfloat16_come_back_the_same(tmp_path):
     arrays = {name: variable.numpy() for name, variable in model_variables("encoder", encoder).items()}
     checkpoints.save(str(tmp_path), checkpoints.Checkpoint(1, arrays, {}), keep=1)
     about = {"dataset_fingerprint": "f", "num_images": 48, "num_classes": 6, "preset": "", "code_version": ""}
-    (tmp_path / "config.json").write_text(json.dumps({"config": asdict(config), **about}))
+    (tmp_path / "config.json").write_text(json.dumps({"config": as_dict(config), **about}))
     export(str(tmp_path), str(tmp_path / "out"))
     images = tf.random.stateless_uniform([2, 32, 32, 3], [0, 1])
     loaded = tf.saved_model.load(str(tmp_path / "out" / "saved_model"))
@@ -232,7 +232,7 @@ def test_the_card_says_what_it_is_of_and_what_was_measured(exported, evaluated, 
 def test_published_results_stand_beside(tmp_path):
     config = replace(resolve("sogclr_imagenet_r50_b512"), width_multiplier=0.125)
     about = {"dataset_fingerprint": "f", "num_images": 1281167, "num_classes": 1000, "code_version": "c0de"}
-    stored = {"config": asdict(config), "preset": "sogclr_imagenet_r50_b512", **about}
+    stored = {"config": as_dict(config), "preset": "sogclr_imagenet_r50_b512", **about}
     (tmp_path / "config.json").write_text(json.dumps(stored))
     card = model_card(make_encoder(config.encoder, config.views.image_size, config.run.seed), str(tmp_path), 500)
     assert "Published for `sogclr_imagenet_r50_b512`: 69.5 linear top-1" in card

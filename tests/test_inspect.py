@@ -5,6 +5,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,13 @@ def test_the_command_writes_the_page_and_says_whether_all_is_well(built, tmp_pat
     assert FILE in json.loads(capsys.readouterr().out)["problems"][0]
     assert inspect_dataset.main([str(tmp_path)]) == 2
     assert "holds no finished dataset" in capsys.readouterr().err
+
+
+def test_the_old_name_of_the_command_names_the_new_one_and_runs_it(built, tmp_path):
+    command = [sys.executable, "-m", "beam_jobs.inspect", str(built), "--output", str(tmp_path / "page.html")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    assert done.stderr == "warning: python -m beam_jobs.inspect is now python -m beam_jobs.inspect_dataset\n"
+    assert (tmp_path / "page.html").exists()
 
 
 def test_records_come_back_as_they_were_encoded(built):

@@ -116,7 +116,9 @@ def test_views_are_those_that_training_makes(dataset):
     jpegs = pictures.read_jpegs(str(dataset), manifest, "train", ids)
     made = pictures.views([(image_id, jpegs[image_id]) for image_id in ids], TINY, epoch=0)
     # Not compiled, which takes longer than all else here.
-    seen = augment.python_function(batch["views"][:, 0], batch["draws"][:, 0], TINY.color_jitter_strength, TINY.blur).numpy()
+    seen = augment.python_function(
+        batch["views"][:, 0], batch["draws"][:, 0], TINY.views.color_jitter_strength, TINY.views.blur
+    ).numpy()
     np.testing.assert_allclose(made[:, 0], seen, atol=1e-6)
 
 

@@ -20,7 +20,6 @@ from beam_jobs.job import build
 from beam_jobs.plan import make_plan
 from beam_jobs.publish import CONVERSION
 from beam_jobs.raw import SPLITS
-from beam_jobs.references import Batch
 from trainer.shared import files as shared
 from trainer.shared.errors import UserError
 from trainer.shared.records import MANIFEST, manifest_from_json, read_manifest
@@ -230,7 +229,7 @@ def stuck(*arguments):
     os.write(1, b"%d\\n" % os.getpid())  # two workers' prints could mix
     import time
     while True: time.sleep(60)
-convert.write_batch = stuck
+convert.write_references = stuck
 build({str(raw)!r}, {str(tmp_path / "output")!r}, num_shards=4, processes=2)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -255,12 +254,12 @@ def test_a_work_item_done_twice_at_a_time_leaves_one_whole_shard(raw, references
     counts = dict(map(convert.count_images, indexed))
     groups: dict[tuple[str, str], list] = {}
     for one in indexed:
-        for key, batch in convert.assign_ids(one, plan, counts):
-            groups.setdefault(key, []).extend(batch.references)
+        for key, of_shard in convert.assign_ids(one, plan, counts):
+            groups.setdefault(key, []).extend(of_shard)
     assert {split for split, _ in groups} == set(SPLITS)
     with ThreadPoolExecutor(4) as pool:
         tasks = [
-            pool.submit(convert.write_batch, plan, split, file, Batch(list(of_shard)))
+            pool.submit(convert.write_references, plan, split, file, list(of_shard))
             for (split, file), of_shard in groups.items()
             for _ in range(3)
         ]

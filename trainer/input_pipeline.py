@@ -17,6 +17,7 @@ from trainer.config import Config
 from trainer.order import Order
 from trainer.settings import RunSettings, ViewSettings
 from trainer.shared import records
+from trainer.shared.blocks import block_extent
 from trainer.shared.errors import UserError
 from trainer.shared.records import Manifest
 
@@ -336,8 +337,8 @@ class _Blocks(NamedTuple):
 def _blocks(data_dir: str, split: records.Split) -> _Blocks:
     sizes = [_block_sizes(shard) for shard in split.shards]
     paths = [f"{data_dir.rstrip('/')}/{shard.file}" for shard, of in zip(split.shards, sizes, strict=True) for _ in of]
-    offsets = [offset for shard in split.shards for offset in shard.blocks]
-    lengths = [size for shard in split.shards for size in np.diff([*shard.blocks, shard.bytes])]
+    extents = [block_extent(shard, block) for shard in split.shards for block in range(len(shard.blocks))]
+    offsets, lengths = zip(*extents, strict=True)
     counts = [count for of in sizes for count in of]
     return _Blocks(np.array(paths), *(np.array(values, np.int64) for values in (offsets, lengths, counts)))
 

@@ -1,10 +1,13 @@
-"""The raw layouts: one file a layout. `LAYOUTS` lists them; for each split, the first that recognises the raw folder reads it.
+"""The raw layouts, a module each. For each split, the first of `ORDER` that recognises the raw folder reads it.
 
-A new layout is one file here, with a class that implements `layout.Layout`, and one entry of `LAYOUTS`.
+A new layout takes a module here, whose LAYOUT implements `layout.Layout`, and the module's name in `ORDER`.
 """
 
-from beam_jobs.layouts.archives import Archives
-from beam_jobs.layouts.folders import Folders
+import importlib
+import pkgutil
+
 from beam_jobs.layouts.layout import Layout
 
-LAYOUTS: tuple[Layout, ...] = (Archives(), Folders())
+ORDER = ("archives", "folders")
+_MODULES = {one.name: importlib.import_module(f"{__name__}.{one.name}") for one in pkgutil.iter_modules(__path__)}
+LAYOUTS: tuple[Layout, ...] = tuple(_MODULES[name].LAYOUT for name in ORDER)

@@ -4,7 +4,6 @@ ILSVRC2012_img_train.tar    a tar of SYNSET.tar, each a tar of that synset's ima
 ILSVRC2012_img_val.tar      a flat tar of images, whose labels are in validation_labels.txt
 """
 
-import posixpath
 from collections.abc import Set
 
 from beam_jobs import files, tars
@@ -62,10 +61,14 @@ def list_tar(folder: str, archive: Archive) -> Listing:
         members, problems = tars.members(file, archive.name, archive.start, archive.end)
     names = [member.name for member in members]
     synsets, of_labels = ([archive.synset] * len(names), ()) if archive.synset else synsets_by_order(archive, names)
-    within = archive.name.removeprefix(archive.file).lstrip("/")
+    # Not posixpath.join, which takes a tenth of the time of indexing.
+    within = archive.name.removeprefix(archive.file + "/") + "/" if archive.name != archive.file else ""
     images = (
-        ListedImage(posixpath.join(within, member.name), archive.file, member.offset, member.size, synset, member.fault)
+        ListedImage(within + member.name, archive.file, member.offset, member.size, synset, member.fault)
         for member, synset in zip(members, synsets, strict=True)
     )
     # A tar that is cut off lacks names and labels; to say so as well would not help.
     return Listing(tuple(images), tuple(problems) or name_problems(archive.name, names) + of_labels)
+
+
+LAYOUT = Archives()

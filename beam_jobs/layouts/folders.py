@@ -93,3 +93,6 @@ def _base_name_first(name: str) -> tuple[str, str]:
     """Returns a key that sorts images by name alone, as the validation archive does, in which they lie flat."""
     folder, _, base = name.rpartition("/")
     return base, folder
+
+
+LAYOUT = Folders()

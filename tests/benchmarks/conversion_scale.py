@@ -26,7 +26,7 @@ from beam_jobs.layouts.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
 from beam_jobs.layouts.labels import VALIDATION_LABELS
 from beam_jobs.plan import make_plan
 from beam_jobs.raw import SPLITS
-from beam_jobs.references import Batch
+from beam_jobs.references import PackedReference
 
 SYNSETS, TRAIN, VALIDATION, SHARDS = 1000, 1_281_167, 50_000, 1100
 
@@ -70,9 +70,9 @@ def index_and_plan(raw: Path, output: Path) -> int:
     seen = output / "counts"
     seen.mkdir(parents=True)
 
-    def count(grouped: tuple[convert.ShardKey, Iterable[Batch]]) -> None:
-        (_, file), batches = grouped
-        (seen / file).write_text(str(sum(len(batch.references) for batch in batches)))
+    def count(grouped: tuple[convert.ShardKey, Iterable[list[PackedReference]]]) -> None:
+        (_, file), groups = grouped
+        (seen / file).write_text(str(sum(map(len, groups))))
 
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         indexed = pipeline | convert.Index(plan)

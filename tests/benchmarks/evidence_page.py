@@ -1,6 +1,7 @@
 """The page of the evidence: the tables in docs/results.md and the figure beside it, of whatever runs there are."""
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -133,9 +134,9 @@ def _arms(main: Sequence[Line], where: str) -> list[str]:
             cells.append(_accuracy(runs) if runs else "")
         of_batch = [line["untrained_top_1"] for line in main if line["batch"] == batch]
         rows.append([str(batch), *cells, f"{100 * np.mean(of_batch):.1f}"])
-    text = (
-        "Top-1 in per cent of the final checkpoint under the protocol `cached`: mean over seeds ± sample standard deviation "
-        "(number of seeds); in brackets 95% by bootstrap over the validation images."
+    text = wrapped(
+        "Top-1 of the final checkpoint in per cent, by the protocol `cached`: mean over seeds ± sample standard deviation "
+        "(number of seeds). In brackets: the 95% interval by bootstrap over the validation images."
     )
     return [f"### The three arms{where}", text, table(["batch", *NAMES.values(), "untrained"], rows)]
 
@@ -168,12 +169,12 @@ def _small_batch(main: Sequence[Line], where: str) -> list[str]:
         if own:
             rows.append([NAMES[arm], ", ".join(map(str, sorted(own))), _points(lost(arm, own)), less])
     title = f"### From batch {large} to batch {small}{where}"
-    text = (
-        "Points of top-1 that an arm gains (+) or loses (-) with the small batch, of the seeds that it has at both, and how much "
-        "better SogCLR with the same seeds fares in this; 95% by bootstrap over the same images. SogCLR needs no large batch "
-        "where the last column is above 0."
+    text = wrapped(
+        "Change: points of top-1 that an arm gains (+) or loses (-) with the small batch, over the seeds that it has at both "
+        "sizes. The last column is SogCLR's change with the same seeds, minus the arm's change. In brackets: the 95% interval "
+        "by bootstrap over the same images. If the last column is above 0, SogCLR needs a large batch less than the arm does."
     )
-    return [title, text, table(["arm", "seeds", "change", "SogCLR's less this one's"], rows)] if rows else []
+    return [title, text, table(["arm", "seeds", "change", "SogCLR's minus this one's"], rows)] if rows else []
 
 
 def _paired(main: Sequence[Line], where: str) -> list[str]:
@@ -195,10 +196,10 @@ def _paired(main: Sequence[Line], where: str) -> list[str]:
             rows.append([str(batch), NAMES[other], str(seeds.count), _points(change), by_seed, p_values])
     if not rows:
         return []
-    text = (
-        "SogCLR less the other arm, in points, of runs with the same seed on the same images. Over images: bootstrap of the mean "
-        "over seeds. Over seeds: Student's t, which alone counts that another seed gives another encoder. p: McNemar's exact "
-        "test, a seed each. Nothing is corrected for the number of comparisons."
+    text = wrapped(
+        "SogCLR minus the other arm, in points, for runs with the same seed on the same images. Over images: bootstrap of the "
+        "mean over seeds. Over seeds: Student's t interval, the only one that contains the variation from one seed's encoder to "
+        "another's. p: McNemar's exact test, one value a seed. Nothing is corrected for the number of comparisons."
     )
     header = ["batch", "against", "seeds", "difference, 95% over images", "95% over seeds", "p"]
     return [f"### Paired comparisons{where}", text, table(header, rows)]
@@ -213,7 +214,10 @@ def _ablations(main: Sequence[Line], ablations: Sequence[Line]) -> list[str]:
         rows.append([arm, ", ".join(sorted({str(line["batch"]) for line in runs})), _accuracy(runs), change])
     if not rows:
         return []
-    text = "Each is SogCLR (gamma = .9, variant `paper`) with one thing changed; the difference is to it, same seeds and images."
+    text = wrapped(
+        "Each row is SogCLR (gamma = .9, variant `paper`) with one change. The difference is to SogCLR without the change, with "
+        "the same seeds and images."
+    )
     return ["### Ablations", text, table(["changed", "batch", "top-1", "difference"], rows)]
 
 
@@ -221,7 +225,7 @@ def _probe(probe: Sequence[Line]) -> list[str]:
     if not probe:
         return []
     rows = [[line["arm"], str(line["batch"]), _accuracy([line])] for line in sorted(probe, key=lambda line: line["arm"])]
-    text = "Short runs by which the base learning rate was to be chosen, with the loss of SimCLR, not of SogCLR."
+    text = "Short runs to choose the base learning rate. Their loss is SimCLR's, not SogCLR's."
     return ["### The rate", text, table(["run", "batch", "top-1"], rows)]
 
 
@@ -243,12 +247,18 @@ def _runs(lines: Sequence[Line]) -> list[str]:
     command = lines[0]["command"].partition(" --set ")[0]
     datasets = ", ".join(f"`{one}`" for one in sorted({line["dataset_fingerprint"] for line in lines}))
     header = ["run", "top-1", "steps", "core minutes", "state_sha256", "code", "settings"]
-    text = f"A run is `{command} --set SETTINGS`, on one core. Dataset fingerprint: {datasets}."
     return [
         "### Every run",
-        text,
+        "Each run is this command, on one core:",
+        f"    {command} --set SETTINGS",
+        f"Dataset fingerprint: {datasets}.",
         f"<details><summary>{len(lines)} runs</summary>\n\n{table(header, rows)}\n\n</details>",
     ]
+
+
+def wrapped(text: str) -> str:
+    """Returns prose in lines of at most 100 columns."""
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def _points(change: np.ndarray) -> str:

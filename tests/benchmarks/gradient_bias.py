@@ -30,7 +30,7 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from benchmarks.evidence_page import dress, put_between, table
+from benchmarks.evidence_page import dress, put_between, table, wrapped
 from eval.measure.features import load_encoder
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import augment
@@ -202,10 +202,10 @@ def write_page(results: dict[str, Any], docs: Path) -> None:
         for temperature in TEMPERATURES
         for loss in LOSSES
     ]
-    about = (
-        f"Degrees between the mean gradient of batches and the gradient of the objective over all {every:,} images, ± one "
-        f"standard error: {CHAINS} chains of {results['epochs']} epochs each; at the right, of one batch of all, with u where it "
-        f"comes to rest. Of the encoder with the state_sha256 `{results['state_sha256'][:12]}`, dataset fingerprint "
+    about = wrapped(
+        f"Degrees between the mean gradient of batches and the objective's gradient over all {every:,} images, ± one standard "
+        f"error, from {CHAINS} chains of {results['epochs']} epochs each. The last column is one batch of all images, with u at "
+        f"its fixed point. The encoder has the state_sha256 `{results['state_sha256'][:12]}`, the dataset has the fingerprint "
         f"`{results['dataset_fingerprint'][:12]}`."
     )
     header = ["temperature", "loss", *(f"batch {batch}" for batch in batches), f"batch {every:,}"]

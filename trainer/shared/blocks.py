@@ -17,8 +17,9 @@ _BEFORE, _AFTER = _LENGTH.size + 4, 4
 
 def block_extent(shard: Shard, block: int) -> tuple[int, int]:
     """Returns the offset of a block in its shard's file and its size, both in bytes."""
-    ends = (*shard.blocks[1:], shard.bytes)
-    return shard.blocks[block], ends[block] - shard.blocks[block]
+    start = shard.blocks[block]
+    end = shard.blocks[block + 1] if block + 1 < len(shard.blocks) else shard.bytes
+    return start, end - start
 
 
 def framed_records(data: bytes) -> Iterator[tuple[int, bytes]]:
