@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 ROOMS = ("trainer", "eval", "beam_jobs", "components", "pipelines")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
@@ -19,13 +20,35 @@ def imported(path: Path) -> list[str]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names.append(node.module or "")
+            names += [node.module or "", *(f"{node.module or ''}.{alias.name}" for alias in node.names)]
     return names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_imports_eval_bare(path):
     assert "eval" not in imported(path)
+
+
+def imports_of_tests(folder: Path) -> list[str]:
+    """Returns "FILE: NAME" for each import of, or from, a test file or conftest in the Python files of a folder."""
+    return [
+        f"{path.name}: {name}"
+        for path in sorted(folder.rglob("*.py"))
+        for name in imported(path)
+        if any(part == "conftest" or part.startswith("test_") for part in name.split("."))
+    ]
+
+
+def test_what_test_files_share_is_in_no_test_file():
+    assert imports_of_tests(TESTS) == []
+
+
+@pytest.mark.parametrize(
+    "line", ["from conftest import dataset", "import test_train", "def f():\n    from tests import test_train"]
+)
+def test_an_import_of_a_test_file_is_found(tmp_path, line):
+    (tmp_path / "test_of_another.py").write_text(f"{line}\n")
+    assert imports_of_tests(tmp_path)
 
 
 @pytest.mark.parametrize(

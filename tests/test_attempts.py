@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from kfp import dsl
 from mlflow import MlflowClient
-from test_pipeline import TINY, raw_archives
+from support.raw_data import striped_archives
 
 from components import lease, outbox, steps, tracking, workspace
 from components.tracking import step_file, step_runs
@@ -16,6 +16,10 @@ from components.tracking.metrics import Metrics
 from trainer.shared.records import MANIFEST
 
 PLACE = "projects/p/locations/europe-west4"
+TINY = [
+    *("depth=10", "image_size=16", "global_batch_size=12", "epochs=8", "warmup_epochs=0", "width_multiplier=0.125"),
+    *("log_every_steps=3", "checkpoint_every_epochs=1"),
+]
 EVAL = ["linear_eval.l2_penalties=1e-2"]
 OUTPUTS = {
     "build-tfrecords": {"dataset": dsl.Dataset},
@@ -32,7 +36,7 @@ class Job:
     """A pipeline job whose steps run here, as KFP's executor runs them on a machine of Vertex AI's."""
 
     def __init__(self, folder, raw, name, overrides=()):
-        self.folder, self.raw, self.name, self.overrides = folder, raw, name, [*TINY[:-1], *overrides]
+        self.folder, self.raw, self.name, self.overrides = folder, raw, name, [*TINY, *overrides]
         self.client = MlflowClient()
         self.made = {}
 
@@ -88,7 +92,7 @@ def world(tmp_path_factory):
         patch.setenv("SOGCLR_JOB_FOLDER", PLACE)
         patch.delenv("MLFLOW_RUN_ID", raising=False)
         patch.chdir(folder)
-        yield folder, raw_archives(folder)
+        yield folder, striped_archives(folder)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
-from raw_data import (
+from support.raw_data import (
     LABELS,
     SYNSETS,
     TRAIN,

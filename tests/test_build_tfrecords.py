@@ -15,7 +15,7 @@ import google_crc32c
 import numpy as np
 import pytest
 from PIL import Image
-from raw_data import (
+from support.raw_data import (
     LABELS,
     OF_VALIDATION,
     SYNSETS,

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 from google.protobuf import json_format
-from holding import started
 from kfp.pipeline_spec import pipeline_spec_pb2
+from support.processes import started
 
 from components import tracking
 from components.lineage import COMPONENTS, Artifact, Lineage, Step

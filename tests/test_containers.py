@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.cloud import aiplatform_v1
 from google.cloud.aiplatform_v1.types import JobState
-from holding import started, until
+from support.processes import started, until
 from vertex.accounts import give_credentials
 
 from pipelines import pipeline

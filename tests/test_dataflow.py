@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_dataflow import JOBS, serving_dataflow
 from gcp_storage_emulator.server import create_server
 from google.cloud import storage
-from holding import started, until
 from kfp import dsl
 from mlflow import MlflowClient
-from test_pipeline import raw_archives
+from support.fake_dataflow import JOBS, serving_dataflow
+from support.processes import started, until
+from support.raw_data import striped_archives
 from vertex.accounts import give_credentials, nothing_leaves_this_machine
 from vertex.google import serving
 
@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).parents[1]
 def environ(tmp_path_factory):
     """Raw archives in a bucket, MLflow in SQLite, and no way to Google."""
     folder = tmp_path_factory.mktemp("dataflow")
-    raw = raw_archives(folder)
+    raw = striped_archives(folder)
     server = create_server("localhost", 0, in_memory=True, default_bucket="a-bucket")
     server.start()
     with serving() as google, pytest.MonkeyPatch.context() as patch, nothing_leaves_this_machine(patch):

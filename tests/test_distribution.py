@@ -1,13 +1,12 @@
 """Replicas: R of them with B/R images each do what one does with B."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from support.processes import run_module
 
 from trainer.distribution import check_divides, jit_compile, make_strategy
 from trainer.input_pipeline import training_batches
@@ -30,10 +29,10 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def stepped(dataset, tmp_path_factory) -> Path:
-    """The folder where `tests/replicas.py` leaves five steps of each case."""
+    """The folder where `support.replicas` leaves five steps of each case."""
     folder = tmp_path_factory.mktemp("replicas")
     cases = {name: (count, fuses, [*TINY, *settings]) for name, (count, fuses, settings) in CASES.items()}
-    subprocess.run([sys.executable, Path(__file__).parent / "replicas.py", dataset, folder, json.dumps(cases)], check=True)
+    run_module("support.replicas", dataset, folder, json.dumps(cases))
     return folder
 
 

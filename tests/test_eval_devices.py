@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_dataset
+from support.datasets import write_dataset
+from support.processes import run_module
 
 from eval.measure.evaluation import read_evaluation
 from eval.measure.features import read_features
@@ -46,11 +47,9 @@ def checkpoint(odd, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(odd, checkpoint, tmp_path_factory) -> Path:
-    """The folder where `tests/evaluations.py` leaves the evaluations on 1, 2 and 4 replicas."""
+    """The folder where `support.evaluations` leaves the evaluations on 1, 2 and 4 replicas."""
     folder = tmp_path_factory.mktemp("evaluations")
-    subprocess.run(
-        [sys.executable, Path(__file__).parent / "evaluations.py", odd, checkpoint, folder, "1,2,4", *SETTINGS], check=True
-    )
+    run_module("support.evaluations", odd, checkpoint, folder, "1,2,4", *SETTINGS)
     return folder
 
 
@@ -97,12 +96,11 @@ def test_replicas_that_do_not_divide_a_batch_are_refused_before_anything_is_comp
 
 
 def endings(places: str, folder: Path, data: Path, checkpoint: Path) -> list[tuple[int, str, str]]:
-    """Returns exit code, stdout and stderr of eval.task, run again for each of `places`, which tests/ending.py explains."""
+    """Returns exit code, stdout and stderr of eval.task, run again for each of `places`, which `support.ending` explains."""
     given = ["--data", data, "--checkpoint", checkpoint, "--output", folder / "out"]
     settings = [*SETTINGS, "linear_eval.protocols=official,finetune-100", "linear_eval.finetune_batch_size=12"]
     settings += ["linear_eval.finetune_100_epochs=2"]
-    script = Path(__file__).parent / "ending.py"
-    subprocess.run([sys.executable, script, "eval.task", places, folder / "endings.json", *given, "--set", *settings], check=True)
+    run_module("support.ending", "eval.task", places, folder / "endings.json", *given, "--set", *settings)
     return json.loads((folder / "endings.json").read_text())
 
 

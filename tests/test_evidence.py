@@ -7,12 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-PROGRAM = Path(__file__).parent / "benchmarks" / "evidence.py"
-sys.path.insert(0, str(PROGRAM.parent))
-
-import evidence  # noqa: E402
-import evidence_page  # noqa: E402
+from benchmarks import evidence, evidence_page
 
 IMAGES = 203
 """No multiple of 8."""
@@ -49,7 +44,7 @@ def page(tmp_path: Path, lines: list[dict]) -> str:
     (tmp_path / "results.md").write_text(f"# Before\n\n{evidence_page.BEGIN}\nold\n{evidence_page.END}\n\nAfter\n")
     (tmp_path / "evidence.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     given = ["--results", str(tmp_path / "evidence.jsonl"), "--docs", str(tmp_path)]
-    subprocess.run([sys.executable, str(PROGRAM), "page", *given], check=True)
+    subprocess.run([sys.executable, evidence.__file__, "page", *given], check=True)
     return (tmp_path / "results.md").read_text()
 
 

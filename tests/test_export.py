@@ -21,10 +21,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import write_dataset
-from holding import until
 from mlflow import MlflowClient
 from PIL import Image
+from support.datasets import write_dataset
+from support.processes import until
 
 from components import tracking
 from eval.export.__main__ import main

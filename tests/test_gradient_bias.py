@@ -1,17 +1,11 @@
 """The bias of a small batch's gradient: exact where it can be known, blind to noise, and shown as it was recorded."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tensorflow as tf
+from benchmarks import gradient_bias
 
 from trainer.losses.global_contrastive import VARIANTS, global_contrastive
-
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-
-import gradient_bias
 
 COUNT, TEMPERATURE = 24, 0.3
 

@@ -1,19 +1,16 @@
 """Files and folders on gs:// as TensorFlow's own file system has them, with Cloud Storage on a loopback address."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.processes import run_module
 from vertex import container
 from vertex.scenarios import SCENARIOS
 
 from trainer.presets import resolve
 from trainer.train import train
 
-TESTS = Path(__file__).parent
 TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=24", "epochs=1", "warmup_epochs=0", "base_learning_rate=1"]
 FILES = [
     "README.md",
@@ -25,11 +22,7 @@ FILES = [
 
 def in_a_world(module: str, argument: str) -> str:
     """Runs a module in a network in which loopback addresses are Google's hosts; returns what it printed."""
-    command = [sys.executable, "-m", "vertex.world", sys.executable, "-m", module, argument]
-    environ = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-5000:]}"
-    return done.stdout
+    return run_module("vertex.world", sys.executable, "-m", module, argument)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

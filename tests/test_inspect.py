@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from browser import browsing, needs_chromium
 from PIL import Image
-from raw_data import SYNSETS, expected, raw_as_usual, read_records, train_images
+from support.browser import browsing, needs_chromium
+from support.raw_data import SYNSETS, expected, raw_as_usual, read_records, train_images
 
 from beam_jobs import inspect_dataset
 from beam_jobs.job import build

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from holding import started
+from support.processes import started
 from vertex.google import serving
 
 from components import lease, patience, workspace

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 import tensorflow as tf
+from support import oracle
 
 from trainer.config import Config, replace
 from trainer.losses.global_contrastive import VARIANTS, gamma_of_visit, global_contrastive, global_objective, next_temperature

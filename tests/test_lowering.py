@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from benchmarks import portable_step
 
 from eval.measure.programs import lower_forward, lower_labelled_step
 from eval.measure.supervised import Recipe
@@ -21,11 +21,6 @@ from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
 from trainer.state import create_train_state
 from trainer.step import make_train_step
-
-BENCHMARK = PROJECT / "tests" / "benchmarks" / "portable_step.py"
-sys.path.insert(0, str(BENCHMARK.parent))
-
-import portable_step  # noqa: E402
 
 PYTHON = compiler.tpu_python(PROJECT)
 
@@ -83,7 +78,7 @@ def test_another_runtime_takes_the_same_three_steps(dataset, tmp_path, one_block
 def test_a_machine_with_jax_alone_says_how_fast_it_runs_the_step(tmp_path, one_block):
     portable_step.write("demo", [*TINY, "depth=50"], tmp_path / "step")
     said = subprocess.run(
-        [PYTHON, BENCHMARK, "run", tmp_path / "step", "--repeat", "2"], check=True, capture_output=True, text=True
+        [PYTHON, portable_step.__file__, "run", tmp_path / "step", "--repeat", "2"], check=True, capture_output=True, text=True
     )
     found = json.loads(said.stdout)
     assert found["device"] == "cpu"

@@ -12,12 +12,12 @@ import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import DefaultCredentialsError
 from google.cloud import secretmanager
-from holding import Hold, started
 from kfp import dsl
-from loopback import skip_waits
 from mlflow import MlflowClient
-from mlflow_server import PASSWORD, USER, serving
-from test_pipeline import raw_archives
+from support.loopback import skip_waits
+from support.mlflow_server import PASSWORD, USER, serving
+from support.processes import Hold, started
+from support.raw_data import striped_archives
 from vertex.google import serving as serving_google
 
 from components import outbox, tracking, variables, workspace
@@ -247,7 +247,7 @@ def test_unfinished_work_is_claimed_again_and_finished_work_never(tmp_path):
 
 @pytest.mark.thorough
 def test_a_server_that_is_killed_in_the_middle_of_a_run_loses_no_metric_and_no_step(server, tmp_path, tmp_path_factory):
-    raw = raw_archives(tmp_path)
+    raw = striped_archives(tmp_path)
     settings = ["depth=10", "image_size=16", "global_batch_size=12", f"epochs={STEPS // 3}", "warmup_epochs=0"]
     settings += [
         "width_multiplier=0.125",

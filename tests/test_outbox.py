@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import tensorflow as tf
-from holding import started, until
-from loopback import answering
 from mlflow import MlflowClient
+from support.loopback import answering
+from support.processes import started, until
 
 from components import outbox, patience, tracking
 from components.tracking import metrics

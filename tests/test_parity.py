@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
-from lifted import lift
+from support.lifted import lift
 
 import trainer.train
 from trainer import checkpoint as checkpoints

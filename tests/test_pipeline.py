@@ -7,16 +7,14 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import stripes
-from holding import Hold, started
 from mlflow import MlflowClient
 from PIL import Image
+from support.processes import Hold, started
+from support.raw_data import striped_archives
 from vertex.accounts import give_credentials
 from vertex.google import serving
 
@@ -70,40 +68,15 @@ def one_line_and_exit_code_2(done):
     return lines[0]
 
 
-def add(archive, name, content):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    archive.addfile(info, io.BytesIO(content))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the commands are run; its name has a space."""
     return tmp_path_factory.mktemp("some where")
 
 
-def raw_archives(folder):
-    """ImageNet's layout with 3 synsets of 12 training and 4 validation images."""
-    raw, random = folder / "raw", np.random.default_rng(0)
-    raw.mkdir()
-    synsets = [f"n0000000{label}" for label in range(3)]
-    with tarfile.open(raw / "ILSVRC2012_img_train.tar", "w") as train:
-        for label, synset in enumerate(synsets):
-            inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode="w") as archive:
-                for number in range(12):
-                    add(archive, f"{synset}_{number}.JPEG", stripes(label, random))
-            add(train, f"{synset}.tar", inner.getvalue())
-    with tarfile.open(raw / "ILSVRC2012_img_val.tar", "w") as validation:
-        for number in range(12):
-            add(validation, f"ILSVRC2012_val_{number + 1:08}.JPEG", stripes(number % 3, random))
-    (raw / "validation_labels.txt").write_text("".join(f"{synsets[number % 3]}\n" for number in range(12)))
-    return raw
-
-
 @pytest.fixture(scope="module")
 def raw(folder):
-    return raw_archives(folder)
+    return striped_archives(folder)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_data import (
+from support.raw_data import (
     CIFAR10,
     LABELS,
     SYNSETS,

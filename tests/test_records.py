@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import tensorflow as tf
-from conftest import write_dataset
+from support.datasets import write_dataset
 
 from trainer.shared import records
 from trainer.shared.blocks import block_extent, framed_records, locate

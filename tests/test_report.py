@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import browsing, needs_chromium
-from conftest import write_dataset
+from support.browser import browsing, needs_chromium
+from support.datasets import write_dataset
 
 from eval.measure.evaluation import read_evaluation
 from eval.measure.linear_eval import linear_eval

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from apache_beam.portability.api import beam_runner_api_pb2
-from raw_data import OF_VALIDATION, TRAIN, contents
+from support.raw_data import OF_VALIDATION, TRAIN, contents
 
 from beam_jobs import build_tfrecords, convert, files
 from beam_jobs.job import build

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import write_dataset
+from support.datasets import write_dataset
 
 from eval.measure.linear_eval import linear_eval
 from eval.measure.subsets import balanced_subset, read_subset

@@ -10,9 +10,9 @@ from pathlib import Path
 import mlflow
 import pytest
 from kfp import dsl
-from loopback import answering, skip_waits
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
+from support.loopback import answering, skip_waits
 
 from components import patience, tracking, variables
 from trainer.shared.errors import UserError

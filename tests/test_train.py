@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import write_dataset
+from support.datasets import write_dataset
+from support.processes import run_module
 
 from trainer.input_pipeline import evaluation_batches, labelled_batches, training_batches
 from trainer.preemption import EXIT_CODE, PreemptedError
@@ -33,9 +34,6 @@ TINY = [
     "log_every_steps=2",
     "checkpoint_every_epochs=1",
 ]
-
-
-ENDING = Path(__file__).parent / "ending.py"
 
 
 def tiny(*overrides: str):
@@ -153,9 +151,9 @@ def test_a_finished_run_started_again_ends_with_the_same_result(undisturbed, dat
 
 
 def endings(places: str, folder: Path, data: Path) -> list[tuple[int, str, str]]:
-    """Returns exit code, stdout and stderr of trainer.task, run again for each of `places`, which tests/ending.py explains."""
+    """Returns exit code, stdout and stderr of trainer.task, run again for each of `places`, which `support.ending` explains."""
     given = ["--preset", "demo", "--data", data, "--checkpoint-dir", folder / "run", "--json", "--set", *TINY]
-    subprocess.run([sys.executable, ENDING, "trainer.task", places, folder / "endings.json", *given], check=True)
+    run_module("support.ending", "trainer.task", places, folder / "endings.json", *given)
     return json.loads((folder / "endings.json").read_text())
 
 

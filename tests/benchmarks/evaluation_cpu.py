@@ -16,12 +16,13 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as `import trainer` does
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if not __package__:  # started by its path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tensorflow as tf
-from conftest import write_dataset
-from input_pipeline import photograph
+from support.datasets import write_dataset
 
+from benchmarks.input_pipeline import photograph
 from trainer.config import Config, replace
 from trainer.encoder import make_encoder
 from trainer.encoder_cost import forward_cost

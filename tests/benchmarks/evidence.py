@@ -22,6 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+if not __package__:  # started by its path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
 RESULTS = Path(__file__).parents[2] / "docs" / "evidence.jsonl"
 PRESET = "sogclr_cifar10_r18w025_b128"
 BATCHES = (16, 32, 64, 128)
@@ -219,7 +222,7 @@ def main() -> None:
         for run in runs():
             print(f"{run.name:40} {done[run.name]['top_1']:.2%}" if run.name in done else run.name)
     elif args.command == "page":
-        from evidence_page import write_page
+        from benchmarks.evidence_page import write_page
 
         done = recorded(args.results)
         every = [run.name for run in runs()]

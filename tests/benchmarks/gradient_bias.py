@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -22,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if not __package__:  # started by its path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import tensorflow as tf
-from evidence_page import dress, put_between, table, wrapped
 from matplotlib.figure import Figure
 
+from benchmarks.evidence_page import dress, put_between, table, wrapped
 from eval.measure.features import load_encoder
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import augment

@@ -26,8 +26,9 @@ RIVALS = {
 }
 _READ = f"""
 import os, time, json
-from trainer import input_pipeline, records
+from trainer import input_pipeline
 from trainer.presets import resolve
+from trainer.shared import records
 input_pipeline._BLOCKS_AT_ONCE = int(os.environ["AT_ONCE"])
 if os.environ.get("GCS_READAHEAD_BUFFER_SIZE_BYTES") != "65536":
     # As it was: a buffer of 1 MiB instead of the block's size.
@@ -39,7 +40,8 @@ if os.environ.get("GCS_READAHEAD_BUFFER_SIZE_BYTES") != "65536":
     input_pipeline._blocks = blocks
 manifest = records.read_manifest("gs://a-bucket/data")
 config = resolve("demo", ["shuffle_window=1024"])
-windows = iter(input_pipeline._in_order(config, "gs://a-bucket/data", manifest, 0))
+batch_size = config.optimizer.global_batch_size
+windows = iter(input_pipeline._in_order(batch_size, config.run, "gs://a-bucket/data", manifest, 0, 0, 1))
 begun, images = time.monotonic(), 0
 while images < {IMAGES}:
     images += int(next(windows)["serialized"].shape[0])
@@ -54,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     with world() as place:
         os.environ.update(TRUST)
-        from conftest import write_dataset
+        from support.datasets import write_dataset
 
         picture = noise(250)
         folder = place.google.storage.bucket("a-bucket") / "data"

@@ -19,12 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if not __package__:  # started by its path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import tensorflow as tf
-from conftest import write_dataset
 from PIL import Image
+from support.datasets import write_dataset
 
 from trainer.config import Config, replace
 from trainer.input_pipeline import training_batches

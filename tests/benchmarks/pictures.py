@@ -14,11 +14,12 @@ from pathlib import Path
 
 from PIL import Image
 
+if not __package__:  # started by its path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.browser import browsing
+
 PROJECT = Path(__file__).absolute().parents[2]
-sys.path.insert(0, str(PROJECT / "tests"))
-
-from browser import browsing  # noqa: E402
-
 _WIDTH = 1080
 _SHOWN = """
     nav, footer, section:not(#u):not(#neighbours):not(#map), #u .chart, .legend { display: none !important }

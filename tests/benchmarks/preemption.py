@@ -15,9 +15,10 @@ import tempfile
 import threading
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if not __package__:  # started by its path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import write_dataset
+from support.datasets import write_dataset
 
 SETTINGS = ["width_multiplier=0.0625", "global_batch_size=20", "epochs=200", "log_every_steps=1", "checkpoint_every_epochs=1"]
 

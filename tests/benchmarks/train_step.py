@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -127,8 +128,7 @@ def precision(rounds: int) -> None:
 
 MEASURE_MEMORY = """
 import re, sys
-sys.path.insert(0, sys.argv[3])
-from train_step import batch_of, create_train_state, make_train_step, replace, resolve
+from benchmarks.train_step import batch_of, create_train_state, make_train_step, replace, resolve
 images, count = int(sys.argv[1]), int(sys.argv[2])
 memory = lambda name: int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 config = replace(resolve("demo"), global_batch_size=count, width_multiplier=0.0625)
@@ -151,10 +151,11 @@ print(held, first, memory("VmHWM") - resting)
 
 def memory() -> None:
     print("ResNet-18 of a sixteenth's width at 32 px; MiB, of one process each")
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     print("          N      B   u itself   state made   first steps, tracing too   later steps beyond that, at most")
     for images, count in ((10**4, 128), (10**6, 128), (10**7, 128), (10**8, 128), (10**6, 512), (10**6, 2048)):
-        arguments = [str(images), str(count), os.path.dirname(__file__)]
-        done = subprocess.run([sys.executable, "-c", MEASURE_MEMORY, *arguments], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", MEASURE_MEMORY, str(images), str(count)]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
         held, first, later = map(float, re.findall(r"[-\d.]+", done.stdout)[-3:])
         print(f"{images:11} {count:6} {images * 4 / 2**20:10.1f} {held:12.1f} {first:12.1f} {later:12.1f}", flush=True)
 

@@ -31,7 +31,7 @@ def noise(size: int) -> bytes:
 
 @scenario
 def an_epoch_reads_the_dataset_once(place: World) -> None:
-    from conftest import write_dataset
+    from support.datasets import write_dataset
 
     folder = place.google.storage.bucket("a-bucket") / "data"
     picture = noise(190)

@@ -1,12 +1,32 @@
-"""A process that stops at a place in its work, so that a test can do something to it there, however fast the machine is."""
+"""The processes that tests start.
+
+One that stops at a place in its work lets a test do something to it there, however fast the machine is.
+"""
 
 import contextlib
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+_TESTS = Path(__file__).parents[1]
+
+
+def search_path(*first: Path) -> dict[str, str]:
+    """Returns the PYTHONPATH with which a process finds `first`, then the tests and the project, wherever it runs."""
+    folders = [*first, _TESTS, _TESTS.parent, os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, map(str, folders)))}
+
+
+def run_module(name: str, *arguments: str | Path) -> str:
+    """Runs a module of the tests in a process of its own, and returns what it printed. Fails where that fails."""
+    environ = {**os.environ, **search_path()}
+    done = subprocess.run([sys.executable, "-m", name, *arguments], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-5000:]}"
+    return done.stdout
 
 
 @dataclass(frozen=True)
@@ -20,9 +40,8 @@ class Hold:
     @property
     def environ(self) -> dict[str, str]:
         """What the process, or one that it starts, has to have in its environment."""
-        search = [str(Path(__file__).parent / "hold"), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         places = ",".join(map(str, self.places))
-        return {"PYTHONPATH": os.pathsep.join(filter(None, search)), "HOLD": f"{self.job} {places} {self.folder}"}
+        return {**search_path(Path(__file__).with_name("hold")), "HOLD": f"{self.job} {places} {self.folder}"}
 
     def wait(self, process: subprocess.Popen, place: int = 0) -> None:
         """Returns once it has stopped at that one of its places."""

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from holding import until
+from support.processes import until
 
 USER, PASSWORD = "trainer", "planted-mlflow-password"
 

@@ -1,4 +1,4 @@
-"""Makes a process of a test stop at places in its work, until the test lets it go on. `tests/holding.py` has it imported.
+"""Makes a process of a test stop at places in its work, until the test lets it go on. `support.processes` has it imported.
 
 HOLD says where: JOB PLACE,PLACE,... FOLDER. At the first progress of JOB with a PLACE or more, number N of them, the process
 makes FOLDER/N.held and waits for FOLDER/N.released. Signals are handled meanwhile. One process stops at a place: the one that

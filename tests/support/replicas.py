@@ -1,4 +1,4 @@
-"""Five steps on one replica and on several, for each of some cases: replicas.py DATA FOLDER CASES
+"""Five steps on one replica and on several, for each of some cases: python -m support.replicas DATA FOLDER CASES
 
 CASES is JSON: by name the number of replicas, whether several work as on a device whose compiler fuses, a TPU, and settings.
 FOLDER gets NAME-one.npz and NAME-several.npz with the metrics and the state after each step; several begin each step with the
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from lifted import lift
 
+from support.lifted import lift
 from trainer import encoder
 from trainer.distribution import Replicas
 from trainer.input_pipeline import training_batches

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint on one replica and on several: evaluations.py DATA CHECKPOINT FOLDER REPLICAS SETTING ...
+"""Evaluates a checkpoint on one replica and on several: python -m support.evaluations DATA CHECKPOINT FOLDER REPLICAS SETTING ...
 
 REPLICAS is numbers with commas between. FOLDER gets a folder for each, with what `linear_eval` writes, and, as
 `fine-tuned.npz`, the weights after two steps of fine-tuning of a network whose ReLUs rounding does not turn.
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from lifted import raise_offsets
 
 from eval.measure.features import load_encoder
 from eval.measure.linear_eval import linear_eval
 from eval.measure.supervised import Recipe, train_classifier
+from support.lifted import raise_offsets
 from trainer import checkpoint as checkpoints
 from trainer.config import override
 from trainer.shared.records import read_manifest

@@ -11,9 +11,10 @@ from PIL import Image
 from beam_jobs.layouts.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
 from beam_jobs.layouts.labels import VALIDATION_LABELS
 from beam_jobs.publish import CONVERSION
+from support.datasets import stripes
 from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, read_manifest
 
-CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
+CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
 TRAIN, VALIDATION, OF_VALIDATION = TRAIN_ARCHIVE, VALIDATION_ARCHIVE, VALIDATION_LABELS
 SYNSETS = ("n01000001", "n01000002", "n02000001")
 
@@ -70,6 +71,18 @@ LABELS = [SYNSETS[number * 7 % 3] for number in range(20)]
 
 def raw_as_usual(folder: Path, **changed) -> Path:
     return write_raw(folder, **({"train": train_images(), "validation": validation_images(), "labels": LABELS} | changed))
+
+
+def striped_archives(folder: Path) -> Path:
+    """Writes 12 training images of each of 3 synsets and 12 validation images, which a network can tell apart."""
+    random = np.random.default_rng(0)
+    synsets = [f"n0000000{label}" for label in range(3)]
+    train = {
+        synset: {f"{synset}_{number}.JPEG": stripes(label, random) for number in range(12)}
+        for label, synset in enumerate(synsets)
+    }
+    validation = {f"ILSVRC2012_val_{number + 1:08}.JPEG": stripes(number % 3, random) for number in range(12)}
+    return write_raw(folder / "raw", train, validation, [synsets[number % 3] for number in range(12)])
 
 
 def expected(split: str) -> list[tuple[str, bytes]]:
