@@ -39,7 +39,9 @@ def make_pipeline(beam_args: Sequence[str], processes: int | None) -> beam.Pipel
         names = [
             name for name in (argument.split("=")[0] for argument in beam_args) if name.lstrip("-").replace("-", "_") in unknown
         ]
-        raise UserError(f"neither this job nor Beam has the option {', '.join(names)}; --help lists this job's options")
+        raise UserError(
+            f"there is no option {', '.join(names)}, neither in this job nor in Beam; --help lists this job's options"
+        )
     return pipeline
 
 
