@@ -8,6 +8,8 @@
     executor.py     what Vertex AI does with a pipeline job: tasks, retries, custom jobs, cancelling
     dataflow.py     Dataflow: runs the staged pipeline with Beam's worker in containers
     world.py        a network of one machine in which these are Google's hosts
+    proxy.py        the same for a process that has no such network, of one host
+    certificates.py what either shows for HTTPS and gRPC
     rehearse.py     `make rehearse`
 
 A request that no service knows is answered 404 and fails whoever asked.

@@ -262,14 +262,14 @@ class Server(ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             hello = request.recv(2**14, socket.MSG_PEEK)
             if b"\x02h2" in hello and b"http/1.1" not in hello:
-                _join(request, socket.create_connection(("127.0.0.1", self._grpc_port)))
+                join(request, socket.create_connection(("127.0.0.1", self._grpc_port)))
                 return None
             with self._certificates.wrap_socket(request, server_side=True) as secured:
                 super().finish_request(secured, client_address)
         return None
 
 
-def _join(one: socket.socket, other: socket.socket) -> None:
+def join(one: socket.socket, other: socket.socket) -> None:
     """Passes on bytes between two connections until both end."""
 
     def pass_on(source: socket.socket, target: socket.socket) -> None:
