@@ -1,1 +1,1 @@
-"""From raw archives to TFRecords with image IDs, on Apache Beam."""
+"""Converts raw images to TFRecords with image IDs, on Apache Beam."""

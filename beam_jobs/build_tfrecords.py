@@ -1,6 +1,6 @@
-r"""From raw images to a TFDS folder whose every image has an ID, as a Beam job.
+r"""Converts raw images to a TFDS folder in which every image has an ID. A Beam job.
 
-On this machine, in one process, or in two:
+On this machine, in one process or in two:
 
     python -m beam_jobs.build_tfrecords --raw DIR --output DIR
     python -m beam_jobs.build_tfrecords --raw DIR --output DIR --processes 2
@@ -11,8 +11,9 @@ On Dataflow, with an image that has this package installed:
         --runner=DataflowRunner --project=PROJECT --region=REGION --temp_location=gs://BUCKET/temp \
         --sdk_container_image=IMAGE --sdk_location=container
 
-This is the command line; `beam_jobs.job` does the work. `beam_jobs.layouts` says how raw images may lie, `beam_jobs.convert` what
-workers do with them. Interrupted, the same command goes on from the finished shards. docs/conversion.md is the user's page.
+This is the command line; `beam_jobs.job` does the work. `beam_jobs.layouts` defines the layouts of raw data, `beam_jobs.convert`
+the work of Beam's workers. After an interrupt, the same command goes on from the finished shards. The user manual is
+docs/conversion.md.
 """
 
 import argparse
@@ -24,11 +25,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from beam_jobs import subsets, survey
+from beam_jobs import subsets
+from beam_jobs.dry_run import to_dict, to_text
 from beam_jobs.job import build, describe, plan_only
 from beam_jobs.plan import ON_BAD_IMAGE, VERIFY
-from beam_jobs.proof import LostRecordsError
 from beam_jobs.runners import only_describes
+from beam_jobs.verify import LostRecordsError
 from trainer.shared.errors import UserError
 from trainer.shared.progress import ProgressBars
 from trainer.shared.records import Manifest
@@ -77,25 +79,25 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         required=True,
         metavar="DIR",
-        help="where the dataset goes, local or gs://; several lie well as ROOT/NAME/1.0.0",
+        help="folder of the dataset, local or gs://, for example ROOT/NAME/1.0.0",
     )
-    parser.add_argument("--name", help="the dataset's name in TFDS (default: that in ROOT/NAME/1.0.0, else images)")
-    parser.add_argument("--num-shards", type=int, metavar="N", help="shards of each split (default: as many as have 128 MiB)")
+    parser.add_argument("--name", help="the dataset's name in TFDS (default: NAME of ROOT/NAME/1.0.0, else images)")
+    parser.add_argument("--num-shards", type=int, metavar="N", help="shards of each split (default: shards of about 128 MiB)")
     parser.add_argument("--subset", metavar="NAME|FILE", help=f"{', '.join(subsets.SUBSETS)}, or a file with a synset a line")
-    parser.add_argument("--images-per-class", type=int, metavar="N", help="at most, of training images: the first by name")
+    parser.add_argument("--images-per-class", type=int, metavar="N", help="most training images of a class: the first by name")
     parser.add_argument(
         "--on-bad-image",
         choices=ON_BAD_IMAGE,
         default="fail",
-        help="skip: leave out and list what cannot be read (default: fail)",
+        help="skip: leave out unreadable images and list them (default: fail)",
     )
     parser.add_argument(
-        "--verify", choices=VERIFY, default="headers", help="decode: decode every image, not only odd ones (default: headers)"
+        "--verify", choices=VERIFY, default="headers", help="decode: decode every image, not only unusual ones (default: headers)"
     )
-    parser.add_argument("--max-side", type=int, metavar="PIXELS", help="make larger images this small at the longer side")
-    parser.add_argument("--allow-other-counts", action="store_true", help="ImageNet's synsets need not have all its images")
+    parser.add_argument("--max-side", type=int, metavar="PIXELS", help="resize larger images to this length of the longer side")
+    parser.add_argument("--allow-other-counts", action="store_true", help="accept other numbers of images than ImageNet's")
     parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: 1)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, having looked at every image; convert nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check every image and print the plan; convert nothing")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show Beam's log, and the traceback of an error")
     return parser
@@ -111,17 +113,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if dry_run:
             planned = plan_only(**given, beam_args=beam_args)
-            print(json.dumps(survey.to_dict(planned)) if as_json else survey.to_text(planned))
+            print(json.dumps(to_dict(planned)) if as_json else to_text(planned))
             return 2 if planned.problems else 0
         if only_describes(beam_args):
             if given.pop("processes") is not None:
-                raise UserError("processes are those of this machine, where nothing is to run")
+                raise UserError(
+                    "--processes is for a conversion on this machine, but these options convert nothing here: omit it"
+                )
             describe(**given, beam_args=beam_args)
             print("the job is described; nothing was converted")
             return 0
         with ProgressBars() as bars:
-            report = partial(bars, "build-tfrecords")
-            manifest = build(**given, beam_args=beam_args, report=report)
+            on_progress = partial(bars, "build-tfrecords")
+            manifest = build(**given, beam_args=beam_args, on_progress=on_progress)
     except (UserError, LostRecordsError) as error:
         if debug:
             raise
@@ -139,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # By its own name, so that workers can import what the pipeline refers to.
+    # Imported by its own name, so that workers can import the functions of the pipeline.
     from beam_jobs.build_tfrecords import main as main_by_name
 
     sys.exit(main_by_name())

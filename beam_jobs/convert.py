@@ -1,10 +1,10 @@
-"""What runs on workers: from a plan to a published dataset, as one Beam transform.
+"""The work of Beam's workers: a transform that turns a plan into a published dataset.
 
     IndexHeaders      a worker lists the images of an archive by its headers
     AssignIDs         the image counts of all archives, a side input, make the IDs dense
     GroupByShard      references to images are grouped by shard; no image's bytes go through Beam
-    WriteShards       a worker reads the images of a shard where they lie, and writes the shard
-    ProveAndPublish   when all shards are written, one worker checks them and publishes the dataset
+    WriteShards       a worker reads the images of a shard from the raw data, and writes the shard
+    VerifyAndPublish   when all shards are written, one worker checks them and publishes the dataset
 
 A runner may do any step twice, even at the same time: the files are the same, and each appears whole or not at all.
 """
@@ -23,19 +23,19 @@ from typing import Any, TypeVar
 import apache_beam as beam
 from apache_beam.metrics.metric import Metrics
 
-from beam_jobs import images, proof, raw
+from beam_jobs import images, raw, verify
 from beam_jobs.layouts.layout import RawImage
 from beam_jobs.plan import Plan, plan_split
 from beam_jobs.publish import publish
 from beam_jobs.references import PackedImage, PackedReference, Reference, pack_images, pack_reference, unpack_references
 from beam_jobs.shards import Record, make_record, write_shard
 from trainer.shared.files import is_local
-from trainer.shared.records import reading_places
+from trainer.shared.records import reading_positions
 
 _BATCH = 32
 """Images that a thread takes at a time."""
 _REMOTE_THREADS = 16
-"""Requests for remote images at the same time: each mostly waits."""
+"""Simultaneous requests for remote images. Each mostly waits."""
 
 Indexed = tuple[int, list[PackedImage]]
 """The number of an archive, and its images that get IDs, in the order of their IDs."""
@@ -60,9 +60,9 @@ def local_writers(processes: int) -> Writers:
 
 
 class Convert(beam.PTransform):
-    """From a plan to a dataset.
+    """Turns a plan into a dataset.
 
-    The steps form one line. Nothing branches off but the side input, because some runners drop other branches.
+    The steps form one line, apart from the side input, because some runners drop other branches.
     """
 
     def __init__(self, plan: Plan, writers: Writers) -> None:
@@ -79,12 +79,12 @@ class Convert(beam.PTransform):
             | "GroupByShard" >> beam.GroupByKey()
             | "WriteShards" >> beam.ParDo(WriteShards(self.plan, self.writers))
             | "WaitForAll" >> beam.GroupByKey()
-            | "ProveAndPublish" >> beam.Map(publish_written, self.plan)
+            | "VerifyAndPublish" >> beam.Map(publish_written, self.plan)
         )
 
 
 class Index(beam.PTransform):
-    """From a plan to the images in each archive."""
+    """Turns a plan into the images of each archive."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
@@ -99,10 +99,10 @@ def index_archive(number: int, plan: Plan) -> Indexed:
     """Returns the images of an archive that get IDs, in the order of their IDs, and reports them."""
     archive = plan.raw.archives[number]
     found = raw.index(plan.raw, archive)
-    repaired: proof.Listed = []
-    if plan.look_first:
+    repaired: verify.Listed = []
+    if plan.check_first:
         found, repaired = _check_images(plan, archive.split, found)
-    proof.report_archive(plan, number, found, repaired)
+    verify.report_archive(plan, number, found, repaired)
     return number, pack_images(found.images)
 
 
@@ -117,7 +117,7 @@ def assign_ids(indexed: Indexed, plan: Plan, counts: dict[int, int]) -> list[tup
     split = plan.raw.archives[number].split
     of_split = plan_split(plan, split, counts)
     first_id = of_split.first_ids[number]
-    places = reading_places(of_split.num_images)[first_id : first_id + len(packed)]
+    places = reading_positions(of_split.num_images)[first_id : first_id + len(packed)]
     shards = of_split.shards_of(places).tolist()
     by_shard: dict[int, list[PackedReference]] = {}
     for image_id, (place, shard, image) in enumerate(zip(places.tolist(), shards, packed, strict=True), start=first_id):
@@ -136,7 +136,7 @@ class WriteShards(beam.DoFn):
 
     def setup(self) -> None:
         if self.writers.processes > 1:
-            # Forked, they start at once and share memory; elsewhere forking is not safe.
+            # Forked processes start at once and share memory. Forking is safe on Linux only.
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
             self._pool = ProcessPoolExecutor(self.writers.processes, context, _end_with, (os.getpid(),))
         elif self.writers.threads > 1:
@@ -156,7 +156,7 @@ class WriteShards(beam.DoFn):
         try:
             for written in pending:
                 _count(written.result())
-        finally:  # after a failure or an interruption, those that have not begun need not
+        finally:  # after a failure or an interrupt, cancel the writes that have not begun
             for written in pending:
                 written.cancel()
 
@@ -177,16 +177,16 @@ def _end_with(parent: int) -> None:
 
 
 def write_references(plan: Plan, split: str, shard_file: str, packed: list[PackedReference]) -> dict[str, int]:
-    """Writes the shard of the images that are referred to, in the order of their places.
+    """Writes the shard of the referenced images, in the order of their places.
 
     Does nothing if the shard is finished already. Returns how many images were written, repaired and rejected.
     """
     references = unpack_references(sorted(packed))
     image_ids = [reference.image_id for reference in references]
-    if proof.is_finished(plan, shard_file, image_ids, [reference.image.label for reference in references]):
+    if verify.is_finished(plan, shard_file, image_ids, [reference.image.label for reference in references]):
         return {}
-    repaired: proof.Listed = []
-    rejected: proof.Listed = []
+    repaired: verify.Listed = []
+    rejected: verify.Listed = []
     resized = 0
 
     def records() -> Iterator[Record]:
@@ -202,7 +202,7 @@ def write_references(plan: Plan, split: str, shard_file: str, packed: list[Packe
             yield record
 
     written = write_shard(plan.output, shard_file, records())
-    proof.report_shard(plan, written, resized, repaired, rejected)
+    verify.report_shard(plan, written, resized, repaired, rejected)
     return {"written": written.shard.records, "repaired": len(repaired), "rejected": len(rejected)}
 
 
@@ -212,14 +212,14 @@ def _count(images_by_fate: dict[str, int]) -> None:
 
 
 def publish_written(_: tuple[None, Iterable[str]], plan: Plan) -> str:
-    """Proves and publishes the dataset once all shards are written; returns its fingerprint."""
+    """Verifies and publishes the dataset, once all shards are written. Returns its fingerprint."""
     return publish(plan).fingerprint
 
 
 def _make(plan: Plan, split: str, reference: Reference) -> tuple[Record, str, bool] | images.UnreadableImageError:
     """Returns an image's record, how it was repaired and whether it was resized, or why it cannot be read."""
     # An image that was checked when it was indexed need not be decoded again.
-    options = replace(plan.images, decode=False) if plan.look_first and plan.images.decode else plan.images
+    options = replace(plan.images, decode=False) if plan.check_first and plan.images.decode else plan.images
     try:
         prepared = images.prepare(_read(plan, split, reference.image), options)
     except images.UnreadableImageError as error:
@@ -228,8 +228,8 @@ def _make(plan: Plan, split: str, reference: Reference) -> tuple[Record, str, bo
     return record, prepared.repaired, prepared.resized
 
 
-def _check_images(plan: Plan, split: str, found: raw.Index) -> tuple[raw.Index, proof.Listed]:
-    """Returns an index without the images that cannot be read, and a list of the remaining images that will be repaired."""
+def _check_images(plan: Plan, split: str, found: raw.Index) -> tuple[raw.Index, verify.Listed]:
+    """Returns an index without the unreadable images, and a list of the remaining images that will be repaired."""
 
     def check(image: RawImage) -> tuple[RawImage, str, str]:
         if image.size > images.HEAD_BYTES:
@@ -269,7 +269,7 @@ def _read(plan: Plan, split: str, image: RawImage) -> bytes:
 
 
 def _threaded(plan: Plan, items: Sequence[Item], function: Callable[[Item], Result]) -> Iterator[Result]:
-    """Yields the function of each item, in their order. Remote raw data is read by several threads."""
+    """Yields the result of `function` for each item, in order. Uses several threads if the raw data is remote."""
     if is_local(plan.raw.folder):
         yield from map(function, items)
         return

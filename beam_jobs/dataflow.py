@@ -1,7 +1,7 @@
 """A conversion's job on Dataflow. A later attempt at the same conversion finds the job and waits for it.
 
-If the process that waits is told to end, it cancels the job. The job has a label that names the conversion, and, if a pipeline
-job started it, another label that names the pipeline job.
+If the waiting process is terminated, it cancels the job. The job has a label that names the conversion. If a pipeline job started
+it, it has another label that names the pipeline job.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ from trainer.shared.errors import UserError
 _CONVERSION = "sogclr-conversion"
 _SECONDS_FOR_A_CALL = 5.0
 _SECONDS_TO_CANCEL = 12.0
-"""How long cancelling is tried. The process must end soon after SIGTERM, whether Dataflow answers or not."""
+"""How long cancelling is retried. The process must end soon after SIGTERM, even if Dataflow does not answer."""
 _SECONDS_BETWEEN_TRIES = 1.0
-_SECONDS_BETWEEN_LOOKS = 5.0
+_SECONDS_BETWEEN_POLLS = 5.0
 
 
 class DataflowJobError(Exception):
-    """A job on Dataflow did not end well."""
+    """A job on Dataflow failed or was cancelled."""
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Returns whether the same call may succeed later. Beam's filter takes any error that is not Google's for transient."""
+    """Returns whether the same call may succeed later. Beam's filter treats any error that is not Google's as transient."""
     return isinstance(error, Exception) and not isinstance(error, UserError) and retry.retry_on_server_errors_filter(error)
 
 
@@ -53,7 +53,7 @@ class Conversion:
         self._runner: Any = pipeline.runner
         self._options = pipeline.options
         self._google = pipeline.options.view_as(GoogleCloudOptions)
-        # Another conversion, or another output, is another job.
+        # Each conversion and each output folder has a job of its own.
         self._digest = hashlib.sha256(f"{plan.output}\n{plan.identity}".encode()).hexdigest()[:20]
         self._google.job_name = self._google.job_name or f"build-tfrecords-{self._digest}"
         self._google.labels = [*(self._google.labels or []), f"{_CONVERSION}={self._digest}"]
@@ -63,7 +63,7 @@ class Conversion:
     def running(self) -> Any:
         """Returns the DataflowPipelineResult of an earlier attempt's job that still runs, or None.
 
-        Waits for the end of a job that is being cancelled. Raises UserError if a job of something else has the same name.
+        Waits for the end of a job that is being cancelled. Raises UserError if another conversion's job has the same name.
         """
         from apache_beam.runners.dataflow.dataflow_runner import DataflowPipelineResult
 
@@ -73,12 +73,12 @@ class Conversion:
                 self._job_id = found.id
                 self._runner.dataflow_client = self._client
                 return DataflowPipelineResult(found, self._runner, self._options)
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(_SECONDS_BETWEEN_POLLS)
         return None
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Cancels the job if the process is told to end while the block runs."""
+        """Cancels the job if the process is terminated or interrupted while the block runs."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
@@ -86,7 +86,7 @@ class Conversion:
             raise
 
     def wait(self, result: Any) -> None:
-        """Returns once the job of a DataflowPipelineResult is done. Raises DataflowJobError with its name if it fails."""
+        """Waits until the job of a DataflowPipelineResult has finished. Raises DataflowJobError with its name if it fails."""
         from apache_beam.runners.dataflow.dataflow_runner import DataflowRuntimeException
 
         self._job_id = result.job_id()
@@ -94,16 +94,16 @@ class Conversion:
             state = result.wait_until_finish()
         except DataflowRuntimeException as error:
             raise DataflowJobError(f"Dataflow job {self._google.job_name} ({self._job_id}): {error}") from error
-        if state != PipelineState.DONE:  # it had ended before this wait began, so Beam raised nothing
+        if state != PipelineState.DONE:  # the job had ended before this wait began, so Beam raised nothing
             raise DataflowJobError(f"Dataflow job {self._google.job_name} ({self._job_id}) is {state}")
 
     @retry.with_exponential_backoff(retry_filter=_is_transient)
     def _find(self) -> Any:
-        """Returns the active job of this conversion, or None. Raises UserError if a job of something else has its name."""
-        return self._look(timeout=60.0)
+        """Returns the active job of this conversion, or None. Raises UserError if another conversion's job has its name."""
+        return self._find_once(timeout=60.0)
 
-    def _look(self, timeout: float) -> Any:
-        # `job_id_for_name` of Beam's client sees running jobs only, and never returns if there is none.
+    def _find_once(self, timeout: float) -> Any:
+        # `job_id_for_name` of Beam's client finds running jobs only, and never returns if there is none.
         listing = self._api.ListJobsRequest(
             project_id=self._google.project,
             location=self._google.region,
@@ -113,7 +113,7 @@ class Conversion:
         for job in self._client._jobs_client.list_jobs(listing, timeout=timeout):
             if job.name != self._google.job_name:
                 continue
-            # A listing has no labels.
+            # Listed jobs come without their labels.
             request = self._api.GetJobRequest(
                 project_id=self._google.project,
                 location=self._google.region,
@@ -134,8 +134,8 @@ class Conversion:
             if self._ask_to_cancel():
                 _say(f"Dataflow job {self._job_id} is cancelled")
         except Exception as error:
-            mend = f"gcloud dataflow jobs cancel {self._job_id or 'ID'} --region={self._google.region}"
-            _say(f"Dataflow job {self._google.job_name} may go on ({_short(error)}): {mend}")
+            command = f"gcloud dataflow jobs cancel {self._job_id or 'ID'} --region={self._google.region}"
+            _say(f"Dataflow job {self._google.job_name} may go on ({_short(error)}): {command}")
 
     # Beam's own `cancel` and its own retries would wait for minutes.
     @tenacity.retry(
@@ -147,7 +147,7 @@ class Conversion:
     def _ask_to_cancel(self) -> bool:
         """Returns whether there was a job to cancel."""
         # The request that started the job may not have been answered yet; then the job's ID is unknown.
-        if not self._job_id and not (found := self._look(_SECONDS_FOR_A_CALL)):
+        if not self._job_id and not (found := self._find_once(_SECONDS_FOR_A_CALL)):
             return False
         self._job_id = self._job_id or found.id
         wish = self._api.Job(requested_state=self._api.JobState.JOB_STATE_CANCELLED)

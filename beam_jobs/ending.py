@@ -1,4 +1,4 @@
-"""SIGTERM ends a conversion as Ctrl-C does, and soon."""
+"""Makes SIGTERM end a conversion like Ctrl-C, within a time limit."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from types import FrameType
 
 EXIT_CODE = 128 + signal.SIGTERM
 _SECONDS_TO_END = 25.0
-"""Counted from SIGTERM. Clusters send SIGKILL half a minute after it."""
+"""Seconds from SIGTERM to the end of the process. Clusters send SIGKILL half a minute after SIGTERM."""
 
 
 @contextmanager

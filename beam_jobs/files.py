@@ -1,4 +1,4 @@
-"""Files by path, local or gs://. Nothing else in the room depends on the file system."""
+"""Files by path, local or gs://. No other module of this package depends on the file system."""
 
 import functools
 import os
@@ -28,11 +28,11 @@ class FileInfo(NamedTuple):
     """What is known of a file without opening it."""
 
     name: str
-    """Path within the folder that was asked for."""
+    """Path relative to the listed folder."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
     changed: float
-    """Time of the last change, seconds."""
+    """Time of the last change, in seconds since 1970."""
 
 
 def join(folder: str, name: str) -> str:
@@ -52,7 +52,7 @@ def find(path: str) -> FileInfo | None:
 def tree(folder: str, depth: int) -> list[FileInfo]:
     """Returns the files in `folder` and in its subfolders down to `depth` levels, sorted by name. Follows links.
 
-    Passes over names that begin with a dot, because file managers leave such files anywhere. Without a folder, returns none.
+    Skips names that begin with a dot, because file managers leave such files anywhere. Returns none if there is no such folder.
     """
     return sorted(_walk(folder, "", depth) if is_local(folder) else _match(folder, depth))
 
@@ -149,7 +149,7 @@ def delete_temporary(folder: str) -> None:
 
 
 def delete_folder(folder: str) -> None:
-    """Deletes `folder` and its files. In a bucket a folder is only the beginning of its files' names."""
+    """Deletes `folder` and its files. In a bucket, a folder is only a prefix of its files' names."""
     if is_local(folder):
         shutil.rmtree(folder, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""One image: what its header says, and how it becomes a JPEG that every decoder reads alike."""
+"""Reads an image's header, and turns an image into a JPEG that all decoders read alike."""
 
 import io
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError, features
 from PIL import __version__ as pillow_version
 
 REPAIRED_QUALITY = 100
-"""JPEG quality of repaired images. They are few, and lose next to nothing."""
+"""JPEG quality of repaired images, with almost no loss. There are few of them."""
 RESIZED_QUALITY = 95
-"""JPEG quality of resized images, which may be all images."""
+"""JPEG quality of resized images. All images may be resized."""
 MAX_PIXELS = 2**30 // 12
 """89 million pixels, Pillow's own limit and more than any of ImageNet's images has. A larger image may exhaust memory."""
 HEAD_BYTES = 2**12
@@ -38,12 +38,12 @@ class JpegHeader:
     process: int
     """The start-of-frame marker: 0xC0 baseline, 0xC1 extended, 0xC2 progressive. Few decoders read the others."""
     precision: int
-    """Bits of a sample."""
+    """Bits per sample."""
     height: int
     width: int
     components: int
     adobe_transform: int | None
-    """Colour transform that Adobe's marker gives: 0 none, 1 YCbCr, 2 YCCK. None without such a marker."""
+    """Colour transform in Adobe's marker: 0 none, 1 YCbCr, 2 YCCK. None if there is no such marker."""
     scan: int
     """Byte at which the header ends and pixels begin."""
 
@@ -60,12 +60,12 @@ class JpegHeader:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as it goes into a record."""
+    """An image for a record."""
 
     encoded: bytes
     """A JPEG, grey or RGB."""
     repaired: str
-    """How it was repaired, "" if it was not."""
+    """How the image was repaired; "" if it was not."""
     resized: bool
 
 
@@ -109,7 +109,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
 
 
 def keeps_its_bytes(head: bytes, tail: bytes, options: Options) -> bool:
-    """Returns whether an image surely keeps its bytes, judged by its first `HEAD_BYTES` and its last `TAIL_BYTES`."""
+    """Returns whether the first `HEAD_BYTES` and last `TAIL_BYTES` of an image show that `prepare` keeps its bytes."""
     if options.decode or tail != _END_OF_IMAGE:
         return False
     header = read_jpeg_header(head)
@@ -120,8 +120,8 @@ def prepare(data: bytes, options: Options) -> Prepared:
     """Returns the JPEG that goes into an image's record.
 
     A usual whole JPEG, grey or RGB, keeps its own bytes. Anything else that Pillow reads becomes an RGB JPEG; the same image
-    always gives the same bytes. Its colours are those of its ICC profile, or without one those that decoders agree on.
-    Raises UnreadableImageError.
+    always gives the same bytes. Its colours follow its ICC profile, or the common convention if it has none. Raises
+    UnreadableImageError if the image cannot be read.
     """
     if not data:
         raise UnreadableImageError("is empty")
@@ -164,7 +164,7 @@ def prepare(data: bytes, options: Options) -> Prepared:
 
 
 def _too_large(width: int, height: int) -> UnreadableImageError:
-    return UnreadableImageError(f"claims to be {width} x {height} pixels, and more than {MAX_PIXELS:,} are not believed")
+    return UnreadableImageError(f"claims to be {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
 
 
 def _is_larger(width: int, height: int, max_side: int | None) -> bool:
@@ -179,7 +179,7 @@ def _to_rgb(image: Image.Image, header: JpegHeader | None) -> tuple[Image.Image,
         inks.info = image.info
         image = inks
     if image.mode.startswith("I"):
-        # Pillow would cut 16 bits off at 255.
+        # Pillow would clip 16-bit values at 255.
         grey = (np.clip(np.asarray(image).astype(np.int64), 0, 0xFFFF) >> 8).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB"), ""
     profile = image.info.get("icc_profile")
@@ -191,7 +191,7 @@ def _to_rgb(image: Image.Image, header: JpegHeader | None) -> tuple[Image.Image,
             assert managed is not None
             return managed, " by its ICC profile"
         except (ImageCms.PyCMSError, OSError):
-            pass  # the profile is broken, or for another kind of pixels
+            pass  # the profile is broken or for another colour space
     return image.convert("RGB"), ""
 
 

@@ -37,14 +37,14 @@ from trainer.shared.records import (
 )
 
 _SAMPLED_BLOCKS = 32
-"""Blocks of each split whose images are measured: about 2,000 images."""
+"""Number of blocks of each split whose images are measured: about 2,000 images."""
 _SHOWN_CLASSES = 40
 _SHOWN_IMAGES = 8
-"""Of each class."""
+"""Number of images of each class that the page shows."""
 _THUMBNAIL = 72
-"""Pixels."""
+"""Longer side of a thumbnail in pixels."""
 _LISTED = 200
-"""Repaired or rejected images that the page lists."""
+"""Number of repaired or rejected images that the page lists."""
 
 
 def ignore(*_: object) -> None:
@@ -59,30 +59,30 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of a sample of the images of a split, or of all: least, median, mean and largest."""
+    """Statistics of a split's images, or of a sample. A tuple has the smallest value, median, mean and largest value."""
 
     images: int
     width: tuple[float, ...]
     height: tuple[float, ...]
     kilobytes: tuple[float, ...]
     grey: float
-    """Part of the images."""
+    """Fraction of grey images."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found."""
+    """The result of an inspection."""
 
     folder: str
     full: bool
     """Whether every byte was read."""
     problems: tuple[str, ...]
-    """Where the shards are not what the manifest says; none where all is well."""
+    """Differences between the shards and the manifest; empty if there are none."""
     statistics: dict[str, Statistics]
 
 
 def load(folder: str) -> Manifest:
-    """Returns the manifest of a dataset. Raises UserError where there is none."""
+    """Returns the manifest of a dataset. Raises UserError if there is no valid manifest."""
     path = files.join(folder, MANIFEST)
     if not files.find(path):
         raise UserError(f"{folder} holds no finished dataset: {MANIFEST} is missing")
@@ -92,11 +92,11 @@ def load(folder: str) -> Manifest:
         raise UserError(f"{path} is not a manifest of this version ({error!r}); build the dataset again") from error
 
 
-def inspect(folder: str, *, full: bool = False, report: Callable[[int, int], None] = ignore) -> Report:
+def inspect(folder: str, *, full: bool = False, on_progress: Callable[[int, int], None] = ignore) -> Report:
     """Checks the shards of a dataset against its manifest, and measures images.
 
-    All files must be there in their length, and TFDS must be told the same counts; `full` reads every record: checksums,
-    that IDs are exactly 0..N-1, labels, fingerprint. `report` is called with how many shards are done and how many there are.
+    Checks the size of every file and TFDS's counts. With `full`, reads every record and checks checksums, labels, fingerprint,
+    and that the IDs are exactly 0..N-1. Calls `on_progress(shards done, shards in all)`.
     """
     manifest = load(folder)
     problems: list[str] = []
@@ -110,7 +110,9 @@ def inspect(folder: str, *, full: bool = False, report: Callable[[int, int], Non
                 there = f"has {info.size:,} bytes" if info else "is missing"
                 problems.append(f"{shard.file} {there}, and the manifest says {shard.bytes:,} bytes")
         if sum(shard.records for shard in split.shards) != split.records or sum(split.records_per_class) != split.records:
-            problems.append(f"{name} has {split.records} records in the manifest, which its shards or classes do not add up to")
+            problems.append(
+                f"{name} has {split.records} records in the manifest, but its shards or classes add up to another number"
+            )
         readable = [shard for shard in split.shards if (info := found[shard.file]) is not None and info.size == shard.bytes]
         sizes: list[tuple[int, int, int, bool]] = []
         if full:
@@ -123,7 +125,7 @@ def inspect(folder: str, *, full: bool = False, report: Callable[[int, int], Non
                     seen.append((record.image_id, record.label))
                     sizes += _size(record)
                 done += 1
-                report(done, sum(len(one.shards) for one in manifest.splits.values()))
+                on_progress(done, sum(len(one.shards) for one in manifest.splits.values()))
             problems += _check_records(name, split, seen)
         else:
             for shard, block in _evenly([(one, block) for one in readable for block in range(len(one.blocks))]):
@@ -134,14 +136,14 @@ def inspect(folder: str, *, full: bool = False, report: Callable[[int, int], Non
         if sizes:
             measured[name] = _statistics(sizes)
     if full and not problems and f"{fingerprint % FINGERPRINTS:064x}" != manifest.fingerprint:
-        problems.append(f"the fingerprint of what is there is {fingerprint % FINGERPRINTS:064x}, not the manifest's")
+        problems.append(f"the records have the fingerprint {fingerprint % FINGERPRINTS:064x}, not the manifest's")
     problems += _check_tfds(folder, manifest)
     return Report(folder, full, tuple(problems), measured)
 
 
-def page(folder: str, *, full: bool = False, report: Callable[[int, int], None] = ignore) -> str:
+def page(folder: str, *, full: bool = False, on_progress: Callable[[int, int], None] = ignore) -> str:
     """Returns the page of a dataset as HTML that needs no other file."""
-    return to_html(inspect(folder, full=full, report=report))
+    return to_html(inspect(folder, full=full, on_progress=on_progress))
 
 
 def to_html(found: Report) -> str:
@@ -176,7 +178,7 @@ def to_html(found: Report) -> str:
 
 
 def _read_whole(folder: str, shard: Shard) -> tuple[Iterator[Record], list[str]]:
-    """Returns the records of a shard, and what is wrong with its bytes; of a damaged one no records."""
+    """Returns the records of a shard and its problems. Returns no records if its checksum is wrong."""
     crc = file_crc32c(files.join(folder, shard.file))
     if crc != shard.crc32c:
         return iter(()), [f"{shard.file} has the checksum {crc}, and the manifest says {shard.crc32c}"]
@@ -202,21 +204,21 @@ def _check_records(name: str, split: Split, seen: list[tuple[int, int]]) -> list
         problems.append(f"the image IDs of {name} are not exactly 0..{split.records - 1}, each once")
     counts = np.bincount([label for _, label in seen], minlength=len(split.records_per_class)).tolist()
     if counts != list(split.records_per_class):
-        problems.append(f"the labels of {name} are not as often there as the manifest says")
+        problems.append(f"the labels of {name} do not occur as often as the manifest says")
     return problems
 
 
 def _check_tfds(folder: str, manifest: Manifest) -> list[str]:
     path = files.join(folder, "dataset_info.json")
     if not files.find(path):
-        return ["dataset_info.json is missing, without which TFDS does not read the dataset"]
+        return ["dataset_info.json is missing, which TFDS needs to read the dataset"]
     told = {split["name"]: [int(length) for length in split["shardLengths"]] for split in json.loads(files.read(path))["splits"]}
     meant = {name: [shard.records for shard in split.shards] for name, split in manifest.splits.items()}
-    return [] if told == meant else ["dataset_info.json tells TFDS of other records than the manifest has"]
+    return [] if told == meant else ["dataset_info.json has other numbers of records than the manifest"]
 
 
 def _images_by_class(folder: str, manifest: Manifest, split: str, labels: Sequence[int]) -> Iterator[tuple[int, list[bytes]]]:
-    """Yields each label with some of its images, which are found by their IDs: those of `train` are in the order of labels."""
+    """Yields each label with some of its images. Finds them by ID, because IDs of `train` are in the order of labels."""
     of_split = manifest.splits[split]
     first_ids = np.concatenate([[0], np.cumsum(of_split.records_per_class)])
     for label in labels:
@@ -261,14 +263,14 @@ def _sizes(name: str, measured: Statistics) -> Iterator[tuple[str, ...]]:
 
 
 def _bars(name: str, counts: Sequence[int], synsets: Sequence[str]) -> dict[str, Any]:
-    """Returns a bar for each class: its synset, its images, and its height in [0, 1]."""
+    """Returns a bar for each class: its synset, its number of images, and its height in [0, 1]."""
     most = max(counts, default=0) or 1
     bars = [(synset, count, count / most) for synset, count in zip(synsets, counts, strict=True)]
     return {"name": name, "range": f"{min(counts, default=0):,} to {max(counts, default=0):,}", "bars": bars}
 
 
 def _pictures(folder: str, manifest: Manifest) -> list[tuple[str, list[Picture]]]:
-    """Returns pictures of images by synset; of many classes, some that lie evenly among them."""
+    """Returns pictures of images by synset. If there are many classes, shows evenly spaced ones."""
     labels = _evenly(list(range(manifest.num_classes)), _SHOWN_CLASSES)
     return [
         (manifest.synsets[label], [one for encoded in shown if (one := _picture(encoded, manifest.synsets[label]))])
@@ -277,7 +279,7 @@ def _pictures(folder: str, manifest: Manifest) -> list[tuple[str, list[Picture]]
 
 
 def _picture(encoded: bytes, synset: str) -> Picture | None:
-    """Returns a thumbnail of a JPEG, or None if it cannot be decoded, as --verify=headers lets through."""
+    """Returns a thumbnail of a JPEG, or None if it cannot be decoded. --verify=headers lets such images through."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image.draft("RGB", (_THUMBNAIL, _THUMBNAIL))
@@ -301,8 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", metavar="DIR", help="the dataset, local or gs://")
     parser.add_argument("--full", action="store_true", help="read every byte: checksums, IDs, labels, fingerprint")
-    parser.add_argument("--output", default="dataset.html", metavar="FILE", help="where the page goes (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print what was found as one JSON object")
+    parser.add_argument("--output", default="dataset.html", metavar="FILE", help="file for the page (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     logging.getLogger().setLevel(logging.CRITICAL)
@@ -313,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"[inspect] {done}/{total}", file=sys.stderr, flush=True)
 
     try:
-        found = inspect(args.folder, full=args.full, report=show)
+        found = inspect(args.folder, full=args.full, on_progress=show)
         files.write(args.output, to_html(found).encode())
     except UserError as error:
         if args.debug:

@@ -1,4 +1,4 @@
-"""One conversion from start to finish: plans it, runs its pipeline, watches it, and goes on with what an earlier run left."""
+"""One conversion from start to finish: plans it, runs its pipeline, follows it, and resumes an interrupted one."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from beam_jobs import dataflow, files, proof, survey
+from beam_jobs import dataflow, dry_run, files, verify
 from beam_jobs.convert import Convert, Index, Writers, local_writers
 from beam_jobs.ending import ends_on_sigterm
 from beam_jobs.plan import Plan, make_plan
@@ -22,8 +22,8 @@ from trainer.shared.records import MANIFEST, Manifest, manifest_from_json
 _SHARD_FILE = re.compile(r".+\.tfrecord-\d{5}-of-\d{5}")
 _IDENTITY = "IDENTITY"
 """File in the work folder: the `Plan.identity` of the unfinished job."""
-_SECONDS_BETWEEN_LOOKS = 0.5
-_SECONDS_BETWEEN_REMOTE_LOOKS = 10.0
+_SECONDS_BETWEEN_POLLS = 0.5
+_SECONDS_BETWEEN_REMOTE_POLLS = 10.0
 
 
 def ignore(*_: object) -> None:
@@ -37,21 +37,21 @@ def build(
     *,
     processes: int | None = None,
     beam_args: Sequence[str] = (),
-    report: Callable[[int, int], None] = ignore,
+    on_progress: Callable[[int, int], None] = ignore,
     **options: Any,
 ) -> Manifest:
     """Converts the raw images in the folder `raw` to a dataset in the folder `output`, and returns its manifest.
 
     processes: number of processes on this machine, 1 by default
     beam_args: Beam's own options; they may choose another runner. Every runner writes the same bytes
-    report: is called from another thread with the number of finished parts of the job and the number of all parts
+    on_progress: called from another thread with the number of finished parts of the job and the number of all parts
     options: the arguments of `make_plan`
 
     Leaves a dataset as it is if the same conversion finished it before. On Dataflow, waits for an earlier attempt's job of the
     same conversion if that still runs. SIGTERM and Ctrl-C cancel the job.
 
     Raises UserError if `output` holds another dataset. Raises UserError for faulty input, after reading all of it, and
-    `proof.LostRecordsError` if the runner is at fault; `output` then has neither manifest nor shards. After an interruption or
+    `verify.LostRecordsError` if the runner is at fault; `output` then has neither manifest nor shards. After an interruption or
     on a full disk, `output` keeps the finished shards, and the same call goes on from them.
     """
     plan = make_plan(raw, output, **options)
@@ -59,7 +59,7 @@ def build(
     job = dataflow.Conversion(pipeline, plan) if dataflow.is_dataflow(pipeline) else None
     running = job.running() if job else None
     if files.find(files.join(output, MANIFEST)):
-        # The work folder is still there if the earlier job was interrupted while it cleared up.
+        # The work folder still exists if the earlier job was interrupted during its cleanup.
         if _made_here(plan) != plan.identity and not was_made_by(plan):
             raise _finished(plan)
         print(f"{output} is already there: the same conversion finished before", file=sys.stderr, flush=True)
@@ -67,14 +67,14 @@ def build(
     if not running:  # a running job's workers write to the output folder
         _prepare(plan)
         pipeline | Convert(plan, Writers() if names_runner(beam_args) else local_writers(processes or 1))
-    with _watched(plan, report), job.watched() if job else nullcontext():
+    with _watched(plan, on_progress), job.watched() if job else nullcontext():
         try:
             if job:
                 run(lambda: job.wait(running or pipeline.run()))
             else:
                 run(lambda: pipeline.run().wait_until_finish())
             return publish(plan)
-        except (proof.FaultsError, proof.LostRecordsError):
+        except (verify.FaultsError, verify.LostRecordsError):
             _remove_leftovers(plan)
             raise
 
@@ -92,17 +92,17 @@ def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any)
 
 def plan_only(
     raw: str, output: str, *, processes: int | None = None, beam_args: Sequence[str] = (), **options: Any
-) -> survey.Survey:
+) -> dry_run.DryRun:
     """Returns what `build` would do with the same arguments. Reads every image's header; leaves no file behind."""
     plan = make_plan(raw, output, **options)
     local = is_local(output)
     work = tempfile.mkdtemp(prefix="sogclr-plan-") if local else files.join(output, f".plan-{uuid.uuid4().hex}")
     pipeline = make_pipeline(beam_args, processes)
     try:
-        looking = survey.looking_plan(plan, work)
-        pipeline | Index(looking)
+        checking = dry_run.check_only_plan(plan, work)
+        pipeline | Index(checking)
         run(lambda: pipeline.run().wait_until_finish())
-        return survey.survey(plan, proof.archive_reports(looking))
+        return dry_run.summarise(plan, verify.archive_reports(checking))
     finally:
         files.delete_folder(work)
 
@@ -120,7 +120,7 @@ def _prepare(plan: Plan) -> None:
     """Makes the output folder ready. Keeps the shards of an interrupted job if it had the same plan."""
     made_here = _made_here(plan)
     if not made_here and (others := [name for name in files.names(plan.output) if _SHARD_FILE.fullmatch(name)]):
-        raise UserError(f"{plan.output} has {others[0]}, which no unfinished job of this kind left there: give another folder")
+        raise UserError(f"{plan.output} has {others[0]}, which is not from an unfinished job like this one: give another folder")
     if made_here != plan.identity:
         _remove_leftovers(plan)
     files.delete_temporary(plan.output)
@@ -130,7 +130,7 @@ def _prepare(plan: Plan) -> None:
 
 
 def _made_here(plan: Plan) -> str:
-    """Returns the `Plan.identity` of the unfinished job in the output folder, "" if there is none."""
+    """Returns the `Plan.identity` of the unfinished job in the output folder, or "" if there is none."""
     path = files.join(plan.work, _IDENTITY)
     return files.read(path).decode() if files.find(path) else ""
 
@@ -142,19 +142,19 @@ def _remove_leftovers(plan: Plan) -> None:
 
 
 @contextmanager
-def _watched(plan: Plan, report: Callable[[int, int], None]) -> Iterator[None]:
-    """Reports progress while the block runs. Each archive is a part, each shard, and the publishing."""
+def _watched(plan: Plan, on_progress: Callable[[int, int], None]) -> Iterator[None]:
+    """Reports progress while the block runs. The parts of a job are its archives, its shards, and publishing."""
     total = len(plan.raw.archives) + sum(plan.num_shards.values()) + 1
     ended = threading.Event()
-    pause = _SECONDS_BETWEEN_LOOKS if is_local(plan.work) else _SECONDS_BETWEEN_REMOTE_LOOKS
+    pause = _SECONDS_BETWEEN_POLLS if is_local(plan.work) else _SECONDS_BETWEEN_REMOTE_POLLS
 
     def watch() -> None:
         done = 0
         while not ended.wait(pause):
-            done = max(done, min(proof.count_reports(plan), total - 1))
-            report(done, total)
+            done = max(done, min(verify.count_reports(plan), total - 1))
+            on_progress(done, total)
 
-    report(0, total)
+    on_progress(0, total)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -162,4 +162,4 @@ def _watched(plan: Plan, report: Callable[[int, int], None]) -> Iterator[None]:
     finally:
         ended.set()
         watcher.join()
-    report(total, total)
+    on_progress(total, total)

@@ -1,4 +1,4 @@
-"""The plan of a conversion: its checked options, and each image's ID, place in the order of reading, and shard."""
+"""The plan of a conversion: its checked options, and each image's ID, place in reading order, and shard."""
 
 import hashlib
 import importlib.metadata
@@ -26,7 +26,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known before any image is read. Workers need nothing else."""
+    """The plan of a conversion before any image is read. Workers need nothing else."""
 
     raw: Raw
     output: str
@@ -36,26 +36,26 @@ class Plan:
     version: str
     """The dataset's version in TFDS."""
     num_shards: Mapping[str, int]
-    """By split. A split with fewer images has fewer shards: none is empty."""
+    """Number of shards by split. A split with fewer images than that has fewer shards, so none is empty."""
     images: images.Options
-    look_first: bool
+    check_first: bool
     """Whether images are checked when they are indexed, so that unreadable images get no ID."""
     expected: Mapping[str, int] | None
-    """Number of images that each split must have; None if that is not known."""
+    """Number of images that each split must have; None if it is unknown."""
     options: Mapping[str, str | int]
-    """The conversion's options that change what is written."""
+    """The options that change the contents of the dataset."""
     tool_version: str
 
     @property
     def rejected(self) -> str:
-        """The file that lists all faults of the raw data if an error cannot name them all."""
+        """The file that lists all faults of the raw data if an error message cannot."""
         return files.join(self.output, f"{self.name}-rejected.txt")
 
     @property
     def identity(self) -> str:
         """A hex digest. It differs between plans that may write different shards."""
         raw = self.raw.identity, self.raw.synsets, self.raw.images_per_class
-        rest = self.name, sorted(self.num_shards.items()), self.images, self.look_first, images.CODECS, self.tool_version
+        rest = self.name, sorted(self.num_shards.items()), self.images, self.check_first, images.CODECS, self.tool_version
         return hashlib.sha256(repr((raw, rest)).encode()).hexdigest()
 
 
@@ -69,7 +69,7 @@ class SplitPlan:
     shard_files: tuple[str, ...]
 
     def shards_of(self, places: np.ndarray) -> np.ndarray:
-        """Returns the number of the shard that holds each of `places`: shards cut the order of reading into equal parts."""
+        """Returns the shard number of each of `places`. Shards divide the reading order into equal parts."""
         return places * len(self.shard_files) // max(self.num_images, 1)
 
 
@@ -97,7 +97,7 @@ def make_plan(
     max_side: pixels of the longer side; larger images are resized to it
     allow_other_counts: whether ImageNet's synsets may have other numbers of images than ImageNet
 
-    Raises UserError for arguments that make no sense, and if there are no raw images.
+    Raises UserError for invalid arguments, and if there are no raw images.
     """
     for argument, value in (("num_shards", num_shards), ("images_per_class", images_per_class), ("max_side", max_side)):
         if value is not None and value < 1:
@@ -128,7 +128,7 @@ def make_plan(
         version=parts[-1] if versioned else "1.0.0",
         num_shards={split: num_shards or shards_for(sizes[split]) for split in SPLITS},
         images=images.Options(decode=verify == "decode", max_side=max_side),
-        look_first=on_bad_image == "skip",
+        check_first=on_bad_image == "skip",
         expected=None if allow_other_counts else subsets.known_counts(opened.synsets),
         options={option: value for option, value in options.items() if value is not None},
         tool_version=_tool_version(),

@@ -1,9 +1,9 @@
-"""The last step of a conversion: the written shards become a dataset, for TFDS and for this project."""
+"""The last step of a conversion: makes the written shards a dataset for TFDS and this project."""
 
 import json
 from typing import Any
 
-from beam_jobs import files, proof
+from beam_jobs import files, verify
 from beam_jobs.plan import Plan
 from trainer.shared.errors import UserError
 from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, MANIFEST, Manifest, manifest_from_json, manifest_to_json
@@ -17,15 +17,15 @@ _FEATURES = "tensorflow_datasets.core.features"
 
 
 def publish(plan: Plan) -> Manifest:
-    """Proves the conversion, then writes TFDS's metadata and, last of all, the manifest. Returns the manifest.
+    """Verifies the dataset, then writes TFDS's metadata and, last of all, the manifest. Returns the manifest.
 
-    If the manifest exists already, only clears up. Raises what `proof.prove` raises.
+    If the manifest exists already, only cleans up. Raises the errors of `verify.verify_dataset`.
     """
     path = files.join(plan.output, MANIFEST)
     if files.find(path):
         manifest = manifest_from_json(files.read(path).decode())
     else:
-        manifest = proof.prove(plan)
+        manifest = verify.verify_dataset(plan)
         for name, text in _tfds_metadata(plan, manifest).items():
             files.write(files.join(plan.output, name), text.encode())
         files.delete_temporary(plan.output)
@@ -38,7 +38,7 @@ def publish(plan: Plan) -> Manifest:
 def was_made_by(plan: Plan) -> bool:
     """Returns whether `plan` made the finished dataset in the output folder.
 
-    Raises UserError if it did, and one of the shards is missing or has another length.
+    Raises UserError if it did, but a shard is missing or has another length.
     """
     path = files.join(plan.output, CONVERSION)
     if not files.find(path) or files.read(path).decode() != plan.identity:
@@ -55,9 +55,9 @@ def was_made_by(plan: Plan) -> bool:
 
 
 def _tfds_metadata(plan: Plan, manifest: Manifest) -> dict[str, str]:
-    """Returns the contents of TFDS's metadata files by name, the same that its `folder_dataset.write_metadata` writes.
+    """Returns the contents of TFDS's metadata files by name, as TFDS's `folder_dataset.write_metadata` writes them.
 
-    Written without TFDS, because that imports TensorFlow, which a worker has neither memory nor use for.
+    Does not use TFDS, because that imports TensorFlow, which workers have no memory for.
     """
     splits = [
         {

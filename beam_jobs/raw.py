@@ -20,11 +20,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Raw:
-    """A folder of raw data, as far as outer headers, file names and labels tell."""
+    """A folder of raw data, known from outer headers, file names and labels."""
 
     folder: str
     layouts: Mapping[str, Layout]
-    """By split."""
+    """The layout of each split."""
     synsets: tuple[str, ...]
     """The chosen synsets, in label order."""
     images_per_class: int | None
@@ -34,14 +34,14 @@ class Raw:
     problems: tuple[str, ...]
     """Faults that stop the conversion."""
     identity: str
-    """Changes when a file does."""
+    """Digest of the raw files. Changes when a file changes."""
 
     def of_split(self, split: str) -> list[int]:
         """Returns the numbers of a split's archives."""
         return [number for number, archive in enumerate(self.archives) if archive.split == split]
 
     def read(self, split: str, image: RawImage, start: int, size: int) -> bytes:
-        """Returns `size` bytes of an image from its byte `start` on, fewer if the file ends before. Safe in any thread."""
+        """Returns `size` bytes of an image from byte `start`; fewer if the file ends before. Thread-safe."""
         return self.layouts[split].read(self.folder, image, start, size)
 
 
@@ -52,15 +52,15 @@ class Index:
     images: list[RawImage]
     """Images of the chosen synsets, in the order of their IDs."""
     found: int
-    """How many images of the chosen synsets there are, with those above the limit of a class and those that cannot be read."""
+    """Number of images of the chosen synsets, including those above a class's limit and unreadable ones."""
     rejected: list[dict[str, Any]]
-    """Images that are no plain files, in the form of `trainer.shared.records.Split`."""
+    """Images that are not plain files, in the form of `trainer.shared.records.Split`."""
     problems: list[str]
     """Faults of the archive as a whole."""
 
 
 def open_raw(folder: str, *, synsets: Sequence[str] | None = None, images_per_class: int | None = None) -> Raw:
-    """Returns what `folder` holds of the given synsets, or of all. Reads outer headers, file names and labels, no image.
+    """Returns the raw data in `folder` of the given synsets, or of all. Reads outer headers, file names and labels, but no image.
 
     Raises UserError if training images, validation images, labels or one of `synsets` are missing. Other faults are in
     `problems`, so that a user sees all of them at once.
@@ -77,7 +77,7 @@ def open_raw(folder: str, *, synsets: Sequence[str] | None = None, images_per_cl
     if missing := sorted(chosen - classes):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{folder} has no training images of {', '.join(missing[:3])}{more}, which the subset has")
-    # If the training images are those of the subset and no more, validation images may be of any synset: the subset's are taken.
+    # If the training images are exactly the subset's, validation images may have any synset. Only the subset's are used.
     known = None if synsets and len(chosen) == len(classes) else classes
     layout, found = by_split["validation"]
     validation = layout.validation_archives(folder, found, known)
@@ -122,7 +122,7 @@ def raw_identity(raw: str) -> str:
 
 
 def _recognise(folder: str) -> dict[str, tuple[Layout, Found]]:
-    """Returns the layout of each split with its files. Raises UserError if a split is in no layout."""
+    """Returns the layout of each split with its files. Raises UserError if no layout recognises a split."""
     by_split, missing = {}, []
     for split in SPLITS:
         for layout in LAYOUTS:

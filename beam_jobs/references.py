@@ -1,7 +1,7 @@
-"""What travels between workers: references to images, never their bytes.
+"""References to images. Workers exchange these, never the bytes of images.
 
-They travel packed, as plain tuples: Beam and the processes that write shards encode those many times faster than named tuples,
-even with a coder of their own. Only the functions here know the order of a packed tuple's fields.
+They are sent as plain tuples, which Beam and the processes that write shards encode many times faster than named tuples, even if
+those have a coder of their own. Only the functions here know the order of the fields of such a tuple.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ PackedReference = tuple
 
 
 class Reference(NamedTuple):
-    """An image with its ID and its place in the order of reading."""
+    """An image with its ID and its place in reading order."""
 
     place: int
     image_id: int

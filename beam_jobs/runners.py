@@ -1,4 +1,4 @@
-"""Beam's side of the command: its options, its runner, and this project's own errors out of whatever Beam makes of them."""
+"""Makes Beam's pipeline from its options, runs it, and unwraps this project's own errors from Beam's."""
 
 import re
 import traceback
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, TestOptions
 
-from beam_jobs import proof
+from beam_jobs import verify
 from trainer.shared.errors import UserError
 
 _DASK = "--runner=DaskRunner"
-"""Beam knows this runner by a longer name only."""
+"""Short name of Dask's runner. Beam accepts only a longer name."""
 
 
 def make_pipeline(beam_args: Sequence[str], processes: int | None) -> beam.Pipeline:
@@ -22,12 +22,12 @@ def make_pipeline(beam_args: Sequence[str], processes: int | None) -> beam.Pipel
     if processes is not None and processes < 1:
         raise UserError(f"processes={processes} makes no sense: it must be at least 1")
     if processes is not None and names_runner(beam_args):
-        raise UserError("processes are those of this machine: with --runner, give that runner's own options")
+        raise UserError("--processes is for this machine: with --runner, give that runner's own options instead")
     arguments = list(beam_args)
     if _DASK in arguments:
         arguments[arguments.index(_DASK)] = "--runner=apache_beam.runners.dask.dask_runner.DaskRunner"
         if not any(argument.startswith(("--dask_npartitions", "--dask_partition_size")) for argument in arguments):
-            arguments.append("--dask_partition_size=1")  # by default it does 128 shards on one worker
+            arguments.append("--dask_partition_size=1")  # by default, one worker writes 128 shards
     options = PipelineOptions(arguments if names_runner(beam_args) else [*arguments, "--runner=FnApiRunner"])
     try:
         pipeline = beam.Pipeline(options=options)
@@ -39,7 +39,9 @@ def make_pipeline(beam_args: Sequence[str], processes: int | None) -> beam.Pipel
         names = [
             name for name in (argument.split("=")[0] for argument in beam_args) if name.lstrip("-").replace("-", "_") in unknown
         ]
-        raise UserError(f"there is no option {', '.join(names)}, neither here nor in Beam; --help lists those of this job")
+        raise UserError(
+            f"there is no option {', '.join(names)}, neither in this job nor in Beam; --help lists this job's options"
+        )
     return pipeline
 
 
@@ -62,14 +64,14 @@ def run(pipeline: Callable[[], object]) -> None:
         if told := _interruption(error):
             raise told from None
         text = "".join(traceback.format_exception(error))
-        for kind in (proof.FaultsError, proof.LostRecordsError, UserError):
+        for kind in (verify.FaultsError, verify.LostRecordsError, UserError):
             if found := re.findall(rf"\b{kind.__name__}: (.+?)(?: \[while running .*)?$", text, re.MULTILINE):
                 raise kind(found[-1]) from error
         raise
 
 
 def _interruption(error: BaseException | None) -> KeyboardInterrupt | SystemExit | None:
-    """Returns the Ctrl-C or the SIGTERM that Beam made an error of: in one process, its workers run in the main thread."""
+    """Returns the Ctrl-C or SIGTERM that Beam wrapped in an error, or None. In one process, workers run in the main thread."""
     while error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             return error

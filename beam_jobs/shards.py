@@ -1,4 +1,4 @@
-"""One shard: how its TFRecord file is written, and the checksums and digests that the manifest and the proof need."""
+"""Writes a shard as a TFRecord file, with the checksums and digests for the manifest and the verification."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ from beam_jobs import files
 from trainer.shared.records import RECORDS_PER_BLOCK, Shard, example_head
 
 FINGERPRINTS = 2**256
-"""Number of different fingerprints. Sums of fingerprints are modulo this."""
+"""Number of different fingerprints, the modulus of their sums."""
 _PIECE = 2**20
 
 
@@ -24,9 +24,9 @@ class Record:
     image_id: int
     label: int
     framed: tuple[bytes, bytes, bytes]
-    """The record as TFRecord files hold it, in three parts. The second is the JPEG."""
+    """The record in TFRecord format, in three parts. The second is the JPEG."""
     fingerprint: int
-    """`fingerprint_term`."""
+    """The record's `fingerprint_term`."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class WrittenShard:
 
     shard: Shard
     contents: str
-    """`contents_digest` of its records."""
+    """`contents_digest` of the shard's records."""
     fingerprint: int
-    """Sum of its records' fingerprints, modulo `FINGERPRINTS`."""
+    """Sum of the records' fingerprints, modulo `FINGERPRINTS`."""
 
 
 def make_record(split: str, image_id: int, label: int, encoded: bytes) -> Record:
@@ -46,7 +46,7 @@ def make_record(split: str, image_id: int, label: int, encoded: bytes) -> Record
 
 
 def write_shard(folder: str, file: str, records: Iterable[Record]) -> WrittenShard:
-    """Writes `records` to `file` in `folder` in their order; whole or not at all."""
+    """Writes `records` in their order to `file` in `folder`, atomically."""
     image_ids: list[int] = []
     labels: list[int] = []
     blocks: list[int] = []
@@ -67,7 +67,7 @@ def write_shard(folder: str, file: str, records: Iterable[Record]) -> WrittenSha
 
 
 def frame(encoded: bytes, label: int, image_id: int) -> tuple[bytes, bytes, bytes]:
-    """Returns a record as TFRecord files hold it: length, CRC of the length, the record, CRC of the record, little-endian."""
+    """Returns a record in TFRecord format: length, CRC of the length, record, CRC of the record, little-endian."""
     head = example_head(len(encoded), label, image_id)
     length = struct.pack("<Q", len(head) + len(encoded))
     crc = google_crc32c.extend(google_crc32c.value(head), encoded)
@@ -75,7 +75,7 @@ def frame(encoded: bytes, label: int, image_id: int) -> tuple[bytes, bytes, byte
 
 
 def file_crc32c(path: str) -> str:
-    """Returns the checksum of a file as `trainer.shared.records.Shard` has it."""
+    """Returns the checksum of a file in the form of `trainer.shared.records.Shard.crc32c`."""
     crc = 0
     with files.open_to_read(path) as file:
         while piece := file.read(_PIECE):
@@ -89,7 +89,7 @@ def contents_digest(image_ids: Iterable[int], labels: Iterable[int]) -> str:
 
 
 def fingerprint_term(split: str, image_id: int, label: int, encoded: bytes) -> int:
-    """Returns an image's term in the fingerprint of its dataset: a sum, so that shards and order do not matter."""
+    """Returns an image's term in its dataset's fingerprint. The fingerprint is a sum, so shards and order do not matter."""
     of_bytes = hashlib.sha256(encoded).digest()
     return int.from_bytes(hashlib.sha256(f"{split} {image_id} {label} ".encode() + of_bytes).digest())
 

@@ -1,4 +1,4 @@
-"""The files in a tar, found by its headers alone."""
+"""Finds the files in a tar from its headers alone."""
 
 import tarfile
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ class Member(NamedTuple):
     """A file in a tar."""
 
     name: str
-    """Without its folders."""
+    """Name without folders."""
     offset: int
-    """Where its content begins in the file that holds the tar, bytes."""
+    """Start of the content in the file that holds the tar, in bytes."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
     fault: str
-    """Why it is no plain file of this tar, "" if it is one."""
+    """Why the member is not a plain file of this tar; "" if it is one."""
 
 
 def members(file: BinaryIO, name: str, start: int, end: int) -> tuple[list[Member], list[str]]:
-    """Returns the files in the tar at bytes start..end of `file`, sorted by name without folders, and what is wrong with it."""
+    """Returns the files in the tar at bytes start..end of `file`, sorted by name without folders, and the tar's problems."""
     found: list[Member] = []
     try:
         for member in _walk(file, start, end):
@@ -34,11 +34,11 @@ def members(file: BinaryIO, name: str, start: int, end: int) -> tuple[list[Membe
 
 
 class _CutOffError(Exception):
-    """A tar does not end as a tar does."""
+    """A tar is truncated."""
 
 
 def _walk(file: BinaryIO, start: int, end: int) -> Iterator[Member]:
-    """Yields the files in a tar. Raises _CutOffError, or tarfile.ReadError if the bytes are no tar at all."""
+    """Yields the files in a tar. Raises _CutOffError if it is truncated, or tarfile.ReadError if the bytes are not a tar."""
     position = start
     while position + tarfile.BLOCKSIZE <= end:
         file.seek(position)
@@ -63,7 +63,7 @@ def _walk(file: BinaryIO, start: int, end: int) -> Iterator[Member]:
 
 
 def _plain_member(header: bytes, position: int) -> tarfile.TarInfo | None:
-    """Returns the member of a usual header, of a file with a short name, else None. Three times as fast as tarfile."""
+    """Returns the member for the header of a plain file with a short name, else None. Three times as fast as tarfile."""
     if header[156] != 0x30 or header[257:262] != b"ustar" or header[345]:
         return None
     try:

@@ -1,14 +1,14 @@
-"""The steps of the pipeline as KFP components: each opens an MLflow run, calls one job and records what came out."""
+"""The steps of the pipeline as KFP components: each opens an MLflow run, calls one job and records its results."""
 
 import os
 
-# Before anything imports mlflow, here and in child processes: it sends nothing to anyone, and says nothing but warnings.
+# Set before anything imports mlflow, here and in child processes: no telemetry, and no output but warnings.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-# Whoever calls it knows how long to wait for a server; MLflow's own retries would hold a call for minutes.
+# Callers decide how long to wait for a server. MLflow's own retries would hold a call for minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-# It would stand among what commands print for scripts.
+# MLflow would print the URL to stdout, which holds only results for scripts.
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")

@@ -1,4 +1,4 @@
-"""The label by which a Dataflow job says which pipeline job it belongs to."""
+"""The label that links a Dataflow job to its pipeline job."""
 
 import hashlib
 import re
@@ -8,7 +8,7 @@ _LONGEST = 63
 
 
 def label_of(job: str) -> str:
-    """Returns the value of `JOB_LABEL` for a pipeline job's name: itself, or cut and with a digest if no label can hold it."""
+    """Returns the value of `JOB_LABEL` for a pipeline job: its name, shortened with a digest if it is not a valid label."""
     if len(job) <= _LONGEST and re.fullmatch(r"[a-z0-9_-]+", job):
         return job
     digest = hashlib.sha256(job.encode()).hexdigest()[:12]

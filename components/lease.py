@@ -1,10 +1,10 @@
-"""Who works in a folder of Cloud Storage, where no lock of a file system can say so: an object, written with a precondition.
+"""A lease on a folder of Cloud Storage, which has no file locks: an object that is written with a precondition.
 
-The object `lease.json` names the job that works in the folder and the process that holds it. Each write asks that the object
-still has the generation that was read, so of two writes at once one fails. The holder writes it anew about once a minute.
+The object `lease.json` names the job and the process that hold the folder. Every write requires the generation that was last
+read, so one of two simultaneous writes fails. The holder renews the lease about once a minute.
 
-No clock is compared with another machine's. A job that finds the lease of another watches its generation: one that changes has
-a living holder, and one that stays the same in `_LOOKS` looks has none.
+No two machines' clocks are compared. A job that finds another job's lease polls its generation. If the generation changes, the
+holder is alive. If it stays the same for `_POLLS` polls, the holder is considered dead.
 """
 
 import json
@@ -23,14 +23,14 @@ WORKING, RELEASED, FINISHED = "working", "released", "finished"
 
 _SECONDS_BETWEEN_RENEWALS = 60.0
 _SECONDS_AFTER_A_FAILURE = 30.0
-_SECONDS_BETWEEN_LOOKS = 30.0
-_LOOKS = 7
-"""Looks at the same generation, without a failed one between, after which its holder is thought dead: 180 s."""
+_SECONDS_BETWEEN_POLLS = 30.0
+_POLLS = 7
+"""Consecutive successful polls with the same generation after which the holder is considered dead: 180 s."""
 _SECONDS_OF_A_REQUEST = 60.0
 _PATIENCE_TO_RELEASE = 60.0
 
 Record = Mapping[str, str]
-"""`job`, `holder` and `state`."""
+"""The contents of a lease: `job`, `holder` and `state`."""
 
 
 class LostLeaseError(UserError):
@@ -38,7 +38,7 @@ class LostLeaseError(UserError):
 
 
 class Lease:
-    """What keeps others out of a folder until it is released, by a thread that outlives errors of storage."""
+    """Keeps other processes out of a folder until it is released. A thread renews it, and survives storage errors."""
 
     def __init__(self, file: "_File", record: Record, generation: int) -> None:
         self._file, self._record, self._generation = file, record, generation
@@ -48,15 +48,15 @@ class Lease:
         self._thread.start()
 
     def require(self) -> None:
-        """Raises LostLeaseError where this process may write no more."""
+        """Raises LostLeaseError if another process has taken over the folder, so that this one must not write to it."""
         if self._taken_by:
             raise LostLeaseError(
-                f"{self._file.url} was taken over by {self._taken_by}, since this process was not heard from: "
+                f"{self._file.url} was taken over by {self._taken_by}, because this process did not renew it in time: "
                 "it stops without another write"
             )
 
     def release(self, finished: bool) -> None:
-        """Lets others in, or where the work is `finished` only the same job. Says in one line where that fails."""
+        """Lets other jobs in, or only the same job if the work is `finished`. Prints a warning if that fails."""
         self._ending.set()
         self._thread.join()
         if self._taken_by:
@@ -93,18 +93,18 @@ class Lease:
 
 
 def take(folder: str, job: str, is_unfinished: Callable[[], bool]) -> Lease | None:
-    """Returns the lease of a folder on gs://, or None where another job is at work in it or has finished the work.
+    """Returns the lease of a folder on gs://, or None if another job is working in it or has finished the work.
 
-    The same job gets it at once, and whoever held it before stops. Another job gets what was released; where it was not, waits
-    until the holder is heard from or thought dead. `is_unfinished` says of a folder without a lease whether there is work left.
-    Waits for storage as long as a step does. Raises UserError where storage refuses.
+    The same job gets the lease at once, and its previous holder stops. Another job gets a released lease at once. If the lease
+    is held, the other job waits until the holder renews it or is considered dead. `is_unfinished` tells whether a folder without
+    a lease still has work to do. Waits for storage as long as a step does. Raises UserError if storage refuses.
     """
     file, holder = _File(folder), uuid.uuid4().hex
-    watched, looks = 0, 0
+    watched, polls = 0, 0
     while True:
         failures: list[Exception] = []
-        found, generation = _asked(file, partial(_noting, failures, file.read))
-        if found is None and not _asked(file, is_unfinished):
+        found, generation = _patient(file, partial(_noting, failures, file.read))
+        if found is None and not _patient(file, is_unfinished):
             return None
         if found and found["job"] != job:
             if found["state"] == FINISHED:
@@ -114,23 +114,23 @@ def take(folder: str, job: str, is_unfinished: Callable[[], bool]) -> Lease | No
                     return None
                 if not watched:
                     say(f"{folder} is held by {found['job']}; waiting for a sign of life")
-                # Where storage failed, the holder could not be heard from.
-                watched, looks = generation, 1 if failures else looks + 1
-                if looks < _LOOKS:
-                    time.sleep(_SECONDS_BETWEEN_LOOKS)
+                # While storage failed, the holder could not renew its lease either.
+                watched, polls = generation, 1 if failures else polls + 1
+                if polls < _POLLS:
+                    time.sleep(_SECONDS_BETWEEN_POLLS)
                     continue
         record = {"job": job, "holder": holder, "state": WORKING}
-        written = _asked(file, partial(file.write, record, generation))
+        written = _patient(file, partial(file.write, record, generation))
         if written is None:
-            # Somebody else was faster, or the answer to the first of two writes was lost.
-            found, generation = _asked(file, file.read)
+            # Another process wrote first, or the answer to our first attempt was lost.
+            found, generation = _patient(file, file.read)
             written = generation if found and found["holder"] == holder else None
         if written is not None:
             return Lease(file, record, written)
 
 
 class _File:
-    """The object: its text is for people, its metadata are the record, so that a look and a write are one request each."""
+    """The object. The record is in its metadata, so that reading and writing take one request each. The text is for people."""
 
     def __init__(self, folder: str) -> None:
         from google.cloud import storage
@@ -138,11 +138,11 @@ class _File:
         bucket, _, prefix = folder.removeprefix("gs://").partition("/")
         self.url = f"{folder}/{FILE}"
         self._name = f"{prefix}/{FILE}"
-        # No project: a bucket's name is enough.
+        # A bucket's name is unique without a project.
         self._bucket = _in_one_line(self.url, lambda: storage.Client(project=None)).bucket(bucket)
 
     def read(self) -> tuple[Record | None, int]:
-        """Returns the record, if there is one, and the generation, 0 where there is no object."""
+        """Returns the record and the generation of the object, or None and 0 if there is no object."""
         blob = self._bucket.get_blob(self._name, timeout=_SECONDS_OF_A_REQUEST, retry=None)
         if blob is None:
             return None, 0
@@ -150,7 +150,7 @@ class _File:
         return {key: about.get(key, "") for key in ("job", "holder", "state")}, int(blob.generation)
 
     def write(self, record: Record, generation: int) -> int | None:
-        """Writes over that `generation` and returns the new one, or None where the object has another."""
+        """Replaces the object of that `generation` and returns the new generation, or None if the object has another one."""
         from google.api_core.exceptions import PreconditionFailed
 
         blob = self._bucket.blob(self._name)
@@ -165,7 +165,7 @@ class _File:
         return int(blob.generation)
 
 
-def _asked(file: _File, call: Callable[[], Any]) -> Any:
+def _patient(file: _File, call: Callable[[], Any]) -> Any:
     return _in_one_line(file.url, lambda: patiently(call, PATIENCE_OF_STEPS, f"the storage of {file.url}"))
 
 
@@ -175,7 +175,7 @@ def _in_one_line(url: str, call: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{url} cannot be read or written: it {answer(error)}; mend that and start again") from error
+        raise UserError(f"{url} cannot be read or written: it {answer(error)}; fix that and start again") from error
 
 
 def _noting(failures: list[Exception], call: Callable[[], Any]) -> Any:

@@ -1,22 +1,22 @@
-"""What a pipeline run came from and what came of it, as plain data. Knows neither KFP nor MLflow."""
+"""The lineage of a pipeline run as plain data: its steps, and the artifacts that connect them. Knows neither KFP nor MLflow."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 COMPONENTS = ("build-tfrecords", "pretrain", "linear-eval")
-"""In the order in which each needs the ones before it."""
+"""The components in the order in which they run: each needs the outputs of those before it."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What one step hands to the next."""
+    """An output of one step and an input of the next."""
 
     type: str
-    """KFP's schema title, as in system.Dataset."""
+    """KFP's schema title, for example system.Dataset."""
     uri: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Whole numbers come back from KFP as floats."""
+    """KFP returns integers as floats."""
 
     def short(self, key: str, length: int = 12) -> str:
         return str(self.metadata.get(key, ""))[:length]
@@ -32,28 +32,28 @@ class Step:
     component: str
     run_id: str
     pipeline_id: str
-    """The run that it was made under."""
+    """The pipeline run that created this step."""
     status: str
     """RUNNING, FINISHED, FAILED or KILLED."""
     seconds: float
     arguments: Mapping[str, Any]
     outputs: Mapping[str, Artifact]
-    """By name; empty until it finished."""
+    """Artifacts by name. Empty until the step has finished."""
     metrics: Mapping[str, float]
     error: str = ""
-    """Why it failed, one line."""
+    """Why the step failed, in one line."""
     user_error: bool = False
-    """Whether the user can mend it."""
+    """Whether the user can fix the error."""
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """A pipeline run with every step that leads to what it made, those of earlier pipeline runs included."""
+    """A pipeline run with all its steps, including the steps that it reused from earlier pipeline runs."""
 
     run_id: str
     name: str
     steps: tuple[Step, ...]
-    """In the order of `COMPONENTS`; those there are."""
+    """The recorded steps, in the order of `COMPONENTS`."""
 
     def reused(self, step: Step) -> bool:
         return step.pipeline_id != self.run_id
@@ -67,5 +67,5 @@ class Lineage:
 
 
 def short(run_id: str) -> str:
-    """Returns as much of a run ID as the command line needs to know it."""
+    """Returns the first 8 characters of a run ID, which the command line accepts in place of the whole ID."""
     return run_id[:8]

@@ -1,4 +1,4 @@
-"""Metrics that wait in a file until MLflow has them."""
+"""Keeps metrics in a file until MLflow has received them."""
 
 import json
 import threading
@@ -23,7 +23,7 @@ FILE = "undelivered-metrics.json"
 _POINTS_PER_CALL = 500
 _SECONDS_BETWEEN_CALLS = 5.0
 _SECONDS_BETWEEN_REMOTE_WRITES = 10.0
-"""One write in Cloud Storage takes two requests or more."""
+"""Writing a file in Cloud Storage takes at least two requests."""
 _SECONDS_BETWEEN_LOCAL_WRITES = 0.2
 _SECONDS_TO_CLOSE = 60.0
 _SECONDS_TO_SETTLE = 60.0
@@ -31,27 +31,27 @@ _SECONDS_TO_SETTLE = 60.0
 T = TypeVar("T")
 
 Point = tuple[str, float, int, int]
-"""A metric's name, value, time in milliseconds, and step."""
+"""A metric's name, value, timestamp in milliseconds, and step."""
 
 
 class Outbox:
-    """Metrics on their way to a server: one thread delivers them, another keeps the undelivered ones in a file.
+    """Queues metrics for a server. One thread delivers them, another writes the undelivered ones to a file.
 
-    `deliver` sends points, and may fail or hang; so may the storage of the file. Neither ends a thread, and `put` waits for
-    neither. The file follows `put` within 10 s on remote storage and 0.2 s on a local disk, plus the time of two writes: a
-    SIGKILL loses no undelivered point that is older, as long as the storage takes the file. After `settle` it loses none.
-    Points that are delivered twice, because an answer was lost, are the same points to MLflow.
+    Both `deliver`, which sends points, and the storage of the file may fail or hang. Neither ends a thread, and `put` waits for
+    neither. `put` reaches the file within 10 s on remote storage and 0.2 s on a local disk, plus the time of two writes. As long
+    as storage accepts the file, a SIGKILL loses no undelivered point that is older than that, and after `settle` it loses none.
+    If an answer is lost, points are delivered twice; MLflow stores them once.
     """
 
     def __init__(self, deliver: Callable[[Sequence[Point]], object], patience: float) -> None:
         self._deliver = deliver
         self._patience = patience
         self._changed = threading.Condition()
-        """Guards all that follows. No thread holds it while it waits for the server or for storage."""
+        """Guards all attributes below. No thread holds it while it waits for the server or for storage."""
         self._waiting: list[Point] = []
-        """Points that are not delivered yet, oldest first."""
+        """Undelivered points, oldest first."""
         self.taken_over: Sequence[Point] = ()
-        """Points of earlier attempts that `keep_in` found, and delivers."""
+        """Points of earlier attempts that `keep_in` found and queued."""
         self._file, self._owner = "", ""
         self._stored: Sequence[Point] = ()
         """The points in the file."""
@@ -61,23 +61,23 @@ class Outbox:
         self._try_now = False
         """Whether `flush` was called after the last attempt to deliver."""
         self._refused = False
-        """Whether the last attempt to deliver failed in a way that will not pass by itself."""
+        """Whether the last attempt to deliver failed permanently, so that a retry will not help."""
         self._failure: Exception | None = None
         """Why the last attempt to deliver failed."""
         self._write_failure: Exception | None = None
         self._closing, self._finished, self._closed = False, False, False
         self._removed = False
         self._delivering, self._writing = True, True
-        """Whether the threads still work."""
+        """Whether the threads are still working."""
         for work in (self._deliver_until_closed, self._write_until_closed):
             threading.Thread(target=work, daemon=True).start()
 
     def keep_in(self, folder: str, owner: str, inherit: Callable[[str], Sequence[Point]] = lambda run: ()) -> str:
-        """Keeps undelivered points in `folder` from now on, for the run `owner`, and delivers the points that lie there.
+        """Keeps the undelivered points of the run `owner` in `folder` from now on, and delivers the points found there.
 
-        Where the folder was another run's, `inherit` gets that run and returns points that `owner` takes over from it. The
-        folder becomes `owner`'s in the same write that stores these points. Waits for storage up to patience. Returns the
-        run that the folder was of before, or nothing. Raises UserError where the file cannot be read or written.
+        If the folder belonged to another run, `inherit` gets the ID of that run and returns the points that `owner` takes over.
+        The write that stores these points also makes `owner` the folder's owner. Waits for storage up to `patience`. Returns the
+        previous owner, or "" if there was none. Raises UserError if the file cannot be read or written.
         """
         file = f"{folder}/{FILE}"
         stored = json.loads(self._from_storage(file, lambda: _read(file)) or "{}")
@@ -96,14 +96,14 @@ class Outbox:
         return before
 
     def put(self, points: Sequence[Point]) -> None:
-        """Takes points, and waits for nothing."""
+        """Queues points without waiting."""
         with self._changed:
             self._waiting += points
             self._file_is_old = True
             self._changed.notify_all()
 
     def settle(self) -> None:
-        """Returns once every point is delivered, or is in the file: then the process may be killed. Waits 60 s at most."""
+        """Waits, at most 60 s, until every point is delivered or in the file, so that a SIGKILL loses none."""
         until = time.monotonic() + _SECONDS_TO_SETTLE
         with self._changed:
             self._flushing = self._try_now = True
@@ -116,7 +116,7 @@ class Outbox:
                 self._changed.wait_for(lambda: set(self._waiting) <= set(self._stored), until - time.monotonic())
 
     def flush(self) -> None:
-        """Waits up to patience until all points are delivered. Raises UserError at once where the server refuses them."""
+        """Waits up to `patience` until all points are delivered. Raises UserError at once if the server refuses them."""
         until = time.monotonic() + self._patience
         with self._changed:
             self._flushing = self._try_now = True
@@ -134,17 +134,17 @@ class Outbox:
                 raise kind(f"MLflow {what}: it {said}{kept}") from self._failure
 
     def abandon(self) -> None:
-        """Forgets all points and the file, which another process has taken over: the same points are its to deliver."""
+        """Forgets all points and the file, because another process has taken them over and will deliver them."""
         with self._changed:
             self._waiting.clear()
             self._file = ""
             self._changed.notify_all()
 
     def close(self, finished: bool = False) -> None:
-        """Tries once more to deliver, stores what is left in the file, and ends both threads. Takes 60 s at most.
+        """Tries once more to deliver, writes the remaining points to the file, and ends both threads. Takes 60 s at most.
 
-        Where the job is `finished` and all points are delivered, removes the file. Says in one line on stderr how many
-        points are lost, if neither the server nor storage took them.
+        If the job is `finished` and all points are delivered, removes the file. If neither the server nor storage took some
+        points, prints a warning with their number on stderr.
         """
         with self._changed:
             self._closing, self._finished = True, finished
@@ -155,13 +155,13 @@ class Outbox:
             stored = set(self._stored)
             lost = [point for point in self._waiting if point not in stored]
             left_over = finished and self._file and not self._waiting and not self._removed
-            met = _reason(self._write_failure) if self._write_failure else "storage does not answer"
+            reason = _reason(self._write_failure) if self._write_failure else "storage does not answer"
             said = answer(self._failure) if self._failure else "does not answer"
         if lost:
-            kept = f"{self._file} cannot be written ({met})" if self._file else "no file keeps them"
+            kept = f"{self._file} cannot be written ({reason})" if self._file else "no file keeps them"
             say(f"warning: {len(lost)} metric values are lost: MLflow {said}, and {kept}")
         elif left_over:
-            say(f"warning: {self._file} cannot be removed ({met}): remove it, or the same work will start in this folder again")
+            say(f"warning: {self._file} cannot be removed ({reason}): remove it, or the same work starts in this folder again")
 
     def _from_storage(self, file: str, call: Callable[[], T]) -> T:
         try:
@@ -169,7 +169,7 @@ class Outbox:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{file} cannot be read or written ({one_line(error)}): mend that and start again") from error
+            raise UserError(f"{file} cannot be read or written ({one_line(error)}): fix that and start again") from error
 
     def _deliver_until_closed(self) -> None:
         pause = _SECONDS_BETWEEN_CALLS
@@ -213,7 +213,7 @@ class Outbox:
             self._write()
             between = _SECONDS_BETWEEN_REMOTE_WRITES if "://" in self._file else _SECONDS_BETWEEN_LOCAL_WRITES
             pause = LONGEST_WAIT if self._write_failure else between
-        # The first write is at once, because the machine may be about to go; the last knows what was delivered.
+        # Writes at once, because the machine may be about to disappear, and again once the deliveries have ended.
         self._write()
         with self._changed:
             self._changed.wait_for(lambda: not self._delivering or self._closed)
@@ -230,7 +230,7 @@ class Outbox:
             self._changed.notify_all()
 
     def _write(self) -> None:
-        """Makes the file hold the points that are not delivered, or removes it where it is no longer needed."""
+        """Writes the undelivered points to the file, or removes the file if it is no longer needed."""
         with self._changed:
             file, owner, points = self._file, self._owner, self._waiting.copy()
             remove = self._finished and not self._delivering and not points
@@ -262,7 +262,7 @@ def _point(stored: list[Any]) -> Point:
 
 
 def _reason(error: Exception) -> str:
-    # `write_whole` says on top of the system's words what a user does about a checkpoint.
+    # `write_whole` adds advice about checkpoints to the system's own message, which is the cause.
     return one_line(error.__cause__ or error)
 
 
@@ -270,7 +270,7 @@ def _as_text(owner: str, points: Sequence[Point]) -> str:
     return json.dumps({"run_id": owner, "metrics": points})
 
 
-# Files by path, local or gs:// alike. TensorFlow knows both, and a job that keeps a file has loaded it.
+# Files by path, local or gs://. TensorFlow handles both, and every job that keeps a file has loaded TensorFlow already.
 
 
 def _read(file: str) -> str:

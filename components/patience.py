@@ -1,6 +1,6 @@
-"""What the error of a service means, and calls that are repeated while a service is down.
+"""Retries calls while a service is down, and puts a service's errors into words.
 
-Knows of MLflow, Google Cloud and storage only how their errors look.
+All it knows of MLflow, Google Cloud and storage is what their errors look like.
 """
 
 import re
@@ -13,9 +13,9 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_d
 from trainer.shared.errors import UserError
 
 PATIENCE_OF_STEPS = 3600.0
-"""Seconds that a step waits for a service that is down, before it leaves its work to the next attempt."""
+"""Seconds that a step waits for a service that is down, before it fails and leaves its work to the next attempt."""
 SHORTEST_WAIT, LONGEST_WAIT = 0.5, 10.0
-"""Seconds between two calls. The wait doubles after each."""
+"""Seconds between two calls. The wait doubles after each call."""
 
 _TRANSIENT = (429, 500, 502, 503, 504)
 _TRANSIENT_IN_STORAGE = (
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def is_transient(error: BaseException) -> bool:
-    """Returns whether the same call may succeed later: no answer, too many calls, or an error inside the service."""
+    """Returns whether the same call may succeed later: the service did not answer, was overloaded, or had an internal error."""
     if isinstance(error, UserError) or not isinstance(error, Exception):
         return False
     for cause in _causes(error):
@@ -46,16 +46,19 @@ def is_transient(error: BaseException) -> bool:
             return True
         if module.startswith("tensorflow."):
             return type(cause).__name__ in _TRANSIENT_IN_STORAGE
-    # Of MLflow's exceptions only those of its REST client come from a server; others name an error of this process.
+    # Only the exceptions of MLflow's REST client come from a server. Its other exceptions are errors of this process.
     return _rest_status(error) in _TRANSIENT
 
 
 def answer(error: BaseException) -> str:
-    """Says what a failed call met, as in "answers HTTP 503 at https://mlflow.example.com": one line, without credentials."""
+    """Returns in one line how a service failed, for example "answers HTTP 503 at https://mlflow.example.com".
+
+    The line holds no credentials.
+    """
     causes = list(_causes(error))
     urls = [request.url for one in causes if (request := getattr(one, "request", None)) is not None and hasattr(request, "url")]
     where = f" at {without_credentials(str(urls[0])).partition('?')[0]}" if urls else ""
-    # MLflow's client tries twice itself, and then keeps only this of the answer.
+    # MLflow's client tries twice, and then keeps only this part of the answer.
     counted = re.search(r"too many (\d{3}) error responses", str(error))
     statuses = [counted[1]] if counted else []
     for one in causes:
@@ -77,7 +80,7 @@ def answer(error: BaseException) -> str:
 
 
 def one_line(what: object) -> str:
-    """Returns a text as one line of at most 500 characters without the credentials of any URL in it."""
+    """Returns a text as one line of at most 500 characters, without the credentials in its URLs."""
     return without_credentials(" ".join(str(what).split()))[:500]
 
 
@@ -87,7 +90,7 @@ def without_credentials(text: str) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[Any]:
-    """Yields an exception and those that led to it, the first one last."""
+    """Yields an exception and its causes, the root cause last."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -100,14 +103,14 @@ def _rest_status(error: BaseException) -> int | None:
 
 
 class UnansweredError(UserError):
-    """A service did not do its work for as long as patience lasts."""
+    """A service was down until the caller's patience ended."""
 
 
 def patiently(call: Callable[[], T], patience: float, service: str = "MLflow") -> T:
-    """Returns what `call` returns. While it fails in a way that may pass, calls again for `patience` seconds.
+    """Returns the result of `call`. Repeats the call after a transient error, for up to `patience` seconds.
 
-    Says once on stderr what the service answers. Raises UnansweredError with the last answer when patience ends, and
-    the error itself where it will not pass.
+    Prints once on stderr how the service fails. Raises UnansweredError with the last error when patience ends. Raises an error
+    that is not transient at once.
     """
     if not patience:
         return call()
@@ -134,7 +137,7 @@ def patiently(call: Callable[[], T], patience: float, service: str = "MLflow") -
 
 def _error_of(state: RetryCallState) -> BaseException:
     error = state.outcome and state.outcome.exception()
-    assert error, "only what failed is called again"
+    assert error, "only failed calls are repeated"
     return error
 
 
@@ -144,7 +147,7 @@ def say(line: str) -> None:
 
 
 class PatientClient:
-    """A client that repeats every call while the server does not answer, for `patience` seconds."""
+    """A client that repeats every call for up to `patience` seconds while the server is down."""
 
     def __init__(self, client: Any, patience: float) -> None:
         self.impatient = client

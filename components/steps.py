@@ -1,26 +1,26 @@
-"""The components: three steps, and two that keep MLflow's books of a job on a cluster.
+"""The components: the three steps, and two that complete a cluster job's records in MLflow.
 
-KFP ships the body of each as text, so a body imports what it needs itself.
+KFP ships the source of each body, so every body does its own imports.
 """
 
 from kfp import dsl
 
 IMAGE = "sogclr-python"
-"""Placeholder: the local runner uses the current interpreter, compiling puts real images in its place."""
+"""Placeholder. The local runner uses the current interpreter; compiling replaces the name with real images."""
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def build_tfrecords(
     raw: str, raw_identity: str, beam_args: list[str], code_version: str, dataset: dsl.Output[dsl.Dataset]
 ) -> None:
-    """Turns raw ImageNet archives into TFRecords with image IDs.
+    """Converts raw ImageNet archives to TFRecords with image IDs.
 
     Args:
-        raw: Folder of the archives.
-        raw_identity: Changes when the archives do, so that the cache sees it.
-        beam_args: Beam's own options, such as those of Dataflow; none runs it where this runs.
-        code_version: Changes when the code does, so that the cache sees it.
-        dataset: A TFDS folder with its manifest.
+        raw: Folder of the raw archives.
+        raw_identity: Part of the cache key. Changes when the archives change.
+        beam_args: Options of Beam, for example to run on Dataflow. If empty, the conversion runs in this container.
+        code_version: Part of the cache key. Changes when the code changes.
+        dataset: A TFDS folder with a manifest.
     """
     import logging
     import sys
@@ -36,11 +36,13 @@ def build_tfrecords(
         return
     with ProgressBars() as bars, tracking.step("build-tfrecords", arguments, {"dataset": dataset}) as run:
         if beam_args:
-            # Dataflow's runner says the job's link, its states and its errors here.
+            # Dataflow's runner logs the job's link, its states and its errors at this level.
             logging.basicConfig(stream=sys.stderr, format="%(message)s")
             logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)
             beam_args = [*beam_args, f"--labels={JOB_LABEL}={label_of(tracking.job_of(dataset.uri))}"]
-        manifest = build(raw, dataset.uri, beam_args=beam_args, report=lambda done, total: bars("build-tfrecords", done, total))
+        manifest = build(
+            raw, dataset.uri, beam_args=beam_args, on_progress=lambda done, total: bars("build-tfrecords", done, total)
+        )
         train, validation = manifest.splits["train"], manifest.splits["validation"]
         dataset.metadata.update(
             name=manifest.name,
@@ -69,13 +71,14 @@ def pretrain(
     """Pretrains an encoder without labels.
 
     Args:
-        preset: The experiment.
-        overrides: key=value for each setting that differs from the preset's; none of the linear eval's.
-        code_version: Changes when the code does, so that the cache sees it.
-        dataset: What build-tfrecords made.
-        model: A folder of checkpoints with config.json and result.json, and in export the encoder as others load it. Where
-            AIP_CHECKPOINT_DIR says where such folders are, it is there, and what an earlier attempt at the same left in it is
-            gone on with.
+        preset: Name of the experiment.
+        overrides: key=value for each pretraining setting that differs from the preset. Settings of the linear eval are not
+            allowed.
+        code_version: Part of the cache key. Changes when the code changes.
+        dataset: The output of build-tfrecords.
+        model: A folder with checkpoints, config.json, result.json, and the exported encoder in export/. If AIP_CHECKPOINT_DIR is
+            set, the folder is under it, and the step resumes from the checkpoints of an earlier attempt with the same settings
+            and data.
     """
     import os
     import sys
@@ -118,7 +121,7 @@ def pretrain(
                     code_version=code_version,
                     strategy=strategy,
                     log_metrics=run.metrics.log,
-                    report=lambda done, total, text: bars("pretrain", done, total, text),
+                    on_progress=lambda done, total, text: bars("pretrain", done, total, text),
                     before_checkpoint=run.metrics.settle,
                     should_stop=claim.stopping(should_stop),
                 )
@@ -149,16 +152,16 @@ def linear_eval(
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
 ) -> None:
-    """Fits a linear classifier on the frozen encoder and measures it, beside the same for an untrained encoder.
+    """Fits a linear classifier on the frozen encoder and measures its accuracy. Does the same for an untrained encoder.
 
     Args:
-        overrides: key=value for each setting of the linear eval that differs from the preset's.
-        code_version: Changes when the code does, so that the cache sees it.
-        dataset: What build-tfrecords made.
-        model: What pretrain made.
-        metrics: Accuracies between 0 and 1; a folder with result.json. Where AIP_CHECKPOINT_DIR says where checkpoints are, the
-            features lie there, and what an earlier attempt at the same left is gone on with.
-        report: A page that shows what was measured, and on what.
+        overrides: key=value for each setting of the linear eval that differs from the preset.
+        code_version: Part of the cache key. Changes when the code changes.
+        dataset: The output of build-tfrecords.
+        model: The output of pretrain.
+        metrics: Accuracies between 0 and 1, and a folder with result.json. If AIP_CHECKPOINT_DIR is set, the features are stored
+            under it, and the step resumes from those of an earlier attempt with the same settings and inputs.
+        report: A page with the results and the images they were measured on.
     """
     import os
     import sys
@@ -197,7 +200,7 @@ def linear_eval(
                     workspace=claim.folder,
                     strategy=strategy,
                     log_metrics=run.metrics.log,
-                    report=lambda done, total, text: bars("linear-eval", done, total, text),
+                    on_progress=lambda done, total, text: bars("linear-eval", done, total, text),
                     should_stop=claim.stopping(should_stop),
                 )
         except PreemptedError as preempted:
@@ -220,13 +223,13 @@ def linear_eval(
 def record_lineage(
     job: str, dataset: dsl.Input[dsl.Dataset], model: dsl.Input[dsl.Model], metrics: dsl.Input[dsl.Metrics]
 ) -> None:
-    """Says in MLflow which runs a pipeline job consists of: those that it took from the cache could not.
+    """Records in MLflow which runs a pipeline job consists of. Steps taken from the cache did not run, so cannot record it.
 
     Args:
         job: Name of the pipeline job.
-        dataset: What build-tfrecords made.
-        model: What pretrain made.
-        metrics: What linear-eval made.
+        dataset: The output of build-tfrecords.
+        model: The output of pretrain.
+        metrics: The output of linear-eval.
     """
     from components import tracking
 
@@ -235,11 +238,11 @@ def record_lineage(
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def end_pipeline(job: str, status: dsl.PipelineTaskFinalStatus) -> None:
-    """Closes the MLflow run of a pipeline job, however the job ended.
+    """Closes the MLflow run of a pipeline job, whether the job succeeded or not.
 
     Args:
         job: Name of the pipeline job.
-        status: How it ended.
+        status: How the job ended.
     """
     from components import tracking
 

@@ -1,4 +1,4 @@
-"""Where a step works, so that its next attempt finds what the last one left, and no other process writes there meanwhile."""
+"""The folder that a step works in. The step's next attempt finds it again, and no other process writes to it meanwhile."""
 
 import fcntl
 import hashlib
@@ -13,22 +13,22 @@ from typing import IO, Any, Protocol
 from components import lease, outbox
 
 _held: list[IO[str]] = []
-"""Locks, which end with the process."""
+"""Open lock files. The locks end with the process."""
 
 
 class Hold(Protocol):
-    """What keeps others out of a folder."""
+    """Keeps other processes out of a folder."""
 
     def require(self) -> None:
-        """Raises UserError where somebody else has the folder now."""
+        """Raises UserError if another process has taken over the folder."""
 
     def release(self, finished: bool) -> None:
-        """Lets others in, or where the work is `finished` only the same job."""
+        """Lets other jobs in, or only the same job if the work is `finished`."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A folder that is this process's."""
+    """A folder that this process holds."""
 
     folder: str
     hold: Hold | None = None
@@ -42,21 +42,21 @@ class Claim:
             self.hold.require()
 
     def stopping(self, should_stop: Callable[[], bool]) -> Callable[[], bool]:
-        """Returns `should_stop` as a job is to ask it: it raises UserError where the folder is no longer this process's."""
+        """Returns `should_stop`, extended: it raises UserError if another process has taken over the folder."""
 
-        def asked() -> bool:
+        def checked() -> bool:
             self.require()
             return should_stop()
 
-        return asked
+        return checked
 
 
 def claim(root: str, job: str, /, **depends_on: Any) -> Claim:
-    """Returns the folder under `root` for the work of `job`, a function of `depends_on`.
+    """Returns a folder under `root` for work of `job` whose result depends on `depends_on` alone.
 
-    It is the one that an earlier attempt of the same job had, whether it finished or not; else one that another job left
-    unfinished; else a new one. What another job finished is never touched again, and two processes never get the same: on
-    this machine by a lock, on gs:// by a lease. On other remote storage nothing keeps them apart.
+    Returns the folder of an earlier attempt of the same job, finished or not; else a folder that another job left unfinished;
+    else a new one. A folder that another job finished is never touched. Two processes never hold the same folder: a lock ensures
+    it on this machine, a lease on gs://. On other remote storage nothing does.
     """
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()[:16]
     for number in itertools.count(1):
@@ -73,7 +73,7 @@ def claim(root: str, job: str, /, **depends_on: Any) -> Claim:
 
 
 def _is_unfinished(folder: str) -> bool:
-    """Returns what a folder says where nothing beside it says whether it is finished."""
+    """Returns whether the contents of a folder look unfinished. For a folder whose state is not recorded beside it."""
     from trainer.shared.files import names_in
 
     names = names_in(folder)
@@ -81,7 +81,7 @@ def _is_unfinished(folder: str) -> bool:
 
 
 class _Open:
-    """Keeps nobody out."""
+    """Keeps no process out."""
 
     def require(self) -> None:
         pass
@@ -91,7 +91,7 @@ class _Open:
 
 
 class _Lock:
-    """A file beside the folder that is locked, and says which job was at work and whether it finished."""
+    """A locked file beside the folder. It records which job works in the folder and whether that job has finished."""
 
     def __init__(self, file: IO[str], job: str) -> None:
         self._file, self._job = file, job
@@ -115,18 +115,18 @@ class _Lock:
 def _lock(folder: str, job: str) -> _Lock | None:
     parent, name = os.path.split(folder)
     os.makedirs(parent, exist_ok=True)
-    file = open(f"{parent}/.{name}.lock", "a+")  # noqa: SIM115  it is held until the work or the process ends
+    file = open(f"{parent}/.{name}.lock", "a+")  # noqa: SIM115  stays open until the work or the process ends
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
         return None
-    # Only now: whoever had it may have finished.
+    # Read after locking: the previous holder may have finished until then.
     file.seek(0)
     try:
         found = json.loads(file.read())
     except ValueError:
-        # Of an earlier version, or of a process that was killed while it wrote.
+        # An earlier version wrote the file, or its writer was killed halfway.
         found = {}
     if found.get("job") != job and (found.get("state") == lease.FINISHED or not (found or _is_unfinished(folder))):
         file.close()

@@ -1,6 +1,6 @@
-"""Evaluation of a pretrained encoder: `measure` says how good it is, `export` hands it on, `show` makes pages of the results.
+"""Evaluation of a pretrained encoder: `measure` evaluates it, `export` exports it, `show` renders the results as HTML pages.
 
-The folder shares its name with a builtin: import from it, never import it bare.
+This package has the name of a builtin. Always write `from eval.x import y`, never `import eval`.
 """
 
-import trainer  # noqa: F401  before TensorFlow, which it sets up
+import trainer  # noqa: F401  must come before TensorFlow: it sets TensorFlow's environment variables

@@ -1,8 +1,7 @@
-"""What a server of an exported encoder runs: pictures as bytes in, features out.
+"""Serves an exported encoder: from the bytes of pictures to features.
 
-MLflow's python_function flavor names this module, `eval.serving`, as a model's loader. Models that are logged already name it
-too, so it keeps this name and place. A copy of it travels with the model. It needs TensorFlow, and of the project only
-`trainer.shared.errors`.
+MLflow's python_function flavor loads a model with this module. Logged models refer to it as `eval.serving`, so it must keep this
+name. Every logged model contains a copy of it. It needs TensorFlow, and from this project only `trainer.shared.errors`.
 """
 
 from typing import Any
@@ -13,13 +12,13 @@ import tensorflow as tf
 from trainer.shared.errors import UserError
 
 COLUMN = "image_bytes"
-"""Of the table that a server is sent, and the SavedModel's own name for its input."""
+"""Column of the request's table, and input of the SavedModel."""
 _AT_ONCE = 32
-"""Pictures in one forward pass: what a large request needs of memory is that of so many."""
+"""Pictures per forward pass. This bounds the memory of a large request."""
 
 
 class Encoder:
-    """An exported encoder, ready to answer."""
+    """An exported encoder, loaded for inference."""
 
     def __init__(self, folder: str) -> None:
         """Loads the SavedModel in `folder`."""
@@ -27,9 +26,9 @@ class Encoder:
         self._features = self._model.signatures["serving_default"]
 
     def predict(self, model_input: Any) -> np.ndarray:
-        """Returns features, [n, F] float32, for a table of n rows whose column `image_bytes` holds pictures.
+        """Returns features, [n, F] float32, of the n pictures in the column `image_bytes` of a table.
 
-        Raises UserError, which names the picture, for one that cannot be decoded.
+        If a picture cannot be decoded, raises UserError with its number.
         """
         pictures = list(model_input[COLUMN])
         for number, picture in enumerate(pictures, 1):
@@ -52,10 +51,10 @@ def _require_decodable(pictures: list[bytes]) -> None:
             said = str(error.message).splitlines()[0].rpartition("}} ")[2].removesuffix(" [Op:DecodeJpeg]")
             raise UserError(
                 f"picture {number} of {len(pictures)} cannot be decoded ({len(picture)} bytes): {said}; "
-                "send the bytes of a JPEG, PNG or still GIF, in base64 where they travel as JSON"
+                "send the bytes of a JPEG, PNG or still GIF, in base64 if the request is JSON"
             ) from error
 
 
 def _load_pyfunc(path: str) -> Encoder:
-    """Returns the encoder in `path`; the name is MLflow's."""
+    """Returns the encoder in `path`. MLflow requires this function's name."""
     return Encoder(path)

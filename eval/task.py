@@ -2,8 +2,8 @@
 
     python -m eval.task --data DATA --checkpoint CHECKPOINTS --output OUTPUT [--set linear_eval.key=value ...]
 
-Started again with the same arguments, it goes on from the features, the finished protocols and the epochs in OUTPUT. On SIGTERM
-it saves its state and exits with 75, "temporary failure": run it again.
+The same command resumes from the features, the finished protocols and the finished epochs in OUTPUT. On SIGTERM it saves its
+state and exits with 75, "temporary failure": run it again.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from trainer.shared.progress import ProgressBars
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.task", description="Evaluate a pretrained encoder.", allow_abbrev=False)
-    parser.add_argument("--data", required=True, metavar="DIR", help="what beam_jobs.build_tfrecords wrote")
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint, or the folder of them: the newest")
+    parser.add_argument("--data", required=True, metavar="DIR", help="dataset, the output of beam_jobs.build_tfrecords")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint, or a folder: its newest checkpoint")
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="where result.json, features, predictions and the classifier go"
+        "--output", required=True, metavar="DIR", help="folder for result.json, features, predictions and the classifier"
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="change a setting"
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 args.output,
                 args.overrides,
                 strategy=strategy,
-                report=lambda done, total, text: bars("linear-eval", done, total, text),
+                on_progress=lambda done, total, text: bars("linear-eval", done, total, text),
                 should_stop=should_stop,
             )
     except PreemptedError as preempted:

@@ -1,1 +1,1 @@
-"""The pipeline: its DAG, the runners, the command line."""
+"""The pipeline: its graph, its runners and the command line."""

@@ -1,4 +1,4 @@
-"""What identifies the code that a step runs."""
+"""Identifies the code that a step runs: digests of its sources, and the git commit."""
 
 import ast
 import hashlib
@@ -11,22 +11,22 @@ from pathlib import Path
 from components import variables
 
 PROJECT = Path(__file__).absolute().parents[1]
-"""The folder that the project's packages are in."""
+"""The folder of the project's packages."""
 
 _PACKAGES = ("beam_jobs", "components", "eval", "pipelines", "trainer")
 _STEPS = "components/steps.py"
 _PAGE_FILE = re.compile(r"[\w.]+\.(?:jinja|css|js)\b")
-"""Name of a template, a stylesheet or a script: sources that Python files read."""
+"""Name of a template, stylesheet or script that a Python file reads."""
 
 
 def code_version(project: Path = PROJECT) -> str:
-    """Returns a short digest of all of the project's own sources."""
+    """Returns a short digest of all the project's own sources."""
     files = [file for package in _PACKAGES for file in sorted((project / package).rglob("*.*"))]
     return _digest(project, [file for file in files if file.suffix == ".py" or _PAGE_FILE.fullmatch(file.name)])
 
 
 def program_version(lowering: str, project: Path = PROJECT) -> str:
-    """Returns a short digest of what a compiled program follows from besides the config: the file `lowering` and the compiler."""
+    """Returns a short digest of the code that determines a compiled program: the file `lowering`, its imports, the compiler."""
     files = _reached({project / lowering}, project)
     return _digest(
         project, sorted(files | {project / "pipelines" / "plan" / "program.py", project / "requirements" / "tpu-check.lock"})
@@ -34,9 +34,9 @@ def program_version(lowering: str, project: Path = PROJECT) -> str:
 
 
 def step_version(component: str, project: Path = PROJECT) -> str:
-    """Returns a short digest of the sources that the body of a component imports, directly or not.
+    """Returns a short digest of the sources that a component's body imports, directly or indirectly.
 
-    KFP's cache sees the body itself, and nothing that it imports.
+    KFP's cache key has the body itself, but not its imports.
     """
     name = component.replace("-", "_")
     tree = ast.parse((project / _STEPS).read_text())
@@ -45,7 +45,7 @@ def step_version(component: str, project: Path = PROJECT) -> str:
 
 
 def _reached(files: set[Path], project: Path) -> set[Path]:
-    """Returns `files` with all of the project's files that they import, directly or not."""
+    """Returns `files` and all of the project's files that they import, directly or indirectly."""
     found: set[Path] = set()
     waiting = set(files)
     while waiting:
@@ -59,7 +59,7 @@ def _reached(files: set[Path], project: Path) -> set[Path]:
 
 
 def _read_beside(file: Path) -> set[Path]:
-    """Returns what `file` reads in its folder without an import: page files that it names, and modules that it iterates over."""
+    """Returns the files that `file` reads from its folder without an import: named page files, modules it iterates over."""
     source = file.read_text()
     named = {file.with_name(name) for name in _PAGE_FILE.findall(source)}
     modules = set(file.parent.glob("*.py")) if "iter_modules(__path__)" in source else set()
@@ -68,7 +68,7 @@ def _read_beside(file: Path) -> set[Path]:
 
 @cache
 def _imports(source: str) -> frozenset[str]:
-    """Returns the names of what `source` imports of the project, wherever in it."""
+    """Returns the names that `source` imports from the project, at any level of nesting."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -96,12 +96,12 @@ def _digest(project: Path, files: list[Path]) -> str:
 
 @cache
 def git_commit() -> str:
-    """Returns the commit that the sources are of, or nothing where that is not known."""
+    """Returns the commit of the sources, or "" if it is unknown."""
     return os.environ.get(variables.COMMIT) or _git("rev-parse", "HEAD")
 
 
 def uncommitted() -> bool:
-    """Returns whether sources differ from the commit, so that an image of the commit would lack something."""
+    """Returns whether the sources differ from the commit, so that an image of the commit would lack changes."""
     return bool(_git("status", "--porcelain", "--", *_PACKAGES, "pyproject.toml", "Dockerfile"))
 
 

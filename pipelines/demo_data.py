@@ -1,7 +1,7 @@
-"""The demo's raw data: crops of photographs that come inside installed packages, in ImageNet's own raw layout.
+"""The demo's raw data: crops of photographs from installed packages, in ImageNet's own raw layout.
 
-One synset a photograph. Training images are crops of its left 70%, validation images of its right 30%, so that no pixel is in
-both. Crops have the same range of sizes in both.
+Each photograph is a synset. Training images are crops of its left 70%, validation images of its right 30%, so no pixel is in
+both. Crops of both splits have the same range of sizes.
 """
 
 import importlib.util
@@ -38,13 +38,13 @@ PHOTOGRAPHS = {
     "rocket": f"{SCIKIT_IMAGE}/rocket.jpg",
     "text": f"{SCIKIT_IMAGE}/text.png",
 }
-"""What each shows, and the file in its package."""
+"""Photographs by name: package and path of the file."""
 
 TRAIN_CROPS, VALIDATION_CROPS = 105, 30
-"""Of each photograph."""
+"""Number of crops of each photograph."""
 TRAIN_PART = 0.7
 CROP_SIDES = (0.2, 0.6)
-"""Range of a crop's height and width, as parts of the shorter side of what validation crops are taken from."""
+"""Range of a crop's height and width, relative to the shorter side of the photograph's validation part."""
 LARGEST_SIDE = 128
 JPEG_QUALITY = 90
 _FILES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "validation_labels.txt", "synset_words.txt")
@@ -54,27 +54,27 @@ def ignore(*_: object) -> None:
     """Does nothing."""
 
 
-def make_raw(folder: str, report: Callable[[int, int], None] = ignore) -> None:
-    """Writes the raw data to `folder`, the same bytes each time; whole or not at all. Does nothing where it is there already.
+def make_raw(folder: str, on_progress: Callable[[int, int], None] = ignore) -> None:
+    """Writes the raw data to `folder`, always the same bytes, and atomically. Does nothing if `folder` already has it.
 
-    `report` is called with the photographs done and how many there are. Raises UserError where `folder` has something else
-    in it, and where a photograph is not installed.
+    Calls `on_progress(photographs done, photographs in all)`. Raises UserError if `folder` has other contents, or if a
+    photograph is not installed.
     """
     target = Path(folder)
     if target.is_dir() and {path.name for path in target.iterdir()} >= set(_FILES):
         return
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{folder} is in the way: the demo's raw data needs a folder that is empty or not there yet")
+        raise UserError(f"{folder} is in the way: the demo's raw data needs a new or empty folder")
     with whole_folder(folder) as made:
-        _write(Path(made), report)
+        _write(Path(made), on_progress)
 
 
-def _write(folder: Path, report: Callable[[int, int], None]) -> None:
+def _write(folder: Path, on_progress: Callable[[int, int], None]) -> None:
     synsets = {name: f"n{90000001 + number}" for number, name in enumerate(PHOTOGRAPHS)}
     validation: list[tuple[str, bytes]] = []
     with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w", format=tarfile.USTAR_FORMAT) as train:
         for number, (name, synset) in enumerate(synsets.items()):
-            report(number, len(synsets))
+            on_progress(number, len(synsets))
             photograph = _load(PHOTOGRAPHS[name])
             random = np.random.default_rng(number)
             border = round(TRAIN_PART * photograph.width)
@@ -93,12 +93,12 @@ def _write(folder: Path, report: Callable[[int, int], None]) -> None:
             _add(flat, f"ILSVRC2012_val_{number:08d}.JPEG", validation[source][1])
     (folder / "validation_labels.txt").write_text("".join(f"{validation[source][0]}\n" for source in order))
     (folder / "synset_words.txt").write_text("".join(f"{synset} {name}\n" for name, synset in synsets.items()))
-    report(len(synsets), len(synsets))
+    on_progress(len(synsets), len(synsets))
 
 
 def _load(file: str) -> Image.Image:
     package, _, within = file.partition("/")
-    # Found without importing the package, and without what would download a file that is not there.
+    # Found without importing the package, whose own loader might download a missing file.
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / within if spec and spec.origin else None
     if path is None or not path.is_file():
@@ -108,7 +108,7 @@ def _load(file: str) -> Image.Image:
 
 
 def _crop(photograph: Image.Image, left: int, right: int, sides: tuple[int, int], random: np.random.Generator) -> bytes:
-    """Returns as a JPEG what is in a random rectangle within the columns left..right, each of its sides in `sides`, pixels."""
+    """Returns a random crop between the columns left and right, as a JPEG. `sides` is the range of its sides in pixels."""
     width, height = (int(side) for side in random.integers(sides[0], sides[1], 2, endpoint=True))
     x = int(random.integers(left, right - width, endpoint=True))
     y = int(random.integers(0, photograph.height - height, endpoint=True))
@@ -120,7 +120,7 @@ def _crop(photograph: Image.Image, left: int, right: int, sides: tuple[int, int]
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # of no time and no owner, so the same bytes each time
+    member = tarfile.TarInfo(name)  # without time and owner, so that the bytes are always the same
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
 
@@ -132,11 +132,11 @@ def main() -> int:
     from trainer.shared.progress import ProgressBars
 
     parser = argparse.ArgumentParser(prog="python -m pipelines.demo_data", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", metavar="DIR", help="folder that the raw data goes to, new or empty")
+    parser.add_argument("folder", metavar="DIR", help="folder to write the raw data to, new or empty")
     folder = parser.parse_args().folder
     try:
         with ProgressBars() as bars:
-            make_raw(folder, report=lambda done, total: bars("demo-raw", done, total))
+            make_raw(folder, on_progress=lambda done, total: bars("demo-raw", done, total))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,4 @@
-"""What a bug report needs: versions, devices, disk, memory, store and credentials of this machine, and what to do about each
-thing that is wrong."""
+"""Examines this machine for a bug report: versions, devices, disk, memory, store and credentials, with advice on each problem."""
 
 import json
 import os
@@ -29,13 +28,13 @@ _SETTINGS = (
     *("PYTHONPATH", "TF_ENABLE_ONEDNN_OPTS", "TF_FORCE_GPU_ALLOW_GROWTH", "TF_PLUGGABLE_DEVICE_LIBRARY_PATH", "TF_XLA_FLAGS"),
     *("TPU_NAME", "TPU_SKIP_MDS_QUERY", "XLA_FLAGS"),
 )
-"""Variables that change what TensorFlow does, none of which holds a secret."""
+"""Environment variables that change what TensorFlow does. None of them holds a secret."""
 _CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _SECONDS_FOR_TENSORFLOW = 300
 _LEAST_DISK = 2 << 30
-"""Bytes that should be free."""
+"""Free disk space that a run should have, in bytes."""
 _LEAST_MEMORY = 4 << 30
-"""Bytes that a machine should have."""
+"""Memory that a machine should have, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ class Finding:
     name: str
     value: str
     wrong: str = ""
-    """What is wrong with it and what to do; empty where nothing is."""
+    """The problem and what to do about it; empty if there is none."""
 
 
 def examine(root: Path, store_uri: str, experiment: str, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """Yields what is found, one after another. `store_uri` is MLflow's; nothing is written anywhere."""
+    """Yields the findings one by one. `store_uri` is the URI of MLflow's store. Writes nothing."""
     build, wrong = hardware.installed_build()
     yield Finding("sogclr", f"{metadata.version('sogclr')}, commit {git_commit()[:12] or 'not known'}, code {code_version()}")
     yield Finding("python", f"{platform.python_version()}, {sys.executable}")
@@ -79,7 +78,7 @@ def _version(name: str) -> str:
 def _against_lock(build: str) -> Finding:
     lock = PROJECT / "requirements" / f"{build}.lock"
     if not build or not lock.exists():
-        return Finding("lock", "no lock lies beside this code, as in an image")
+        return Finding("lock", "there is no lock file beside this code, as in an image")
     locked = (Requirement(line.rstrip("\\ ")) for line in lock.read_text().splitlines() if line[:1].isalnum())
     other = [
         f"{one.name} {_version(one.name) or 'missing'}, not {one.specifier}"
@@ -92,7 +91,7 @@ def _against_lock(build: str) -> Finding:
     return Finding(
         "lock",
         f"differs from requirements/{lock.name}",
-        f"{shown}: remove {sys.prefix}, then make setup TENSORFLOW={build} installs what is locked",
+        f"{shown}: remove {sys.prefix}, then make setup TENSORFLOW={build} installs the locked versions",
     )
 
 
@@ -130,7 +129,10 @@ def _devices(build: str, wrong: str, environ: Mapping[str, str]) -> Iterator[Fin
 
 
 def tensorflow_devices() -> dict[str, Any]:
-    """Returns what `trainer.distribution.describe_devices` does, or `error`: in a process of its own, which may abort or hang."""
+    """Returns the result of `trainer.distribution.describe_devices`, or `error`.
+
+    TensorFlow may abort or hang, so it runs in a process of its own.
+    """
     environ = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
     search = os.pathsep.join(filter(None, (str(PROJECT), environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "trainer.distribution"]
@@ -139,10 +141,10 @@ def tensorflow_devices() -> dict[str, Any]:
             command, env={**environ, "PYTHONPATH": search}, capture_output=True, text=True, timeout=_SECONDS_FOR_TENSORFLOW
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"TensorFlow did not say within {_SECONDS_FOR_TENSORFLOW} s what devices it sees"}
+        return {"error": f"TensorFlow did not list its devices within {_SECONDS_FOR_TENSORFLOW} s"}
     if done.returncode:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
-        return {"error": f"TensorFlow ends with {done.returncode} while it is imported: {last or 'it says nothing'}"}
+        return {"error": f"importing TensorFlow exits with {done.returncode}: {last or 'it prints nothing'}"}
     return json.loads(done.stdout)
 
 
@@ -152,9 +154,7 @@ def tensorflow_devices() -> dict[str, Any]:
 def _settings(environ: Mapping[str, str]) -> Finding:
     given = [f"{name}={environ[name]}" for name in _SETTINGS if name in environ]
     backend = environ.get("KERAS_BACKEND", "tensorflow")
-    wrong = (
-        "" if backend == "tensorflow" else f"Keras is to run on {backend}, and this project on TensorFlow: unset KERAS_BACKEND"
-    )
+    wrong = "" if backend == "tensorflow" else f"Keras uses {backend}, but this project needs TensorFlow: unset KERAS_BACKEND"
     return Finding("variables", ", ".join(given) or "none that matters", wrong)
 
 
@@ -209,9 +209,9 @@ def _google_credentials(environ: Mapping[str, str]) -> Finding:
         return Finding(
             name,
             "GOOGLE_APPLICATION_CREDENTIALS names a file",
-            "" if there else f"{named} cannot be read: mend or unset the variable",
+            "" if there else f"{named} cannot be read: fix or unset the variable",
         )
     folder = environ.get("CLOUDSDK_CONFIG") or os.path.expanduser("~/.config/gcloud")
     if os.path.exists(os.path.join(folder, "application_default_credentials.json")):
-        return Finding(name, "those of gcloud auth application-default login")
-    return Finding(name, "none; submit needs some: gcloud auth application-default login")
+        return Finding(name, "from gcloud auth application-default login")
+    return Finding(name, "none; submit needs them: gcloud auth application-default login")

@@ -1,7 +1,7 @@
-"""Running on this machine with KFP's local runner.
+"""Runs pipelines on this machine with KFP's local runner.
 
-The runner gets a process of its own, so that all that it and its steps print goes to one log, and so that it can be ended
-whole. `run` starts that process, `main` is what it does.
+The runner has a process of its own, so that its output and its steps' output go to one log, and so that it can be ended with all
+its steps. `run` starts that process, `main` is its code.
 """
 
 import json
@@ -24,15 +24,15 @@ from trainer.shared.progress import parse_line
 
 _COLOUR = re.compile(r"\x1b\[\d*m")
 _REUSED = re.compile(r"Task ([\w-]+) cache hit ")
-"""What KFP says where it takes a step from its cache."""
+"""KFP's log line when it reuses a step from its cache."""
 _NOTE = re.compile(rf"\[(?:{'|'.join(COMPONENTS)})\] ")
-"""The beginning of a line that a step prints for the user."""
+"""The start of a line that a step prints for the user."""
 _SECONDS_TO_END = 15
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to run: the whole pipeline, or one component on what earlier runs left."""
+    """What to run: the whole pipeline, or one component on outputs of earlier runs."""
 
     root: str
     arguments: Mapping[str, Any]
@@ -45,23 +45,23 @@ def run(
     request: Request,
     environment: Mapping[str, str],
     log: Path,
-    report: Callable[[str, int, int, str], None],
+    on_progress: Callable[[str, int, int, str], None],
     echo: Callable[[str], None] | None = None,
 ) -> list[str] | None:
-    """Runs a pipeline and returns the MLflow runs of what it made or reused, or None where it failed.
+    """Runs a pipeline and returns the IDs of the MLflow runs that it made or reused, or None if it failed.
 
-    `environment` is added to that of the steps. What they print goes to the file `log`, line by line to `echo`, where it is
-    progress to `report`, and where it is a note to stderr.
+    The steps get the variables of `environment`. Their output goes to the file `log` and line by line to `echo`; progress lines
+    go to `on_progress`, notes to stderr.
     """
     project = str(Path(__file__).absolute().parents[1])
     search = os.pathsep.join(filter(None, (project, os.environ.get("PYTHONPATH"))))
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, log.open("w") as file:
-        asked, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
-        asked.write_text(json.dumps(asdict(request)))
+        request_file, answer_file = Path(scratch, "request.json"), Path(scratch, "answer.json")
+        request_file.write_text(json.dumps(asdict(request)))
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "pipelines.local", str(asked), str(answer)],
-            # Steps find the project's packages first, whatever is in the current folder, and leave no files of theirs behind.
+            [sys.executable, "-u", "-m", "pipelines.local", str(request_file), str(answer_file)],
+            # Steps must find the project's packages before the current folder's, and must leave no temporary files behind.
             env={
                 **os.environ,
                 **environment,
@@ -86,19 +86,19 @@ def run(
                 # KFP indents what a step prints.
                 said = text.strip()
                 if progress := parse_line(said):
-                    report(*progress)
+                    on_progress(*progress)
                 elif reused := _REUSED.search(text):
-                    report(reused[1], 1, 1, "reused")
+                    on_progress(reused[1], 1, 1, "reused")
                 elif _NOTE.match(said) and not echo:
                     print(said, file=sys.stderr, flush=True)
             process.wait()
         finally:
             _end(process)
-        return json.loads(answer.read_text()) if process.returncode == 0 else None
+        return json.loads(answer_file.read_text()) if process.returncode == 0 else None
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends the process and its steps, if they have not ended; they get the time to say in MLflow that they were."""
+    """Ends the process and its steps if they still run. They get time to record in MLflow that they were killed."""
     for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -111,7 +111,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def forget_lost(cache: Path, known: Callable[[str], bool]) -> None:
-    """Drops from KFP's cache what was made by runs that MLflow does not know (any more)."""
+    """Removes the entries of KFP's cache whose runs MLflow does not have (any more)."""
     for entry in cache.glob("*.json"):
         made_by = {str(output["metadata"].get("run_id")) for output in json.loads(entry.read_text()).values()}
         if not all(map(known, made_by)):
@@ -122,18 +122,18 @@ def cache_of(root: Path) -> Path:
     return root / "cache"
 
 
-def main(asked: str, answer: str) -> None:
+def main(request_file: str, answer_file: str) -> None:
     from kfp import local
 
     from pipelines import pipeline
 
-    # Ignored where the command was started in the background, and then by every step too; `_end` interrupts them with it.
+    # A command started in the background ignores SIGINT, and so would every step. `_end` needs SIGINT to interrupt them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    request = json.loads(Path(asked).read_text())
+    request = json.loads(Path(request_file).read_text())
     inputs = {name: Artifact(**artifact) for name, artifact in request["inputs"].items()}
-    # KFP says here, and nowhere else, that it takes a step from its cache.
+    # KFP reports only in its log that it reuses a step from its cache.
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # KFP puts it into a shell's line as it is.
+    # KFP puts the interpreter's path into a shell command without quoting it.
     sys.executable = shlex.quote(sys.executable)
     local.init(
         local.SubprocessRunner(use_venv=False),
@@ -146,7 +146,7 @@ def main(asked: str, answer: str) -> None:
         made = []
     else:
         made = [artifact.metadata["run_id"] for artifact in pipeline.sogclr(**request["arguments"]).outputs.values()]
-    Path(answer).write_text(json.dumps(made))
+    Path(answer_file).write_text(json.dumps(made))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The DAG, one step of it alone, and its compilation for a cluster.
+"""The graph of the pipeline, pipelines of a single step, and their compilation for a cluster.
 
-The graph stands once, in `_connect`. Where it runs decides how a task is placed. On this machine a task is the component as it
-is. On a cluster the tasks stand within an exit handler that closes the MLflow run however the job ends, and on Vertex AI
-pretraining and the linear eval are custom jobs, each with exactly the machine that was asked for.
+`_connect` defines the graph once. How a task is made depends on where it runs. On this machine, a task is the plain component.
+On a cluster, an exit handler around the tasks closes the MLflow run whether the job succeeds or not. On Vertex AI, pretraining
+and the linear eval are custom jobs, each with exactly the requested machine.
 """
 
 import tempfile
@@ -24,7 +24,7 @@ from trainer.shared.files import write_whole
 
 _DESCRIPTION = "Raw images to TFRecords, SogCLR pretraining, linear eval."
 _PIPELINE_ACCOUNT = "{{$.pipeline_service_account}}"
-"""Vertex AI puts the account of the pipeline in this place. Without an account, a custom job runs as Vertex AI's own agent."""
+"""Vertex AI replaces this with the pipeline's account. Without an account, a custom job would run as Vertex AI's own agent."""
 
 
 class Outputs(NamedTuple):
@@ -42,10 +42,10 @@ def _connect(
     overrides: Any,
     linear_eval_overrides: Any,
 ) -> Outputs:
-    """Connects the three steps and returns what they make.
+    """Connects the three steps and returns their outputs.
 
-    `make_task(component, **arguments)` returns a component's task, in the place where it runs. `beam_args` are Beam's own
-    options, the other arguments the parameters of `sogclr`.
+    `make_task(component, **arguments)` returns the task of a component. `beam_args` are Beam's own options. The other arguments
+    are the parameters of `sogclr`.
     """
     built = make_task(
         "build-tfrecords",
@@ -67,7 +67,7 @@ def _connect(
     return Outputs(dataset, model, evaluated.outputs["metrics"])
 
 
-def _imported(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def _import_artifacts(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     types = {kind.schema_title: kind for kind in (dsl.Dataset, dsl.Model)}
     return {
         name: dsl.importer(
@@ -80,30 +80,30 @@ def _imported(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 # ---- On this machine
 
 
-def _task_here(component: str, **arguments: Any) -> Any:
+def _local_task(component: str, **arguments: Any) -> Any:
     return COMPONENTS[component](**arguments)
 
 
 @dsl.pipeline(name="sogclr", description=_DESCRIPTION)
 def sogclr(raw: str, raw_identity: str, preset: str, overrides: list[str], linear_eval_overrides: list[str]) -> Outputs:
-    """The whole pipeline, as it runs on this machine.
+    """The whole pipeline on this machine.
 
     Args:
         raw: Folder of the raw archives.
-        raw_identity: Changes when the archives do; may be empty where nothing is taken from a cache.
-        preset: The experiment.
-        overrides: key=value for pretraining.
-        linear_eval_overrides: key=value for the linear eval, as in linear_eval.seed=1.
+        raw_identity: Part of the cache key. Changes when the archives change; may be empty if no cache is used.
+        preset: Name of the experiment.
+        overrides: key=value for each changed setting of pretraining.
+        linear_eval_overrides: key=value for each changed setting of the linear eval, for example linear_eval.seed=1.
     """
-    return _connect(_task_here, (), raw, raw_identity, preset, overrides, linear_eval_overrides)
+    return _connect(_local_task, (), raw, raw_identity, preset, overrides, linear_eval_overrides)
 
 
 def one_step(component: str, arguments: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> dsl.base_component.BaseComponent:
-    """Returns a pipeline of `component` alone, on what earlier runs left, as it runs on this machine."""
+    """Returns a pipeline for this machine that runs `component` alone, on outputs of earlier runs."""
 
     @dsl.pipeline(name=f"sogclr-{component}")
     def again() -> None:
-        _task_here(component, **arguments, **_imported(inputs))
+        _local_task(component, **arguments, **_import_artifacts(inputs))
 
     return again
 
@@ -112,16 +112,16 @@ def one_step(component: str, arguments: Mapping[str, Any], inputs: Mapping[str, 
 
 
 def compile_pipeline(cluster: Cluster, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the whole pipeline as IR, with `defaults` for its parameters; parsed strictly into the real protos.
+    """Returns the whole pipeline as IR, with `defaults` for its parameters, checked by parsing it into KFP's protos.
 
-    Its parameters are those of `sogclr`, and on Vertex AI `base_output_directory`, the folder that checkpoints are under.
+    Its parameters are those of `sogclr`, and on Vertex AI also `base_output_directory`, the parent folder of checkpoints.
     """
 
     def connect(*parameters: Any, base_output_directory: Any = "") -> None:
-        with dsl.ExitHandler(_end(cluster), name="steps"):
+        with dsl.ExitHandler(_end_task(cluster), name="steps"):
             made = _connect(partial(_task, cluster, base_output_directory), cluster.beam_args, *parameters)
             join = record_lineage(job=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, **made._asdict())
-            _place(cluster, "record-lineage", join).set_caching_options(False)
+            _with_environment(cluster, "record-lineage", join).set_caching_options(False)
 
     # KFP takes the parameters from a function's signature.
     def plain(raw: str, raw_identity: str, preset: str, overrides: list[str], linear_eval_overrides: list[str]) -> None:
@@ -137,43 +137,45 @@ def compile_pipeline(cluster: Cluster, defaults: Mapping[str, Any]) -> dict[str,
     ) -> None:
         connect(raw, raw_identity, preset, overrides, linear_eval_overrides, base_output_directory=base_output_directory)
 
-    return _compiled(cluster, with_custom_jobs if cluster.accelerator else plain, "sogclr", defaults)
+    return _compile(cluster, with_custom_jobs if cluster.accelerator else plain, "sogclr", defaults)
 
 
 def compile_step(
     cluster: Cluster, component: str, arguments: Mapping[str, Any], inputs: Mapping[str, Artifact], base_output_directory: str
 ) -> dict[str, Any]:
-    """Returns a pipeline of `component` alone, on what an earlier job left, as IR."""
+    """Returns a pipeline that runs `component` alone on the outputs of an earlier job, as IR."""
 
     def again() -> None:
-        with dsl.ExitHandler(_end(cluster), name="steps"):
-            _task(cluster, base_output_directory, component, **arguments, **_imported(inputs)).set_caching_options(False)
+        with dsl.ExitHandler(_end_task(cluster), name="steps"):
+            _task(cluster, base_output_directory, component, **arguments, **_import_artifacts(inputs)).set_caching_options(False)
 
-    return _compiled(cluster, again, f"sogclr-{component}", {})
+    return _compile(cluster, again, f"sogclr-{component}", {})
 
 
-def _end(cluster: Cluster) -> Any:
-    return _place(cluster, "end-pipeline", end_pipeline(job=dsl.PIPELINE_JOB_NAME_PLACEHOLDER)).set_caching_options(False)
+def _end_task(cluster: Cluster) -> Any:
+    return _with_environment(cluster, "end-pipeline", end_pipeline(job=dsl.PIPELINE_JOB_NAME_PLACEHOLDER)).set_caching_options(
+        False
+    )
 
 
 def _task(cluster: Cluster, base_output_directory: Any, component: str, **arguments: Any) -> Any:
-    """Returns the task of a component: a custom job where it has a machine of its own, else a container."""
+    """Returns the task of a component: a custom job if it has a machine of its own, else a plain container."""
     if cluster.accelerator_of(component):
         task = _custom_job(cluster, component)(**arguments, base_output_directory=base_output_directory)
-        return _retried(cluster, task.set_caching_options(cluster.caching))
-    task = _place(cluster, component, COMPONENTS[component](**arguments))
+        return _with_retries(cluster, task.set_caching_options(cluster.caching))
+    task = _with_environment(cluster, component, COMPONENTS[component](**arguments))
     if component == "build-tfrecords" and cluster.beam_args:
         return task.set_cpu_limit("2").set_memory_limit("8G")
     return task.set_cpu_limit("8").set_memory_limit("32G")
 
 
-def _place(cluster: Cluster, component: str, task: Any) -> Any:
+def _with_environment(cluster: Cluster, component: str, task: Any) -> Any:
     for name, value in cluster.environment_of(component).items():
         task.set_env_variable(name, value)
-    return _retried(cluster, task.set_caching_options(cluster.caching))
+    return _with_retries(cluster, task.set_caching_options(cluster.caching))
 
 
-def _retried(cluster: Cluster, task: Any) -> Any:
+def _with_retries(cluster: Cluster, task: Any) -> Any:
     return task.set_retry(cluster.retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="3600s")
 
 
@@ -198,8 +200,8 @@ def _custom_job(cluster: Cluster, component: str) -> Callable:
     )
 
 
-def _compiled(cluster: Cluster, function: Callable, name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    pipeline = dsl.pipeline(name=name, description="Raw images to TFRecords, SogCLR pretraining, linear eval.")(function)
+def _compile(cluster: Cluster, function: Callable, name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    pipeline = dsl.pipeline(name=name, description=_DESCRIPTION)(function)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "pipeline.yaml")
         compiler.Compiler().compile(pipeline, str(file), pipeline_parameters=dict(defaults))
@@ -213,7 +215,7 @@ def _compiled(cluster: Cluster, function: Callable, name: str, defaults: Mapping
     for key, component in spec["components"].items():
         pools = component.get("inputDefinitions", {}).get("parameters", {}).get("worker_pool_specs")
         if pools:
-            # What the library's function has no arguments for: the topology of a TPU, and an image of its own.
+            # The library's function has no arguments for a TPU's topology and for the image.
             (pool,) = pools["defaultValue"]
             step = key.removeprefix("comp-")
             accelerator = cluster.accelerator_of(step)
@@ -226,7 +228,7 @@ def _compiled(cluster: Cluster, function: Callable, name: str, defaults: Mapping
 
 
 def check(spec: Mapping[str, Any]) -> None:
-    """Parses a compiled pipeline, and the machines in it, into the protos that Vertex AI parses them into."""
+    """Checks a compiled pipeline and its machines by parsing them into the protos of KFP and Vertex AI. Raises UserError."""
     from google.cloud import aiplatform_v1
     from google.protobuf import json_format
     from kfp.pipeline_spec import pipeline_spec_pb2
@@ -239,9 +241,9 @@ def check(spec: Mapping[str, Any]) -> None:
                 for pool in json_format.MessageToDict(parameters["worker_pool_specs"].default_value):
                     json_format.ParseDict(pool, aiplatform_v1.WorkerPoolSpec.pb()())
     except json_format.ParseError as error:
-        raise UserError(f"the compiled pipeline is none that Vertex AI takes: {error}") from error
+        raise UserError(f"Vertex AI would reject the compiled pipeline: {error}") from error
 
 
 def write(spec: Mapping[str, Any], output: Path) -> None:
-    """Writes IR as YAML, whole or not at all."""
+    """Writes IR as YAML, atomically."""
     write_whole(str(output), yaml.safe_dump(dict(spec), sort_keys=False).encode())

@@ -1,4 +1,4 @@
-"""The MLflow UI on this machine, for this machine only."""
+"""Serves the MLflow UI on this machine, for this machine only."""
 
 import contextlib
 import http.client
@@ -16,16 +16,16 @@ _HOST = "127.0.0.1"
 
 
 def serve(uri: str, artifacts: str, port: int, log: Path, ready: Callable[[str], None]) -> None:
-    """Serves the store at `uri` until it is interrupted; calls `ready(url)` once the page can be opened.
+    """Serves the store at `uri` until interrupted. Calls `ready(url)` once the page can be opened.
 
-    What the server says goes to the file `log`. Raises UserError where the port cannot be had.
+    The server's output goes to the file `log`. Raises UserError if the port is not available.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((_HOST, port))
         except (OSError, OverflowError) as error:
-            raise UserError(f"--port {port} cannot be had ({error}): take another") from error
+            raise UserError(f"--port {port} is not available ({error}): take another") from error
     command = [sys.executable, "-m", "mlflow", "server", "--host", _HOST, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--default-artifact-root", artifacts, "--no-serve-artifacts"]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def serve(uri: str, artifacts: str, port: int, log: Path, ready: Callable[[str],
             while server.poll() is None and not _answers(port):
                 time.sleep(0.2)
             if server.poll() is None:
-                # Without these words the UI shows its pages about agents.
+                # Without this parameter the UI shows its pages about agents.
                 ready(f"http://{_HOST}:{port}/#/experiments?workflowType=machine_learning")
             server.wait()
         finally:

@@ -203,7 +203,7 @@ def test_a_better_machine_for_the_evaluation_is_none_that_is_refused(monkeypatch
             "official": evaluation.ProtocolEstimate(0, 0, 0, hours=1, price=cheapest.get(accelerator.name, 9), bound_by="fit")
         }
 
-    monkeypatch.setattr(evaluation, "reckon", reckon)
+    monkeypatch.setattr(evaluation, "estimate_protocols", reckon)
     demand = evaluation.Demand({}, evaluation.Cost(0, 0), "float32", memory_bytes=0, disk_bytes=0)
     assert "take --eval-accelerator v5e-8 (" in evaluation._better_machine(demand, evaluation.Limits())
 

@@ -24,7 +24,7 @@ from support.raw_data import (
     validation_images,
 )
 
-from beam_jobs import files, images, survey
+from beam_jobs import dry_run, files, images
 from beam_jobs.build_tfrecords import main
 from beam_jobs.job import build, plan_only
 from trainer.shared.errors import UserError
@@ -417,7 +417,7 @@ def test_the_plan_looks_at_headers_and_ends_only(raw, tmp_path, monkeypatch):
     sizes: list[int] = []
     read_range = files.read_range
     monkeypatch.setattr(files, "read_range", lambda *a: sizes.append(a[2]) or read_range(*a))
-    monkeypatch.setattr(survey, "_seconds_an_image", lambda plan: 1.0)
+    monkeypatch.setattr(dry_run, "_seconds_an_image", lambda plan: 1.0)
     planned = plan_only(str(folder), str(tmp_path / "output"))
     assert planned.splits["train"].images == 9
     assert max(sizes) <= max(images.HEAD_BYTES, *(len(data) for data in validation_images().values()))

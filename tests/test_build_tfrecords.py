@@ -36,12 +36,12 @@ from support.raw_data import (
 from beam_jobs import convert, files, shards
 from beam_jobs.build_tfrecords import main
 from beam_jobs.job import build
-from beam_jobs.proof import LostRecordsError
 from beam_jobs.publish import CONVERSION
 from beam_jobs.raw import open_raw, raw_identity
 from beam_jobs.references import pack_reference, unpack_references
+from beam_jobs.verify import LostRecordsError
 from trainer.shared.errors import UserError
-from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, RECORDS_PER_BLOCK, read_manifest, reading_places
+from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, RECORDS_PER_BLOCK, read_manifest, reading_positions
 
 
 def test_stock_tfds_gives_back_every_image_with_its_id_and_label(built):
@@ -108,12 +108,12 @@ def test_reading_in_order_is_mixed_over_classes(built):
 
 @pytest.mark.parametrize("num_images", [1, 2, 1000])
 def test_every_place_is_taken_once(num_images):
-    assert sorted(reading_places(num_images)) == list(range(num_images))
+    assert sorted(reading_positions(num_images)) == list(range(num_images))
 
 
 def test_reading_order_never_changes():
     """It decides the bytes of every dataset that exists."""
-    assert reading_places(8).tolist() == [6, 4, 0, 7, 1, 3, 2, 5]
+    assert reading_positions(8).tolist() == [6, 4, 0, 7, 1, 3, 2, 5]
 
 
 def test_ids_and_bytes_do_not_depend_on_the_order_in_the_archives(built, tmp_path):
@@ -445,7 +445,7 @@ def test_arguments_that_make_no_sense_are_refused_before_anything_is_written(arg
 
 def test_progress_goes_from_nothing_to_all(raw, tmp_path):
     seen: list[tuple[int, int]] = []
-    build(str(raw), str(tmp_path / "output"), num_shards=2, report=lambda done, total: seen.append((done, total)))
+    build(str(raw), str(tmp_path / "output"), num_shards=2, on_progress=lambda done, total: seen.append((done, total)))
     assert {total for _, total in seen} == {4 + 4 + 1}
     assert seen[0][0] == 0
     assert seen[-1][0] == 9

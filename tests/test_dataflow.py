@@ -198,7 +198,7 @@ def test_a_job_that_ends_badly_while_a_second_attempt_waits_for_it_is_named(envi
 
 
 def test_a_job_that_is_being_cancelled_is_waited_for_and_another_one_started(environ, no_pauses, monkeypatch):
-    monkeypatch.setattr("beam_jobs.dataflow._SECONDS_BETWEEN_LOOKS", 0)
+    monkeypatch.setattr("beam_jobs.dataflow._SECONDS_BETWEEN_POLLS", 0)
     with dataflow("FAILED") as google:
         earlier(google, "dying", "CANCELLING", "CANCELLED")
         with pytest.raises(Exception, match=rf"\({SECOND}\): .*FAILED"):

@@ -125,8 +125,8 @@ def test_killed_anywhere_it_ends_with_the_bits_of_one_left_alone(odd, checkpoint
     *ended, finished = endings(",".join(places), tmp_path / "killed", odd, checkpoint)
     assert [code for code, _, _ in ended] == [{"kill": -9, "torn": -9, "term": 75}[one.split(":")[0]] for one in places[:-1]]
     # From step 9, which the attempt before saved; from the beginning it would be step 2.
-    assert "stopped at step 11 of 12 with labels, saved " in ended[6][2]
-    assert "start the same command again to go on" in ended[6][2]
+    assert "stopped at step 11 of 12 of supervised training, saved " in ended[6][2]
+    assert "start the same command again to continue" in ended[6][2]
     assert alone[0] == finished[0] == 0
     for name in ("classifier", "classifier-official", "classifier-finetune-100"):
         expected, found = ((tmp_path / how / "out" / f"{name}.npz").read_bytes() for how in ("alone", "killed"))

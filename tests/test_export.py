@@ -245,11 +245,11 @@ def test_the_command_line_replaces_an_earlier_export_and_nothing_else(checkpoint
     copytree(exported, tmp_path / "out")
     (tmp_path / "out" / "stale").touch()
     main([*given, str(tmp_path / "out"), "--data", str(dataset), "--evaluation", str(evaluated)])
-    assert capsys.readouterr().out.endswith("out: the encoder of step 3, 32 features an image\n")
+    assert capsys.readouterr().out.endswith("out: encoder of step 3, 32 features per image\n")
     assert sorted(file.name for file in tmp_path.rglob("out*/*")) == ["README.md", "encoder.keras", "saved_model"]
     (tmp_path / "mine").mkdir()
     for arguments, said in (
-        ([*given, str(tmp_path / "mine")], "is there and is no earlier export"),
+        ([*given, str(tmp_path / "mine")], "exists and is not an earlier export"),
         (["--checkpoint", str(tmp_path), "--output", str(tmp_path / "new")], "holds no pretraining run"),
         ([*given, str(tmp_path / "new"), "--data", str(tmp_path)], "holds no finished dataset"),
     ):
@@ -297,7 +297,7 @@ def test_an_export_to_an_object_store_that_failed_in_the_middle_is_made_again(ch
     tf.io.gfile.makedirs(f"{output}-theirs")
     with tf.io.gfile.GFile(f"{output}-theirs/notes.txt", "w") as file:
         file.write("precious")
-    with pytest.raises(UserError, match="is there and is no earlier export"):
+    with pytest.raises(UserError, match="exists and is not an earlier export"):
         export(str(checkpoint), f"{output}-theirs")
 
 

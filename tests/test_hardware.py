@@ -218,14 +218,14 @@ def test_doctor_names_what_differs_from_the_lock(monkeypatch):
     found = doctor._against_lock("cpu")
     assert found.wrong.startswith("numpy 1.0, not ==")
     assert "pillow missing, not ==" in found.wrong
-    assert found.wrong.endswith(f": remove {sys.prefix}, then make setup TENSORFLOW=cpu installs what is locked")
+    assert found.wrong.endswith(f": remove {sys.prefix}, then make setup TENSORFLOW=cpu installs the locked versions")
 
 
 @pytest.mark.parametrize("command", [["-c", "import os; os.abort()"], ["-c", "raise SystemExit('libcuda is not here')"]])
 def test_doctor_outlives_a_tensorflow_that_does_not_import(monkeypatch, command):
     run = subprocess.run
     monkeypatch.setattr(doctor.subprocess, "run", lambda _, **keywords: run([sys.executable, *command], **keywords))
-    assert "while it is imported" in doctor.tensorflow_devices()["error"]
+    assert "importing TensorFlow exits with" in doctor.tensorflow_devices()["error"]
 
 
 def test_doctor_says_whether_credentials_are_there_and_never_what_they_are(monkeypatch, tmp_path, capsys):
@@ -265,7 +265,7 @@ def test_doctor_finds_nothing_wrong_with_the_environment_of_the_tests(tmp_path, 
     [
         ([], "cpu", {}, {}, ""),
         ([GPU], "gpu", {"gpu": 1}, {"CUDA_VISIBLE_DEVICES": "0"}, ""),
-        ([GPU], "cpu", {}, {}, "shows 1 x NVIDIA L4, but TensorFlow for cpu cannot use it: make setup TENSORFLOW=gpu, or take"),
+        ([GPU], "cpu", {}, {}, "shows 1 x NVIDIA L4, but TensorFlow for cpu cannot use it: make setup TENSORFLOW=gpu, or use"),
         ([GPU], "gpu", {}, {}, "CUDA's libraries do not load: unset LD_LIBRARY_PATH"),
         ([GPU], "gpu", {}, {"CUDA_VISIBLE_DEVICES": "0"}, "CUDA's libraries do not load"),
         ([GPU], "gpu", {}, {"CUDA_VISIBLE_DEVICES": "GPU-8932f937"}, "CUDA's libraries do not load"),
@@ -367,7 +367,7 @@ def test_an_accelerator_that_a_variable_hides_is_a_warning_that_names_it(machine
     ("build", "devices", "shown", "given", "said"),
     [
         ("cpu", {}, "gpu", "a100-1 gpu 1", "given a100-1, 1 x GPU, and TensorFlow has none: the system shows 1 x NVIDIA A100"),
-        ("cpu", {}, "gpu", "a100-1 gpu 1", "TensorFlow for cpu cannot use it: make setup TENSORFLOW=gpu, or take the image"),
+        ("cpu", {}, "gpu", "a100-1 gpu 1", "TensorFlow for cpu cannot use it: make setup TENSORFLOW=gpu, or use the image"),
         ("gpu", {}, "gpu", "a100-1 gpu 1", "CUDA's libraries do not load"),
         ("gpu", {}, "", "a100-8 gpu 8", "the system shows no GPU; run the job on a machine with a100-8, and its container with"),
         ("gpu", {"GPU": 1}, "gpu", "v5e-8 tpu 8", "8 x TPU, and TensorFlow has none: the system shows no TPU"),
@@ -376,9 +376,9 @@ def test_an_accelerator_that_a_variable_hides_is_a_warning_that_names_it(machine
         ("tpu", {}, "", "v5e-8 tpu 8", "the system shows no TPU; run the job on a machine with v5e-8"),
         ("tpu", {"TPU": 4}, "tpu", "v5e-8 tpu 8", "given v5e-8, 8 x TPU, and TensorFlow has 4: TensorFlow uses 4 of 8 x TPU v5e"),
         ("tpu", {"TPU": 8}, "tpu", "v5e-4 tpu 4", "4 x TPU, and TensorFlow has 8: run the job on a machine with v5e-4"),
-        ("cpu", {}, "", "v5e-8", "is no accelerator of a job: write NAME BUILD REPLICAS"),
-        ("cpu", {}, "", "v5e-8 npu 8", "is no accelerator of a job"),
-        ("cpu", {}, "", "v5e-8 tpu many", "is no accelerator of a job"),
+        ("cpu", {}, "", "v5e-8", "is not an accelerator of a job: write NAME BUILD REPLICAS"),
+        ("cpu", {}, "", "v5e-8 npu 8", "is not an accelerator of a job"),
+        ("cpu", {}, "", "v5e-8 tpu many", "is not an accelerator of a job"),
     ],
 )
 def test_a_job_whose_accelerator_tensorflow_has_not_got_fails(machine, monkeypatch, capsys, build, devices, shown, given, said):
@@ -396,7 +396,9 @@ def test_a_job_whose_accelerator_tensorflow_has_not_got_fails(machine, monkeypat
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("name", "cure"), [("", "end the process that holds it"), ("mine", "TPU_NAME=mine names it: mend or")])
+@pytest.mark.parametrize(
+    ("name", "cure"), [("", "end the process that holds it"), ("mine", "TPU_NAME=mine names it: correct or")]
+)
 def test_a_tpu_that_does_not_start_is_one_line(machine, monkeypatch, name, cure):
     machine("tpu", TPU=8)
     if name:

@@ -110,7 +110,7 @@ FILE = "images-train.tfrecord-00001-of-00002"
         (lambda folder: (folder / "dataset_info.json").unlink(), "dataset_info.json is missing", False),
         (
             lambda folder: change_manifest(folder, lambda manifest: manifest.update(fingerprint="0" * 64)),
-            "the fingerprint of what is there is",
+            "the records have the fingerprint",
             True,
         ),
         (
@@ -118,7 +118,11 @@ FILE = "images-train.tfrecord-00001-of-00002"
             "the labels of train",
             True,
         ),
-        (lambda folder: change_manifest(folder, lambda m: m["splits"]["train"].update(records=151)), "do not add up", False),
+        (
+            lambda folder: change_manifest(folder, lambda m: m["splits"]["train"].update(records=151)),
+            "add up to another number",
+            False,
+        ),
     ],
 )
 def test_what_is_wrong_is_seen(spoil, says, only_full, built, tmp_path):

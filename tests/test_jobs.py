@@ -213,4 +213,4 @@ def test_a_step_without_what_it_needs_is_not_done_again(google, bucket, capsys):
     leave(google, bucket, {"build-tfrecords": "SUCCEEDED", "pretrain": "FAILED: no", "job": "FAILED"})
     capsys.readouterr()
     assert cli.main(["rerun", "linear-eval", "--run", "vertex:mine", *google.options]) == 2
-    assert "nothing of pretrain to go on from: it is FAILED" in one_error_line(capsys)
+    assert "no output of pretrain to go on from: it is FAILED" in one_error_line(capsys)

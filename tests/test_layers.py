@@ -16,7 +16,7 @@ UPSTREAM = rng.normal(size=(6, 5, 7, 32))
 
 
 class Fusing(Replicas):
-    fuses = True
+    recompute_in_backward = True
 
 
 def by_autodiff(inputs, kernel, gamma, beta, relu):

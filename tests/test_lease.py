@@ -168,7 +168,7 @@ def test_what_a_killed_job_left_is_gone_on_with_by_the_next_once_it_is_thought_d
         process.kill()
     after = claim("jobs/after")
     assert after.folder == left
-    assert waits.count == lease._LOOKS - 1
+    assert waits.count == lease._POLLS - 1
     renew(after)
     after.require()
 
@@ -177,9 +177,9 @@ def test_a_holder_that_storage_kept_from_renewing_is_not_thought_dead(google, wa
     first = claim("jobs/a")
 
     def do():
-        if waits.count == lease._LOOKS - 2:
+        if waits.count == lease._POLLS - 2:
             fail(google, *[503] * 20)
-        if waits.count == 2 * lease._LOOKS - 4:
+        if waits.count == 2 * lease._POLLS - 4:
             renew(first)
 
     waits.do = do

@@ -155,15 +155,15 @@ def test_features_come_back_as_they_were_written(tmp_path):
 
 
 def test_what_holds_no_features_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no folder of features"):
+    with pytest.raises(UserError, match="is not a folder of features"):
         read_features(str(tmp_path))
     (tmp_path / "features.json").write_text('{"digest": "", "dimensions": 10, "rows": [3]}')
     for content in (b"something else", b""):
         (tmp_path / "part-00000.parquet").write_bytes(content)
-        with pytest.raises(UserError, match="is no part of features"):
+        with pytest.raises(UserError, match="is not a part of features"):
             read_features(str(tmp_path)).whole()
     storing._write_part(str(tmp_path / "part-00000.parquet"), Features(np.arange(2), np.arange(2), np.zeros((2, 10), "f")), "")
-    with pytest.raises(UserError, match=r"has 2 images, and features\.json says 3: delete"):
+    with pytest.raises(UserError, match=r"has 2 images, but features\.json says 3: delete"):
         list(read_features(str(tmp_path)).parts())
 
 
@@ -431,7 +431,7 @@ def test_the_online_classifier_is_not_asked_about_classes_that_it_does_not_know(
     (tmp_path / "data" / "manifest.json").write_text(manifest_to_json(others))
     said = refused(tmp_path / "data", checkpoint, tmp_path)
     assert "has other classes than the dataset that" in said
-    assert said.endswith("take linear_eval.protocols=cached,knn")
+    assert said.endswith("set linear_eval.protocols=cached,knn")
     linear_eval(str(tmp_path / "data"), str(checkpoint), str(tmp_path / "out"), [*QUICK, "linear_eval.protocols=cached"])
     assert json.loads((tmp_path / "out" / "result.json").read_text())["classes_of_pretraining"] is False
     assert "note: " in capsys.readouterr().err

@@ -47,7 +47,7 @@ def test_another_runtime_takes_the_same_three_steps(dataset, tmp_path, one_block
     manifest = read_manifest(str(dataset))
     batch = {name: value.numpy() for name, value in next(iter(training_batches(config, str(dataset), manifest, 0))).items()}
     state = create_train_state(config, 48, 6)
-    one = OneOfMany(1, fuses=how == "as on a TPU")
+    one = OneOfMany(1, recompute_in_backward=how == "as on a TPU")
     program = lower_step(config, create_train_state(config, 48, 6, one), one)
     np.savez(tmp_path / "arguments.npz", **arguments_of(program, state, batch))
     (tmp_path / "step.hlo").write_bytes(program.hlo)

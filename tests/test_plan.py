@@ -269,7 +269,7 @@ A_WEEK_ON_A_CPU = {"official": Work(forward=160_000_000)}
         (A_WEEK_ON_A_CPU, "cpu", {}, r"takes \d+\.\d hours on cpu, more than a day: take --eval-accelerator \S+ \("),
         (A_WEEK_ON_A_CPU, "cpu", {"option": "--accelerator"}, "more than a day: take --accelerator "),
         (A_WEEK_ON_A_CPU, "v5e-1", {"timeout_hours": 1.5}, "more than --timeout-hours 1.5: take --eval-accelerator "),
-        ({"official": Work(forward=10**12)}, "cpu", {}, "more than a day: no machine here ends sooner; take fewer"),
+        ({"official": Work(forward=10**12)}, "cpu", {}, "more than a day: no machine ends in time; take fewer"),
         ({}, "t4-1", {}, "needs 40 GB of memory, and a host of t4-1 has 32: take --eval-accelerator "),
         ({}, "v5e-8", {"disk_gb": 100}, "features take 150 GB of disk, more than --disk-gb 100: take --disk-gb 150"),
     ],

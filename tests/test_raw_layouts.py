@@ -21,7 +21,7 @@ from support.raw_data import (
     write_raw,
 )
 
-from beam_jobs import files, proof, subsets
+from beam_jobs import files, subsets, verify
 from beam_jobs.job import build
 from beam_jobs.layouts.layout import Archive, Contents, Found, Layout, ListedImage, Listing
 from beam_jobs.plan import make_plan
@@ -123,7 +123,7 @@ def test_a_layout_says_why_it_was_taken(raw, tmp_path, caplog):
     ("spoil", "says"),
     [
         (lambda raw: (raw / "train" / "notes.txt").write_text("x"), "train/ holds notes.txt"),
-        (lambda raw: (raw / "val" / "stray.JPEG").write_bytes(b"x"), "val/stray.JPEG lies beside folders"),
+        (lambda raw: (raw / "val" / "stray.JPEG").write_bytes(b"x"), "val/stray.JPEG is beside folders"),
         (lambda raw: (raw / "val" / SYNSETS[0]).rename(raw / "val" / "n09999999"), "val/n09999999 is not a synset"),
         (lambda raw: (raw / "train" / SYNSETS[1] / "gone.JPEG").symlink_to("/nowhere"), "n01000002/gone.JPEG is empty"),
         (lambda raw: (raw / "train" / f"{SYNSETS[1]}.tar").write_bytes(b"x"), "both as a folder and as a tar"),
@@ -201,7 +201,7 @@ def test_what_claims_to_be_imagenet_must_have_all_its_images(tmp_path):
 def test_the_known_counts_are_let_pass(raw):
     plan = dataclasses.replace(make_plan(str(raw), "output"), expected={"train": 150, "validation": 20})
     of_archives = [{"found": index(plan.raw, archive).found, "problems": [], "rejected": []} for archive in plan.raw.archives]
-    assert proof.faults(plan, of_archives) == ([], [])
+    assert verify.faults(plan, of_archives) == ([], [])
 
 
 def test_versions_side_by_side_are_read_by_tfds_load(raw, tmp_path):

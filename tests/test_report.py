@@ -299,7 +299,7 @@ def test_the_map_shows_the_picture_of_every_image(browser, pages):
             const sheet = new Image();
             sheet.src = getComputedStyle(first).backgroundImage.slice(5, -2);
             await sheet.decode();
-            return [marks.length, sheet.naturalWidth, marks.every(mark => mark.title.includes('told'))];
+            return [marks.length, sheet.naturalWidth, marks.every(mark => mark.title.includes('predicted'))];
         })()"""
     )
     assert found == [17, 17 * 48, True]

@@ -284,7 +284,7 @@ def test_a_full_disk_is_one_line_and_what_is_finished_stays(raw, references, tmp
     for processes in (1, 2):
         with monkeypatch.context() as patch:
             patch.setattr(shared, "_create", full)
-            with pytest.raises(UserError, match="No space left on device; make room and give the same command again") as caught:
+            with pytest.raises(UserError, match="No space left on device; make room and start the same command again") as caught:
                 build(str(raw), str(output), num_shards=8, processes=processes)
         assert "\n" not in str(caught.value)
         assert "while running" not in str(caught.value)
@@ -373,7 +373,7 @@ def test_dataflow_is_given_a_template_of_references_only(raw, bucket, tmp_path, 
 
 def assert_has_all_steps(pipeline: beam_runner_api_pb2.Pipeline) -> None:
     names = {transform.unique_name for transform in pipeline.components.transforms.values()}
-    for step in ("IndexHeaders", "CountImages", "AssignIDs", "GroupByShard", "WriteShards", "WaitForAll", "ProveAndPublish"):
+    for step in ("IndexHeaders", "CountImages", "AssignIDs", "GroupByShard", "WriteShards", "WaitForAll", "VerifyAndPublish"):
         assert any(step in name for name in names), step
 
 
@@ -397,7 +397,7 @@ def test_dataflow_builds_the_job_of_all_steps_without_running_it(raw, bucket, ca
 
 
 def test_processes_of_this_machine_go_with_no_other_runner(raw, tmp_path):
-    with pytest.raises(UserError, match="processes are those of this machine"):
+    with pytest.raises(UserError, match="--processes is for this machine"):
         build(str(raw), str(tmp_path / "output"), processes=2, beam_args=["--runner=DaskRunner"])
     with pytest.raises(UserError, match="processes=0"):
         build(str(raw), str(tmp_path / "output"), processes=0)

@@ -64,7 +64,7 @@ def test_a_dry_run_on_a_bare_machine_explains_the_plan_and_what_is_missing(googl
     assert "gcloud auth application-default login" in said.out
     assert "--mlflow-uri" in said.out
     assert re.fullmatch(
-        r"error: it would not work: mlflow, credentials must be mended first; vertex, .* can be looked at then\n", said.err
+        r"error: it would not work: mlflow, credentials must be fixed first; vertex, .* can be checked then\n", said.err
     )
     assert google.requests == []
 
@@ -125,7 +125,7 @@ def test_an_evaluation_of_more_than_a_day_is_refused_with_a_better_machine(googl
     assert re.search(
         r"^missing  evaluation: .* hours on cpu, more than a day: take --eval-accelerator v5e-\d \(", said.out, re.MULTILINE
     )
-    assert said.err == "error: nothing was submitted: evaluation must be mended first\n"
+    assert said.err == "error: nothing was submitted: evaluation must be fixed first\n"
     assert jobs_made(google) == []
     assert cli.main([*google.quick, *DAYS_ON_A_CPU, "--skip-check", "evaluation"]) == 0
     assert machines_of(google, "linear-eval") == ["n2-standard-16"]
@@ -206,7 +206,7 @@ def test_what_cannot_work_is_refused_without_a_request(google, capsys, change, n
         (["--pipeline-root", "gs://b-bucket/runs"], None, "there is no bucket gs://b-bucket"),
         (["--raw", "gs://a-bucket/other"], None, "lacks ILSVRC2012_img_train.tar"),
         ([], lambda google: google.fail(*[403] * 9), "docs/vertex.md lists the roles"),
-        ([], lambda google: setattr(google.accounts, "token_ok", False), "the credentials do not hold"),
+        ([], lambda google: setattr(google.accounts, "token_ok", False), "the credentials are not valid"),
         ([], lambda google: google.fail(401, path="/v2/"), "roles/artifactregistry.reader"),
         ([], lambda google: google.fail(500, path="/v2/"), "answers 500"),
     ],
@@ -231,7 +231,7 @@ def test_the_bucket_s_faults_are_one_line_each(google, monkeypatch, capsys):
         assert cli.main([*arguments, "--skip-check", "raw"]) == 2
         said = capsys.readouterr()
         assert re.search(rf"^missing  bucket: .*{text}", said.out, re.MULTILINE), said.out
-        assert said.err == "error: it would not work: bucket must be mended first\n"
+        assert said.err == "error: it would not work: bucket must be fixed first\n"
     for fault, text in {
         403: "roles/storage.objectViewer and roles/storage.legacyBucketReader",
         404: "there is no bucket gs://a-bucket",
@@ -339,7 +339,7 @@ def test_faults_that_pass_end_in_one_job(google, bucket, capsys, faults):
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     ("fault", "named"),
-    [(429, "out of quota"), (500, "is not itself"), (403, "not allowed"), ("cut", "cannot be reached"), (400, "refuses")],
+    [(429, "out of quota"), (500, "has an internal error"), (403, "not allowed"), ("cut", "cannot be reached"), (400, "refuses")],
 )
 def test_a_fault_that_stays_is_one_line_and_no_job(google, bucket, capsys, fault, named):
     google.fail(*[fault] * 1000, path="pipelineJobs?pipelineJobId=")
@@ -385,7 +385,7 @@ def test_every_fault_that_stays_is_one_line_whatever_was_asked(google, capsys, m
     for fault in (429, 500, 403, "cut", "slow"):
         google.fail(*[fault] * 1000, path=path)
         assert cli.main(arguments) == 2
-        assert re.search("quota|itself|allowed|reached", one_error_line(capsys))
+        assert re.search("quota|internal|allowed|reached", one_error_line(capsys))
         assert google.vertex.schedules == {}
 
 
@@ -409,7 +409,7 @@ def test_a_schedule_is_made_once(google, bucket, capsys):
     assert cli.main(["cancel", schedule.name, "--endpoint", google.url]) == 0
     assert google.vertex.schedules == {}
     assert cli.main(["cancel", schedule.name, "--endpoint", google.url]) == 2
-    assert "knows nothing of that" in one_error_line(capsys)
+    assert "finds nothing of that name" in one_error_line(capsys)
 
 
 def test_a_lost_answer_to_a_new_schedule_makes_no_second_one(google, bucket, capsys):

@@ -248,7 +248,7 @@ def of_image_5(change) -> dict:
 
 WRONG = {
     "image ID 48 is not within": of_image_5(lambda encoded, label: records.encode_example(encoded, label, 48)),
-    "has image ID 6, as has record": of_image_5(lambda encoded, label: records.encode_example(encoded, label, 6)),
+    "has image ID 6, which record": of_image_5(lambda encoded, label: records.encode_example(encoded, label, 6)),
     "label 6 is not within": of_image_5(lambda encoded, label: records.encode_example(encoded, 6, 5)),
     "image/ID": of_image_5(lambda encoded, label: tf.train.Example().SerializeToString()),
     "Unknown image file format": of_image_5(lambda encoded, label: records.encode_example(b"no picture", label, 5)),

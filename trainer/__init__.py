@@ -1,12 +1,12 @@
 """Pretraining: from records to a checkpoint, in TensorFlow.
 
-Read config, records, input_pipeline, augmentation, encoder, losses, optimizer, train: one image's way.
+To follow one image, read config, shared/records, input_pipeline, augmentation, encoder, losses, optimizer, train.
 """
 
 import os
 
 from trainer.hardware import tensorflow_environment
 
-# TensorFlow reads them when it is imported; what the user set stays.
+# TensorFlow reads these variables at import. The user's own values take precedence.
 for _name, _value in tensorflow_environment().items():
     os.environ.setdefault(_name, _value)

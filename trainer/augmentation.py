@@ -1,8 +1,8 @@
 """SimCLR's augmentation, divided between the host and the accelerator.
 
-On the host, an image is decoded once, and each view is a random resized crop of it, uint8. On the accelerator, inside the train
-step, a whole batch of views is flipped, jittered, made grey and blurred. All chance is drawn on the host, keyed by (seed, epoch,
-image ID): a view comes with the numbers that `augment` consumes, so the step has no random state of its own.
+The host decodes an image once and makes two random resized crops of it, uint8. The accelerator flips, jitters, greys and blurs a
+whole batch of views inside the train step. The host draws all random numbers, keyed by (seed, epoch, image ID). A view carries
+the numbers that `augment` uses, so the train step has no random state.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import tensorflow as tf
 
 
 class Draws(NamedTuple):
-    """Where in a view's draws, [NUM_DRAWS] float32 uniform in [0, 1), each operation finds its own."""
+    """The index of each operation's random number in a view's draws, [NUM_DRAWS] float32, uniform in [0, 1)."""
 
     flip: int = 0
     jitter: int = 1
@@ -20,14 +20,14 @@ class Draws(NamedTuple):
     saturation: int = 4
     hue: int = 5
     order: int = 6
-    """Four draws; their ranks are the order of brightness, contrast, saturation and hue."""
+    """First of four draws, whose ranks are the order of brightness, contrast, saturation and hue."""
     grey: int = 10
     blur: int = 11
     sigma: int = 12
 
 
 Planes = list[tf.Tensor]
-"""The three channels of a batch of images, [n, S, S] float32 each. Apart, for joining them costs a pass through memory."""
+"""The three channels of a batch of images, [n, S, S] float32 each. Separate, because stacking them costs a pass over memory."""
 
 DRAWS = Draws()
 NUM_DRAWS = 13
@@ -36,11 +36,11 @@ NUM_DRAWS = 13
 def two_views(
     encoded: tf.Tensor, size: int, min_area: float, epoch_key: tf.Tensor, image_id: tf.Tensor, interpolation: str = "bilinear"
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Crops two views of a JPEG, of which what both of them see is decoded once, on the host.
+    """Crops two views of a JPEG on the host, and decodes the area that contains both only once.
 
-    `encoded` is a string scalar; `epoch_key` and `image_id`, int64 scalars, key all chance. Returns the views, [2, size, size, 3]
-    uint8, and their draws, [2, NUM_DRAWS] float32 in [0, 1). A crop has `min_area` to all of the image's area and an aspect of
-    3/4 to 4/3 (Szegedy et al. 2015), and is resized by `interpolation`, `bilinear` or `bicubic`.
+    `encoded` is a string scalar; `epoch_key` and `image_id`, int64 scalars, are the key of the random numbers. Returns the views,
+    [2, size, size, 3] uint8, and their draws, [2, NUM_DRAWS] float32 in [0, 1). A crop covers a fraction of the image's area from
+    `min_area` to 1, at an aspect ratio of 3/4 to 4/3 (Szegedy et al. 2015). `interpolation` is `bilinear` or `bicubic`.
     """
     shape = tf.io.extract_jpeg_shape(encoded)
     keys = [tf.stack([epoch_key, 3 * image_id + purpose]) for purpose in range(3)]
@@ -56,9 +56,9 @@ def two_views(
 def one_view(
     encoded: tf.Tensor, size: int, min_area: float, epoch_key: tf.Tensor, image_id: tf.Tensor, interpolation: str = "bilinear"
 ) -> tf.Tensor:
-    """Crops one view of a JPEG and flips it with probability .5, on the host: all that training with labels does to an image.
+    """Crops one view of a JPEG on the host and flips it with probability .5: the whole augmentation of supervised training.
 
-    Arguments are as for `two_views`. Returns [size, size, 3] uint8.
+    The arguments are those of `two_views`. Returns [size, size, 3] uint8.
     """
     crop_key, flip_key = (tf.stack([epoch_key, 2 * image_id + purpose]) for purpose in range(2))
     box = random_box(tf.io.extract_jpeg_shape(encoded), min_area, crop_key)
@@ -68,7 +68,7 @@ def one_view(
 
 
 def random_box(shape: tf.Tensor, min_area: float, key: tf.Tensor) -> tf.Tensor:
-    """Returns where a random crop of an image of `shape`, [3] int32, lies: [4] int32, top, left, height and width."""
+    """Returns the box of a random crop, [4] int32: top, left, height and width. `shape` is the image's, [3] int32."""
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         shape,
         tf.zeros([1, 0, 4]),
@@ -83,28 +83,28 @@ def random_box(shape: tf.Tensor, min_area: float, key: tf.Tensor) -> tf.Tensor:
 
 
 def resize_crop(image: tf.Tensor, box: tf.Tensor, size: int, interpolation: str) -> tf.Tensor:
-    """Returns what `image`, [H, W, 3] uint8, shows in `box`, [4] as of `random_box`, as [size, size, 3] uint8."""
+    """Crops `image`, [H, W, 3] uint8, to `box` (top, left, height, width) and resizes it to [size, size, 3] uint8."""
     crop = tf.slice(image, tf.concat([box[:2], [0]], axis=0), tf.concat([box[2:], [3]], axis=0))
     resized = tf.image.resize(crop, [size, size], method=interpolation)
-    if interpolation == "bicubic":  # which overshoots
+    if interpolation == "bicubic":  # bicubic interpolation overshoots
         resized = tf.clip_by_value(resized, 0.0, 255.0)
     return tf.cast(resized + 0.5, tf.uint8)
 
 
 def central_crop(encoded: tf.Tensor, size: int, proportion: float) -> tf.Tensor:
-    """Returns the evaluation crop of a JPEG, [size, size, 3] uint8: its middle, resized bicubically."""
+    """Returns the evaluation crop of a JPEG, [size, size, 3] uint8: the central square, resized bicubically."""
     return tf.cast(resize_center(tf.io.decode_jpeg(encoded, channels=3), size, proportion) * 255.0 + 0.5, tf.uint8)
 
 
 def as_floats(pixels: tf.Tensor) -> tf.Tensor:
-    """Returns uint8 pixels as an encoder takes them, float32 in [0, 1]."""
+    """Converts uint8 pixels to float32 in [0, 1], the encoder's input."""
     return tf.cast(pixels, tf.float32) / 255.0
 
 
 def resize_center(image: tf.Tensor, size: int, proportion: float) -> tf.Tensor:
-    """Returns the middle square of `image`, [H, W, 3] uint8, as [size, size, 3] float32 in [0, 1].
+    """Crops `image`, [H, W, 3] uint8, to its central square and resizes it to [size, size, 3] float32 in [0, 1].
 
-    It has `proportion` of the shorter side, and is resized bicubically, as the official code does.
+    The side of the square is `proportion` of the image's shorter side. Resizing is bicubic, as in the official code.
     """
     height, width = tf.shape(image)[0], tf.shape(image)[1]
     side = tf.cast(tf.round(proportion * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32)
@@ -118,8 +118,8 @@ def augment(views: tf.Tensor, draws: tf.Tensor, strength: float, blur: bool) -> 
     """Augments a batch of views on the accelerator (Chen et al. 2020, appendix A).
 
     `views` is [n, S, S, 3] uint8, `draws` [n, NUM_DRAWS] float32. Returns [n, S, S, 3] float32 in [0, 1]: flipped with
-    probability .5, jittered with .8, grey with .2 and, where `blur`, blurred with .5. Compiled as one, on a CPU too: its many
-    small operations then run in a single pass over the pixels.
+    probability .5, jittered with .8, grey with .2 and, if `blur`, blurred with .5. XLA compiles it, on a CPU too, so that its
+    many small operations run in a single pass over the pixels.
     """
     flipped = tf.where(_per_image(draws[:, DRAWS.flip] < 0.5)[..., None], views[:, :, ::-1], views)
     planes = [tf.cast(flipped[..., channel], tf.float32) / 255.0 for channel in range(3)]
@@ -133,7 +133,7 @@ def augment(views: tf.Tensor, draws: tf.Tensor, strength: float, blur: bool) -> 
 
 
 def jitter(planes: Planes, draws: tf.Tensor, strength: float) -> Planes:
-    """Scales brightness, contrast and saturation and turns the hue, in an order of each image's own; as `augment`."""
+    """Scales brightness, contrast and saturation and rotates the hue of [n, S, S] images, each image in its own random order."""
     low, high = max(1.0 - 0.8 * strength, 0.0), 1.0 + 0.8 * strength
     brightness, contrast, saturation = (
         _per_image(low + (high - low) * draws[:, number]) for number in (DRAWS.brightness, DRAWS.contrast, DRAWS.saturation)
@@ -153,7 +153,8 @@ def jitter(planes: Planes, draws: tf.Tensor, strength: float) -> Planes:
         changed = _where(operation < 2, linear, _hsv_to_rgb([turned, scaled, value]))
         return [tf.clip_by_value(plane, 0.0, 1.0) for plane in changed]
 
-    # Contrast needs the means of what came before it. Going so far twice leaves two passes over the pixels, not one a stage.
+    # Contrast needs the mean of the image as it is before contrast. Computing the stages before it twice takes two passes over
+    # the pixels, instead of one pass a stage.
     before = planes
     for number in range(4):
         before = _where(number < when_contrast, stage(before, order[:, number], before), before)
@@ -188,10 +189,10 @@ def _hsv_to_rgb(planes: Planes) -> Planes:
 
 
 def gaussian_blur(images: tf.Tensor, kernel_size: int, sigma: tf.Tensor, chosen: tf.Tensor) -> tf.Tensor:
-    """Blurs each image, [n, S, S', 3] float32, that is `chosen`, [n] bool, by its own `sigma`, [n] float32 in pixels.
+    """Blurs the `chosen`, [n] bool, of `images`, [n, S, S', 3] float32, each by its own `sigma`, [n] float32 in pixels.
 
-    Beyond the edges there are zeros. The kernel reaches `kernel_size` // 2 pixels to each side. A blur along an axis is a product
-    with a banded matrix, which an accelerator's matrix unit does in passing; an image that is not chosen has the identity.
+    Pads with zeros. The kernel reaches `kernel_size` // 2 pixels to each side. A blur along an axis is a product with a banded
+    matrix, which is cheap on an accelerator's matrix unit. For images that are not chosen, the matrix is the identity.
     """
 
     def band(side: int) -> tf.Tensor:

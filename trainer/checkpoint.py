@@ -1,7 +1,7 @@
-"""Checkpoints: everything that moves, one file a step, whole or not there.
+"""Checkpoints of the train state, one file each, written atomically.
 
-A checkpoint is an uncompressed .npz of arrays by name. It is written under another name and then renamed, but on gs://, where an
-object appears whole. Zip's own checksums tell a torn one, which is passed over for the one before.
+A checkpoint is an uncompressed .npz of arrays by name. The checksums of the zip format reveal a torn file; loading then falls
+back to the previous checkpoint.
 """
 
 import hashlib
@@ -31,49 +31,49 @@ _MAY_PASS = (
     tf.errors.UnavailableError,
     tf.errors.UnknownError,
 )
-"""What TensorFlow says where storage does not answer, or answers 429 or 5xx."""
+"""Errors that TensorFlow raises if storage does not answer, or answers 429 or 5xx. They may pass."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     step: int
     arrays: Mapping[str, np.ndarray]
-    """By variable name."""
+    """Values of the variables, by name."""
     metrics: Mapping[str, float]
-    """The last ones that were logged before it was written."""
+    """Latest logged metrics."""
     run: str = ""
-    """Names the run whose state this is: a digest of its config and dataset."""
+    """Identifies the run: a digest of its config and dataset."""
     path: str = ""
-    """Where it was read from."""
+    """Path of the file, if it was read from one."""
     pending: Sequence[Mapping[str, float]] = ()
-    """Metrics of each step since the last log. The next log has the mean of these and of the steps to come."""
+    """Metrics of each step since the last log. The next log includes them in its means."""
 
 
 def save(folder: str, checkpoint: Checkpoint, keep: int) -> str:
-    """Writes `checkpoint` into `folder`, removes all but the newest `keep`, and returns the new one's path."""
+    """Writes `checkpoint` into `folder` and removes all but the newest `keep` checkpoints. Returns the path of the new one."""
     tf.io.gfile.makedirs(folder)
     path = f"{folder}/checkpoint-{checkpoint.step:08}.npz"
     metrics = {"metrics": dict(checkpoint.metrics), "pending": [dict(one) for one in checkpoint.pending]}
     about = json.dumps({**metrics, "run": checkpoint.run}, sort_keys=True)
     write_arrays(path, {**checkpoint.arrays, _ABOUT: np.array(about)})
     for old in paths(folder)[:-keep]:
-        # Cloud Storage says so where it deleted the file and its first answer was lost.
+        # If the answer to a deletion is lost, TensorFlow repeats it, and Cloud Storage no longer finds the file.
         with suppress(tf.errors.NotFoundError):
             tf.io.gfile.remove(old)
     return path
 
 
 def paths(folder: str) -> list[str]:
-    """Returns the checkpoints in `folder`, oldest first."""
+    """Returns the paths of the checkpoints in `folder`, oldest first."""
     steps = {int(match[1]): match[0] for match in map(_NAME.fullmatch, names_in(folder)) if match}
     return [f"{folder}/{steps[step]}" for step in sorted(steps)]
 
 
 def load(path: str) -> Checkpoint:
-    """Reads one checkpoint.
+    """Reads a checkpoint.
 
-    Raises UserError where the file is not whole or is no checkpoint, and tf.errors.OpError where storage fails in a way that may
-    pass: then nothing is known of the file.
+    Raises UserError if the file is torn or is not a checkpoint. Raises tf.errors.OpError if storage fails temporarily, because
+    the file may then be good.
     """
     match = _NAME.fullmatch(os.path.basename(path))
     try:
@@ -90,27 +90,28 @@ def load(path: str) -> Checkpoint:
 
 
 def run_folder(checkpoint: str) -> str:
-    """Returns the folder of a run's checkpoints, given that folder or one of the files in it."""
+    """Returns the folder of a run's checkpoints. `checkpoint` is this folder or a file in it."""
     return checkpoint.rpartition("/")[0] or "." if checkpoint.endswith(".npz") else checkpoint.rstrip("/")
 
 
 def open_checkpoint(checkpoint: str) -> Checkpoint:
-    """Reads one checkpoint: `checkpoint` is its file, or a folder, of which the newest whole one is taken.
+    """Reads the checkpoint in the file `checkpoint`, or the newest whole one in the folder `checkpoint`.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     if checkpoint.endswith(".npz"):
         return load(checkpoint)
     stored = load_latest(run_folder(checkpoint))
     if stored is None:
-        raise UserError(f"{run_folder(checkpoint)} holds no whole checkpoint: pretraining has not come so far")
+        raise UserError(f"{run_folder(checkpoint)} holds no whole checkpoint: pretraining has not saved one yet")
     return stored
 
 
 def load_latest(folder: str, accept: Callable[[Checkpoint], None] = lambda checkpoint: None) -> Checkpoint | None:
-    """Returns the newest checkpoint in `folder` that is whole and that `accept` takes, or None.
+    """Returns the newest checkpoint in `folder` that is whole and that `accept` does not refuse, or None.
 
-    One that is torn, or for which `accept` raises UserError, is named on stderr and passed over for the one before.
+    `accept` refuses a checkpoint by raising UserError. Prints a warning on stderr for each torn or refused checkpoint, and falls
+    back to the previous one.
     """
     for path in reversed(paths(folder)):
         try:
@@ -118,16 +119,16 @@ def load_latest(folder: str, accept: Callable[[Checkpoint], None] = lambda check
             accept(checkpoint)
             return checkpoint
         except UserError as error:
-            print(f"warning: {error}; taking the one before", file=sys.stderr)
+            print(f"warning: {error}; falling back to the previous checkpoint", file=sys.stderr)
     return None
 
 
 def require_same_shapes(variables: Mapping[str, tf.Variable], checkpoint: Checkpoint) -> None:
-    """Raises UserError where `checkpoint` lacks one of `variables` or has it in another shape."""
+    """Raises UserError if `checkpoint` lacks one of `variables` or has it in another shape."""
     missing = sorted(set(variables) - set(checkpoint.arrays))
     if missing:
         raise UserError(
-            f"{checkpoint.path} is of another architecture: it has no {missing[0]} ({len(missing)} variables missing)"
+            f"{checkpoint.path} is of another architecture: it lacks {missing[0]} ({len(missing)} variables are missing)"
         )
     for name, variable in variables.items():
         found = checkpoint.arrays[name].shape
@@ -138,14 +139,14 @@ def require_same_shapes(variables: Mapping[str, tf.Variable], checkpoint: Checkp
 
 
 def restore(variables: Mapping[str, tf.Variable], checkpoint: Checkpoint) -> None:
-    """Assigns each variable the array of its name. Raises UserError, and changes nothing, where names or shapes differ."""
+    """Assigns each variable the array of its name. Raises UserError, and changes nothing, if a name or a shape does not match."""
     require_same_shapes(variables, checkpoint)
     for name, variable in variables.items():
         variable.assign(checkpoint.arrays[name])
 
 
 def sha256_of(arrays: Mapping[str, np.ndarray]) -> str:
-    """Returns a digest of names, types, shapes and values, in name order: equal states have equal digests."""
+    """Returns the SHA-256 of names, types, shapes and values, in name order. Equal states have equal digests."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])

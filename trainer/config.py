@@ -1,6 +1,6 @@
-"""Configuration: one frozen value, changed only by `key=value` overrides, whole and checked from the start.
+"""The configuration of a run: a frozen dataclass, validated on creation and changed only by `key=value` overrides.
 
-`resolve(preset, overrides)` of `trainer.presets` is the single way to a `Config`. Nothing here needs TensorFlow.
+`trainer.presets.resolve(preset, overrides)` makes every `Config`. This module does not need TensorFlow.
 """
 
 import dataclasses
@@ -27,7 +27,10 @@ from trainer.shared.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Config:
-    """All that a pretraining run depends on besides the data and the code, and how its encoder is measured."""
+    """All settings of a run: those of pretraining, and those of the linear eval of its encoder.
+
+    The result of pretraining depends on its settings, the data and the code, and on nothing else.
+    """
 
     views: ViewSettings = field(default_factory=ViewSettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
@@ -38,12 +41,12 @@ class Config:
 
 
 def values_of(config: Config) -> dict[str, Any]:
-    """Returns the value of every setting, by its key."""
+    """Returns the value of every setting, by key."""
     return {key: getattr(getattr(config, one.group), one.name) for key, one in settings().items()}
 
 
 def replace(config: Config, **values: Any) -> Config:
-    """Returns `config` with `values`, by key, in place: `replace(config, depth=18, loss="nt_xent")`."""
+    """Returns `config` with some settings changed, each named by its key: `replace(config, depth=18, loss="nt_xent")`."""
     changes: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         one = settings()[key]
@@ -53,11 +56,11 @@ def replace(config: Config, **values: Any) -> Config:
 
 
 def override(config: Config, overrides: Iterable[str]) -> Config:
-    """Returns `config` with each `key=value` of `overrides` in place, coerced to its setting's type.
+    """Returns `config` with each `key=value` of `overrides` applied. The value is parsed as the setting's type.
 
-    Numbers may come as any text that has the value, since pipelines turn 512 into 512.0. Raises UserError for what is no
-    `key=value`, an unknown key (with the nearest one that exists), a value of another type or out of its bounds, and a setting
-    that has no effect.
+    Accepts "512.0" for an integer setting, because KFP passes integers as floats. Raises UserError if an override is not
+    `key=value`, its key is unknown (the message names the nearest key), its value has the wrong type or is out of bounds, or
+    the setting would have no effect.
     """
     changes: dict[str, Any] = {}
     for item in overrides:
@@ -74,7 +77,7 @@ def override(config: Config, overrides: Iterable[str]) -> Config:
 
 
 def _require_effect(config: Config) -> None:
-    """Raises UserError for a setting that differs from its default and that nothing in `config` uses."""
+    """Raises UserError if a setting differs from its default and nothing in `config` uses it."""
     values = values_of(config)
     for key, one in settings().items():
         for need in one.needs:
@@ -82,12 +85,12 @@ def _require_effect(config: Config) -> None:
                 users = " or ".join(f"{need.key}={value}" for value in need.values)
                 raise UserError(
                     f"{key}={values[key]} has no effect with {need.key}={values[need.key]}: only {users} uses it; "
-                    f"leave {key} at {one.default}, or take {users}"
+                    f"leave {key} at {one.default}, or set {users}"
                 )
 
 
 def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Returns the overrides of pretraining and those of the linear eval, each in its order."""
+    """Returns (overrides of pretraining, overrides of the linear eval), each in the given order."""
     items = list(overrides)
     return (
         [item for item in items if not item.strip().startswith(LINEAR_EVAL)],
@@ -96,7 +99,7 @@ def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def _coerce(setting: Setting, text: str) -> Any:
-    """Returns what `text` says, in the setting's type. Raises UserError where it says nothing of this type."""
+    """Parses `text` as the setting's type. Raises UserError if it is not a value of this type."""
     kind = setting.kind
     try:
         if typing.get_origin(kind) is tuple:
@@ -108,7 +111,7 @@ def _coerce(setting: Setting, text: str) -> Any:
     except (ValueError, KeyError) as error:
         wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind)
         choices = ", ".join(map(str, setting.choices))
-        wanted = wanted or (f"one of {choices}" if choices else "numbers with commas between")
+        wanted = wanted or (f"one of {choices}" if choices else "a list of numbers separated by commas")
         raise UserError(f"{setting.key}={text} is not {wanted}") from error
 
 
@@ -118,7 +121,7 @@ def _scalar(kind: Any, text: str) -> Any:
     if kind is bool:
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if typing.get_origin(kind) is Literal:
-        # Which choices there are is checked with the bounds.
+        # Setting.check compares the value with the choices.
         return text if isinstance(typing.get_args(kind)[0], str) else _number(text, int)
     return _number(text, kind)
 
@@ -135,12 +138,12 @@ def _number(text: str, kind: type) -> int | float:
 
 
 def pretraining_of(config: Config) -> dict[str, Any]:
-    """Returns the value of every setting of pretraining, by its key."""
+    """Returns the value of every setting of pretraining, by key."""
     return {key: value for key, value in values_of(config).items() if not key.startswith(LINEAR_EVAL)}
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Returns every setting by its key, those of the linear eval in an object of their own: what config.json holds."""
+    """Returns the content of config.json: the settings of pretraining by key, and the linear eval's under `linear_eval`."""
     return {**pretraining_of(config), "linear_eval": dataclasses.asdict(config.linear_eval)}
 
 
@@ -149,16 +152,16 @@ def config_to_json(config: Config) -> str:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
-    """Reads what `config_to_json` wrote, parsed. Raises UserError where a setting is missing or unknown.
+    """Returns the config that `config_to_json` wrote, from its parsed JSON. Raises UserError if a setting is missing or unknown.
 
-    A setting of the linear eval may be missing, and has its default then: it is chosen anew at every evaluation.
+    A missing setting of the linear eval takes its default, because every evaluation chooses these settings anew.
     """
     flat = {key: value for key, value in values.items() if key != "linear_eval"}
     flat |= {LINEAR_EVAL + key: value for key, value in dict(values.get("linear_eval", {})).items()}
     known = set(settings())
     unlike = (set(flat) - known) | {key for key in known - set(flat) if not key.startswith(LINEAR_EVAL)}
     if unlike:
-        raise UserError(f"the stored config is of another version: it differs from this one's in {', '.join(sorted(unlike))}")
+        raise UserError(f"another version wrote the stored config: these settings do not match: {', '.join(sorted(unlike))}")
     typed = {
         key: tuple(value) if isinstance(value, list) else float(value) if settings()[key].kind is float else value
         for key, value in flat.items()

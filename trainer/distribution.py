@@ -1,8 +1,8 @@
-"""Replicas: one train step on a CPU, on one GPU or several, on a TPU or a slice of them.
+"""Replicas: the same train step on a CPU, on one or more GPUs, on a TPU or a TPU slice.
 
     python -m trainer.distribution
 
-prints what TensorFlow sees of this machine, as one JSON object.
+prints the devices that TensorFlow finds on this machine, as one JSON object.
 """
 
 import json
@@ -18,13 +18,13 @@ from trainer import hardware
 from trainer.shared.errors import UserError
 
 _CONTAINER_OPTION = {"gpu": "--gpus all", "tpu": "--privileged"}
-"""What gives a container the devices of its host."""
+"""Docker's option that gives a container the devices of its host."""
 
 
 def make_strategy() -> tf.distribute.Strategy:
-    """Returns TPUStrategy where there is a TPU, MirroredStrategy where there are several GPUs, else TensorFlow's default.
+    """Returns TPUStrategy if there is a TPU, MirroredStrategy if there are several GPUs, else TensorFlow's default strategy.
 
-    A TPU slice of several hosts is found by TensorFlow's own variable TPU_NAME; else it is the machine's own TPU.
+    TensorFlow's variable TPU_NAME names a TPU slice of several hosts. Without it, the TPU is the machine's own.
     """
     if _kind_in_use() == "tpu":
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect(os.environ.get("TPU_NAME", "local"))
@@ -37,11 +37,11 @@ def make_strategy() -> tf.distribute.Strategy:
 def claim_devices(
     given: str = "", say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
 ) -> tf.distribute.Strategy:
-    """Returns the strategy of `make_strategy`, and calls `say` with one line that names what the run runs on.
+    """Returns the strategy of `make_strategy`, and calls `say` with one line that names the devices of the run.
 
     If the machine has an accelerator that TensorFlow does not use, a second line is a warning. `given` is the accelerator that
     the job was given, as "NAME BUILD REPLICAS", for example "v5e-8 tpu 8"; empty if the job was given none. Raises UserError if
-    TensorFlow does not have exactly that accelerator, and for a TPU that does not start.
+    TensorFlow does not have exactly that accelerator, or if the TPU does not start.
     """
     name, required, replicas = _parse_given(given)
     if required != "cpu" and _kind_in_use() != required:
@@ -53,7 +53,7 @@ def claim_devices(
             raise
         cure = "end the process that holds it, or run as root"
         if "TPU_NAME" in os.environ:
-            cure = f"TPU_NAME={os.environ['TPU_NAME']} names it: mend or unset that"
+            cure = f"TPU_NAME={os.environ['TPU_NAME']} names it: correct or unset TPU_NAME"
         reason = str(error).partition("\n")[0]
         raise UserError(f"TensorFlow cannot start the TPU ({reason}): {cure}") from error
     found = strategy.num_replicas_in_sync
@@ -68,7 +68,7 @@ def claim_devices(
 
 
 def describe_run(strategy: tf.distribute.Strategy) -> dict[str, str]:
-    """Returns what a run on `strategy` runs on: `device`, count and product; `tensorflow`, version and build; `replicas`."""
+    """Returns `device` (count and product), `tensorflow` (version and build) and `replicas` (number) of a run on `strategy`."""
     kind, replicas = _kind_in_use(), strategy.num_replicas_in_sync
     if kind == "tpu":
         shown = hardware.tpus()
@@ -85,7 +85,7 @@ def describe_run(strategy: tf.distribute.Strategy) -> dict[str, str]:
 
 
 def describe_devices() -> dict[str, Any]:
-    """Returns TensorFlow's `version`, whether `onednn` is on, and `devices`: by kind (CPU, GPU, TPU) the product of each."""
+    """Returns TensorFlow's `version`, whether `onednn` is on, and `devices`: for each kind (CPU, GPU, TPU) the products."""
     from tensorflow.python.util import _pywrap_util_port
 
     devices: dict[str, list[str]] = {}
@@ -96,7 +96,7 @@ def describe_devices() -> dict[str, Any]:
 
 
 def _parse_given(given: str) -> tuple[str, str, int]:
-    """Returns name, build of TensorFlow, and replicas; the build "cpu" requires nothing."""
+    """Returns (name, build of TensorFlow, number of replicas). The build "cpu" means that no accelerator is required."""
     if not given:
         return "", "cpu", 1
     try:
@@ -105,11 +105,14 @@ def _parse_given(given: str) -> tuple[str, str, int]:
             return name, build, int(replicas)
     except ValueError:
         pass
-    raise UserError(f'"{given}" is no accelerator of a job: write NAME BUILD REPLICAS, for example v5e-8 tpu 8')
+    raise UserError(f'"{given}" is not an accelerator of a job: write NAME BUILD REPLICAS, for example v5e-8 tpu 8')
 
 
 def _what_is_missing(name: str, kind: str, replicas: int, found: int) -> str:
-    """Returns one line: TensorFlow has `found` of the `replicas` devices of `kind` in the accelerator `name`, why, what to do."""
+    """Returns the error message if TensorFlow has `found` devices instead of the `replicas` devices of accelerator `name`.
+
+    The message is one line, with the reason and the remedy. `kind` is `gpu` or `tpu`.
+    """
     device = kind.upper()
     given = f"this job was given {name}, {replicas} x {device}, and TensorFlow has {found or 'none'}"
     shown = [one for one in hardware.visible() if one.build == kind]
@@ -122,7 +125,7 @@ def _what_is_missing(name: str, kind: str, replicas: int, found: int) -> str:
 
 
 def _kind_in_use() -> str:
-    """Returns what TensorFlow computes on: `tpu`, `gpu` or `cpu`."""
+    """Returns the kind of device that TensorFlow uses: `tpu`, `gpu` or `cpu`."""
     if "TPU_NAME" in os.environ or tf.config.list_physical_devices("TPU"):
         return "tpu"
     return "gpu" if tf.config.list_physical_devices("GPU") else "cpu"
@@ -133,14 +136,14 @@ def _build() -> str:
 
 
 class Replicas:
-    """The replicas that a step runs on, seen from one of them: those of tf.distribute, or one alone.
+    """Communication between the replicas of a train step, seen from one of them. By default the replicas of tf.distribute.
 
-    Every replica has to make the same calls in the same order. Gradients flow through all of them.
+    Every replica must make the same calls in the same order. Gradients flow through all calls.
     """
 
     @property
-    def fuses(self) -> bool:
-        """Whether XLA compiles the step for a device where a layer had better compute a thing again than keep it: a TPU."""
+    def recompute_in_backward(self) -> bool:
+        """Whether layers recompute values in the backward pass instead of storing them, which is faster on a TPU."""
         return isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
 
     @property
@@ -149,22 +152,22 @@ class Replicas:
         return 1 if context is None else context.num_replicas_in_sync
 
     def index(self) -> tf.Tensor | int:
-        """Returns which of them this one is, an int32 scalar."""
+        """Returns the index of this replica, an int32 scalar."""
         return tf.distribute.get_replica_context().replica_id_in_sync_group
 
     def gather(self, values: tf.Tensor) -> tf.Tensor:
-        """Returns the [b, ...] of every replica, one after another: [count * b, ...]."""
+        """Concatenates `values`, [b, ...], of all replicas in the order of their indices. Returns [count * b, ...]."""
         if self.count == 1:
             return values
         gathered = tf.distribute.get_replica_context().all_gather(values, axis=0)
         return tf.ensure_shape(gathered, [self.count * values.shape[0], *values.shape[1:]])
 
     def sum(self, values: Any) -> Any:
-        """Returns the sum over replicas of a tensor, or of each in a list."""
+        """Returns the sum over replicas of a tensor, or of each tensor in a list."""
         return self._reduced(values, tf.distribute.ReduceOp.SUM)
 
     def mean(self, values: Any) -> Any:
-        """Returns the mean over replicas of a tensor, or of each in a list."""
+        """Returns the mean over replicas of a tensor, or of each tensor in a list."""
         return self._reduced(values, tf.distribute.ReduceOp.MEAN)
 
     def _reduced(self, values: Any, how: tf.distribute.ReduceOp) -> Any:
@@ -172,7 +175,7 @@ class Replicas:
 
 
 def check_divides(batch_size: int, replicas: int, setting: str = "global_batch_size") -> None:
-    """Raises UserError where the replicas cannot have equal parts of a batch. It names the nearest values that fit."""
+    """Raises UserError if a batch does not divide evenly over the replicas. The message names the nearest sizes that do."""
     below = batch_size // replicas * replicas
     if below != batch_size:
         fitting = " or ".join(str(size) for size in (below, below + replicas) if size > 0)
@@ -180,7 +183,10 @@ def check_divides(batch_size: int, replicas: int, setting: str = "global_batch_s
 
 
 def jit_compile(strategy: tf.distribute.Strategy) -> bool:
-    """Whether the step is to be compiled by XLA. TPUs always do; a GPU gains by it; CPUs lose, and collectives of GPUs bar it."""
+    """Returns whether to request that XLA compiles the train step: only on a single GPU, which it makes faster.
+
+    On CPUs it is slower, collectives between GPUs do not allow it, and TPUs use XLA anyway.
+    """
     return strategy.num_replicas_in_sync == 1 and bool(tf.config.list_physical_devices("GPU"))
 
 

@@ -14,8 +14,8 @@ from trainer.settings import EncoderSettings
 def make_encoder(settings: EncoderSettings, image_size: int, seed: int = 0, replicas: Replicas | None = None) -> keras.Model:
     """Returns a model from images, [B, S, S, 3] float32 in [0, 1] with S = `image_size`, to features, [B, F] float32.
 
-    F is `settings.feature_dim`. Initial weights depend on `seed` and on nothing else. Convolutions compute in
-    `settings.precision`. BN is over `replicas`, those of tf.distribute where it is not given.
+    F is `settings.feature_dim`. The initial value of a weight depends only on `seed` and its name. Convolutions compute in
+    `settings.precision`. BN takes its statistics over `replicas`, by default those of tf.distribute.
     """
     dtype = "float32" if settings.precision == "float32" else "mixed_bfloat16"
     build = _Builder(seed, settings.selective_kernel_ratio, dtype, replicas)
@@ -33,16 +33,16 @@ def make_encoder(settings: EncoderSettings, image_size: int, seed: int = 0, repl
 
 @dataclass(frozen=True)
 class _Builder:
-    """Adds layers to a graph of them; every layer has a name of its own, and from it its initial values."""
+    """Adds layers to a functional model. Every layer has a unique name, which determines its initial values."""
 
     seed: int
     selective_kernel_ratio: float
     dtype: str
-    """Keras's policy."""
+    """Name of Keras's dtype policy."""
     replicas: Replicas | None
 
     def stem(self, images: tf.Tensor, width: int, small: bool) -> tf.Tensor:
-        """`small` keeps the size of the image; else it is quartered."""
+        """Adds the stem. It divides the side of the image by 4, or keeps it if `small`."""
         if small or self.selective_kernel_ratio == 0:
             x = self.conv(images, width, 3 if small else 7, 1 if small else 2, "stem_conv")
             x = self.norm(x, "stem_norm", relu=True)
@@ -56,14 +56,14 @@ class _Builder:
         return keras.layers.MaxPooling2D(3, strides=2, padding="same", name="stem_pool", dtype=self.dtype)(x)
 
     def basic_block(self, x: tf.Tensor, width: int, stride: int, projected: bool, name: str) -> tf.Tensor:
-        """Two 3x3 convolutions; the stride is in the first."""
+        """Adds two 3x3 convolutions. The first has the stride."""
         shortcut = self.shortcut(x, width, stride, name) if projected else x
         x = self.norm(self.conv(x, width, 3, stride, f"{name}_conv1"), f"{name}_norm1", relu=True)
         x = self.norm(self.conv(x, width, 3, 1, f"{name}_conv2"), f"{name}_norm2", zero_scale=True)
         return self.joined(x, shortcut, name)
 
     def bottleneck_block(self, x: tf.Tensor, width: int, stride: int, projected: bool, name: str) -> tf.Tensor:
-        """Convolutions of 1x1, 3x3 and 1x1, the last four times as wide; the stride is in the 3x3."""
+        """Adds convolutions of 1x1, 3x3 and 1x1. The 3x3 has the stride; the last has 4 * `width` channels."""
         shortcut = self.shortcut(x, 4 * width, stride, name) if projected else x
         x = self.norm(self.conv(x, width, 1, 1, f"{name}_conv1"), f"{name}_norm1", relu=True)
         if self.selective_kernel_ratio > 0:
@@ -86,7 +86,7 @@ class _Builder:
         return self.relu(keras.layers.Add(name=f"{name}_add", dtype=self.dtype)([x, shortcut]))
 
     def selective_kernel(self, x: tf.Tensor, width: int, stride: int, name: str) -> tf.Tensor:
-        """Two 3x3 paths, weighed a channel against each other by what the whole image shows."""
+        """Adds two 3x3 paths and sums them, weighted per channel by attention over the whole image (Li et al. 2019)."""
         squeeze = max(int(width * self.selective_kernel_ratio), SMALLEST_SQUEEZE)
         x = self.norm(self.conv(x, 2 * width, 3, stride, f"{name}_conv2"), f"{name}_norm2", relu=True)
         paths = keras.layers.Reshape((x.shape[1], x.shape[2], 2, width), name=f"{name}_paths", dtype=self.dtype)(x)
@@ -97,7 +97,7 @@ class _Builder:
         return keras.ops.sum(paths * keras.ops.softmax(logits, axis=3), axis=3)
 
     def conv(self, x: tf.Tensor, filters: int, kernel: int, stride: int, name: str) -> tf.Tensor:
-        """A convolution without bias; where it strides, padded alike whatever the size of the image."""
+        """Adds a convolution without bias. If it has a stride, its padding does not depend on the size of the image."""
         if stride > 1 and kernel > 1:
             before = (kernel - 1) // 2
             padding = ((before, kernel - 1 - before),) * 2

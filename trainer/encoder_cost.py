@@ -1,6 +1,6 @@
-"""What an encoder's forward pass costs, counted from its convolutions without TensorFlow and without a compiler.
+"""The cost of an encoder's forward pass, counted from its convolutions. Does not need TensorFlow or a compiler.
 
-Batch normalisation and ReLU cost nothing here: compilers fuse them into the convolutions. So the count is a lower bound.
+The count is a lower bound: it omits batch normalisation and ReLU, because compilers fuse them into the convolutions.
 """
 
 from collections.abc import Iterator
@@ -19,22 +19,22 @@ BLOCKS = {
 }
 """Blocks of each of the four groups, by depth."""
 SMALLEST_SQUEEZE = 32
-"""Channels that the attention of a selective kernel passes through, at least."""
+"""Minimum number of channels in the bottleneck of a selective kernel's attention."""
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs."""
+    """The cost of one image."""
 
     flops: float
     bytes: float
-    """Moved to and from memory."""
+    """Bytes moved to and from memory."""
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution: `side` pixels squared of `channels`, from `side_in` squared of `channels_in`."""
+    """A convolution from [side_in, side_in, channels_in] to [side, side, channels]."""
 
     side_in: int
     channels_in: int
@@ -48,18 +48,18 @@ class Convolution:
 
     @property
     def values(self) -> int:
-        """How many numbers it reads and writes, its kernel aside: a batch shares that."""
+        """Number of values that it reads and writes per image. Excludes the kernel, which a batch shares."""
         return self.side_in**2 * self.channels_in + self.side**2 * self.channels
 
 
 def forward_cost(settings: EncoderSettings, image_size: int) -> Cost:
-    """Returns what an image of `image_size` pixels a side costs in the encoder."""
+    """Returns the cost of an image of `image_size` x `image_size` pixels in the encoder."""
     layers = list(convolutions(settings, image_size))
     return Cost(sum(one.flops for one in layers), float(_BYTES[settings.precision] * sum(one.values for one in layers)))
 
 
 def convolutions(settings: EncoderSettings, image_size: int) -> Iterator[Convolution]:
-    """Yields the convolutions of `trainer.encoder.make_encoder`, shortcuts included."""
+    """Yields the convolutions of `trainer.encoder.make_encoder`, including the shortcuts'."""
     selective = settings.selective_kernel_ratio > 0
     width = int(64 * settings.width_multiplier)
     side, channels = image_size, width

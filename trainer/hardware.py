@@ -1,9 +1,10 @@
-"""What accelerators the operating system shows, which build of TensorFlow uses them, what that has to be told, and why it
-leaves an accelerator unused. Needs nothing but Python.
+"""The accelerators of this machine, and TensorFlow's build and environment variables for them. Needs only Python.
+
+It also explains why TensorFlow does not use an accelerator that the operating system shows.
 
     python -m trainer.hardware
 
-prints the build that `make setup` installs by default on this machine, and on a second line why.
+prints the build that `make setup` installs by default on this machine, and on a second line the reason.
 """
 
 import importlib.util
@@ -18,10 +19,10 @@ from importlib import metadata
 from pathlib import Path
 
 BUILDS = ("cpu", "gpu", "tpu")
-"""The builds of TensorFlow that requirements/ has a lock for."""
+"""The builds of TensorFlow that have a lock file in requirements/."""
 
 _GOOGLE, _NVIDIA = "0x1ae0", "0x10de"
-"""PCI vendors."""
+"""PCI vendor IDs."""
 _TPUS = {
     "0x0027": "TPU v2 or v3",
     "0x005e": "TPU v4",
@@ -30,13 +31,13 @@ _TPUS = {
     "0x006f": "TPU v6e",
     "0x0076": "TPU7x",
 }
-"""PCI devices of Google's; source: JAX, jax/_src/hardware_utils.py."""
+"""PCI device IDs of Google's TPUs; source: JAX, jax/_src/hardware_utils.py."""
 _DISPLAY = "0x03"
-"""First byte of the PCI class of graphics cards and of compute cards, which are 3D controllers."""
+"""First byte of the PCI class of graphics cards, and of compute cards, which are 3D controllers."""
 _OLDEST_DRIVER = (525, 60)
-"""That CUDA 12 works with."""
+"""Oldest NVIDIA driver that works with CUDA 12."""
 _SECONDS_FOR_DRIVER = 60
-"""Where nothing else keeps the GPUs awake, the driver starts each before it answers."""
+"""Timeout for the NVIDIA driver. If no process keeps the GPUs awake, the driver starts each GPU before it answers."""
 _TPU_SELECTION = ("TPU_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS")
 """Variables that select TPU chips for a process."""
 
@@ -50,9 +51,9 @@ class Devices:
     name: str
     """Count and product, as in "2 x NVIDIA A100-SXM4-40GB"."""
     seen_by: str
-    """What showed them, as in "driver 550.54.15 answers"."""
+    """How they were detected, as in "driver 550.54.15 answers"."""
     problem: str = ""
-    """Why no process can use them, and what to do. Empty where they can be used."""
+    """Why no process can use them, and what to do. Empty if they can be used."""
 
     @property
     def count(self) -> int:
@@ -66,13 +67,13 @@ class Devices:
 def visible(system: Path = Path("/")) -> list[Devices]:
     """Returns the TPUs and the NVIDIA GPUs of this machine, usable or not. `system` is the root of its /dev and /sys.
 
-    Asks the NVIDIA driver, which may take up to a minute.
+    Queries the NVIDIA driver, which may take up to a minute.
     """
     return [*tpus(system), *_gpus(system)]
 
 
 def choose_build(found: list[Devices]) -> tuple[str, str]:
-    """Returns the build of TensorFlow for a machine that shows `found`, and the reason in words."""
+    """Returns (build of TensorFlow for a machine that shows `found`, reason)."""
     for one in found:
         if not one.problem:
             return one.build, f"{one.name}: {one.seen_by}"
@@ -82,7 +83,7 @@ def choose_build(found: list[Devices]) -> tuple[str, str]:
 
 
 def installed_build() -> tuple[str, str]:
-    """Returns the build of TensorFlow that is installed, and what is wrong with it; the build is empty where it is unusable."""
+    """Returns (installed build of TensorFlow, problem). One of both is empty: the build if the installation is unusable."""
     installed = [name for name in ("tensorflow-cpu", "tensorflow", "tensorflow-tpu") if _is_installed(name)]
     if not installed:
         return "", "TensorFlow is not installed: make setup"
@@ -93,10 +94,10 @@ def installed_build() -> tuple[str, str]:
 
 
 def why_unused(shown: Iterable[Devices], build: str, used: Mapping[str, int], environ: Mapping[str, str] = os.environ) -> str:
-    """Returns one line: which accelerators TensorFlow leaves unused, why, and what to do. Empty where it uses them all.
+    """Returns one line: which accelerators TensorFlow does not use, why, and what to do. Empty if it uses all of them.
 
-    `shown` is what `visible` returns, `build` the build of TensorFlow, and `used` the number of devices that TensorFlow sees, by
-    the build that uses them. Stops at the devices in use: beside a TPU in use, a GPU does not matter.
+    `shown` comes from `visible`, `build` is TensorFlow's build, and `used` maps each kind, `gpu` or `tpu`, to the number of
+    devices that TensorFlow uses. Ignores all kinds after one in use: if a TPU is in use, a GPU does not matter.
     """
     lines = []
     for one in shown:
@@ -120,22 +121,25 @@ def _why_unused(one: Devices, build: str, used: int, environ: Mapping[str, str])
     if hiding:
         return f"{found} {hiding} hides {them}: unset it to use {them}"
     if build != one.build:
-        cure = f"make setup TENSORFLOW={one.build}, or take the image sogclr-{one.build}"
+        cure = f"make setup TENSORFLOW={one.build}, or use the image sogclr-{one.build}"
         return f"{found} {f'TensorFlow for {build}' if build else 'this TensorFlow'} cannot use {them}: {cure}"
     if one.build == "gpu":
         cure = "unset LD_LIBRARY_PATH if it names another CUDA, else remove .venv and make setup TENSORFLOW=gpu"
-        return f"{found} TensorFlow does not find {them}, as where CUDA's libraries do not load: {cure}"
+        return f"{found} TensorFlow does not find {them}, probably because CUDA's libraries do not load: {cure}"
     return f"{found} TensorFlow does not find {them}: another process may hold {them}; end it, or run as root"
 
 
 def _hiding_variable(one: Devices, used: int, environ: Mapping[str, str]) -> str:
-    """Returns NAME="value" of the variable that hides devices of `one` from TensorFlow, which sees `used`; empty for none."""
+    """Returns NAME="value" of the environment variable that hides some of the devices `one` from TensorFlow, or "".
+
+    `used` is the number of them that TensorFlow uses.
+    """
     if one.build == "tpu":
         return next((f'{name}="{environ[name]}"' for name in _TPU_SELECTION if name in environ), "")
     selection = environ.get("CUDA_VISIBLE_DEVICES")
     if selection is None:
         return ""
-    # CUDA reads indices up to the first that no GPU has; it takes UUIDs too.
+    # CUDA ignores everything from the first invalid index on. It accepts UUIDs too.
     first = selection.split(",")[0].strip()
     selects = first.startswith(("GPU-", "MIG-")) or (first.isdigit() and int(first) < one.count)
     return f'CUDA_VISIBLE_DEVICES="{selection}"' if used or not selects else ""
@@ -153,16 +157,16 @@ def processors(system: Path = Path("/")) -> str:
 
 
 def tensorflow_environment(system: Path = Path("/")) -> dict[str, str]:
-    """Returns the variables that TensorFlow has to find when it is imported on this machine."""
-    # It leaves oneDNN off on many processors, where a step takes twice as long without.
+    """Returns the environment variables that must be set on this machine when TensorFlow is imported."""
+    # TensorFlow leaves oneDNN off on many processors, where a train step then takes twice as long.
     environment = {"TF_ENABLE_ONEDNN_OPTS": "1"}
-    # Of Cloud Storage, TensorFlow reads 64 MiB beyond what it is asked for. What reads here asks for all that it wants at once.
+    # TensorFlow reads 64 MiB ahead from Cloud Storage by default. Our readers request everything they need at once.
     environment["GCS_READAHEAD_BUFFER_SIZE_BYTES"] = str(2**16)
-    # 20 attempts at a request instead of 10: a step rides out an outage of 200 s, as `make rehearse` shows.
+    # 20 attempts at a request instead of 10 outlast an outage of 200 s, as `make rehearse` shows.
     environment["GCS_RETRY_CONFIG_MAX_RETRIES"] = "20"
     found = tpus(system)
     if not found:
-        # libtpu would ask Google's metadata server for minutes.
+        # Otherwise libtpu would query Google's metadata server for minutes.
         environment["TPU_SKIP_MDS_QUERY"] = "1"
     elif libtpu := importlib.util.find_spec("libtpu"):
         (folder,) = libtpu.submodule_search_locations or [""]
@@ -171,20 +175,20 @@ def tensorflow_environment(system: Path = Path("/")) -> dict[str, str]:
 
 
 def plugin_environment(libtpu: str) -> dict[str, str]:
-    """Returns the variables by which TensorFlow reaches a TPU through the PJRT plug-in in the file `libtpu`.
+    """Returns the environment variables that make TensorFlow use a TPU through the PJRT plug-in in the file `libtpu`.
 
-    The v5e has no other way; without these variables TensorFlow 2.20 registers no TPU. On v2 to v4 the older StreamExecutor is
-    the other way, and the plug-in does all but TPU embeddings and tf.print and tf.summary with soft placement, none of which
-    is used here. Source: docs.cloud.google.com/tpu/docs/supported-tpu-versions, "TensorFlow PJRT support". Google's own tests
-    train a ResNet-50 so on a v2-8 and a v3-8 (GoogleCloudPlatform/ml-auto-solutions, solutionsteam_tf_release_supported.py).
+    The v5e requires the plug-in: without these variables TensorFlow 2.20 registers no TPU. TPU v2 to v4 also work with the older
+    StreamExecutor. The plug-in lacks TPU embeddings, and tf.print and tf.summary with soft placement; this project uses none of
+    them. Source: docs.cloud.google.com/tpu/docs/supported-tpu-versions, "TensorFlow PJRT support". Google's own tests train a
+    ResNet-50 with it on a v2-8 and a v3-8 (GoogleCloudPlatform/ml-auto-solutions, solutionsteam_tf_release_supported.py).
     """
     return {"NEXT_PLUGGABLE_DEVICE_USE_C_API": "true", "TF_PLUGGABLE_DEVICE_LIBRARY_PATH": libtpu}
 
 
 def tpus(system: Path = Path("/")) -> list[Devices]:
-    """Returns the TPUs of this machine as `visible` does, at once."""
+    """Returns the TPUs of this machine, usable or not. `system` is the root of its /dev and /sys. Does not wait."""
     devices = [device for vendor, device, _ in _pci(system) if vendor == _GOOGLE and device in _TPUS]
-    # v2 to v4 have /dev/accel0 and so on; later ones /dev/vfio/0, which any device lent to a virtual machine has.
+    # v2 to v4 have nodes /dev/accel0 and so on. Later TPUs have /dev/vfio/0, as has any device passed through to a VM.
     nodes = [path for path in _children(system / "dev") if re.fullmatch(r"accel\d+", path.name)]
     if devices and not nodes:
         nodes = [path for path in _children(system / "dev" / "vfio") if path.name.isdigit()]
@@ -200,7 +204,7 @@ def tpus(system: Path = Path("/")) -> list[Devices]:
 
 
 def _gpus(system: Path) -> list[Devices]:
-    # On Windows' Linux the driver's tools lie in a folder of their own, which is not always on PATH.
+    # Under WSL the driver's tools are in a separate folder, which is not always on PATH.
     search = os.pathsep.join([os.environ.get("PATH", os.defpath), str(system / "usr" / "lib" / "wsl" / "lib")])
     tool = shutil.which("nvidia-smi", path=search)
     problem = "no NVIDIA driver answers: install one, or start the container with --gpus all"

@@ -1,4 +1,4 @@
-"""The two heads on the encoder's features: the projection that the loss sees, and the online linear classifier."""
+"""The two heads on the encoder's features: the projection head of the loss, and the online linear classifier."""
 
 import keras
 
@@ -9,8 +9,8 @@ from trainer.layers import BatchNorm, initializer
 def make_projection(feature_dim: int, layers: int, out_dim: int, seed: int = 0, replicas: Replicas | None = None) -> keras.Model:
     """Returns SimCLR's projection head, from features, [B, F] float32, to projections, [B, out_dim] float32, not normalised.
 
-    Hidden layers are as wide as the features; BN on every layer, ReLU between, no offset in the last one's BN.
-    BN is over `replicas`, those of tf.distribute where it is not given.
+    Hidden layers have F units. BN follows every layer, ReLU every layer but the last; the last BN has no offset. BN takes its
+    statistics over `replicas`, by default those of tf.distribute.
     """
     features = keras.Input((feature_dim,), name="features")
     x = features
@@ -28,7 +28,7 @@ def make_projection(feature_dim: int, layers: int, out_dim: int, seed: int = 0, 
 
 
 def make_classifier(feature_dim: int, num_classes: int, seed: int = 0) -> keras.Model:
-    """Returns the linear classifier trained alongside, from features, [B, F] float32, to logits, [B, num_classes] float32."""
+    """Returns the online linear classifier, from features, [B, F] float32, to logits, [B, num_classes] float32."""
     features = keras.Input((feature_dim,), name="features")
     dense = keras.layers.Dense(num_classes, kernel_initializer=initializer("head", seed, "classifier/dense"), name="dense")
     return keras.Model(features, dense(features), name="classifier")

@@ -1,7 +1,7 @@
-"""The input pipeline: from the shards of a dataset to batches of two views, or of what evaluation sees.
+"""The input pipeline: from the shards of a dataset to batches of two views, of one view with its label, or of evaluation crops.
 
-Only what has to be done an image at a time is done on the host; `trainer/augmentation.py` says what is left to the accelerator.
-No Python runs in it, so that a TPU slice's hosts each run their own.
+The host does only the work on single images; `trainer/augmentation.py` describes the work of the accelerator. The pipeline
+consists of TensorFlow operations only, so each host of a TPU slice can run its own.
 """
 
 import os
@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from trainer.augmentation import NUM_DRAWS, central_crop, one_view, two_views
 from trainer.config import Config
-from trainer.order import Order
+from trainer.sampler import Sampler
 from trainer.settings import RunSettings, ViewSettings
 from trainer.shared import records
 from trainer.shared.blocks import block_extent
@@ -24,10 +24,10 @@ from trainer.shared.records import Manifest
 Batch = dict[str, tf.Tensor]
 
 _LOCAL_BLOCKS_AT_ONCE, _BLOCKS_AT_ONCE = 4, 16
-"""Blocks read at the same time from a local disk, and from Cloud Storage, where a request takes tens of milliseconds."""
+"""Blocks to read in parallel from a local disk, and from Cloud Storage, where a request takes tens of milliseconds."""
 
 _BYTES_A_READ = 8 * 2**20
-"""Bytes a read, where a file is read from its beginning to its end."""
+"""Bytes per read of a file that is read from its beginning to its end."""
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -35,14 +35,14 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 def training_batches(
     config: Config, data_dir: str, manifest: Manifest, first_step: int, *, host: int = 0, hosts: int = 1, replicas: int = 1
 ) -> tf.data.Dataset:
-    """Returns batches of training images from `first_step` on, without end, of `replicas` one after another for each step.
+    """Returns an infinite dataset of training batches from `first_step` on, for host `host` of `hosts`.
 
-    It is what host `host` of `hosts` feeds to its `replicas`. With b = global_batch_size / (hosts * replicas) and S = image_size,
-    a batch has `views` [b, 2, S, S, 3] uint8, `draws` [b, 2, NUM_DRAWS] float32, `image_id` [b] int64, each ID at most once in a
-    step, and `label` [b] int64. A batch is a function of (config, dataset, step, hosts, replicas).
+    Each step has one batch for each of the host's `replicas`, one after another. With b = global_batch_size / (hosts * replicas)
+    and S = image_size, a batch has `views` [b, 2, S, S, 3] uint8, `draws` [b, 2, NUM_DRAWS] float32, `image_id` [b] int64 and
+    `label` [b] int64. An image ID occurs at most once a step. A batch depends only on (config, dataset, step, hosts, replicas).
 
-    Raises UserError where there are fewer images than a batch. Iterating raises tf.errors.OpError at a record that is wrong:
-    torn, without its features, with a label or an ID out of range, or with an ID that was there in the same epoch.
+    Raises UserError if there are fewer images than a global batch. Iteration raises tf.errors.OpError at a bad record: a torn
+    one, one that lacks a feature, whose label or ID is out of range, or whose ID occurred before in the same epoch.
     """
     settings, batch_size = config.views, config.optimizer.global_batch_size
     size = settings.image_size
@@ -86,12 +86,12 @@ def labelled_batches(
     hosts: int = 1,
     replicas: int = 1,
 ) -> tf.data.Dataset:
-    """Returns batches of training images for training with labels, from `first_step` on, without end.
+    """Returns an infinite dataset of batches for supervised training from `first_step` on, for host `host` of `hosts`.
 
-    The batches of host `host` of `hosts` are for its `replicas`, one after another for each step. With b = `batch_size` /
-    (hosts * replicas) and S = image_size, a batch has `image` [b, S, S, 3] uint8, cropped and flipped at random, and `label` [b]
-    int64. It is a function of the arguments and the dataset. With `image_ids`, [n] int64, n at least `batch_size`, an epoch has
-    those images only, which then stay in memory, encoded. Raises UserError where there are fewer images than a batch.
+    Each step has one batch for each of the host's `replicas`, one after another. With b = `batch_size` / (hosts * replicas) and
+    S = image_size, a batch has `image` [b, S, S, 3] uint8, cropped and flipped at random, and `label` [b] int64. It depends only
+    on the arguments and the dataset. `image_ids`, [n] int64 with n >= `batch_size`, restricts an epoch to these images, whose
+    encoded bytes then stay in memory. Raises UserError if there are fewer images than a batch.
     """
     size = views.image_size
     split = training_split(batch_size, data_dir, manifest)
@@ -99,8 +99,8 @@ def labelled_batches(
         taken = _in_order(batch_size, run, data_dir, manifest, first_step, host, hosts)
     else:
         stored = _stored(data_dir, manifest, image_ids)
-        order = Order((len(image_ids),), batch_size, len(image_ids), run.seed)
-        taken = order.windows(first_step, host, hosts).map(lambda window: _taken(window, stored, window["places"]))
+        sampler = Sampler((len(image_ids),), batch_size, len(image_ids), run.seed)
+        taken = sampler.windows(first_step, host, hosts).map(lambda window: _taken(window, stored, window["positions"]))
 
     def example(item: dict[str, tf.Tensor]) -> Batch:
         parsed = _parse(item["serialized"], split.records, manifest.num_classes)
@@ -123,7 +123,7 @@ def labelled_batches(
 
 
 PADDING = -1
-"""Image ID of what fills up a batch of `evaluation_batches`."""
+"""Image ID of the padding in `evaluation_batches`."""
 
 
 def evaluation_batches(
@@ -139,11 +139,12 @@ def evaluation_batches(
     hosts: int = 1,
     replicas: int = 1,
 ) -> tf.data.Dataset:
-    """Returns every image of a split once, or each of `image_ids`, [n] int64, in the order of the shards, from `first_step` on.
+    """Returns batches with every image of a split once, in the order of the shards, from `first_step` on.
 
-    The batches of host `host` of `hosts` are those of its own shards, for its `replicas`, one after another for each step. A
-    batch has `image` [b, S, S, 3] uint8, the evaluation crop, `image_id` [b] int64 and `label` [b] int64, with b = `batch_size`.
-    Every batch has this shape and every host as many: what is missing at the end is padding, whose image ID is PADDING.
+    `image_ids`, [n] int64, restricts them to these images. Host `host` of `hosts` reads its own shards only. Each step has one
+    batch for each of the host's `replicas`, one after another. With b = `batch_size` and S = image_size, a batch has `image`
+    [b, S, S, 3] uint8, the evaluation crop, `image_id` [b] int64 and `label` [b] int64. All batches have this shape and all hosts
+    have the same number of batches: padding, whose image ID is PADDING, fills them up at the end.
     """
     split = _split(manifest, split_name, data_dir)
     images_of = [sum(shard.records for shard in split.shards[number::hosts]) for number in range(hosts)]
@@ -185,9 +186,9 @@ def evaluation_batches(
 
 
 def _untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Returns `dataset` without tf.data's autotuning, whose thread sleeps up to a minute while its iterator waits to be deleted.
+    """Returns `dataset` without tf.data's autotuning.
 
-    A preempted run has half of that to end in.
+    Deleting an iterator waits for the autotuning thread, which sleeps up to a minute. A preempted run has 30 seconds to exit.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -195,21 +196,21 @@ def _untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def training_split(batch_size: int, data_dir: str, manifest: Manifest) -> records.Split:
-    """Returns the training images. Raises UserError where there are fewer than a batch."""
+    """Returns the training split. Raises UserError if it has fewer images than a batch."""
     split = _split(manifest, "train", data_dir)
     if split.records < batch_size:
         raise UserError(f"global_batch_size={batch_size} is more than the {split.records} training images in {data_dir}")
     return split
 
 
-def order_of(batch_size: int, run: RunSettings, manifest: Manifest) -> Order:
-    """Returns the order in which a run sees the training images."""
+def make_sampler(batch_size: int, run: RunSettings, manifest: Manifest) -> Sampler:
+    """Returns the sampler of a run's training images."""
     sizes = tuple(count for shard in manifest.splits["train"].shards for count in _block_sizes(shard))
-    return Order(sizes, batch_size, run.shuffle_window, run.seed)
+    return Sampler(sizes, batch_size, run.shuffle_window, run.seed)
 
 
-def naming_wrong_records(batches: Iterable[Batch], data_dir: str, manifest: Manifest, split_name: str) -> Iterator[Batch]:
-    """Yields `batches` of a split. Where one cannot be made, raises UserError that names the file and the wrong record."""
+def naming_bad_records(batches: Iterable[Batch], data_dir: str, manifest: Manifest, split_name: str) -> Iterator[Batch]:
+    """Yields the `batches` of a split. If one fails, raises UserError with the file and the number of the bad record."""
     coming = iter(batches)
     while True:
         try:
@@ -217,16 +218,16 @@ def naming_wrong_records(batches: Iterable[Batch], data_dir: str, manifest: Mani
         except StopIteration:
             return
         except tf.errors.OpError as error:
-            print("a record is wrong; looking for it", file=sys.stderr)
-            wrong = first_wrong_record(data_dir, manifest, split_name)
-            raise wrong or UserError(f"{data_dir} cannot be read: {str(error).splitlines()[0]}") from error
+            print("a record is bad; searching for it", file=sys.stderr)
+            found = first_bad_record(data_dir, manifest, split_name)
+            raise found or UserError(f"{data_dir} cannot be read: {str(error).splitlines()[0]}") from error
         yield batch
 
 
-def first_wrong_record(data_dir: str, manifest: Manifest, split_name: str) -> UserError | None:
-    """Reads a split from its beginning and returns what is wrong with its first wrong record, by file and number, or None.
+def first_bad_record(data_dir: str, manifest: Manifest, split_name: str) -> UserError | None:
+    """Reads a split from its beginning. Returns an error that names its first bad record by file and number, or None.
 
-    What a training run refuses without saying where, as only a slow look can.
+    The parallel input pipeline cannot tell which record it failed at; this slower reading can.
     """
     split = manifest.splits[split_name]
     seen: dict[int, str] = {}
@@ -239,7 +240,7 @@ def first_wrong_record(data_dir: str, manifest: Manifest, split_name: str) -> Us
                 parsed = _parse(serialized, split.records, manifest.num_classes)
                 image_id = int(parsed[records.IMAGE_ID])
                 if image_id in seen:
-                    return UserError(f"{where} has image ID {image_id}, as has {seen[image_id]}: build the dataset again")
+                    return UserError(f"{where} has image ID {image_id}, which {seen[image_id]} has too: build the dataset again")
                 seen[image_id] = where
                 tf.io.decode_jpeg(parsed[records.ENCODED], channels=3)
         except tf.errors.DataLossError:
@@ -252,13 +253,13 @@ def first_wrong_record(data_dir: str, manifest: Manifest, split_name: str) -> Us
 def _in_order(
     batch_size: int, run: RunSettings, data_dir: str, manifest: Manifest, first_step: int, host: int, hosts: int
 ) -> tf.data.Dataset:
-    """Returns the records of a run's training images from `first_step` on, window by window: `serialized` and `epoch`."""
+    """Returns the training records in the sampler's order from `first_step` on, in windows of `serialized` and `epoch`."""
     blocks = _blocks(data_dir, manifest.splits["train"])
-    windows = order_of(batch_size, run, manifest).windows(first_step, host, hosts)
+    windows = make_sampler(batch_size, run, manifest).windows(first_step, host, hosts)
     if run.cache:
         whole = tf.data.Dataset.from_tensors(np.arange(len(blocks.counts))).map(blocks.read).cache().repeat()
-        return tf.data.Dataset.zip(windows, whole).map(lambda window, stored: _taken(window, stored, window["places"]))
-    return windows.map(lambda window: _taken(window, blocks.read(window["blocks"]), window["order"])).prefetch(1)
+        return tf.data.Dataset.zip(windows, whole).map(lambda window, stored: _taken(window, stored, window["positions"]))
+    return windows.map(lambda window: _taken(window, blocks.read(window["blocks"]), window["indices"])).prefetch(1)
 
 
 def _stored(data_dir: str, manifest: Manifest, image_ids: np.ndarray) -> tf.Tensor:
@@ -281,15 +282,15 @@ def _epoch_key(seed: int, epoch: tf.Tensor) -> tf.Tensor:
 
 
 def _refuse_repeats(last_epoch: tf.Tensor, batch: Batch) -> tuple[tf.Tensor, Batch]:
-    """Passes a batch on if none of its images was there in the same epoch; `last_epoch`, [N] int32, is when each was."""
+    """Passes a batch on if none of its images occurred before in the same epoch, else fails.
+
+    `last_epoch`, [N] int32, holds the latest epoch in which each image occurred.
+    """
     image_id, epoch = batch["image_id"], tf.cast(batch["epoch"], tf.int32)
     again = tf.gather(last_epoch, image_id) == epoch
     once = tf.size(tf.unique(image_id)[0]) == tf.size(image_id)
-    checks = [
-        tf.debugging.Assert(
-            once & ~tf.reduce_any(again), [tf.strings.format("image IDs {} twice in an epoch", tf.boolean_mask(image_id, again))]
-        )
-    ]
+    message = tf.strings.format("image IDs {} occur twice in an epoch", tf.boolean_mask(image_id, again))
+    checks = [tf.debugging.Assert(once & ~tf.reduce_any(again), [message])]
     with tf.control_dependencies(checks):
         last_epoch = tf.tensor_scatter_nd_update(last_epoch, image_id[:, None], epoch)
     return last_epoch, {name: batch[name] for name in ("views", "draws", "image_id", "label")}
@@ -302,7 +303,7 @@ def _split(manifest: Manifest, name: str, data_dir: str) -> records.Split:
 
 
 class _Blocks(NamedTuple):
-    """The blocks of a split: each its file's path, its byte offset and size there, and how many records it has."""
+    """The blocks of a split: the path of each block's file, its byte offset and size in it, and its number of records."""
 
     paths: np.ndarray
     offsets: np.ndarray
@@ -310,11 +311,11 @@ class _Blocks(NamedTuple):
     counts: np.ndarray
 
     def read(self, numbers: tf.Tensor) -> tf.Tensor:
-        """Returns the serialized records of blocks, in their order, [sum of counts] string."""
+        """Returns the serialized records of the blocks `numbers`, block after block, [sum of counts] string."""
 
         def block(path: tf.Tensor, offset: tf.Tensor, size: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
-            # The public TFRecordDataset cannot start in the middle of a file; its operation can. With a buffer of the block's
-            # size, one request to Cloud Storage reads the block and nothing beyond it.
+            # The public TFRecordDataset cannot start in the middle of a file; the underlying op can. If the buffer has the size
+            # of the block, one request to Cloud Storage reads exactly the block.
             variant = tf.raw_ops.TFRecordDatasetV2(
                 filenames=path[None], compression_type="", buffer_size=size, byte_offsets=offset[None]
             )
@@ -348,12 +349,12 @@ def _block_sizes(shard: records.Shard) -> list[int]:
     return [min(records.RECORDS_PER_BLOCK, shard.records - start) for start in starts]
 
 
-def _taken(window: dict[str, tf.Tensor], serialized: tf.Tensor, order: tf.Tensor) -> dict[str, tf.Tensor]:
-    return {"serialized": tf.gather(serialized, order), "epoch": tf.fill(tf.shape(order), window["epoch"])}
+def _taken(window: dict[str, tf.Tensor], serialized: tf.Tensor, indices: tf.Tensor) -> dict[str, tf.Tensor]:
+    return {"serialized": tf.gather(serialized, indices), "epoch": tf.fill(tf.shape(indices), window["epoch"])}
 
 
 def _parse(serialized: tf.Tensor, num_images: int, num_classes: int) -> dict[str, tf.Tensor]:
-    """Parses a record and refuses one whose ID or label is not of this dataset, before it can do harm."""
+    """Parses a record. Fails if its image ID or label is out of range, because a wrong ID would corrupt another image's u."""
     parsed = records.parse_example(serialized)
     image_id, label = parsed[records.IMAGE_ID], parsed[records.LABEL]
     checks = [

@@ -1,4 +1,4 @@
-"""Batch normalisation over all replicas, and initial values that do not depend on the order in which layers are made."""
+"""Batch normalisation over all replicas, and initializers that do not depend on the order in which layers are created."""
 
 import zlib
 from typing import Any
@@ -10,9 +10,10 @@ from trainer.distribution import Replicas
 
 
 def initializer(kind: str, seed: int, name: str) -> keras.initializers.Initializer:
-    """Returns the initializer of the kernel called `name`: its values are a function of (kind, seed, name) alone.
+    """Returns the initializer of the weight `name`. Its values depend only on (kind, seed, name).
 
-    `kernel`: truncated normal of variance 1/fan_in, for convolutions; `head`: normal of standard deviation .01 (both SimCLR's).
+    `kernel` is a truncated normal of variance 1/fan_in, for convolutions. `head` is a normal of standard deviation .01. Both are
+    SimCLR's.
     """
     own_seed = zlib.crc32(f"{seed}/{name}".encode()) & 0x7FFFFFFF
     if kind == "head":
@@ -22,12 +23,12 @@ def initializer(kind: str, seed: int, name: str) -> keras.initializers.Initializ
 
 @keras.saving.register_keras_serializable(package="sogclr")
 class BatchNorm(keras.layers.Layer):
-    """Batch normalisation over all axes but the last and over all replicas, momentum .9, epsilon 1e-5, as in SimCLR.
+    """Batch normalisation over all axes but the last and over all replicas, with SimCLR's momentum .9 and epsilon 1e-5.
 
-    `relu` follows it with a ReLU; `replicas` are those of tf.distribute where it is not given.
+    If `relu`, a ReLU follows. `replicas` are by default those of tf.distribute.
 
-    The moving variance is that of the batch itself, without Bessel's correction, so that it is the same however a batch is
-    divided over replicas. Statistics are float32 whatever the inputs are.
+    The moving variance averages the batch variance without Bessel's correction, so it does not depend on how a batch is divided
+    over replicas. Statistics are float32, whatever the type of the inputs.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class BatchNorm(keras.layers.Layer):
             scale, offset = self._of_moving_moments(gamma, beta)
             outputs = inputs * tf.cast(scale, inputs.dtype) + tf.cast(offset, inputs.dtype)
             return tf.nn.relu(outputs) if self.relu else outputs
-        if self.replicas.count == 1 and not self.replicas.fuses:
+        if self.replicas.count == 1 and not self.replicas.recompute_in_backward:
             outputs, mean, variance = self._of_one_replica(inputs, gamma, beta)
         else:
             outputs, mean, variance = normalized(inputs, gamma, beta, self.epsilon, self.relu, self.replicas)
@@ -82,7 +83,7 @@ class BatchNorm(keras.layers.Layer):
         self.moving_variance.value.assign(self.moving_variance * self.momentum + variance * (1.0 - self.momentum))
 
     def _of_one_replica(self, inputs: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Returns outputs, mean and variance by the one operation that every device has made fast."""
+        """Returns outputs, mean and variance, computed by TensorFlow's fused operation, which is fast on every device."""
         channels = inputs.shape[-1]
         planes = inputs if len(inputs.shape) == 4 else tf.reshape(inputs, [-1, 1, 1, channels])
         outputs, mean, unbiased, *_ = tf.raw_ops.FusedBatchNormV3(
@@ -99,7 +100,7 @@ class BatchNorm(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="sogclr")
 class PointwiseNorm(BatchNorm):
-    """A 1x1 convolution without bias, of `filters` outputs, and the batch normalisation of them."""
+    """A 1x1 convolution to `filters` channels, without bias, followed by batch normalisation."""
 
     def __init__(self, filters: int, kernel_initializer: Any = "glorot_uniform", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -115,7 +116,7 @@ class PointwiseNorm(BatchNorm):
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         kernel = tf.convert_to_tensor(self.kernel)
-        if not training or not self.replicas.fuses:
+        if not training or not self.replicas.recompute_in_backward:
             outputs = tf.nn.conv2d(inputs, tf.cast(kernel, inputs.dtype), 1, "VALID")
             return super().call(outputs, training=training)
         gamma, beta = tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta)
@@ -134,10 +135,11 @@ class PointwiseNorm(BatchNorm):
 def normalized(
     inputs: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, relu: bool, replicas: Replicas
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns `inputs` [..., C] normalised by their moments over all replicas, and those moments, mean and variance, [C] float32.
+    """Normalises `inputs` [..., C] by their mean and variance over all replicas. Returns (outputs, mean, variance), moments [C].
 
-    The gradient is written out (Ioffe & Szegedy 2015), since what a step moves through memory is what it costs on a TPU: forward
-    and backward read `inputs` in its own type, and nothing else of that size is kept, not even where the ReLU let through.
+    The moments are float32. The gradient is explicit (Ioffe & Szegedy 2015), because memory traffic dominates the cost of a step
+    on a TPU: the forward and the backward pass read `inputs` in their own type, and keep no other tensor of that size, not even
+    the mask of the ReLU.
     """
     axes = list(range(len(inputs.shape) - 1))
 
@@ -158,8 +160,8 @@ def normalized(
                 by_outputs = tf.where(values * scale + offset > 0.0, by_outputs, 0.0)
             standard = (values - mean) * inverse
             by_beta, by_gamma = tf.reduce_sum(by_outputs, axes), tf.reduce_sum(by_outputs * standard, axes)
-            mean_of_it, mean_along = tf.unstack(replicas.mean(tf.stack([by_beta, by_gamma]) / _count(values)))
-            by_inputs = scale * (by_outputs - mean_of_it - standard * mean_along)
+            mean_by_beta, mean_by_gamma = tf.unstack(replicas.mean(tf.stack([by_beta, by_gamma]) / _count(values)))
+            by_inputs = scale * (by_outputs - mean_by_beta - standard * mean_by_gamma)
             return tf.cast(by_inputs, inputs.dtype), by_gamma, by_beta
 
         return (tf.cast(tf.nn.relu(outputs) if relu else outputs, inputs.dtype), mean, variance), backward
@@ -170,11 +172,12 @@ def normalized(
 def pointwise_normalized(
     inputs: tf.Tensor, kernel: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, replicas: Replicas
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns a 1x1 convolution of `inputs` [n, h, w, C] by `kernel` [1, 1, C, K], normalised over all replicas, and its moments.
+    """Convolves `inputs` [n, h, w, C] with the 1x1 `kernel` [1, 1, C, K] and normalises the result over all replicas.
 
-    As `normalized` of that convolution, whose outputs are not written to memory before they are normalised, nor read again: they
-    are linear in `inputs`, so that their moments follow from those of `inputs`, mean [C] and second moment [C, C], and so does
-    all that the gradient asks of them. Where K is 4 C, this is a quarter of what a ResNet's step moves.
+    Returns (outputs [n, h, w, K], mean [K], variance [K]), moments float32: the same as `normalized` of the convolution. But it
+    neither writes the convolution's outputs to memory nor reads them again. The outputs are linear in `inputs`, so their moments
+    and their part of the gradient follow from the mean [C] and the second moment [C, C] of `inputs`. With K = 4 C this saves a
+    quarter of a ResNet step's memory traffic.
     """
 
     @tf.custom_gradient
@@ -197,10 +200,10 @@ def pointwise_normalized(
             across = tf.einsum("nhwi,nhwj->ij", values, by_outputs)
             by_beta = tf.reduce_sum(by_outputs, [0, 1, 2])
             by_gamma = (tf.reduce_sum(weights * across, axis=0) - mean * by_beta) * inverse
-            mean_of_it, mean_along = tf.unstack(replicas.mean(tf.stack([by_beta, by_gamma]) / _count(values)))
-            # Of outputs before they were normalised, z = x W: scale * (dy - mean_of_it - (z - mean) * along).
-            along = mean_along * inverse
-            towards = scale * (mean * along - mean_of_it)
+            mean_by_beta, mean_by_gamma = tf.unstack(replicas.mean(tf.stack([by_beta, by_gamma]) / _count(values)))
+            # The gradient by the convolution's outputs z = x W is scale * (dy - mean_by_beta - (z - mean) * along).
+            along = mean_by_gamma * inverse
+            towards = scale * (mean * along - mean_by_beta)
             by_inputs = (
                 _pointwise(upstream, tf.transpose(weights * scale))
                 - _pointwise(inputs, product(weights * (scale * along), weights, transpose_b=True))
@@ -215,20 +218,20 @@ def pointwise_normalized(
 
 
 def _count(values: tf.Tensor) -> tf.Tensor:
-    """Returns how many values a channel has, a float32 scalar."""
+    """Returns the number of values per channel, a float32 scalar."""
     return tf.cast(tf.size(values) // values.shape[-1], tf.float32)
 
 
 def _pointwise(inputs: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Returns [n, h, w, K] float32 of `inputs` [n, h, w, C] and `weights` [C, K], as exact as the inputs' type."""
+    """Returns the 1x1 convolution of `inputs` [n, h, w, C] with `weights` [C, K], computed in the inputs' type, as float32."""
     return tf.cast(tf.nn.conv2d(inputs, tf.cast(weights, inputs.dtype)[None, None], 1, "VALID"), tf.float32)
 
 
 def product(a: tf.Tensor, b: tf.Tensor, transpose_a: bool = False, transpose_b: bool = False) -> tf.Tensor:
-    """Returns the product of float32 matrices to nearly float32's accuracy, on units too that round factors to bfloat16."""
+    """Returns a product of float32 matrices to nearly float32's accuracy, even if the device rounds the factors to bfloat16."""
 
     def rounded(values: tf.Tensor) -> tf.Tensor:
-        # By its bits: a compiler may leave out a cast there and back.
+        # Masks bits, because a compiler may remove a cast to bfloat16 and back.
         return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(values, tf.uint32), tf.constant(0xFFFF0000, tf.uint32)), tf.float32)
 
     def multiplied(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:

@@ -1,6 +1,6 @@
-"""A step as a program for XLA, without the machine that it is for: what one replica of many does, as an HLO module.
+"""The train step of one replica as an HLO module, made without the accelerator that it is for.
 
-Any compiler of XLA's can say of it what a step needs, and any of its runtimes can run it: `pipelines/plan/program.py` does both.
+An XLA compiler can tell what the step costs, and an XLA runtime can run it. `pipelines/plan/program.py` does both.
 """
 
 import math
@@ -22,42 +22,43 @@ from trainer.step import make_replica_step
 
 @dataclass(frozen=True)
 class Collective:
-    """One exchange between replicas."""
+    """One collective operation between the replicas."""
 
     kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
     bytes: int
-    """Size of the whole: of what every replica has after a gather or a reduction, before a scatter."""
+    """Size of the whole tensor: the result of a gather or an all-reduce, the input of a reduce-scatter."""
 
 
 class OneOfMany(Replicas):
-    """One replica of `count`, the others missing: what they would send is read from memory, and a mean over them is its own.
+    """One replica of `count` without the others. It reads the data that they would send from memory.
 
-    So a step has the shapes that it has among the others, all but the exchanges themselves, which are noted in `collectives`.
+    A mean over the replicas returns the replica's own values. So the train step has the same shapes as on `count` replicas, but
+    performs no collectives; `collectives` lists the omitted ones.
     """
 
-    def __init__(self, count: int, fuses: bool = True) -> None:
+    def __init__(self, count: int, recompute_in_backward: bool = True) -> None:
         self._count = count
-        self._fuses = fuses
-        self.place = tf.Variable(0, trainable=False)
+        self._recompute_in_backward = recompute_in_backward
+        self.own_index = tf.Variable(0, trainable=False)
         self.received: list[tf.Variable] = []
         self.collectives: list[Collective] = []
         self._gathers = 0
 
     def begin(self) -> None:
-        """Says that a step begins: its exchanges are counted from here."""
+        """Resets the list of collectives. Call it before each tracing of the train step."""
         self.collectives.clear()
         self._gathers = 0
 
     @property
-    def fuses(self) -> bool:
-        return self._fuses
+    def recompute_in_backward(self) -> bool:
+        return self._recompute_in_backward
 
     @property
     def count(self) -> int:
         return self._count
 
     def index(self) -> tf.Tensor:
-        return tf.convert_to_tensor(self.place)
+        return tf.convert_to_tensor(self.own_index)
 
     def gather(self, values: tf.Tensor) -> tf.Tensor:
         if self.count == 1:
@@ -77,7 +78,7 @@ class OneOfMany(Replicas):
         return gathered(values)
 
     def _received(self, rows: int, like: tf.Tensor) -> tf.Variable:
-        """Returns the memory of this gather, the same each time that the step is traced."""
+        """Returns the variable with the other replicas' rows of this gather. Every tracing of the step gets the same one."""
         if self._gathers == len(self.received):
             with tf.init_scope():
                 self.received.append(tf.Variable(tf.zeros([rows, *like.shape[1:]], like.dtype), trainable=False))
@@ -99,22 +100,23 @@ def _bytes(values: tf.Tensor) -> int:
 
 @dataclass(frozen=True)
 class Program:
-    """A step as HLO. Its arguments are a batch and then variables; its results are metrics and then the variables it changed."""
+    """A train step as HLO. Its arguments are a batch, then variables. Its results are metrics, then the changed variables."""
 
     hlo: bytes
     """A serialized HloModuleProto."""
     arguments: Mapping[str, tuple[tuple[int, ...], str]]
-    """Shape and type by name, in their order: `batch/NAME`, variables by the name that a checkpoint has, `replica`, which of
-    them it is, and `received/NUMBER` for what the others would send."""
+    """Name -> (shape, dtype) of each argument, in order. Names are `batch/NAME`, the names of variables in a checkpoint,
+    `replica` (index of the replica) and `received/NUMBER` (data from the other replicas)."""
     metrics: tuple[str, ...]
-    """The names of the first results."""
+    """Names of the metrics, which are the first results."""
     collectives: tuple[Collective, ...]
+    """Collectives that the step omits."""
 
 
 def lower(config: Config, num_images: int, num_classes: int, replicas: int = 1) -> Program:
-    """Returns the train step of one of `replicas`, on its part of a global batch, over a dataset of so many images and classes.
+    """Returns the program of the train step on one of `replicas`, for a dataset of `num_images` images and `num_classes` classes.
 
-    Raises UserError where the batch does not divide.
+    Raises UserError if the global batch does not divide over the replicas.
     """
     check_divides(config.optimizer.global_batch_size, replicas)
     one = OneOfMany(replicas)
@@ -122,7 +124,7 @@ def lower(config: Config, num_images: int, num_classes: int, replicas: int = 1) 
 
 
 def lower_step(config: Config, state: TrainState, replicas: OneOfMany) -> Program:
-    """Returns the program of a step that moves `state`, one replica's."""
+    """Returns the program of the train step on one of `replicas`. The step updates `state`."""
     step = make_replica_step(config, state, replicas)
     return to_program(step, batch_spec(config, replicas.count), state.variables(), replicas)
 
@@ -133,7 +135,10 @@ def to_program(
     variables: Mapping[str, tf.Variable],
     replicas: OneOfMany,
 ) -> Program:
-    """Returns the program of what one of `replicas` does with a batch like `batch`, which reads and changes `variables`."""
+    """Returns the program of `replica_step`, a step of one of `replicas` that reads and changes `variables`.
+
+    `batch` gives the shapes and dtypes of its batches.
+    """
     metrics: list[str] = []
 
     @tf.function(autograph=False, jit_compile=True)
@@ -145,7 +150,7 @@ def to_program(
 
     hlo = to_hlo(step, list(batch.values()))
     traced = step.get_concrete_function(*batch.values())
-    variables = {**variables, "replica": replicas.place}
+    variables = {**variables, "replica": replicas.own_index}
     variables |= {f"received/{number}": variable for number, variable in enumerate(replicas.received)}
     by_handle = {id(variable.handle): (name, variable) for name, variable in variables.items()}
     arguments = {f"batch/{name}": (tuple(spec.shape), spec.dtype.name) for name, spec in batch.items()}
@@ -156,19 +161,19 @@ def to_program(
 
 
 def to_hlo(function: Any, specs: Sequence[tf.TensorSpec]) -> bytes:
-    """Returns a tf.function of tensors like `specs` as a serialized HloModuleProto. Raises UserError where XLA has no such."""
-    # Left to itself, TensorFlow finds the device by drawing a random number, which deterministic ops forbid without a seed. It
-    # warns of a named one, for which its other way, a platform's name, draws that number just the same.
+    """Lowers a tf.function of tensors like `specs` to a serialized HloModuleProto. Raises UserError if XLA cannot compile it."""
+    # Without device_name, TensorFlow finds the device by drawing a random number, which deterministic ops forbid without a seed.
+    # It warns about device_name, but the alternative, platform_name, draws that number too.
     try:
         with warnings.catch_warnings(action="ignore"):
             return bytes(function.experimental_get_compiler_ir(*specs)(stage="hlo_serialized", device_name="/device:CPU:0"))
     except (tf.errors.OpError, ValueError, TypeError) as error:
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"the step is no program for XLA: {said.strip()[:400]}") from error
+        raise UserError(f"XLA cannot compile the step: {said.strip()[:400]}") from error
 
 
 def batch_spec(config: Config, replicas: int = 1) -> dict[str, tf.TensorSpec]:
-    """Returns what `training_batches` gives one of `replicas`."""
+    """Returns the shapes and dtypes of the batches that `training_batches` makes for one of `replicas`."""
     count, size = config.optimizer.global_batch_size // replicas, config.views.image_size
     return {
         "views": tf.TensorSpec([count, 2, size, size, 3], tf.uint8),
@@ -179,6 +184,6 @@ def batch_spec(config: Config, replicas: int = 1) -> dict[str, tf.TensorSpec]:
 
 
 def arguments_of(program: Program, state: TrainState, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the arrays that `program` takes for `batch` from `state`, by name and in order; nothing comes from others."""
+    """Returns the arguments of `program` for `batch` and `state`, by name and in order. Data from other replicas is zero."""
     arrays = {f"batch/{name}": np.asarray(values) for name, values in batch.items()} | state.arrays()
     return {name: arrays.get(name, np.zeros(shape, dtype)) for name, (shape, dtype) in program.arguments.items()}

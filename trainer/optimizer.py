@@ -1,7 +1,7 @@
-"""The optimizers and the learning rate: LARS, momentum SGD and AdamW, linear warm-up and cosine.
+"""The optimizers (LARS, momentum SGD, AdamW) and the learning rate schedule (linear warm-up, then cosine).
 
-An optimizer knows of each variable whether it is exempt: variables of BN, biases and the supervised head neither decay nor adapt.
-That is told when it is made, never guessed from a name.
+`no_decay` says for each variable whether it is excluded from weight decay and from LARS's layer-wise rate, as variables of BN,
+biases and the supervised head are. The caller passes it; it is never inferred from names.
 """
 
 import math
@@ -14,12 +14,12 @@ from trainer.settings import OptimizerSettings
 
 
 def total_steps(settings: OptimizerSettings, num_images: int) -> int:
-    """Returns the steps of a whole run over `num_images` training images, as the official code counts them."""
+    """Returns the number of steps of a run over `num_images` training images, as the official code counts them."""
     return num_images * settings.epochs // settings.global_batch_size + 1
 
 
 def peak_learning_rate(settings: OptimizerSettings) -> float:
-    """Returns base * sqrt(B), or base * B / 256 (Chen et al. 2020, appendix B.1)."""
+    """Returns the peak learning rate: base * sqrt(B), or base * B / 256 (Chen et al. 2020, appendix B.1)."""
     if settings.learning_rate_scaling == "sqrt":
         return settings.base_learning_rate * math.sqrt(settings.global_batch_size)
     return settings.base_learning_rate * settings.global_batch_size / 256.0
@@ -28,7 +28,7 @@ def peak_learning_rate(settings: OptimizerSettings) -> float:
 def learning_rate(settings: OptimizerSettings, num_images: int, step: tf.Tensor) -> tf.Tensor:
     """Returns the learning rate of `step` (0-based), a float32 scalar: linear from 0 to the peak, then cosine to 0.
 
-    In float32 and in this order, as the official code does it: near the end 1 + cos cancels, so the order shows.
+    Computes in float32 and in the official code's order of operations: near the end 1 + cos cancels, so the order matters.
     """
     peak = peak_learning_rate(settings)
     warmup = int(settings.warmup_epochs * num_images // settings.global_batch_size)
@@ -43,25 +43,25 @@ def learning_rate(settings: OptimizerSettings, num_images: int, step: tf.Tensor)
 class Optimizer(Protocol):
     @property
     def slots(self) -> Mapping[str, Sequence[tf.Variable]]:
-        """By what they are: one an optimized variable, in their order."""
+        """Slot variables by kind, as in "momentum". Each kind has one for each optimized variable, in the same order."""
 
     def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor, step: tf.Tensor) -> None:
-        """Changes the variables by one step; `step` is how many were taken before, int64."""
+        """Updates the variables once. `step` is the number of earlier updates, an int64 scalar."""
 
 
 class Lars:
-    """LARS with classic momentum: the learning rate is inside the buffer (You et al. 2017, as in SimCLR)."""
+    """LARS with classic momentum: the learning rate is part of the momentum buffer (You et al. 2017, as in SimCLR)."""
 
     def __init__(
         self,
         variables: Sequence[tf.Variable],
-        exempt: Sequence[bool],
+        no_decay: Sequence[bool],
         momentum: float = 0.9,
         weight_decay: float = 1e-6,
         trust_coefficient: float = 0.001,
     ) -> None:
         self.variables = list(variables)
-        self.exempt = list(exempt)
+        self.no_decay = list(no_decay)
         self.slots: Mapping[str, Sequence[tf.Variable]] = {"momentum": _zeros_like(self.variables, "momentum")}
         self.momentum = momentum
         self.weight_decay = weight_decay
@@ -69,9 +69,9 @@ class Lars:
 
     def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor, step: tf.Tensor) -> None:
         slots = self.slots["momentum"]
-        for variable, slot, exempt, gradient in zip(self.variables, slots, self.exempt, gradients, strict=True):
+        for variable, slot, no_decay, gradient in zip(self.variables, slots, self.no_decay, gradients, strict=True):
             rate = learning_rate
-            if not exempt:
+            if not no_decay:
                 gradient = gradient + self.weight_decay * variable
                 weight_norm = tf.norm(variable)
                 gradient_norm = tf.norm(gradient)
@@ -82,40 +82,40 @@ class Lars:
 
 
 class Momentum:
-    """SGD with Nesterov momentum; what is not exempt decays."""
+    """SGD with Nesterov momentum, and weight decay of the variables that are not `no_decay`."""
 
     def __init__(
-        self, variables: Sequence[tf.Variable], exempt: Sequence[bool], momentum: float = 0.9, weight_decay: float = 0.0
+        self, variables: Sequence[tf.Variable], no_decay: Sequence[bool], momentum: float = 0.9, weight_decay: float = 0.0
     ) -> None:
         self.variables = list(variables)
-        self.exempt = list(exempt)
+        self.no_decay = list(no_decay)
         self.slots: Mapping[str, Sequence[tf.Variable]] = {"momentum": _zeros_like(self.variables, "momentum")}
         self.momentum = momentum
         self.weight_decay = weight_decay
 
     def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor, step: tf.Tensor) -> None:
         slots = self.slots["momentum"]
-        for variable, slot, exempt, gradient in zip(self.variables, slots, self.exempt, gradients, strict=True):
-            if not exempt:
+        for variable, slot, no_decay, gradient in zip(self.variables, slots, self.no_decay, gradients, strict=True):
+            if not no_decay:
                 gradient = gradient + self.weight_decay * variable
             slot.assign(self.momentum * slot + learning_rate * gradient)
             variable.assign_sub(self.momentum * slot + learning_rate * gradient)
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019); what is not exempt decays."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019) of the variables that are not `no_decay`."""
 
     def __init__(
         self,
         variables: Sequence[tf.Variable],
-        exempt: Sequence[bool],
+        no_decay: Sequence[bool],
         beta_1: float = 0.9,
         beta_2: float = 0.999,
         weight_decay: float = 0.0,
         epsilon: float = 1e-8,
     ) -> None:
         self.variables = list(variables)
-        self.exempt = list(exempt)
+        self.no_decay = list(no_decay)
         self.slots: Mapping[str, Sequence[tf.Variable]] = {
             name: _zeros_like(self.variables, name) for name in ("first_moment", "second_moment")
         }
@@ -128,26 +128,26 @@ class AdamW:
         visits = tf.cast(step + 1, tf.float32)
         unbias_1, unbias_2 = (1.0 / (1.0 - beta**visits) for beta in (self.beta_1, self.beta_2))
         firsts, seconds = self.slots["first_moment"], self.slots["second_moment"]
-        for variable, first, second, exempt, gradient in zip(
-            self.variables, firsts, seconds, self.exempt, gradients, strict=True
+        for variable, first, second, no_decay, gradient in zip(
+            self.variables, firsts, seconds, self.no_decay, gradients, strict=True
         ):
             first.assign(self.beta_1 * first + (1.0 - self.beta_1) * gradient)
             second.assign(self.beta_2 * second + (1.0 - self.beta_2) * gradient**2)
             change = first * unbias_1 / (tf.sqrt(second * unbias_2) + self.epsilon)
-            if not exempt:
+            if not no_decay:
                 change += self.weight_decay * variable
             variable.assign_sub(learning_rate * change)
 
 
-def make_optimizer(settings: OptimizerSettings, variables: Sequence[tf.Variable], exempt: Sequence[bool]) -> Optimizer:
+def make_optimizer(settings: OptimizerSettings, variables: Sequence[tf.Variable], no_decay: Sequence[bool]) -> Optimizer:
     match settings.name:
         case "lars":
-            return Lars(variables, exempt, momentum=settings.momentum, weight_decay=settings.weight_decay)
+            return Lars(variables, no_decay, momentum=settings.momentum, weight_decay=settings.weight_decay)
         case "momentum":
-            return Momentum(variables, exempt, momentum=settings.momentum, weight_decay=settings.weight_decay)
+            return Momentum(variables, no_decay, momentum=settings.momentum, weight_decay=settings.weight_decay)
         case "adamw":
             return AdamW(
-                variables, exempt, beta_1=settings.momentum, beta_2=settings.adam_beta_2, weight_decay=settings.weight_decay
+                variables, no_decay, beta_1=settings.momentum, beta_2=settings.adam_beta_2, weight_decay=settings.weight_decay
             )
 
 

@@ -1,4 +1,4 @@
-"""Preemption: a machine that is about to be taken away says so by SIGTERM, and a run that was told leaves its state behind."""
+"""Preemption: a machine sends SIGTERM before it is taken away. A run then saves its state and exits."""
 
 import signal
 import threading
@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 75
-"""What a preempted run's process exits with: "temporary failure, try again" (EX_TEMPFAIL of sysexits.h)."""
+"""Exit status of a preempted run: "temporary failure, try again" (EX_TEMPFAIL of sysexits.h)."""
 
 
 class PreemptedError(Exception):
-    """The run was asked to stop, saved its state, and goes on from there when it is started again."""
+    """The run was asked to stop and saved its state. It resumes from there when it is started again."""
 
 
 @contextmanager
 def sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """Within it, SIGTERM does not end the process; the callable given says whether it came. For the main thread only."""
-    came = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+    """Keeps SIGTERM from ending the process, and yields a callable that tells whether it arrived. For the main thread only."""
+    arrived = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: arrived.set())
     try:
-        yield came.is_set
+        yield arrived.is_set
     finally:
         signal.signal(signal.SIGTERM, before)

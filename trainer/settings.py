@@ -1,8 +1,8 @@
-"""The settings: what each is, what it may be, and what it has an effect with.
+"""The settings: the meaning, the type and the allowed values of each, and the settings that it depends on.
 
-A setting is a field of the group that it is of. Its bounds are annotated-types' and stand beside it; its choices are a Literal.
-`--set` names a setting by its field, `depth=18`; a group's `name` by the group, `loss=nt_xent`; those of the linear eval by
-`linear_eval.FIELD`. Nothing here needs TensorFlow.
+A setting is a field of a group. Its type is annotated with its bounds (annotated-types); choices are a Literal. The key of a
+setting, as `--set` takes it, is the field's name: `depth=18`. Two exceptions: the key of a group's field `name` is the group's
+name, as in `loss=nt_xent`, and keys of the linear eval are `linear_eval.FIELD`. This module does not need TensorFlow.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from trainer.shared.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class OnlyWith:
-    """Marks a setting that has an effect only where the setting `key` is one of `values`."""
+    """Marks a setting that has an effect only if the setting `key` has one of `values`."""
 
     key: str
     values: tuple[str, ...]
@@ -31,7 +31,7 @@ _WITH_OWN_TEMPERATURES = OnlyWith("variant", ("isogclr",))
 
 @dataclass(frozen=True)
 class Group:
-    """Settings that belong together. Raises UserError, naming the setting, where a value is out of its bounds."""
+    """Settings that belong together. Raises UserError with the name of the setting if a value is out of bounds."""
 
     def __post_init__(self) -> None:
         (group,) = (name for name, kind in GROUPS.items() if kind is type(self))
@@ -41,19 +41,19 @@ class Group:
 
 @dataclass(frozen=True)
 class ViewSettings(Group):
-    """What an image goes through before the encoder sees it."""
+    """Cropping and augmentation of an image before the encoder."""
 
     image_size: Annotated[int, Ge(8)] = 224
     """Side of a view, pixels."""
     crop_min_area: Annotated[float, Interval(gt=0, le=1)] = 0.08
-    """Smallest area of a random resized crop, as a part of the image."""
+    """Smallest area of a random resized crop, as a fraction of the image's area."""
     crop_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """How crops are resized: as PyTorch's official code does, or, at more cost to the host, as TensorFlow's does."""
+    """Resizing of random crops: `bilinear` as in the official PyTorch code, `bicubic` as in the TensorFlow code, and slower."""
     color_jitter_strength: Annotated[float, Ge(0)] = 1.0
     blur: bool = True
-    """Gaussian blur of half the views, kernel a tenth of the side, sigma .1 to 2."""
+    """Whether half the views get a Gaussian blur. The kernel is a tenth of the side, sigma is 0.1 to 2 pixels."""
     eval_crop_proportion: Annotated[float, Interval(gt=0, le=1)] = 0.875
-    """Part of the shorter side that evaluation sees."""
+    """Side of the evaluation crop, as a fraction of the image's shorter side."""
 
 
 @dataclass(frozen=True)
@@ -61,28 +61,28 @@ class EncoderSettings(Group):
     """The encoder and the projection head."""
 
     depth: Literal[10, 18, 34, 50, 101, 152, 200] = 50
-    """Layers of the ResNet."""
+    """Number of layers of the ResNet."""
     width_multiplier: Annotated[float, Ge(1 / 64)] = 1.0
-    """Channels, as a multiple of the usual 64 in the first group."""
+    """Multiplies the channels of every layer; at 1 the first group has 64."""
     selective_kernel_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.0
-    """Above 0, selective kernels (Li et al. 2019) with this reduction, and ResNet-D's stem and shortcuts; SimCLRv2 has 0.0625."""
+    """Reduction of selective kernels (Li et al. 2019). Above 0 also adds ResNet-D's stem and shortcuts; SimCLRv2 has 0.0625."""
     cifar_stem: bool = False
-    """A 3x3 stem at stride 1 without pooling, for images of 32 px."""
+    """Whether the stem is a 3x3 convolution at stride 1 without pooling, for images of 32 px."""
     projection_layers: Annotated[int, Ge(1)] = 2
     projection_dim: Annotated[int, Ge(1)] = 128
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What convolutions compute in. Variables, BN's statistics, u, the loss and the optimizer are float32 in both."""
+    """Data type of the convolutions. Variables, BN's statistics, u, the loss and the optimizer are always float32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.selective_kernel_ratio > 0 and self.depth < 50:
             raise UserError(
-                f"selective_kernel_ratio={self.selective_kernel_ratio} needs bottleneck blocks: take depth=50 or more"
+                f"selective_kernel_ratio={self.selective_kernel_ratio} needs bottleneck blocks: set depth to 50 or more"
             )
 
     @property
     def feature_dim(self) -> int:
-        """F, how many features the encoder makes of an image."""
+        """F, the number of features of an image."""
         return (2048 if self.depth >= 50 else 512) * int(64 * self.width_multiplier) // 64
 
 
@@ -92,16 +92,16 @@ class LossSettings(Group):
 
     name: Literal["global_contrastive", "nt_xent", "decoupled"] = "global_contrastive"
     variant: Annotated[Literal["paper", "tf_official", "pt_official", "isogclr"], _WITH_U] = "paper"
-    """What is stored in u and how it starts, and whether every image learns a temperature of its own."""
+    """How u is stored and initialized. With `isogclr` every image also learns its own temperature."""
     temperature: Annotated[float, Ge(1e-6)] = 0.1
-    """Of all images; where each learns its own, the one it starts with."""
+    """Softmax temperature. With variant=isogclr, each image's initial temperature."""
     gamma: Annotated[float, Interval(gt=0, le=1), _WITH_U] = 0.9
-    """Weight of the new estimate in u."""
+    """Weight of the new estimate in the moving average u."""
     temperature_rho: Annotated[float, Ge(0), _WITH_OWN_TEMPERATURES] = 0.3
-    """What an image pays for its temperature (Qiu et al. 2023, rho)."""
+    """rho, the penalty on an image's temperature (Qiu et al. 2023)."""
     temperature_learning_rate: Annotated[float, Ge(0), _WITH_OWN_TEMPERATURES] = 0.01
     temperature_momentum: Annotated[float, Interval(gt=0, le=1), _WITH_OWN_TEMPERATURES] = 0.9
-    """Weight of the new gradient of a temperature."""
+    """Weight of the new gradient in the moving average of a temperature's gradients."""
     temperature_min: Annotated[float, Ge(0.013), _WITH_OWN_TEMPERATURES] = 0.05
     temperature_max: Annotated[float, Ge(0.013), _WITH_OWN_TEMPERATURES] = 0.7
 
@@ -110,100 +110,100 @@ class LossSettings(Group):
         if self.name != "global_contrastive":
             return
         if self.temperature < 0.013:
-            raise _senseless("temperature", self.temperature, "at least 0.013: exp(1 / temperature) is summed in float32")
+            raise _out_of_bounds("temperature", self.temperature, "at least 0.013: exp(1 / temperature) is summed in float32")
         if self.temperature_max < self.temperature_min:
-            raise _senseless("temperature_max", self.temperature_max, f"temperature_min={self.temperature_min} or more")
+            raise _out_of_bounds("temperature_max", self.temperature_max, f"temperature_min={self.temperature_min} or more")
         if self.variant == "tf_official" and self.gamma <= 0.5:
             raise UserError(
                 f"gamma={self.gamma} diverges with variant=tf_official, which stores the sum of both views' u: "
-                "take gamma above 0.5, or variant=paper"
+                "set gamma above 0.5, or variant=paper"
             )
 
 
 @dataclass(frozen=True)
 class OptimizerSettings(Group):
-    """How long training is, and by what steps."""
+    """The length of training, and the size and direction of its steps."""
 
     name: Literal["lars", "momentum", "adamw"] = "lars"
     epochs: Annotated[int, Ge(1)] = 800
     global_batch_size: Annotated[int, Ge(2)] = 512
-    """Images per step over all replicas; each gives two views, and needs others to contrast with."""
+    """Images per step over all replicas. Each gives two views. At least 2, because negatives are views of other images."""
     base_learning_rate: Annotated[float, Gt(0)] = 0.075
     learning_rate_scaling: Literal["sqrt", "linear"] = "sqrt"
     """Peak learning rate: base * sqrt(B), or base * B / 256."""
     warmup_epochs: Annotated[float, Ge(0)] = 10.0
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
-    """Of LARS and SGD; AdamW's beta 1."""
+    """Momentum of LARS and SGD; beta 1 of AdamW."""
     adam_beta_2: Annotated[float, Interval(ge=0, lt=1), OnlyWith("optimizer", ("adamw",))] = 0.999
     weight_decay: Annotated[float, Ge(0)] = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warmup_epochs > self.epochs:
-            raise _senseless("warmup_epochs", self.warmup_epochs, f"between 0 and epochs={self.epochs}")
+            raise _out_of_bounds("warmup_epochs", self.warmup_epochs, f"between 0 and epochs={self.epochs}")
 
 
 @dataclass(frozen=True)
 class RunSettings(Group):
-    """The seed, and what a run keeps, logs and holds in memory."""
+    """The seed, memory, logging and checkpoints of a run."""
 
     seed: Annotated[int, Interval(ge=0, lt=2**31)] = 0
     shuffle_window: Annotated[int, Ge(1)] = 2048
-    """Records shuffled among each other, in memory at once; blocks of records are shuffled over the whole set before."""
+    """Records that are shuffled together in memory. Blocks of records are first shuffled over the whole dataset."""
     cache: bool = False
-    """Whether the encoded images stay in memory after the first reading; for sets that fit."""
+    """Whether the encoded images stay in memory after the first epoch, for datasets that fit."""
     log_every_steps: Annotated[int, Ge(1)] = 100
     checkpoint_every_epochs: Annotated[int, Ge(1)] = 10
     keep_checkpoints: Annotated[int, Ge(1)] = 2
 
 
 ProtocolName = Literal["cached", "knn", "online", "official", "finetune-1", "finetune-10", "finetune-100"]
-"""Ways to measure an encoder; docs/evaluation.md tells them apart."""
+"""Protocols that measure an encoder; docs/evaluation.md describes them."""
 
 
 @dataclass(frozen=True)
 class LinearEvalSettings(Group):
-    """How a pretrained encoder is measured."""
+    """The protocols that measure a pretrained encoder."""
 
     protocols: tuple[ProtocolName, ...] = ("cached", "knn", "online")
-    """What is measured; `cached` always is, for the untrained control and the classifier are its."""
+    """Protocols to run. `cached` always runs: it also scores the untrained control and saves the classifier."""
     batch_size: Annotated[int, Ge(1)] = 256
-    """Images per forward pass of a replica; changes no result."""
+    """Images per forward pass of a replica. Does not change results."""
     seed: int = 0
 
     l2_penalties: Annotated[tuple[Annotated[float, Ge(0)], ...], MinLen(1)] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-    """Candidates for lambda in mean cross-entropy + lambda/2 |W|^2; the best on held-out training images is taken."""
+    """Candidates for lambda in mean cross-entropy + lambda/2 |W|^2. The best on held-out training images is used."""
     holdout_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.1
-    """Part of the images of the choice, by image ID, that score the candidates for lambda. The final fit uses all images."""
+    """Fraction of the `choice_images`, by image ID, that score the candidates for lambda. The final fit uses all images."""
     choice_images: Annotated[int, Ge(2)] = 100_000
-    """Training images, at most, that lambda is chosen with. Of a larger split, so many are drawn by `seed`."""
+    """Number of training images to choose lambda with, at most. From a larger split, this many are drawn by `seed`."""
     control_images: Annotated[int, Ge(0)] = 50_000
-    """Training images, at most, of the untrained control; 0 for no control. Of a larger split, so many are drawn by `seed`."""
+    """Number of training images for the untrained control, at most; 0 disables it. From a larger split, drawn by `seed`."""
 
     knn_k: Annotated[int, Ge(1)] = 200
-    """Neighbours that vote; all training images where there are fewer."""
+    """Neighbours that vote, at most the number of training images."""
     knn_temperature: Annotated[float, Gt(0)] = 0.07
-    """A neighbour of cosine s weighs exp(s / temperature)."""
+    """A neighbour of cosine s has the weight exp(s / temperature)."""
 
     official_epochs: Annotated[int, Ge(1)] = 90
     official_batch_size: Annotated[int, Ge(2)] = 4096
-    """Images per step of `official`; all training images where there are fewer."""
+    """Images per step of `official`, at most the number of training images."""
     official_base_learning_rate: Annotated[float, Gt(0)] = 0.1
-    """Peak learning rate: this * B / 256; cosine from the first step to 0."""
+    """Peak learning rate of `official`: this * B / 256. Decays by a cosine to 0 from the first step on."""
 
     finetune_1_epochs: Annotated[int, Ge(1)] = 60
     finetune_10_epochs: Annotated[int, Ge(1)] = 30
     finetune_100_epochs: Annotated[int, Ge(1)] = 30
     finetune_batch_size: Annotated[int, Ge(2)] = 4096
-    """Images per step of fine-tuning; all labelled images where there are fewer."""
+    """Images per step of fine-tuning, at most the number of labelled images."""
     finetune_base_learning_rate: Annotated[float, Gt(0)] = 0.05
-    """Peak learning rate: this * B / 256; cosine from the first step to 0."""
+    """Peak learning rate of fine-tuning: this * B / 256. Decays by a cosine to 0 from the first step on."""
     finetune_1_subset: str = ""
-    """A file that lists the labelled images of `finetune-1`, one a line, in the place of those chosen by `seed`."""
+    """Path of a file that lists the labelled images of `finetune-1`, one a line. Without it, `seed` chooses them."""
     finetune_10_subset: str = ""
-    """A file that lists the labelled images of `finetune-10`, one a line, in the place of those chosen by `seed`."""
+    """Path of a file that lists the labelled images of `finetune-10`, one a line. Without it, `seed` chooses them."""
     train_names: str = ""
-    """A file with the name of every training image, one a line; needed where a list has names and not image IDs."""
+    """Path of a file with the name of every training image, one a line. Needed if a subset lists names, not image IDs."""
 
 
 GROUPS: dict[str, type[Group]] = {
@@ -215,30 +215,30 @@ GROUPS: dict[str, type[Group]] = {
     "linear_eval": LinearEvalSettings,
 }
 LINEAR_EVAL = "linear_eval."
-"""What the keys of the linear eval begin with; all others are pretraining's."""
+"""Prefix of the keys of the linear eval. All other keys belong to pretraining."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of a group."""
+    """One setting: a field of a group."""
 
     key: str
-    """How `--set` names it."""
+    """Name of the setting in `--set`."""
     group: str
     name: str
     kind: Any
-    """Its type: int, float, bool, str, a Literal, or a tuple of one of them."""
+    """Type of the setting: int, float, bool, str, a Literal, or a tuple of one of them."""
     bounds: tuple[Any, ...]
     needs: tuple[OnlyWith, ...]
     default: Any
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """All values that it may have, where those can be listed."""
+        """All allowed values of a setting whose type is a Literal, else nothing."""
         return _choices_of(self.kind)
 
     def check(self, value: Any) -> None:
-        """Raises UserError where `value` is none of the choices, or out of the bounds."""
+        """Raises UserError if `value` is not one of the choices, or is out of bounds."""
         for one, kind, bounds in self._parts(value):
             choices = _choices_of(kind)
             if choices and one not in choices:
@@ -246,10 +246,10 @@ class Setting:
                 raise UserError(f"{self.key}={one} is not one of {named}{nearest(str(one), map(str, choices))}")
             for bound in bounds:
                 if not _holds(bound, one):
-                    raise _senseless(self.key, one, _in_words(bound))
+                    raise _out_of_bounds(self.key, one, _in_words(bound))
 
     def _parts(self, value: Any) -> Iterator[tuple[Any, Any, tuple[Any, ...]]]:
-        """Yields a value, and what it is made of, each with its type and bounds."""
+        """Yields `value`, and the elements of a tuple, each with its type and bounds."""
         yield value, self.kind, self.bounds
         if typing.get_origin(self.kind) is tuple:
             kind, markers = _plain(typing.get_args(self.kind)[0])
@@ -259,7 +259,7 @@ class Setting:
 
 @functools.cache
 def settings() -> dict[str, Setting]:
-    """Returns every setting by its key."""
+    """Returns every setting, by key."""
     return {one.key: one for group in GROUPS for one in _fields_of(group)}
 
 
@@ -278,7 +278,7 @@ def _setting(group: str, field: "dataclasses.Field[Any]", hint: Any) -> Setting:
 
 
 def _plain(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Returns a type without its markers, and the markers."""
+    """Returns (the type without its annotations, the annotations)."""
     if typing.get_origin(hint) is not Annotated:
         return hint, ()
     kind, *markers = typing.get_args(hint)
@@ -304,19 +304,19 @@ def _holds(bound: Any, value: Any) -> bool:
 
 
 def _in_words(bound: Any) -> str:
-    """Says what values are within a bound, as in "in (0, 1]"."""
+    """Returns the allowed values in words, as in "in (0, 1]"."""
     match bound:
         case Ge(ge):
             return "0 or more" if ge == 0 else f"at least {ge:g}"
         case Gt(gt):
             return f"above {gt}"
         case MinLen(length):
-            return f"at least {length} of them, with commas between"
+            return f"a list of at least {length}, separated by commas"
         case Interval(gt=gt, ge=ge, lt=lt, le=le):
             left = f"[{ge}" if gt is None else f"({gt}"
             return f"in {left}, {f'{le}]' if lt is None else f'{lt})'}"
     raise TypeError(f"no words for {bound}")
 
 
-def _senseless(key: str, value: Any, allowed: str) -> UserError:
+def _out_of_bounds(key: str, value: Any, allowed: str) -> UserError:
     return UserError(f"{key}={value} makes no sense: it must be {allowed}")

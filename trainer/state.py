@@ -1,4 +1,4 @@
-"""The state: everything that a step changes, and that a checkpoint holds."""
+"""The train state: everything that a train step changes and a checkpoint holds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from trainer.optimizer import Optimizer, make_optimizer
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes. On several replicas each variable is there on every one, with the same value."""
+    """Everything that a train step changes. With several replicas, every replica has each variable, with the same value."""
 
     encoder: keras.Model
     projection: keras.Model
     classifier: keras.Model
     optimizer: Optimizer
     by_image: Mapping[str, tf.Variable]
-    """Vectors over the dataset, [N] float32, by image ID: `u`, 0 where an image was not seen yet; and, where every image learns
-    its temperature, `temperature` and `temperature_velocity`."""
+    """Vectors over the dataset, [N] float32, indexed by image ID: `u` (0 before an image's first visit) and, with
+    variant=isogclr, `temperature` and `temperature_velocity`."""
     step: tf.Variable
-    """int64; how many steps were taken."""
+    """Number of finished train steps, an int64 scalar."""
 
     @property
     def u(self) -> tf.Variable:
@@ -38,7 +38,7 @@ class TrainState:
         return [v.value for model in (self.encoder, self.projection, self.classifier) for v in model.trainable_variables]
 
     def variables(self) -> dict[str, tf.Variable]:
-        """Returns every variable by a name that says what it is."""
+        """Returns every variable, by its name in a checkpoint."""
         named = model_variables("encoder", self.encoder)
         named |= model_variables("projection", self.projection)
         named |= model_variables("classifier", self.classifier)
@@ -55,12 +55,15 @@ class TrainState:
 
 
 def model_variables(name: str, model: keras.Model) -> dict[str, tf.Variable]:
-    """Returns the variables of a model by `name`/LAYER/VARIABLE."""
+    """Returns the variables of `model`, each named `name`/LAYER/VARIABLE."""
     return {f"{name}/{variable.path}": variable.value for variable in model.variables}
 
 
 def create_train_state(config: Config, num_images: int, num_classes: int, replicas: Replicas | None = None) -> TrainState:
-    """Returns the state before the first step, a function of its arguments; made in a strategy's scope, on all its replicas."""
+    """Returns the state before the first step. It depends on the arguments only.
+
+    Within the scope of a strategy, creates it on all of the strategy's replicas.
+    """
     seed = config.run.seed
     encoder = make_encoder(config.encoder, config.views.image_size, seed, replicas)
     features = encoder.output_shape[-1]
@@ -69,15 +72,15 @@ def create_train_state(config: Config, num_images: int, num_classes: int, replic
     classifier = make_classifier(features, num_classes, seed)
     contrastive = [v.value for v in (*encoder.trainable_variables, *projection.trainable_variables)]
     supervised = [v.value for v in classifier.trainable_variables]
-    # What has one dimension is of BN.
-    exempt = [len(variable.shape) == 1 for variable in contrastive] + [True for _ in supervised]
-    # u is there whatever the loss, so that a state has the same variables.
+    # Variables of one dimension are BN's.
+    no_decay = [len(variable.shape) == 1 for variable in contrastive] + [True for _ in supervised]
+    # Every state has u, whatever the loss, so that checkpoints of all losses have the same variables.
     by_image = {"u": 0.0, **make_loss(config.loss).vectors}
     return TrainState(
         encoder=encoder,
         projection=projection,
         classifier=classifier,
-        optimizer=make_optimizer(config.optimizer, [*contrastive, *supervised], exempt),
+        optimizer=make_optimizer(config.optimizer, [*contrastive, *supervised], no_decay),
         by_image={
             name: tf.Variable(tf.fill([num_images], value), trainable=False, name=name) for name, value in by_image.items()
         },

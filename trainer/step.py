@@ -1,4 +1,4 @@
-"""The step: from a batch of views to the loss, its gradient, and the next state."""
+"""The train step: from a batch of views to the loss, its gradient and the next state."""
 
 from collections.abc import Callable
 
@@ -17,10 +17,10 @@ from trainer.state import TrainState
 def make_train_step(
     config: Config, state: TrainState, strategy: tf.distribute.Strategy | None = None, compiled: bool = False
 ) -> Callable[[Batch], dict[str, tf.Tensor]]:
-    """Returns the function that moves `state` by one batch of `training_batches` and returns scalars by metric name.
+    """Returns a function that updates `state` with a batch of `training_batches`. It returns scalars by metric name.
 
-    On R replicas of `strategy` (TensorFlow's default is one) it takes a batch for each, an R-th of the global batch. `compiled`
-    has XLA compile the whole step.
+    On R replicas of `strategy`, by default TensorFlow's current one, each replica takes a batch of 1/R of the global batch. If
+    `compiled`, XLA compiles the whole step.
     """
     strategy = strategy or tf.distribute.get_strategy()
     replica_step = make_replica_step(config, state, Replicas())
@@ -34,9 +34,9 @@ def make_train_step(
 
 
 def make_replica_step(config: Config, state: TrainState, replicas: Replicas) -> Callable[[Batch], dict[str, tf.Tensor]]:
-    """Returns what one of `replicas` does in a step, with its part of a global batch.
+    """Returns the train step of one of `replicas`, a function of its part of the global batch.
 
-    Negatives are those of all replicas, and the gradient goes through them.
+    Negatives come from all replicas, and gradients flow back to all of them.
     """
     num_images = state.u.shape[0]
     loss_of = make_loss(config.loss)
@@ -44,7 +44,7 @@ def make_replica_step(config: Config, state: TrainState, replicas: Replicas) -> 
     def contrast(projections: Projections, image_id: tf.Tensor) -> tf.Tensor:
         if not loss_of.vectors:
             return loss_of(projections, {})[0]
-        # Every replica reads and writes the entries of the whole batch, so that u is the same on all.
+        # Every replica reads and writes the entries of the global batch, so that u is the same on all replicas.
         every_id = replicas.gather(image_id)
         loss, entries = loss_of(projections, {name: _entries(state.by_image[name], every_id) for name in loss_of.vectors})
         every_entry = replicas.gather(tf.stack(list(entries.values()), axis=1))
@@ -69,7 +69,7 @@ def make_replica_step(config: Config, state: TrainState, replicas: Replicas) -> 
             logits = state.classifier(tf.stop_gradient(features))
             supervised = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
             kernel_decay = config.optimizer.weight_decay * tf.nn.l2_loss(state.classifier.trainable_variables[0].value)
-            # Each replica has its part of the mean; their gradients are summed.
+            # The loss of a replica is its share of the mean over the global batch, because gradients are summed.
             loss = (contrastive + supervised + kernel_decay) / replicas.count
         gradients = replicas.sum(tape.gradient(loss, state.trainable))
         state.optimizer.apply(gradients, rate, state.step)
@@ -93,5 +93,5 @@ def make_replica_step(config: Config, state: TrainState, replicas: Replicas) -> 
 
 
 def _entries(vector: tf.Variable, image_id: tf.Tensor) -> tf.Tensor:
-    # tf.gather would first read a variable of several replicas whole.
+    # With several replicas, tf.gather would first read the whole variable.
     return tf.raw_ops.ResourceGather(resource=vector.handle, indices=image_id, dtype=vector.dtype)

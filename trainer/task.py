@@ -2,8 +2,8 @@
 
     python -m trainer.task --preset demo --data DATA --checkpoint-dir CHECKPOINTS [--set key=value ...]
 
-Started again with the same arguments, it goes on from the newest checkpoint. On SIGTERM it saves its state and exits with 75,
-"temporary failure": run it again.
+The same command resumes from the newest checkpoint. On SIGTERM it saves its state and exits with 75, "temporary failure": run it
+again.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from trainer.shared.progress import ProgressBars
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer.task", description="Pretrain an encoder.", allow_abbrev=False)
-    parser.add_argument("--preset", required=True, help="the experiment; sogclr presets lists them")
-    parser.add_argument("--data", required=True, metavar="DIR", help="what beam_jobs.build_tfrecords wrote")
-    parser.add_argument("--checkpoint-dir", required=True, metavar="DIR", help="where checkpoints and result.json go")
+    parser.add_argument("--preset", required=True, help="name of the preset; sogclr presets lists them")
+    parser.add_argument("--data", required=True, metavar="DIR", help="dataset, the output of beam_jobs.build_tfrecords")
+    parser.add_argument("--checkpoint-dir", required=True, metavar="DIR", help="folder for checkpoints and result.json")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="change a setting"
     )
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 args.checkpoint_dir,
                 preset=args.preset,
                 strategy=strategy,
-                report=lambda done, total, text: bars("pretrain", done, total, text),
+                on_progress=lambda done, total, text: bars("pretrain", done, total, text),
                 should_stop=should_stop,
             )
     except PreemptedError as preempted:

@@ -1,4 +1,4 @@
-"""Pretraining: the loop that runs the step over a dataset, from the newest checkpoint on."""
+"""The pretraining loop: runs train steps over a dataset, starting from the newest checkpoint."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ import tensorflow as tf
 from trainer import checkpoint as checkpoints
 from trainer.config import Config, as_dict, config_from_dict
 from trainer.distribution import check_divides, jit_compile, make_strategy
-from trainer.input_pipeline import Batch, naming_wrong_records, training_batches, training_split
+from trainer.input_pipeline import Batch, naming_bad_records, training_batches, training_split
 from trainer.losses import make_loss
 from trainer.optimizer import peak_learning_rate, total_steps
 from trainer.preemption import PreemptedError
@@ -27,16 +27,16 @@ from trainer.step import make_train_step
 CONFIG = "config.json"
 RESULT = "result.json"
 BOOKKEEPING = ("linear_eval", "log_every_steps", "keep_checkpoints", "cache")
-"""Settings that may change when a run goes on: they move no bit of its state."""
+"""Settings that may change when a run resumes, because they do not affect its state."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
     metrics: Mapping[str, float]
-    """The last ones logged."""
+    """The last logged metrics."""
     steps: int
     state_sha256: str
-    """Over every variable in name order."""
+    """SHA-256 of all variables of the final state, in name order."""
     checkpoint: str
     """Path of the final checkpoint."""
 
@@ -50,19 +50,20 @@ def train(
     code_version: str = "",
     strategy: tf.distribute.Strategy | None = None,
     log_metrics: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
-    report: Callable[[int, int, str], None] = lambda done, total, text: None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, text: None,
     before_checkpoint: Callable[[], None] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Pretrains on the dataset in `data_dir`, from the newest checkpoint in `checkpoint_dir` if there is one.
 
-    Runs on `strategy`'s replicas, by default on whatever the machine has. Calls `log_metrics(metrics, step)` every
-    `log_every_steps` and at the end, `report(steps done, steps in all, text)` as often, and `should_stop()` after every step:
-    where that is true it saves the state and raises PreemptedError. Calls `before_checkpoint()` before it saves: a run
-    that goes on from the checkpoint does not log again what came before it. Leaves config.json, the newest checkpoints and
-    result.json. Killed and started again, it ends with the same bits.
+    Runs on the replicas of `strategy`, by default all devices of the machine. Writes config.json, checkpoints and result.json. A
+    run that is killed and started again ends with the same bits as an undisturbed one.
 
-    Raises UserError for data that cannot be used, a checkpoint folder of another run, and a loss that is not finite.
+    Calls `log_metrics(metrics, step)` and `on_progress(finished steps, total steps, text)` every `log_every_steps` steps and at
+    the end. Calls `should_stop()` after every step: if it returns True, saves the state and raises PreemptedError. Calls
+    `before_checkpoint()` before each checkpoint, so that the caller can deliver its logs: a resumed run does not repeat them.
+
+    Raises UserError if the dataset cannot be used, the checkpoint folder belongs to another run, or a loss is not finite.
     """
     tf.config.experimental.enable_op_determinism()
     strategy = strategy or make_strategy()
@@ -75,14 +76,14 @@ def train(
         state = create_train_state(config, num_images, manifest.num_classes)
     origin = {"dataset_fingerprint": manifest.fingerprint, "num_images": num_images, "num_classes": manifest.num_classes}
     about = {"preset": preset, "code_version": code_version, "synsets": manifest.synsets}
-    run = _claim(checkpoint_dir, config, origin, about)
+    run = _claim_folder(checkpoint_dir, config, origin, about)
 
-    def of_this_run(checkpoint: checkpoints.Checkpoint) -> None:
+    def require_this_run(checkpoint: checkpoints.Checkpoint) -> None:
         if checkpoint.run != run:
             raise UserError(f"{checkpoint.path} is of another run than {checkpoint_dir}/{CONFIG}")
         checkpoints.require_same_shapes(state.variables(), checkpoint)
 
-    latest = checkpoints.load_latest(checkpoint_dir, of_this_run)
+    latest = checkpoints.load_latest(checkpoint_dir, require_this_run)
     if latest is not None:
         checkpoints.restore(state.variables(), latest)
 
@@ -92,7 +93,7 @@ def train(
     begun = int(state.step.numpy())
     path, metrics = (latest.path, dict(latest.metrics)) if latest else ("", {})
     pending = _Pending(config.optimizer.global_batch_size, latest.pending if latest else ())
-    report(begun, total, "")
+    on_progress(begun, total, "")
     for step, batch in zip(range(begun + 1, total + 1), pending.timed(batches.from_step(begun)), strict=False):
         pending.add(train_step(batch))
         stopping = step < total and should_stop()
@@ -101,21 +102,21 @@ def train(
             pending.require_finite(step, path, metrics, config)
             metrics = pending.metrics() | loss.metrics({name: state.by_image[name].numpy() for name in loss.vectors})
             log_metrics(metrics, step)
-            report(step, total, f"loss {metrics['train/contrastive_loss']:.3f}, {_rate(metrics)}")
+            on_progress(step, total, f"loss {metrics['train/contrastive_loss']:.3f}, {_rate(metrics)}")
         if saves or stopping:
             pending.require_finite(step, path, metrics, config)
             before_checkpoint()
             saved = checkpoints.Checkpoint(step, state.arrays(), metrics, run, pending=pending.as_numbers())
             path = checkpoints.save(checkpoint_dir, saved, config.run.keep_checkpoints)
         if stopping:
-            raise PreemptedError(f"stopped at step {step} of {total}, saved {path}: start the same command again to go on")
+            raise PreemptedError(f"stopped at step {step} of {total}, saved {path}: start the same command again to continue")
     result = TrainResult(metrics, total, checkpoints.sha256_of(state.arrays()), path)
     write_whole(f"{checkpoint_dir}/{RESULT}", (json.dumps(asdict(result), indent=1, sort_keys=True) + "\n").encode())
     return result
 
 
 def read_config(checkpoint_dir: str) -> tuple[Config, dict[str, Any]]:
-    """Returns the config of the run in `checkpoint_dir`, and what else config.json says. Raises UserError where there is none."""
+    """Returns (config of the run in `checkpoint_dir`, whole content of its config.json). Raises UserError if there is none."""
     path = f"{checkpoint_dir}/{CONFIG}"
     if not tf.io.gfile.exists(path):
         raise UserError(f"{checkpoint_dir} holds no pretraining run: {CONFIG} is missing")
@@ -124,15 +125,18 @@ def read_config(checkpoint_dir: str) -> tuple[Config, dict[str, Any]]:
     return config_from_dict(stored["config"]), stored
 
 
-def _claim(checkpoint_dir: str, config: Config, origin: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    """Writes config.json into `checkpoint_dir`, or proves that the run already there is this one; returns the run's name."""
+def _claim_folder(checkpoint_dir: str, config: Config, origin: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """Writes config.json into `checkpoint_dir` and returns the run's digest.
+
+    Raises UserError if the folder already holds a run with other settings or data.
+    """
     path = f"{checkpoint_dir}/{CONFIG}"
     now = {name: value for name, value in {**as_dict(config), **origin}.items() if name not in BOOKKEEPING}
     if tf.io.gfile.exists(path):
         before, stored = read_config(checkpoint_dir)
         for name, value in (as_dict(before) | {name: stored[name] for name in origin}).items():
             if name not in BOOKKEEPING and value != now[name]:
-                raise UserError(f"{checkpoint_dir} holds a run with {name}={value}, not {now[name]}: take another folder")
+                raise UserError(f"{checkpoint_dir} holds a run with {name}={value}, not {now[name]}: use another folder")
     else:
         tf.io.gfile.makedirs(checkpoint_dir)
         text = json.dumps({"config": as_dict(config), **origin, **about}, indent=1, sort_keys=True) + "\n"
@@ -142,7 +146,7 @@ def _claim(checkpoint_dir: str, config: Config, origin: Mapping[str, Any], about
 
 @dataclass(frozen=True)
 class _Batches:
-    """The training images, to every replica its part of a batch."""
+    """The training batches, distributed to the replicas of `strategy`."""
 
     config: Config
     data_dir: str
@@ -150,7 +154,7 @@ class _Batches:
     strategy: tf.distribute.Strategy
 
     def from_step(self, first_step: int) -> Iterator[Batch]:
-        """Yields what `train_step` takes. Raises UserError that names the record where one is wrong."""
+        """Yields the arguments of `train_step`. At a bad record, raises UserError that names it."""
 
         def of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
             hosts = context.num_input_pipelines
@@ -165,11 +169,11 @@ class _Batches:
             )
 
         batches = self.strategy.distribute_datasets_from_function(of_host)
-        yield from naming_wrong_records(batches, self.data_dir, self.manifest, "train")
+        yield from naming_bad_records(batches, self.data_dir, self.manifest, "train")
 
 
 class _Pending:
-    """What the steps since the last log returned, and how long they took."""
+    """The metrics and the duration of the steps since the last log."""
 
     def __init__(self, batch_size: int, before: Sequence[Mapping[str, float]] = ()) -> None:
         self.batch_size = batch_size
@@ -180,7 +184,7 @@ class _Pending:
         self.since: float | None = None
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yields `batches`, with an eye on the time that waiting for each takes."""
+        """Yields `batches`, and adds up the time spent waiting for them."""
         while True:
             asked = time.perf_counter()
             batch = next(batches)
@@ -191,11 +195,11 @@ class _Pending:
         self.steps.append(metrics)
 
     def as_numbers(self) -> list[dict[str, float]]:
-        """Returns the metrics of each step since the last log, for a checkpoint."""
+        """Returns the metrics of each step since the last log as floats, to store in a checkpoint."""
         return [{name: float(value) for name, value in step.items()} for step in self.steps]
 
     def require_finite(self, step: int, checkpoint: str, before: Mapping[str, float], config: Config) -> None:
-        """Raises UserError if a step up to `step` had a loss or a gradient that is not finite."""
+        """Raises UserError if the loss or the gradient of a step since the last log is not finite. `step` is the latest step."""
         optimizer, temperature = config.optimizer, config.loss.temperature
         norms = [float(metrics["train/gradient_norm"]) for metrics in self.steps]
         for index, (norm, metrics) in enumerate(zip(norms, self.steps, strict=True)):
@@ -218,7 +222,7 @@ class _Pending:
             )
 
     def metrics(self) -> dict[str, float]:
-        """Returns means over the steps since the last call, the last learning rate, and the speed."""
+        """Returns the means over the steps since the last log, the latest learning rate and the speed; starts the next period."""
         means = {name: float(np.mean([np.asarray(step[name]) for step in self.steps])) for name in self.steps[-1]}
         means["train/learning_rate"] = float(self.steps[-1]["train/learning_rate"])
         now = time.perf_counter()

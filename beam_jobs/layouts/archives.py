@@ -16,7 +16,7 @@ _ARCHIVES = {"train": TRAIN_ARCHIVE, "validation": VALIDATION_ARCHIVE}
 
 
 class Archives(Layout):
-    """A tar for each split, as it is downloaded."""
+    """One downloaded tar for each split."""
 
     def expects(self, split: str) -> str:
         return _ARCHIVES[split]
@@ -61,13 +61,13 @@ def list_tar(folder: str, archive: Archive) -> Listing:
         members, problems = tars.members(file, archive.name, archive.start, archive.end)
     names = [member.name for member in members]
     synsets, of_labels = ([archive.synset] * len(names), ()) if archive.synset else synsets_by_order(archive, names)
-    # Not posixpath.join, which takes a tenth of the time of indexing.
+    # posixpath.join would take a tenth of the time of indexing.
     within = archive.name.removeprefix(archive.file + "/") + "/" if archive.name != archive.file else ""
     images = (
         ListedImage(within + member.name, archive.file, member.offset, member.size, synset, member.fault)
         for member, synset in zip(members, synsets, strict=True)
     )
-    # A tar that is cut off lacks names and labels; to say so as well would not help.
+    # A truncated tar lacks names and labels. Reporting that too would not help.
     return Listing(tuple(images), tuple(problems) or name_problems(archive.name, names) + of_labels)
 
 

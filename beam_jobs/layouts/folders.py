@@ -3,7 +3,7 @@
     train/SYNSET/*      or train/SYNSET.tar, a tar of images
     val/SYNSET/*        or val/*, whose labels are in validation_labels.txt
 
-Links are followed. Names that begin with a dot are passed over, because file managers leave such files anywhere.
+Links are followed. Names that begin with a dot are skipped, because file managers leave such files anywhere.
 """
 
 import posixpath
@@ -20,7 +20,7 @@ _FOLDERS = {"train": TRAIN_FOLDER, "validation": VALIDATION_FOLDER}
 
 
 class Folders(Layout):
-    """A folder of images, or of a folder or a tar for each synset."""
+    """A folder for each split. It has images, or a folder or tar for each synset."""
 
     def expects(self, split: str) -> str:
         return f"{_FOLDERS[split]}/ with images"
@@ -63,7 +63,7 @@ class Folders(Layout):
         problems = []
         if len(synsets) < len(found.files):
             flat = next(info.name for info in found.files if info.name.count("/") == 1)
-            problems.append(f"{flat} lies beside folders of synsets: each validation image must lie in one, or none of them")
+            problems.append(f"{flat} is beside folders of synsets: all validation images must be in such folders, or none")
         if known is not None and (unknown := sorted(set(synsets) - known)):
             problems.append(f"{VALIDATION_FOLDER}/{unknown[0]} is not a synset of the training images{and_more(unknown)}")
         return Contents((Archive("validation", VALIDATION_FOLDER, "", 0, size),), tuple(problems))
@@ -90,7 +90,7 @@ class Folders(Layout):
 
 
 def _base_name_first(name: str) -> tuple[str, str]:
-    """Returns a key that sorts images by name alone, as the validation archive does, in which they lie flat."""
+    """Returns a sort key for images: the name without its folder first, like in the flat validation archive."""
     folder, _, base = name.rpartition("/")
     return base, folder
 

@@ -1,4 +1,4 @@
-"""The labels of validation images that lie flat: a file with one synset a line, in the order of the images' names."""
+"""The labels of validation images without synset folders: a file with one synset a line, in the order of the images' names."""
 
 import importlib.util
 import itertools
@@ -20,13 +20,13 @@ def find_labels(folder: str) -> files.FileInfo | None:
 
 
 def read_labels(folder: str, found: Found, known: Set[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the synset of each validation image in the order of names, and what is wrong with them.
+    """Returns the synset of each validation image in the order of names, and the problems of the labels.
 
-    Without a file of labels, they are ImageNet's own, which tensorflow_datasets ships. A synset that is not in `known` is a
-    problem, unless `known` is None. Raises UserError if the file is empty, or if tensorflow_datasets is not installed.
+    Without a file of labels, uses ImageNet's own, which tensorflow_datasets ships. A synset that is not in `known` is a problem,
+    unless `known` is None. Raises UserError if the file is empty, or if it is missing and tensorflow_datasets is not installed.
     """
     path = files.join(folder, VALIDATION_LABELS) if found.labels else _imagenets_labels(folder)
-    # Interned: a plan then holds each synset once, not once for each of 50,000 images.
+    # Interned, so that a plan holds each synset once instead of once for each of 50,000 images.
     synsets = tuple(map(sys.intern, files.read(path).decode(errors="replace").split()))
     if not synsets:
         raise UserError(f"{path} is empty: it must have a synset a line, in the order of the validation images' names")
@@ -40,7 +40,7 @@ def read_labels(folder: str, found: Found, known: Set[str] | None) -> tuple[tupl
 
 
 def synsets_by_order(archive: Archive, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Returns the synset of each of an archive's images by the order of `names`, "" where labels end, and what is wrong."""
+    """Returns the synset of each image of an archive, in the order of `names`, and problems. A missing label is ""."""
     if len(names) in (0, len(archive.synsets)):
         return list(archive.synsets[: len(names)]), ()
     problem = (

@@ -1,4 +1,4 @@
-"""What a raw layout must do: recognise the files of a split, say which archives they make up, list and read their images."""
+"""The interface of a raw layout: it recognises the files of a split, groups them into archives, lists and reads their images."""
 
 import itertools
 import posixpath
@@ -12,21 +12,21 @@ from beam_jobs.files import FileInfo
 
 
 class RawImage(NamedTuple):
-    """Where one image lies in the raw data, and its label."""
+    """The position of one image in the raw data, and its label."""
 
     name: str
     """Path within `file`; "" if the image is the whole file."""
     label: int
     file: str
-    """Path within the raw folder."""
+    """Path relative to the raw folder."""
     offset: int
-    """Where the image begins in `file`, bytes."""
+    """Start of the image in `file`, in bytes."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
 
     @property
     def source(self) -> str:
-        """The path by which a person knows the image: an archive's member is written as if the archive were a folder."""
+        """The image's path for people. An archive's member is written as if the archive were a folder."""
         return posixpath.join(self.file, self.name) if self.name else self.file
 
 
@@ -37,11 +37,11 @@ class ListedImage(NamedTuple):
     file: str
     offset: int
     size: int
-    """These four as in `RawImage`."""
+    """`name`, `file`, `offset` and `size` are those of `RawImage`."""
     synset: str
-    """"" if no label is known; a problem of the listing then says so."""
+    """The image's synset; "" if no label is known, which is also a problem of the listing."""
     fault: str
-    """Why the image cannot be read, "" if nothing is known against it."""
+    """Why the image cannot be read; "" if no reason is known."""
 
 
 @dataclass(frozen=True)
@@ -50,33 +50,33 @@ class Archive:
 
     split: str
     name: str
-    """Path within the raw folder. A tar within a tar is written as if the outer tar were a folder."""
+    """Path relative to the raw folder. A tar within a tar is written as if the outer tar were a folder."""
     file: str
-    """The tar that holds the images, as a path within the raw folder; "" for a folder."""
+    """The tar that holds the images, as a path relative to the raw folder; "" for a folder."""
     start: int
     end: int
-    """The archive's bytes in `file`. For a folder: 0 and the total size of its images."""
+    """Range of the archive's bytes in `file`. For a folder: 0 and the total size of its images."""
     synset: str = ""
     """Synset of all images; "" if there are several synsets, as among validation images."""
     synsets: tuple[str, ...] = ()
-    """Synset of each image, in the order of the images' names, if a file of labels says it."""
+    """Synset of each image in the order of names; empty if the labels do not come from a file."""
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.end - self.start
 
 
 @dataclass(frozen=True)
 class Found:
-    """The files of a split that lie in a layout, known by their names alone."""
+    """The files of a split in a layout, recognised by their names alone."""
 
     files: tuple[FileInfo, ...]
-    """Files that hold images. Names are paths within the raw folder."""
+    """Files that hold images. Names are paths relative to the raw folder."""
     why: str
-    """By what the layout was recognised."""
+    """Why the layout was recognised, for the log."""
     labels: FileInfo | None = None
-    """The file of labels, if there is one."""
+    """The file of labels, or None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Contents:
     """The archives of a split."""
 
     archives: tuple[Archive, ...]
-    """In the order of image IDs: all images of one archive come before those of the next."""
+    """Archives in the order of image IDs: all IDs of one archive come before those of the next."""
     problems: tuple[str, ...]
     """Faults that stop the conversion."""
 
@@ -94,21 +94,21 @@ class Listing:
     """The images of an archive."""
 
     images: tuple[ListedImage, ...]
-    """In the order of image IDs."""
+    """Images in the order of their IDs."""
     problems: tuple[str, ...]
     """Faults of the archive as a whole; they stop the conversion."""
 
 
 class Layout(ABC):
-    """One way in which the images of a split can lie in a raw folder. Holds no state: the plan takes it to the workers."""
+    """One layout of a split's images in a raw folder. Stateless, because the plan takes it to the workers."""
 
     @abstractmethod
     def expects(self, split: str) -> str:
-        """Returns what must be in the raw folder for this layout, in words for an error."""
+        """Returns a description for error messages of what this layout expects in the raw folder."""
 
     @abstractmethod
     def recognise(self, folder: str, split: str) -> Found | None:
-        """Returns the files of a split if they lie in this layout, else None. Opens no file."""
+        """Returns the files of a split if they have this layout, else None. Opens no file."""
 
     @abstractmethod
     def training_archives(self, folder: str, found: Found) -> Contents:
@@ -116,31 +116,31 @@ class Layout(ABC):
 
     @abstractmethod
     def validation_archives(self, folder: str, found: Found, known: Set[str] | None) -> Contents:
-        """Returns the archives of the validation images; a synset that is not in `known` is a problem, unless that is None.
+        """Returns the archives of the validation images. A synset that is not in `known` is a problem, unless `known` is None.
 
         Raises UserError if no labels are found.
         """
 
     @abstractmethod
     def list_images(self, folder: str, archive: Archive) -> Listing:
-        """Returns the images of an archive, sorted by name, whichever way they lie. Reads headers only."""
+        """Returns the images of an archive, sorted by name in every layout. Reads headers only."""
 
     def read(self, folder: str, image: RawImage, start: int, size: int) -> bytes:
-        """Returns `size` bytes of an image from its byte `start` on, fewer if the file ends before. Safe in any thread."""
+        """Returns `size` bytes of an image from byte `start`; fewer if the file ends before. Thread-safe."""
         return files.read_range(files.join(folder, image.file), image.offset + start, size)
 
 
 def name_problems(archive: str, names: list[str]) -> tuple[str, ...]:
-    """Returns what is wrong with the names of an archive's images: there are none, or one is there twice."""
+    """Returns the problems of the names of an archive's images: there are none, or a name occurs twice."""
     if not names:
         return (f"{archive} is empty; get it again",)
     return tuple(
-        f"{archive} has {name} twice: each name must be there once"
+        f"{archive} has {name} twice: each name must occur once"
         for name, following in itertools.pairwise(sorted(names))
         if name == following
     )
 
 
 def and_more(unknown: list) -> str:
-    """Returns the end of a message that names the first of `unknown` only."""
+    """Returns the end of a message that names only the first of `unknown`."""
     return f", nor are {len(unknown) - 1} more" if len(unknown) > 1 else ""

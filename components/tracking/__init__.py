@@ -1,11 +1,9 @@
-"""All that is known of MLflow: stores, runs, what they record, and the words and the picture that join them.
+"""Everything that knows MLflow: stores, runs and their contents, and the notes and the picture that link runs.
 
-A pipeline's run is the parent of its steps' runs. `names` lists the tags by which one run leads to the others. The arguments
-and outputs of a step are in its run's artifact `step.json`. Nothing here uses MLflow's notion of an active run: every call
-names its run.
+A pipeline's run is the parent of its steps' runs. `names` lists the tags that lead from one run to the others. A step's
+arguments and outputs are in its run's artifact `step.json`. Nothing here uses MLflow's active run: every call names its run.
 
-An unreachable server does not stop a job: metrics queue in a file, and other calls are repeated until the store's patience
-ends.
+An unreachable server does not stop a job: metrics queue in a file, other calls retry until a timeout, the store's patience.
 """
 
 from components.patience import without_credentials
@@ -17,7 +15,7 @@ from components.tracking.pipeline_runs import (
     find_job,
     job_of,
     join,
-    log_plan,
+    log_estimate,
     pipeline_of_job,
     start_pipeline,
 )
@@ -44,7 +42,7 @@ __all__ = [
     "job_of",
     "join",
     "knows",
-    "log_plan",
+    "log_estimate",
     "move_credentials",
     "open_job_store",
     "open_store",

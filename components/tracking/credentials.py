@@ -1,4 +1,4 @@
-"""Credentials of MLflow's server: where they come from, and where MLflow looks for them."""
+"""Puts the credentials of MLflow's server into the variables that MLflow reads."""
 
 import os
 from collections.abc import MutableMapping
@@ -12,7 +12,7 @@ _SECONDS_FOR_A_SECRET = 30.0
 
 
 def move_credentials(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Moves a password in the address of a server to MLflow's own variables: MLflow repeats the address in its errors."""
+    """Moves a password in the server's URL to MLflow's own variables, because MLflow prints the URL in its errors."""
     uri = urlsplit(environ.get("MLFLOW_TRACKING_URI", ""))
     if uri.scheme.startswith("http") and uri.password is not None:
         environ["MLFLOW_TRACKING_URI"] = without_credentials(uri.geturl())
@@ -23,9 +23,9 @@ def move_credentials(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def read_secret(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Puts the secret that `environ` names, if it names one, where MLflow looks for credentials.
+    """Reads the secret that `environ` names into MLflow's own variables. Does nothing if it names none.
 
-    Waits for Secret Manager as long as a step waits for MLflow. Raises UserError where the secret cannot be read.
+    Waits for Secret Manager as long as a step waits for MLflow. Raises UserError if the secret cannot be read.
     """
     name = environ.get(variables.SECRET)
     if not name:
@@ -35,7 +35,7 @@ def read_secret(environ: MutableMapping[str, str] = os.environ) -> None:
     from google.cloud import secretmanager
 
     def read() -> str:
-        # The client's own retries end after 60 s in an exception that hides the answer.
+        # The client's own retries end after 60 s with an exception that hides the server's answer.
         client = secretmanager.SecretManagerServiceClient()
         return str(client.access_secret_version(name=name, retry=None, timeout=_SECONDS_FOR_A_SECRET).payload.data.decode())
 

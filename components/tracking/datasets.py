@@ -1,4 +1,4 @@
-"""Datasets in MLflow: the images that a step made or read, and the features that it computed of them."""
+"""Datasets in MLflow: the images that a step made or read, and the features that it computed from them."""
 
 import json
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from components.tracking.step_file import KfpArtifact
 from components.tracking.store import Store
 
 _DIGEST_LENGTH = 36
-"""What MLflow has room for."""
+"""The longest digest that MLflow stores, in characters."""
 
 
 class Datasets:
-    """The datasets of one run, which MLflow keeps as its inputs."""
+    """The datasets of one run. MLflow stores them as the run's inputs."""
 
     def __init__(self, store: Store, run_id: str) -> None:
         self._store, self._run_id = store, run_id
@@ -23,7 +23,7 @@ class Datasets:
     def log(self, dataset: KfpArtifact, context: str) -> None:
         """Records a dataset of images in the context "training", "eval" or "output".
 
-        MLflow keeps one entry for equal datasets, with the source of the first: the tags of the input say which this one is.
+        MLflow keeps one entry for equal datasets, with the first one's source. The tags of the input name this one's source.
         """
         about = dataset.metadata
         entry = Dataset(
@@ -42,7 +42,7 @@ class Datasets:
         self._store.client.set_tag(self._run_id, names.DATASET_FINGERPRINT, about["fingerprint"])
 
     def log_features(self, dataset: KfpArtifact, features: Mapping[str, Mapping[str, Any]]) -> None:
-        """Records the files of features of `dataset`, by split. Each is a dataset, named by the digest of its contents."""
+        """Records the feature files of `dataset`, by split. Each is a dataset, identified by the digest of its contents."""
         inputs = []
         for split, file in features.items():
             path = str(file["path"])
@@ -63,7 +63,7 @@ class Datasets:
 
 
 def name_and_digest(dataset: KfpArtifact) -> dict[str, str]:
-    """Returns the `name` and `digest` by which MLflow knows a dataset of images."""
+    """Returns the `name` and `digest` that identify a dataset of images in MLflow."""
     return {"name": dataset.metadata["name"], "digest": dataset.metadata["fingerprint"][:_DIGEST_LENGTH]}
 
 

@@ -1,4 +1,4 @@
-"""Encoders in MLflow: the one that a step pretrained becomes a registered model, the one that a step read becomes its input."""
+"""Encoders in MLflow: a pretrained encoder becomes a registered model, an evaluated one becomes an input of its run."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -33,11 +33,11 @@ class Encoders:
         metrics: Mapping[str, float],
         step: int,
     ) -> None:
-        """Records an encoder as a logged model with its final metrics, registers it, and says so in its metadata.
+        """Records an encoder as a logged model with its final metrics, registers it, and adds both IDs to `model.metadata`.
 
-        What an earlier attempt recorded of the same state, by `params["state_sha256"]`, is completed, not recorded again.
-        The model holds `files` and what `eval.export` wrote into the folder `exported`, and any MLflow can serve it. A store in
-        a database looks for the model to register where MLFLOW_TRACKING_URI says, so that must name this store.
+        If an earlier attempt recorded the same state, by `params["state_sha256"]`, completes that record instead of adding one.
+        The model holds `files` and the contents of the folder `exported`, which `eval.export` wrote. Any MLflow can serve it. If
+        the store is a database, MLFLOW_TRACKING_URI must name it, because MLflow looks there for the model to register.
         """
         client = self._store.client
         texts = {name: str(value) for name, value in params.items()}
@@ -58,14 +58,14 @@ class Encoders:
         model.metadata.update(model_id=logged.model_id, model_name=registry.ENCODER, model_version=version)
 
     def use(self, model: KfpArtifact) -> None:
-        """Records an encoder as this run's input; by its path where another store has its model."""
+        """Records an encoder as this run's input: as a logged model, or by its path if this store lacks the model."""
         if registry.has_model(self._store, model.metadata["model_id"]):
             self._store.client.log_inputs(self._run_id, models=[LoggedModelInput(model.metadata["model_id"])])
         else:
             self._store.client.set_tag(self._run_id, names.ENCODER_URI, model.uri)
 
     def rate(self, model: KfpArtifact, dataset: KfpArtifact, card: str, top_1: float) -> None:
-        """Says of a registered encoder what this run measured, and moves the aliases; nothing where another store has it."""
+        """Records this run's accuracy on a registered encoder, and moves the aliases. Does nothing if this store lacks it."""
         version = registry.version_of(self._store, model.metadata["model_id"])
         if version:
             registry.rate(self._store, self._run_id, version, dataset.metadata["fingerprint"], card, top_1)
@@ -75,7 +75,7 @@ class Encoders:
             outputs = self._store.client.get_run(self._run_id).outputs
             return outputs is not None and any(one.model_id == model_id for one in outputs.model_outputs)
 
-        # A store in a database refuses to record it twice, also where the answer to a first call was lost.
+        # A database store refuses to record the output twice, even if the answer to the first call was lost.
         if not is_there():
             try:
                 self._store.client.log_outputs(self._run_id, [LoggedModelOutput(model_id, step)])

@@ -1,4 +1,4 @@
-"""Metrics of a step: training logs them without waiting, and they survive a server that is down and a process that is killed."""
+"""Metrics of a step. Logging never waits, and metrics survive a server outage and a killed process."""
 
 import time
 from collections.abc import Mapping
@@ -15,27 +15,27 @@ from components.tracking.store import Store, impatient
 
 
 class Metrics:
-    """The metrics of one run: those of training, through an outbox, and the final ones, of a model on a dataset."""
+    """The metrics of one run: training metrics, sent through an outbox, and final metrics of a model on a dataset."""
 
     def __init__(self, store: Store, run_id: str) -> None:
         self._store, self._run_id = store, run_id
         self._recorded: set[tuple[str, int]] = set()
-        """Metrics and steps that earlier attempts recorded."""
+        """Names and steps of the metrics that earlier attempts recorded."""
         client = impatient(store).client
         self._outbox = Outbox(
             lambda points: client.log_batch(run_id, metrics=[Metric(*point) for point in points]), PATIENCE_OF_STEPS
         )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Records metrics, without waiting for the store. Those that an earlier attempt recorded of the same step stay."""
+        """Records metrics without waiting for the store. Keeps the values that an earlier attempt recorded at the same step."""
         now = int(time.time() * 1000)
         new = {name: float(value) for name, value in metrics.items() if (name, step) not in self._recorded}
         self._outbox.put([(name, value, now, step) for name, value in new.items()])
 
     def log_final(self, metrics: Mapping[str, float], model_id: str, dataset: KfpArtifact, step: int) -> None:
-        """Records metrics as those of a model on a dataset; on the dataset alone where another store has the model.
+        """Records metrics of a model on a dataset, or of the dataset alone if this store lacks the model.
 
-        Adds no point where this run has the same value of the same step, from training or from an earlier attempt.
+        Adds no point if this run already has the same value at the same step, from training or from an earlier attempt.
         """
         about = {f"dataset_{key}": value for key, value in name_and_digest(dataset).items()}
         about |= {"model_id": model_id} if registry.has_model(self._store, model_id) else {}
@@ -43,14 +43,17 @@ class Metrics:
         runs.log_metrics_once(self._store, self._run_id, metrics, step, **about)
 
     def skip_recorded(self) -> None:
-        """Reads what earlier attempts recorded in this run, which goes on before the last step that they logged."""
+        """Reads the metrics that earlier attempts recorded in this run, so that `log` does not repeat them.
+
+        An attempt resumes from a checkpoint, which is older than the last logged step.
+        """
         for name, points in runs.metric_histories(self._store, self._run_id).items():
             self._recorded |= {(name, point.step) for point in points}
 
     def keep_in(self, folder: str) -> None:
         """Keeps undelivered metrics in `folder`, and delivers those that an earlier attempt left there.
 
-        Where the earlier attempt had another run, copies that run's history into this one, and says whose it is.
+        If the earlier attempt had another run, copies that run's history into this one and tags this one with its ID.
         """
 
         def inherit(before: str) -> list[Point]:
@@ -69,17 +72,17 @@ class Metrics:
         return history(self._store, self._run_id)
 
     def settle(self) -> None:
-        """Returns once a SIGKILL would lose none of the metrics; waits a minute at most."""
+        """Waits, at most 60 s, until a SIGKILL would lose no metric."""
         self._outbox.settle()
 
     def flush(self) -> None:
-        """Waits until the store has every metric. Raises UserError where it refuses them."""
+        """Waits until the store has every metric. Raises UserError if the store refuses them."""
         self._outbox.flush()
 
     def close(self, finished: bool = False) -> None:
-        """Sends what can be sent at once. The rest stays in the outbox's file, which is removed once the step is `finished`."""
+        """Tries once more to send all metrics. The rest stays in a file, which is removed once the step is `finished`."""
         self._outbox.close(finished)
 
     def abandon(self) -> None:
-        """Forgets the metrics that the store lacks, since another process does the same work now."""
+        """Forgets the undelivered metrics, because another process now does the same work."""
         self._outbox.abandon()

@@ -1,31 +1,31 @@
-"""Names of the tags and files by which runs in MLflow say what they are and lead to each other.
+"""Names of the tags and files that describe runs in MLflow and link them.
 
-Names that begin with `mlflow.` are MLflow's own: its UI shows what they hold.
+Names that begin with `mlflow.` are MLflow's own: its UI shows their values.
 """
 
 # ---- Tags of a run
 
 COMPONENT = "sogclr.component"
-"""What the run is of: one of `lineage.COMPONENTS`, or `PIPELINE`, or `PLAN`."""
+"""The kind of run: one of `lineage.COMPONENTS`, or `PIPELINE`, or `ESTIMATE`."""
 PIPELINE = "pipeline"
 """A pipeline's run, the parent of its steps' runs."""
-PLAN = "plan"
-"""The run that holds a plan."""
+ESTIMATE = "plan"
+"""A run that holds the cost estimate of `sogclr plan`."""
 
 PARENT = "mlflow.parentRunId"
-"""The pipeline's run that a step's run is nested in."""
+"""The pipeline's run that is the parent of a step's run."""
 RUN_OF = "sogclr.run."
-"""With a component's name behind it: the run of that component. It is the run itself, or one that the run follows from, or one
-that a pipeline's run consists of. So one search finds everything that came of a run."""
+"""Prefix, followed by a component's name: the run of that component. On a step's run, that is the run itself or a run whose
+output it used. On a pipeline's run, it is one of its steps. So one search finds every run that depends on a given run."""
 RERUN_OF = "sogclr.rerun_of"
-"""The step's run that this pipeline's run does again."""
+"""The step's run that this pipeline's run repeats."""
 RESUMED_FROM = "sogclr.resumed_from"
-"""The run whose checkpoints and metrics this run goes on from."""
+"""The run whose checkpoints and metrics this run resumed from."""
 
 JOB = "sogclr.job"
 """Name of the pipeline job."""
 JOB_FOLDER = "sogclr.job_folder"
-"""Where the pipeline job is: projects/PROJECT/locations/REGION."""
+"""Parent resource of the pipeline job: projects/PROJECT/locations/REGION."""
 JOB_LINK = "sogclr.job_link"
 """Page of the pipeline job in Google's console."""
 
@@ -34,35 +34,35 @@ CODE = "sogclr.code_version"
 COMMIT = "mlflow.source.git.commit"
 """Commit of the project's sources."""
 IMAGE = "sogclr.image"
-"""The image that the run was in."""
+"""The container image of the run."""
 COMMAND = "sogclr.command"
-"""The command that does the same again."""
+"""The command that repeats the run."""
 ROOT = "sogclr.root"
-"""The --root that the command needs. Absent where it needs none."""
+"""The --root of that command. Absent if the command needs none."""
 
 DEVICE = "sogclr.device"
-"""What the step last ran on."""
+"""Device of the step's last attempt."""
 TENSORFLOW = "sogclr.tensorflow"
-"""Version of TensorFlow that the step last ran with."""
+"""TensorFlow version of the step's last attempt."""
 REPLICAS = "sogclr.replicas"
-"""Number of replicas that the step last ran with."""
+"""Number of replicas of the step's last attempt."""
 
 ERROR = "sogclr.error"
-"""Why the step failed, one line."""
+"""Why the step failed, in one line."""
 USER_ERROR = "sogclr.user_error"
-"""Whether the user can mend the error: true or false."""
+"""Whether the user can fix the error: true or false."""
 
 DATASET_FINGERPRINT = "sogclr.dataset_fingerprint"
 """Fingerprint of the dataset that the step made or read."""
 ENCODER_URI = "sogclr.encoder_uri"
-"""Folder of the encoder that the step read, where another store has its model."""
+"""Folder of the encoder that the step read. Set if the encoder's model is in another store."""
 NOTE = "mlflow.note.content"
 """The run's description in Markdown."""
 
 # ---- Tags of a dataset that is a run's input
 
 CONTEXT = "mlflow.data.context"
-"""What the dataset is to the run: "training", "eval", "output" or "features"."""
+"""The role of the dataset in the run: "training", "eval", "output" or "features"."""
 DATASET_URI = "uri"
 """Folder or file of the dataset."""
 FINGERPRINT = "fingerprint"
@@ -70,10 +70,10 @@ FINGERPRINT = "fingerprint"
 DATASET_RUN = "run_id"
 """The run that made the dataset."""
 
-# ---- Tags of a registered version, and of a logged model. Parameters of pretraining are tags of the version too.
+# ---- Tags of a registered version and of a logged model. The version also has the parameters of pretraining as tags.
 
 STATE = "state_sha256"
-"""Digest of the encoder's training state. A parameter of the logged model, and a tag of the version."""
+"""Digest of the encoder's training state. A parameter of the logged model and a tag of the version."""
 TRAINED_ON = "dataset_fingerprint"
 """Fingerprint of the dataset that the encoder was pretrained on."""
 MODEL_URI = "uri"
@@ -93,11 +93,11 @@ STEP_FILE = "step.json"
 """Arguments and outputs of a step."""
 LINEAGE_PICTURE = "lineage.png"
 """The picture of a pipeline run's lineage."""
-PLAN_FILE = "plan.json"
-"""What `sogclr plan` foresees."""
+ESTIMATE_FILE = "plan.json"
+"""The cost estimate of `sogclr plan`."""
 DATASET_PAGE = "dataset.html"
-"""What a dataset holds."""
+"""A page that shows the contents of a dataset."""
 CURVES = "curves.png"
-"""Curves of pretraining."""
+"""Training curves of pretraining."""
 REPORT = "report.html"
-"""What a linear eval measured."""
+"""The report of a linear eval."""

@@ -1,4 +1,4 @@
-"""The descriptions that MLflow's UI shows of runs, with links from each to the runs before and after it."""
+"""Descriptions of runs for MLflow's UI, with links to the runs that each run used and to those that used it."""
 
 from collections.abc import Mapping
 
@@ -10,11 +10,11 @@ from components.tracking.recorded import lineage, read_step
 from components.tracking.store import Store
 
 _VIEW = "?workflowType=machine_learning"
-"""The UI's own word for pages about training; it shows those about agents otherwise."""
+"""Makes the UI show its pages about training. Without it, it shows its pages about agents."""
 
 
 def redraw(store: Store, pipeline_id: str) -> None:
-    """Draws a pipeline run's lineage, and describes the run, its steps, and the step that it does again."""
+    """Updates the lineage picture of a pipeline run, and the descriptions of the run, its steps and the step that it repeats."""
     chain = lineage(store, pipeline_id)
     store.client.log_figure(pipeline_id, picture.lineage(chain), names.LINEAGE_PICTURE)
     tags = store.client.get_run(pipeline_id).data.tags
@@ -32,7 +32,7 @@ def _pipeline_note(store: Store, chain: Lineage, tags: Mapping[str, str]) -> str
         reused = f", reused from {_link(store, one.pipeline_id, short(one.pipeline_id))}" if chain.reused(one) else ""
         lines.append(f"- {_link(store, one.run_id, one.component)}{reused}: {_made(one)}")
     if runs.find(store, again := tags.get(names.RERUN_OF, "")):
-        lines.append(f"- Does {_link(store, again, 'run ' + short(again))} again")
+        lines.append(f"- Reruns {_link(store, again, 'run ' + short(again))}")
     if names.JOB_LINK in tags:
         lines.append(f"- Vertex AI: [job {tags[names.JOB]}]({tags[names.JOB_LINK]})")
     if names.COMMAND in tags:
@@ -43,11 +43,11 @@ def _pipeline_note(store: Store, chain: Lineage, tags: Mapping[str, str]) -> str
 def _step_note(store: Store, one: Step) -> str:
     tags = store.client.get_run(one.run_id).data.tags
     sources = [tags[names.RUN_OF + name] for name in COMPONENTS if name != one.component and names.RUN_OF + name in tags]
-    came_of_it = runs.search(store, names.RUN_OF + one.component, one.run_id)
-    later = [run for run in came_of_it if run.info.run_id not in (one.run_id, one.pipeline_id)]
+    dependents = runs.search(store, names.RUN_OF + one.component, one.run_id)
+    later = [run for run in dependents if run.info.run_id not in (one.run_id, one.pipeline_id)]
     used_by = [run for run in later if run.data.tags[names.COMPONENT] != names.PIPELINE]
     reused_by = [run for run in later if run.data.tags[names.COMPONENT] == names.PIPELINE]
-    done_again_by = runs.search(store, names.RERUN_OF, one.run_id)
+    rerun_by = runs.search(store, names.RERUN_OF, one.run_id)
     lines = [f"**{one.component}** of {_link(store, one.pipeline_id, 'pipeline run ' + short(one.pipeline_id))}", ""]
     if "raw" in one.arguments:
         lines.append(f"- From: `{one.arguments['raw']}`")
@@ -60,8 +60,8 @@ def _step_note(store: Store, one: Step) -> str:
         page = f"#/experiments/{store.experiment_id}/runs/{one.run_id}/artifacts/{names.REPORT}"
         lines.append(f"- Report: [{names.REPORT}]({page})")
     if runs.find(store, before := tags.get(names.RESUMED_FROM, "")):
-        lines.append(f"- Went on from the checkpoints of {_link(store, before, short(before))}")
-    for title, others in (("Used by", used_by), ("Reused by", reused_by), ("Done again by", done_again_by)):
+        lines.append(f"- Resumed from the checkpoints of {_link(store, before, short(before))}")
+    for title, others in (("Used by", used_by), ("Reused by", reused_by), ("Rerun by", rerun_by)):
         if others:
             lines.append(f"- {title}: " + ", ".join(_link(store, run.info.run_id, _title(run)) for run in others))
     lines.append(f"- Run again: `{tags[names.COMMAND]}`")
@@ -69,7 +69,7 @@ def _step_note(store: Store, one: Step) -> str:
 
 
 def _made(one: Step) -> str:
-    """Says in a few words of Markdown what came out of a step."""
+    """Describes the output of a step in a few words of Markdown."""
     if not one.outputs:
         return f"nothing yet, {one.status.lower()} {one.error}".strip()
     about = next(iter(one.outputs.values()))

@@ -16,7 +16,7 @@ _STEP_Y, _THING_Y = 2.95, 1.05
 
 
 def lineage(chain: Lineage) -> Figure:
-    """Draws the whole chain: raw data, runs, dataset, encoder, result. Steps of earlier pipeline runs are dashed."""
+    """Draws the raw data, steps, dataset, encoder and result of a pipeline run. Reused steps have dashed outlines."""
     figure = Figure(figsize=(_WIDTH, _HEIGHT), facecolor=PAPER)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, _WIDTH), ylim=(0, _HEIGHT))
@@ -70,7 +70,7 @@ def _step_lines(step: Step | None, reused: bool) -> list[str]:
 
 
 def _things(chain: Lineage, steps: Mapping[str, Step]) -> list[tuple[str, list[str], bool]]:
-    """Returns for each thing that a step reads or makes: its title, lines, and whether it is there."""
+    """Returns for each input and output of a step its title, its lines, and whether it exists."""
     dataset, model = chain.output("dataset"), chain.output("model")
     conversion, pretraining = steps.get("build-tfrecords"), steps.get("pretrain")
     raw = str(conversion.arguments.get("raw", "")) if conversion else ""
@@ -130,7 +130,7 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
 
 
 def _bars(axes: Axes, x: float, metrics: Artifact | None) -> None:
-    """Draws top-1 beside the control into the result's box, which means 0 to 100%."""
+    """Draws bars of the top-1 accuracy and the untrained control in the result's box, whose width is 100%."""
     if metrics is None:
         return
     left, width = x - _BOX_WIDTH / 2 + 0.2, _BOX_WIDTH - 0.4

@@ -1,4 +1,4 @@
-"""The runs above the steps: a pipeline's, which its command or its job on a cluster opens and closes, and a plan's."""
+"""Runs that are not a step's: the run of a pipeline, on this machine or as a cluster job, and the run of a cost estimate."""
 
 import os
 import shlex
@@ -26,8 +26,8 @@ def start_pipeline(
 ) -> str:
     """Opens a pipeline's run and returns its ID.
 
-    `root` is the --root that a later command needs, empty where that is its default. `rerun_of` is the step's run that is done
-    again.
+    `root` is the --root that a later command needs; empty for the default. `rerun_of` is the ID of the step's run that is
+    repeated.
     """
     tags = {
         names.COMPONENT: names.PIPELINE,
@@ -43,9 +43,9 @@ def start_pipeline(
 
 
 def end_pipeline(store: Store, pipeline_id: str, status: str, run_ids: Iterable[str] = ()) -> Lineage:
-    """Closes a pipeline's run, which consists of `run_ids` and of the runs made under it. Returns what led to what.
+    """Closes a pipeline's run, which consists of `run_ids` and of the runs nested in it. Returns its lineage.
 
-    A step that still counts as running becomes killed.
+    Marks a step that is still recorded as running as killed.
     """
     for run_id in run_ids:
         runs.set_tags(store, pipeline_id, runs.named_by(store.client.get_run(run_id)))
@@ -62,7 +62,7 @@ def end_pipeline(store: Store, pipeline_id: str, status: str, run_ids: Iterable[
     return chain
 
 
-# ---- Of a job on a cluster
+# ---- A job on a cluster
 
 
 def job_of(output_uri: str) -> str:
@@ -71,10 +71,10 @@ def job_of(output_uri: str) -> str:
 
 
 def find_job(store: Store, job: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Returns the pipeline's run of a pipeline job, if there is one: the first of several that began at once.
+    """Returns the ID of the run of a pipeline job, or None. If several steps opened one at the same time, the first counts.
 
-    The folder of jobs that `environ` names tells jobs of one name in several projects or regions apart. Without one it is a
-    run that has none.
+    The job folder in `environ` distinguishes jobs of the same name in several projects or regions. If `environ` has no job
+    folder, the run must have none either.
     """
     folder = environ.get(variables.JOB_FOLDER, "")
     found = [run for run in runs.search(store, names.JOB, job) if run.data.tags.get(names.JOB_FOLDER, "") == folder]
@@ -82,7 +82,7 @@ def find_job(store: Store, job: str, environ: Mapping[str, str] = os.environ) ->
 
 
 def pipeline_of_job(store: Store, job: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Returns the pipeline's run of a pipeline job, and opens it where it is new."""
+    """Returns the ID of the run of a pipeline job, and opens the run if there is none."""
     known = find_job(store, job, environ)
     if known:
         return known
@@ -97,12 +97,12 @@ def pipeline_of_job(store: Store, job: str, environ: Mapping[str, str] = os.envi
         names.RERUN_OF: environ.get(variables.RERUN_OF, ""),
     }
     run_id = store.client.create_run(store.experiment_id, run_name=job, tags={k: v for k, v in tags.items() if v}).info.run_id
-    # Another step may have done the same meanwhile; whoever looks later finds the first.
+    # Another step may have opened a run at the same time. From now on, every step finds the first one.
     return find_job(store, job, environ) or run_id
 
 
 def _job_link(folder: str, job: str) -> str:
-    """Returns the page of a pipeline job; `folder` is projects/PROJECT/locations/REGION, or empty."""
+    """Returns the URL of a pipeline job's page. `folder` is projects/PROJECT/locations/REGION, or empty."""
     if not folder:
         return ""
     _, project, _, region = folder.split("/")
@@ -110,7 +110,7 @@ def _job_link(folder: str, job: str) -> str:
 
 
 def join(store: Store, job: str, run_ids: Iterable[str]) -> None:
-    """Says that a pipeline job consists of the runs `run_ids`, those that it took from the cache included."""
+    """Records that a pipeline job consists of the runs `run_ids`, including those that it took from the cache."""
     pipeline_id = pipeline_of_job(store, job)
     for run in filter(None, (runs.find(store, run_id) for run_id in run_ids)):
         runs.set_tags(store, pipeline_id, runs.named_by(run))
@@ -118,18 +118,18 @@ def join(store: Store, job: str, run_ids: Iterable[str]) -> None:
 
 
 def end_job(store: Store, job: str, state: str) -> None:
-    """Closes the pipeline's run of a pipeline job, which ended as KFP says: SUCCEEDED, FAILED or CANCELLED."""
+    """Closes the run of a pipeline job. `state` is KFP's word for how the job ended: SUCCEEDED, FAILED or CANCELLED."""
     status = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED"}.get(state, "FAILED")
     end_pipeline(store, pipeline_of_job(store, job), status)
 
 
-# ---- Of a plan
+# ---- A cost estimate
 
 
-def log_plan(store: Store, name: str, plan: Mapping[str, Any]) -> str:
-    """Records a plan, as `pipelines/plan.py` makes it, in a run of its own and returns the run's ID."""
-    run_id = store.client.create_run(store.experiment_id, run_name=name, tags={names.COMPONENT: names.PLAN}).info.run_id
-    store.client.log_dict(run_id, dict(plan), names.PLAN_FILE)
+def log_estimate(store: Store, name: str, plan: Mapping[str, Any]) -> str:
+    """Records a cost estimate, as `sogclr plan --json` prints it, in a run of its own and returns the run's ID."""
+    run_id = store.client.create_run(store.experiment_id, run_name=name, tags={names.COMPONENT: names.ESTIMATE}).info.run_id
+    store.client.log_dict(run_id, dict(plan), names.ESTIMATE_FILE)
     numbers = {key: value for key, value in plan.items() if isinstance(value, int | float) and not isinstance(value, bool)}
     runs.log_metrics_once(store, run_id, {f"plan/{key}": value for key, value in numbers.items()}, step=0)
     runs.log_params(store, run_id, {key: plan[key] for key in ("preset", "accelerator", "fits", "bound_by") if key in plan})

@@ -1,4 +1,4 @@
-"""What runs recorded, read back: a run by a part of its ID, a step, the history of metrics, and a pipeline run's lineage."""
+"""Reads runs back: finds a run by the start of its ID, reads steps, metric histories and the lineage of a pipeline run."""
 
 import time
 
@@ -8,32 +8,32 @@ from components.tracking.store import Store
 from trainer.shared.errors import UserError
 
 History = dict[str, list[tuple[int, float]]]
-"""Every (step, value) of each metric in order, by the metric's name."""
+"""All (step, value) pairs of each metric in order, by the metric's name."""
 
 
 def knows(store: Store, run_id: str) -> bool:
-    """Returns whether a run is there and was not deleted."""
+    """Returns whether the store has a run that was not deleted."""
     run = runs.find(store, run_id)
     return run is not None and run.info.lifecycle_stage == "active"
 
 
 def find_run(store: Store, prefix: str) -> str:
-    """Returns the ID of the one run that begins with `prefix`. Raises UserError where there is none, or several."""
+    """Returns the ID of the run whose ID begins with `prefix`. Raises UserError if there is none, or more than one."""
     if len(prefix) < 8:
         raise UserError(f"run {prefix} is too short: give at least the first 8 characters of a run ID")
     found = store.client.search_runs([store.experiment_id], max_results=50000)
     matches = [run.info.run_id for run in found if run.info.run_id.startswith(prefix)]
     if not matches:
-        raise UserError(f"there is no run {prefix}; sogclr ui shows those there are")
+        raise UserError(f"there is no run {prefix}; sogclr ui shows all runs")
     if len(matches) > 1:
-        raise UserError(f"run {prefix} could be any of {', '.join(matches)}: give more of it")
+        raise UserError(f"run {prefix} could be any of {', '.join(matches)}: give more characters")
     return matches[0]
 
 
 def find_step(store: Store, run_id: str, component: str) -> Step:
-    """Returns the run of `component` that the run `run_id` is, follows from or belongs to.
+    """Returns the step of `component` that belongs to the run `run_id`.
 
-    Raises UserError where there is none.
+    That is the run itself, a run whose output it used, or a step of the same pipeline run. Raises UserError if there is none.
     """
     tags = store.client.get_run(run_id).data.tags
     if names.COMPONENT not in tags:
@@ -50,7 +50,7 @@ def find_step(store: Store, run_id: str, component: str) -> Step:
 
 
 def read_step(store: Store, run_id: str) -> Step:
-    """Returns what a step's run recorded."""
+    """Returns a step as its run recorded it."""
     run = store.client.get_run(run_id)
     tags = run.data.tags
     recorded = step_file.read(store, run_id)
@@ -71,24 +71,24 @@ def read_step(store: Store, run_id: str) -> Step:
 def history(store: Store, run_id: str) -> History:
     """Returns every metric that a run recorded."""
     found = runs.metric_histories(store, run_id)
-    # A step that was taken again after a restart counts once: its values are the same bits.
+    # A training step that was repeated after a restart counts once: its values are bit-identical.
     return {name: sorted({point.step: point.value for point in points}.items()) for name, points in found.items()}
 
 
 def history_behind(store: Store, run_id: str, component: str) -> History:
-    """Returns every metric of the run of `component` that `run_id` follows from; none where this store lacks that run."""
+    """Returns every metric of the run of `component` whose output `run_id` used; empty if this store lacks that run."""
     source = runs.find(store, store.client.get_run(run_id).data.tags.get(names.RUN_OF + component, ""))
     return history(store, source.info.run_id) if source else {}
 
 
 def sources(store: Store, run_id: str) -> dict[str, str]:
-    """Returns by component the run itself and the runs that it follows from."""
+    """Returns the IDs of the run itself and of the runs whose outputs it used, by component."""
     named = runs.named_by(store.client.get_run(run_id))
     return {name: named[names.RUN_OF + name] for name in COMPONENTS if names.RUN_OF + name in named}
 
 
 def lineage(store: Store, pipeline_id: str) -> Lineage:
-    """Returns what led to what in a pipeline run."""
+    """Returns the lineage of a pipeline run."""
     run = store.client.get_run(pipeline_id)
     ids = [run.data.tags.get(names.RUN_OF + component, "") for component in COMPONENTS]
     steps = tuple(read_step(store, run_id) for run_id in ids if runs.find(store, run_id))
@@ -96,5 +96,5 @@ def lineage(store: Store, pipeline_id: str) -> Lineage:
 
 
 def picture_uri(store: Store, pipeline_id: str) -> str:
-    """Returns where the picture of a pipeline run's lineage is."""
+    """Returns the URI of the picture of a pipeline run's lineage."""
     return f"{store.client.get_run(pipeline_id).info.artifact_uri}/{names.LINEAGE_PICTURE}"

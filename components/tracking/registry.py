@@ -1,7 +1,7 @@
-"""Logged models and the registry: one model and one version for one state of one run, and aliases for the best version.
+"""Logged models and the registry: one model and one version for each state of a run, and aliases for the best version.
 
-An attempt can be killed between any two calls, and a call whose answer was lost is made twice. So each function looks first for
-what is there, and deletes duplicates.
+An attempt can be killed between any two calls, and a call is repeated if its answer was lost. So each function first looks for
+existing records, and deletes duplicates.
 """
 
 import json
@@ -17,10 +17,10 @@ from components.tracking.store import Store
 ENCODER = "sogclr-encoder"
 """Name of the registered model."""
 CHAMPION = "champion"
-"""Alias of the version that measured best."""
+"""Alias of the version with the best top-1 accuracy."""
 
 _DESCRIPTION_LENGTH = 5000
-"""What the registry has room for."""
+"""The longest description that the registry stores, in characters."""
 
 
 def has_model(store: Store, model_id: str) -> bool:
@@ -34,24 +34,24 @@ def has_model(store: Store, model_id: str) -> bool:
 
 
 def is_ready(model: LoggedModel) -> bool:
-    """Returns whether all files of a logged model are there."""
+    """Returns whether a logged model has all its files."""
     return model.status == LoggedModelStatus.READY
 
 
 def logged_model(store: Store, run_id: str, params: Mapping[str, str]) -> LoggedModel:
-    """Returns the logged model of the run `run_id` for the state that `params` name, and makes it where it is new."""
+    """Returns the logged model of the run `run_id` for the state in `params`, and creates the model if there is none."""
     there = _logged_models(store, run_id, params.get(names.STATE))
     if there:
         return there[0]
     store.client.create_logged_model(store.experiment_id, ENCODER, run_id, params=dict(params), model_type="encoder")
-    # Two, where the answer to the first call was lost.
+    # There are two if the answer to the first call was lost.
     return _logged_models(store, run_id, params.get(names.STATE))[0]
 
 
 def register(store: Store, run_id: str, model: LoggedModel, card: str, tags: Mapping[str, str]) -> str:
-    """Makes a logged model a version of `ENCODER`, the next one if it is none yet; returns the version.
+    """Returns the version of `ENCODER` that a logged model is, and creates a new version if it is none yet.
 
-    Deletes other logged models of the same state of the run, and other versions of the model.
+    Deletes other logged models of the same state of the run, and other versions of the same model.
     """
     client = store.client
     if not client.search_registered_models(f"name = '{ENCODER}'"):
@@ -66,21 +66,22 @@ def register(store: Store, run_id: str, model: LoggedModel, card: str, tags: Map
     for twin in _logged_models(store, run_id, model.params.get(names.STATE)):
         if twin.model_id != model.model_id:
             client.delete_logged_model(twin.model_id)
-    # The UI shows on a logged model the versions that this tag names.
+    # The UI reads a logged model's versions from this tag.
     client.set_logged_model_tags(model.model_id, {names.MODEL_VERSIONS: json.dumps([{"name": ENCODER, "version": version}])})
     return version
 
 
 def version_of(store: Store, model_id: str) -> str | None:
-    """Returns the version of `ENCODER` that a logged model is, or None where this store has no such version."""
+    """Returns the version of `ENCODER` that a logged model is, or None if this store lacks it."""
     return next((str(one.version) for one in _versions(store) if one.source == _source(model_id)), None)
 
 
 def rate(store: Store, run_id: str, version: str, fingerprint: str, card: str, top_1: float) -> None:
-    """Says of a version what the run `run_id` measured on the dataset `fingerprint`, and moves the aliases.
+    """Records the accuracy that the run `run_id` measured of a version on the dataset `fingerprint`, and moves the aliases.
 
-    `CHAMPION`-FINGERPRINT goes to the version with the best top-1 on that dataset, the earliest of equals. So does `CHAMPION`,
-    unless its version was measured on another dataset: accuracies on different images do not compare.
+    `CHAMPION`-FINGERPRINT moves to the version with the best top-1 on that dataset; of equal versions, to the earliest.
+    `CHAMPION` moves with it unless its current version was measured on another dataset: accuracies on different images are not
+    comparable.
     """
     client = store.client
     client.update_model_version(ENCODER, version, _cut(card))
@@ -100,14 +101,14 @@ def _source(model_id: str) -> str:
 
 
 def _cut(card: str) -> str:
-    """Returns as many whole sections of a card as the registry has room for."""
+    """Returns a card without its last sections if it is too long for the registry."""
     while len(card) > _DESCRIPTION_LENGTH:
         card = card.rpartition("\n## ")[0] or card[:_DESCRIPTION_LENGTH]
     return card
 
 
 def _logged_models(store: Store, run_id: str, state: str | None) -> list[LoggedModel]:
-    """Returns the logged models of one state of a run: one that is whole first, else the oldest."""
+    """Returns the logged models of one state of a run: complete ones first, then by age, the oldest first."""
     found = store.client.search_logged_models([store.experiment_id], f"source_run_id = '{run_id}'")
     of_state = [model for model in found if model.name == ENCODER and model.params.get(names.STATE) == state]
     return sorted(of_state, key=lambda model: (not is_ready(model), model.creation_timestamp, model.model_id))
@@ -118,7 +119,7 @@ def _versions(store: Store) -> list[ModelVersion]:
 
 
 def _versions_of(store: Store, run_id: str, model: LoggedModel) -> list[str]:
-    """Returns the versions that are `model`, the oldest first."""
+    """Returns the versions of `ENCODER` that are `model`, the oldest first."""
     found = store.client.search_model_versions(f"name = '{ENCODER}' and run_id = '{run_id}'")
     own = [str(one.version) for one in found if one.source == _source(model.model_id)]
     return sorted(own, key=int)

@@ -1,4 +1,4 @@
-"""What MLflow's client has no single call for: it finds runs by a tag, and writes tags, parameters and metrics together."""
+"""Calls that MLflow's client lacks: finding runs by a tag, and writing several tags, parameters or metrics at once."""
 
 import time
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from components.tracking.store import Store
 
 
 def find(store: Store, run_id: str) -> Run | None:
-    """Returns a run, or None where the store has none of that ID."""
+    """Returns a run, or None if the store has no run of that ID."""
     try:
         return store.client.get_run(run_id) if run_id else None
     except MlflowException as error:
@@ -27,7 +27,7 @@ def search(store: Store, tag: str, value: str) -> list[Run]:
 
 
 def named_by(run: Run) -> dict[str, str]:
-    """Returns the tags by which `run` names itself and the runs that it follows from, or that it consists of."""
+    """Returns the tags of `run` that name runs: itself and the runs whose outputs it used, or the steps it consists of."""
     return {key: value for key, value in run.data.tags.items() if key.startswith(names.RUN_OF)}
 
 
@@ -36,7 +36,7 @@ def set_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
 
 
 def log_params(store: Store, run_id: str, params: Mapping[str, Any]) -> None:
-    """Records parameters. A mapping among them becomes parameters with dotted names."""
+    """Records parameters. A value that is a mapping becomes several parameters with dotted names."""
     flat: dict[str, Any] = {}
     for key, value in params.items():
         flat |= {f"{key}.{inner}": item for inner, item in value.items()} if isinstance(value, Mapping) else {key: value}
@@ -48,9 +48,9 @@ def _text(value: Any) -> str:
 
 
 def log_metrics_once(store: Store, run_id: str, metrics: Mapping[str, float], step: int, **of: str) -> None:
-    """Records metrics of the model and dataset `of`. Adds no point where the run has the same value of the same step.
+    """Records metrics of the model and dataset `of`. Adds no point if the run already has the same value at the same step.
 
-    MLflow keeps one of two equal points, so a value that is there is sent again with its own timestamp.
+    MLflow keeps one of two equal points, so a known value is sent again with its original timestamp.
     """
     now, points = int(time.time() * 1000), []
     for name, value in metrics.items():

@@ -1,4 +1,4 @@
-"""A folder that MLflow serves an encoder from: a SavedModel, the code that loads it, and what a server has to install."""
+"""Writes a model folder that MLflow can serve: a SavedModel, the code that loads it, and the server's requirements."""
 
 from importlib import metadata
 from importlib.util import find_spec
@@ -11,17 +11,17 @@ from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
 _LOADER = "eval.serving"
 _SERVED_WITH = ("mlflow", "numpy", "pandas", "keras", "protobuf")
-"""What a server installs besides TensorFlow, in the versions that are here."""
+"""Packages that a server installs besides TensorFlow, in the versions installed here."""
 
 
 def save_servable(folder: str, saved_model: Path, model_id: str, run_id: str) -> None:
-    """Makes `folder` a model that MLflow serves.
+    """Writes the servable model to `folder`.
 
-    The packages that the loader is in go with it, so a server needs neither this project nor the training's machine.
+    It includes the packages that the loader needs, so a server needs neither this project nor the machine that trained.
     """
     tensorflow = metadata.packages_distributions()["tensorflow"][0]
     needed = [f"{name}=={metadata.version(name)}" for name in _SERVED_WITH]
-    # A TPU's build is for the machine that trains.
+    # The TPU build of TensorFlow is for training only; a server installs the standard build.
     needed.append(f"{tensorflow.replace('_', '-').removesuffix('-tpu')}=={metadata.version(tensorflow)}")
     packages = [str(Path(str(spec.origin)).parent) for spec in map(find_spec, ("eval", "trainer")) if spec]
     inputs, outputs = ColSpec(DataType.binary, "image_bytes"), TensorSpec(np.dtype(np.float32), (-1, -1))

@@ -1,4 +1,4 @@
-"""The file in which a step's run keeps its arguments and outputs: it holds what MLflow's parameters have no room for."""
+"""The file with a step's arguments and outputs, which are too large for MLflow's parameters. An artifact of the step's run."""
 
 import json
 import tempfile
@@ -13,7 +13,7 @@ from components.tracking.store import Store
 
 
 class KfpArtifact(Protocol):
-    """Any of KFP's artifacts: the inputs and outputs of a component."""
+    """An artifact of KFP: an input or output of a component."""
 
     schema_title: str
     uri: str
@@ -21,13 +21,13 @@ class KfpArtifact(Protocol):
 
 
 def write(store: Store, run_id: str, arguments: Mapping[str, Any], outputs: Mapping[str, KfpArtifact]) -> None:
-    """Records a step's arguments, and its outputs once it has made them."""
+    """Records a step's arguments and outputs. `outputs` is empty until the step has made them."""
     artifacts = {name: asdict(Artifact(a.schema_title, a.uri, a.metadata)) for name, a in outputs.items()}
     store.client.log_dict(run_id, {"arguments": dict(arguments), "outputs": artifacts}, names.STEP_FILE)
 
 
 def read(store: Store, run_id: str) -> dict[str, Any]:
-    """Returns the `arguments` and `outputs` of a step; both are empty where it was killed before it recorded them."""
+    """Returns the `arguments` and `outputs` of a step. Both are empty if the step was killed before it recorded them."""
     if not any(file.path == names.STEP_FILE for file in store.client.list_artifacts(run_id)):
         return {"arguments": {}, "outputs": {}}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A step's run: opened under its pipeline's, gone on with by later attempts of the same job, and closed with how it ended."""
+"""The run of a step: nested in its pipeline's run, continued by later attempts of the same job, closed with its outcome."""
 
 import json
 import os
@@ -25,12 +25,12 @@ from trainer.shared.errors import UserError
 
 
 class StepRun:
-    """The run of a step while the step runs. Its `metrics`, `datasets` and `encoders` record what they are named for."""
+    """The run of a step that is running. `metrics`, `datasets` and `encoders` record the things of their names."""
 
     def __init__(self, store: Store, run_id: str, job: str = "") -> None:
         self.run_id = run_id
         self.job = job
-        """Names the pipeline job that this is a step of, on Vertex AI as the API does."""
+        """The pipeline job of this step; on Vertex AI, its resource name."""
         self.metrics = Metrics(store, run_id)
         self.datasets = Datasets(store, run_id)
         self.encoders = Encoders(store, run_id, self.metrics)
@@ -38,13 +38,13 @@ class StepRun:
         self._at_end: list[Callable[[bool], None]] = []
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Records parameters. A mapping among them becomes parameters with dotted names."""
+        """Records parameters. A value that is a mapping becomes several parameters with dotted names."""
         runs.log_params(self._store, self.run_id, params)
 
     def log_devices(self, devices: Mapping[str, str]) -> None:
-        """Records what the step runs on, as `trainer.distribution.describe_run` returns it.
+        """Records the devices of the step, as `trainer.distribution.describe_run` returns them.
 
-        Tags, because a later attempt may run on another machine, and MLflow refuses to change a parameter.
+        They are tags because a later attempt may run on another machine, and MLflow refuses to change a parameter.
         """
         tags = {names.DEVICE: "device", names.TENSORFLOW: "tensorflow", names.REPLICAS: "replicas"}
         runs.set_tags(self._store, self.run_id, {tag: devices[name] for tag, name in tags.items()})
@@ -56,19 +56,19 @@ class StepRun:
         self._store.client.log_text(self.run_id, text, file)
 
     def sources(self) -> dict[str, str]:
-        """Returns by component this run and the runs that it follows from."""
+        """Returns the IDs of this run and of the runs whose outputs it used, by component."""
         return recorded.sources(self._store, self.run_id)
 
     def history_behind(self, component: str) -> recorded.History:
-        """Returns every metric of the run of `component` that this one follows from; none where the store lacks that run."""
+        """Returns every metric of the run of `component` whose output this one used; empty if the store lacks that run."""
         return recorded.history_behind(self._store, self.run_id, component)
 
     def at_end(self, end: Callable[[bool], None]) -> None:
-        """Has `end` called when the step ends and its metrics are delivered or stored, with whether it is finished."""
+        """Registers `end(finished)`, which `close` calls after the metrics are delivered or stored."""
         self._at_end.append(end)
 
     def close(self, finished: bool = False) -> None:
-        """Closes the metrics, then does what `at_end` was given."""
+        """Closes the metrics, then calls the functions that `at_end` registered."""
         self.metrics.close(finished)
         for end in self._at_end:
             end(finished)
@@ -77,9 +77,9 @@ class StepRun:
 def recorded_before(
     component: str, arguments: Mapping[str, Any], outputs: Mapping[str, KfpArtifact], environ: Mapping[str, str] = os.environ
 ) -> bool:
-    """Returns whether an earlier attempt of the same pipeline job recorded all of `component`, and fills `outputs` from it.
+    """Returns whether an earlier attempt of the same pipeline job finished `component`. If so, fills `outputs` from its run.
 
-    An attempt can fail after that: KFP stores the outputs when the component's own code has ended.
+    Such an attempt can still have failed afterwards, because KFP stores the outputs only after the component's code has ended.
     """
     store = open_job_store(environ)
     pipeline_id = environ.get("MLFLOW_RUN_ID") or find_job(store, job_of(next(iter(outputs.values())).uri), environ)
@@ -109,10 +109,10 @@ def step(
     inputs: Mapping[str, KfpArtifact] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Iterator[StepRun]:
-    """Opens the run of `component` under its pipeline's, and closes it as finished, or as failed with the reason.
+    """Opens the run of `component` in its pipeline's run, and closes it as finished, or as failed with the reason.
 
-    MLflow's own variables name the store and the pipeline's run; without MLFLOW_RUN_ID the run of the pipeline job is found by
-    its name. Goes on with the run of an earlier attempt of the same job that did not finish. Every output's metadata gets
+    MLflow's own variables name the store and the pipeline's run. Without MLFLOW_RUN_ID, the pipeline's run is found by the name
+    of the job. If an earlier attempt of the same job did not finish, its run is continued. The metadata of every output gets
     `run_id`.
     """
     store = open_job_store(environ)
@@ -138,13 +138,13 @@ def step(
         run.metrics.flush()
         step_file.write(store, run_id, arguments, outputs)
     except LostLeaseError:
-        # Whoever has the folder now may be the next attempt, in the same run.
+        # The new holder of the folder may be the next attempt, which writes to the same run.
         run.metrics.abandon()
         run.close()
         raise
     except BaseException as error:
         run.close()
-        # A step that waited for the server as long as it may does not wait again, and fails for its own reason.
+        # A step whose patience has ended does not wait again. The step's own error is raised, not the server's.
         try:
             _record_failure(impatient(store) if isinstance(error, UnansweredError) else store, run_id, pipeline_id, error)
         except Exception as unrecorded:
@@ -164,7 +164,7 @@ def _open_run(
     inputs: Mapping[str, KfpArtifact],
     environ: Mapping[str, str],
 ) -> str:
-    """Makes a run of `component` in a pipeline run, each of which names the other, and returns its ID."""
+    """Creates a run of `component` in a pipeline run, tags each with the other's ID, and returns the new run's ID."""
     inherited = store.client.get_run(pipeline_id).data.tags
     tags = {names.COMPONENT: component, names.PARENT: pipeline_id, names.CODE: str(arguments.get("code_version", ""))}
     tags |= {key: inherited[key] for key in (names.COMMIT, names.ROOT, names.JOB_LINK) if key in inherited}
@@ -185,7 +185,7 @@ def _attempts(store: Store, component: str, pipeline_id: str) -> list[Run]:
 
 
 def _reopen(store: Store, run: Run) -> None:
-    """Takes back that a run failed."""
+    """Sets a failed run back to running and removes its error tags."""
     store.client.update_run(run.info.run_id, status="RUNNING")
     for tag in {names.ERROR, names.USER_ERROR} & set(run.data.tags):
         store.client.delete_tag(run.info.run_id, tag)

@@ -1,4 +1,4 @@
-"""Opens the store that runs are kept in, and says what it is. While a store is down, its client repeats every call."""
+"""Opens and describes the MLflow store. While a store is down, its client repeats every call."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -15,11 +15,11 @@ from components.tracking.credentials import move_credentials, read_secret
 from trainer.shared.errors import UserError
 
 EXPERIMENT = "sogclr"
-"""Name of the experiment where the user names none."""
+"""Default name of the experiment."""
 
 _MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 _INVALID_HOST = "Invalid Host header"
-"""What an MLflow server says where --allowed-hosts lacks the host that the client asked for."""
+"""The answer of an MLflow server whose --allowed-hosts lacks the host in the client's request."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Store:
 
 
 def open_store(uri: str, experiment: str = EXPERIMENT, artifacts: str | None = None, patience: float = 0.0) -> Store:
-    """Returns the store at `uri`. Makes its experiment where that is new, with the folder `artifacts` for artifacts.
+    """Returns the store at `uri`. Creates its experiment if there is none, with the folder `artifacts` for artifacts.
 
-    While the store does not answer, repeats each call for `patience` seconds. Raises UserError where the store cannot be used.
+    While the store is down, its client repeats each call for `patience` seconds. Raises UserError if the store cannot be used.
     """
     with _refused_in_one_line(uri):
         client = cast(MlflowClient, PatientClient(MlflowClient(uri), patience))
@@ -42,30 +42,30 @@ def open_store(uri: str, experiment: str = EXPERIMENT, artifacts: str | None = N
 
 
 def open_job_store(environ: Mapping[str, str] = os.environ) -> Store:
-    """Returns the store that the variables of a step name, with a step's patience."""
+    """Returns the store that a step's environment variables name, with the patience of a step."""
     move_credentials()
     if not environ.get("MLFLOW_TRACKING_URI"):
-        raise UserError("MLFLOW_TRACKING_URI is not set: a component records what it does where that says")
+        raise UserError("MLFLOW_TRACKING_URI is not set: it must name the MLflow store that components record to")
     read_secret()
     experiment = environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     return open_store(environ["MLFLOW_TRACKING_URI"], experiment, patience=PATIENCE_OF_STEPS)
 
 
 def describe_store(uri: str, experiment: str = EXPERIMENT) -> str:
-    """Returns in words what the store at `uri` holds, and changes nothing in it. Raises UserError where it cannot be used."""
+    """Returns in words whether the store at `uri` has the experiment. Changes nothing. Raises UserError if it cannot be used."""
     with _refused_in_one_line(uri):
         found = MlflowClient(uri).get_experiment_by_name(experiment)
         return f"has the experiment {experiment}" if found else f"answers; sogclr run makes the experiment {experiment}"
 
 
 def patient(client: MlflowClient) -> MlflowClient:
-    """Returns a client that waits for a server that is down, as long as a step does."""
+    """Returns a client with the patience of a step: it waits for a server that is down."""
     inner = client.impatient if isinstance(client, PatientClient) else client
     return cast(MlflowClient, PatientClient(inner, PATIENCE_OF_STEPS))
 
 
 def impatient(store: Store) -> Store:
-    """Returns the same store with a client that makes every call once."""
+    """Returns the same store with a client that does not retry."""
     return replace(store, client=store.client.impatient) if isinstance(store.client, PatientClient) else store
 
 
@@ -81,5 +81,5 @@ def _refused_in_one_line(uri: str) -> Iterator[None]:
         elif error.get_http_status_code() in (401, 403):
             hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         else:
-            hint = "mend or unset MLFLOW_TRACKING_URI"
+            hint = "fix or unset MLFLOW_TRACKING_URI"
         raise UserError(f"MLflow cannot use {without_credentials(uri)}: {said}; {hint}") from error

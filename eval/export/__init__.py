@@ -1,1 +1,1 @@
-"""What hands an encoder on: `encoder` writes it, `card` describes it. The command line is `python -m eval.export`."""
+"""Export of an encoder: `encoder` writes its files, `card` its model card. The command line is `python -m eval.export`."""

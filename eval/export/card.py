@@ -1,7 +1,6 @@
-"""The model card: what an encoder is, what it was made of, how good it is, and how to use it, in Markdown.
+"""The model card, in Markdown: what an encoder is, its data and recipe, its accuracy, and how to use it.
 
-It says what is on disk beside the checkpoint, and of what is not there, that it is not. No number in it was not measured or
-published.
+The card draws on the files beside the checkpoint, and says so if one is missing. Every number in it is measured or published.
 """
 
 import json
@@ -25,15 +24,15 @@ _METHODS = {
     "global_contrastive": "SogCLR (Yuan et al. 2022, arXiv 2202.12387)",
     "isogclr": "iSogCLR (Qiu et al. 2023, arXiv 2305.11965)",
 }
-_PLACES = ("linear_eval", "log_every_steps", "keep_checkpoints", "checkpoint_every_epochs", "cache", "shuffle_window")
-"""Settings that say nothing of the recipe."""
+_NOT_IN_RECIPE = ("linear_eval", "log_every_steps", "keep_checkpoints", "checkpoint_every_epochs", "cache", "shuffle_window")
+"""Settings that are not part of the recipe."""
 
 
 def model_card(encoder: keras.Model, pretraining: str, step: int, *, data_dir: str = "", evaluation: str = "") -> str:
-    """Returns the card of the encoder that the run in the folder `pretraining` had at `step`.
+    """Returns the card of the encoder at `step` of the run in the folder `pretraining`.
 
-    Of `encoder` only the shape counts. `data_dir` is the dataset that it was pretrained on, `evaluation` the folder of an
-    evaluation of this checkpoint. Raises UserError where either is of something else.
+    Uses only the shape of `encoder`, not its weights. `data_dir` is the dataset of pretraining, `evaluation` the folder of an
+    evaluation of this checkpoint. Raises UserError if either belongs to another encoder.
     """
     config, about = read_config(pretraining.rstrip("/"))
     features, parameters = encoder.output_shape[-1], encoder.count_params()
@@ -43,9 +42,9 @@ def model_card(encoder: keras.Model, pretraining: str, step: int, *, data_dir: s
     side = f"{size}x{size}"
     sections = [
         f"# Image encoder{f' {preset}' if preset else ''}",
-        f"Makes {features:,} features (numbers) of a photograph, on which a linear classifier, a nearest-neighbour search or a "
-        f"clustering can work. A ResNet-{shape.depth} of {shape.width_multiplier:g} times the usual width, {parameters:,} "
-        f"parameters, which sees the middle of a picture at {side} pixels; pretrained without labels by {method}.",
+        f"Turns a photograph into {features:,} features (numbers) for a linear classifier, nearest-neighbour search or "
+        f"clustering. A ResNet-{shape.depth} of {shape.width_multiplier:g} times the usual width, {parameters:,} parameters, "
+        f"pretrained without labels by {method}. Its input is the central square of a picture at {side} pixels.",
         "## Results",
         _results(step, about, preset, evaluation),
         "## Data",
@@ -53,14 +52,14 @@ def model_card(encoder: keras.Model, pretraining: str, step: int, *, data_dir: s
         "## Recipe",
         _recipe(config, about, preset, step, _state(pretraining, step)),
         "## Intended use",
-        "Features for research on representation learning: linear probes, retrieval, clustering, a start for fine-tuning on "
-        "photographs like those it was pretrained on.",
-        "Not for decisions about people, for surveillance, or wherever a wrong answer does harm: how well the features do for "
-        "different groups of people was not measured, and what biases the photographs have, the features have. Not for other "
-        "kinds of pictures (medical, satellite, documents) without an evaluation of one's own. That features are alike is no "
-        "proof that two pictures show the same thing.",
+        "Features for research on representation learning: linear probes, retrieval, clustering, and initial weights for "
+        "fine-tuning on photographs like those of pretraining.",
+        "Do not use it for decisions about people, for surveillance, or where a wrong answer does harm: its accuracy on "
+        "different groups of people was not measured, and the features inherit the biases of the photographs. Do not use it for "
+        "other kinds of pictures (medical, satellite, documents) without evaluating it on them. Similar features do not prove "
+        "that two pictures show the same thing.",
         "## Licence",
-        "The code is under the Apache License 2.0. The weights come under the terms of the photographs they were made of, too: "
+        "The code is under the Apache License 2.0. The weights are also subject to the terms of the photographs of pretraining: "
         "ImageNet's allow research that is not commercial, and no other use.",
         "## Load and serve",
         _USE.format(size=size, features=features).strip(),
@@ -69,7 +68,7 @@ def model_card(encoder: keras.Model, pretraining: str, step: int, *, data_dir: s
 
 
 def evaluated_card(pretraining: str, evaluation: str) -> str:
-    """Returns `model_card` of what was evaluated in the folder `evaluation`, without a look at any weight."""
+    """Returns `model_card` of the encoder that the folder `evaluation` evaluates. Reads no weights."""
     config, _ = read_config(pretraining.rstrip("/"))
     return model_card(
         make_encoder(config.encoder, config.views.image_size, config.run.seed),
@@ -91,8 +90,8 @@ def _results(step: int, about: Mapping[str, Any], preset: str, evaluation: str) 
                 raise UserError(f"{evaluation} evaluates {name} {theirs}, not {own}: evaluate this checkpoint")
         lines = [
             f"On all {found['num_images']:,} validation images of dataset `{found['dataset_fingerprint'][:16]}`, "
-            f"{len(found['synsets']):,} classes; 95% intervals by bootstrap over images. Protocols are not comparable with each "
-            "other.",
+            f"{len(found['synsets']):,} classes; 95% intervals by bootstrap over images. Results of different protocols are not "
+            "comparable.",
             "",
             *_table(("protocol", "encoder", "top-1", "95% interval", "top-5"), map(_row, found["accuracies"])),
         ]
@@ -105,7 +104,7 @@ def _results(step: int, about: Mapping[str, Any], preset: str, evaluation: str) 
 def _evaluated(folder: str) -> dict[str, Any]:
     found = _read_json(f"{folder.rstrip('/')}/{RESULT}")
     if found is None:
-        raise UserError(f"{folder} holds no evaluation: {RESULT} is missing; write one with python -m eval.task")
+        raise UserError(f"{folder} holds no evaluation: {RESULT} is missing; make one with python -m eval.task")
     return found
 
 
@@ -117,23 +116,24 @@ def _row(row: Mapping[str, Any]) -> Sequence[str]:
 
 def _data(about: Mapping[str, Any], data_dir: str) -> str:
     fingerprint = about["dataset_fingerprint"]
-    text = f"{about['num_images']:,} training images, whose {about['num_classes']:,} classes pretraining did not use."
+    text = f"{about['num_images']:,} training images of {about['num_classes']:,} classes. Pretraining did not use the labels."
     if data_dir:
         manifest = read_manifest(data_dir)
         if manifest.fingerprint != fingerprint:
             raise UserError(f"{data_dir} is dataset {manifest.fingerprint}; this encoder was pretrained on {fingerprint}")
         repaired, rejected = (sum(len(getattr(s, what)) for s in manifest.splits.values()) for what in ("repaired", "rejected"))
         counts = " and ".join(f"{split.records:,} {name}" for name, split in manifest.splits.items())
-        text += f" The dataset `{manifest.name}` has {counts} images; {repaired:,} were repaired, {rejected:,} left out."
+        text += f" The dataset `{manifest.name}` has {counts} images. {repaired:,} images were repaired, {rejected:,} left out."
     return f"{text} Fingerprint: `{fingerprint}`."
 
 
 def _recipe(config: Config, about: Mapping[str, Any], preset: str, step: int, state: str) -> str:
-    plain = as_dict(PRESETS[preset].config if preset else Config())
+    usual = as_dict(PRESETS[preset].config if preset else Config())
     changed = [
-        f"{name}={_text(value)}" for name, value in as_dict(config).items() if value != plain[name] and name != "linear_eval"
+        f"{name}={_text(value)}" for name, value in as_dict(config).items() if value != usual[name] and name != "linear_eval"
     ]
-    unusual = {name: value for name, value in as_dict(config).items() if value != as_dict(Config())[name] and name not in _PLACES}
+    defaults = as_dict(Config())
+    unusual = {name: value for name, value in as_dict(config).items() if value != defaults[name] and name not in _NOT_IN_RECIPE}
     steps = total_steps(config.optimizer, about["num_images"])
     lines = [
         f"- Taken at step {step:,} of {steps:,}{'' if step == steps else ', before the end of pretraining'}: "
@@ -141,7 +141,7 @@ def _recipe(config: Config, about: Mapping[str, Any], preset: str, step: int, st
         f"- Optimizer {config.optimizer.name}, seed {config.run.seed}, {config.encoder.precision}",
     ]
     if unusual:
-        lines.append(f"- Settings that are not the defaults: {', '.join(f'`{k}={_text(v)}`' for k, v in unusual.items())}")
+        lines.append(f"- Settings that differ from the defaults: {', '.join(f'`{k}={_text(v)}`' for k, v in unusual.items())}")
     if preset:
         command = PRESETS[preset].command + (f" --set {' '.join(changed)}" if changed else "")
         lines.append(f"- Command: `{command}`")
@@ -153,7 +153,7 @@ def _recipe(config: Config, about: Mapping[str, Any], preset: str, step: int, st
 
 
 def _state(pretraining: str, step: int) -> str:
-    """Returns the digest of the state that pretraining ended with, if it did at `step`."""
+    """Returns the digest of the final state of pretraining, or an empty string if pretraining did not end at `step`."""
     ended = _read_json(f"{pretraining.rstrip('/')}/{RESULT}")
     return str(ended["state_sha256"]) if ended and ended["steps"] == step else ""
 
@@ -174,8 +174,8 @@ def _read_json(path: str) -> Any:
 
 
 _USE = """
-With TensorFlow alone, from pictures as they are (JPEG, PNG, still GIF) or from images, [n, {size}, {size}, 3] between 0 and
-1, with `encoder.signatures["images"](images=...)`:
+With TensorFlow alone, from the bytes of pictures (JPEG, PNG, still GIF). For images as arrays, [n, {size}, {size}, 3] between 0
+and 1, call `encoder.signatures["images"](images=...)`.
 
 ```python
 import tensorflow as tf
@@ -185,7 +185,7 @@ picture = tf.io.read_file("photo.jpg")
 features = encoder.signatures["serving_default"](image_bytes=picture[None])["features"]  # [1, {features}]
 ```
 
-In Keras, to go on training, with the project installed:
+In Keras, to continue training, with this project installed:
 
 ```python
 import keras
@@ -194,7 +194,7 @@ import trainer.layers  # its batch normalisation
 encoder = keras.saving.load_model("encoder.keras")
 ```
 
-On a server, from MLflow's registry:
+On a server, from MLflow's model registry:
 
 ```bash
 mlflow models serve --model-uri models:/sogclr-encoder@champion --env-manager local --port 5001

@@ -1,15 +1,15 @@
-"""Writes an encoder as others load it: a SavedModel that takes pictures as they come, a Keras file, and a card.
+"""Exports an encoder: a SavedModel that takes the bytes of pictures, a Keras file, and a model card.
 
-An export is a folder, whole or not there (on object stores the card is written last, and a folder without it is no export):
+An export is a folder, written atomically. On object stores the card is written last: a folder without it is not an export.
 
-    saved_model/    needs TensorFlow alone; its signatures, all of whose batches may be of any size:
+    saved_model/    needs only TensorFlow; its signatures take batches of any size n:
                       serving_default    image_bytes, [n] string, to features, [n, F] float32
                       images             images, [n, S, S, 3] float32 in [0, 1], to features, [n, F] float32
-    encoder.keras   from images to features, for those who go on training; needs this project, for its layers
+    encoder.keras   from images to features, to continue training; needs this project, for its layers
     README.md       the model card
 
-A picture is a JPEG, or what TensorFlow decodes as one: a PNG, a GIF that does not move. Grey becomes three channels, CMYK becomes
-RGB, transparency is dropped. What is no picture fails the batch.
+A picture is a JPEG, a PNG or a still GIF. Grey becomes three channels, CMYK becomes RGB, transparency is dropped. If a picture
+cannot be decoded, its whole batch fails.
 """
 
 import os
@@ -39,23 +39,24 @@ CARD = "README.md"
 class Exported:
     folder: str
     step: int
-    """Of pretraining, that the encoder was taken at."""
+    """Train step of the checkpoint."""
     features: int
-    """F, how many numbers it makes of an image."""
+    """F, the number of features of an image."""
 
 
 def export(checkpoint: str, output: str, *, data_dir: str = "", evaluation: str = "") -> Exported:
-    """Writes the encoder in `checkpoint`, a folder (the newest in it) or one file, into the folder `output`.
+    """Exports the encoder in `checkpoint`, a file or a folder (its newest checkpoint), into the folder `output`.
 
-    What an earlier export left there is replaced. The card says more of the data where `data_dir` is given, and what was
-    measured where `evaluation` is, the folder of an evaluation of the same checkpoint. Raises UserError for what it cannot use.
+    Replaces an earlier export in `output`. If they are given, the card describes the dataset `data_dir` and the results in
+    `evaluation`, the folder of an evaluation of this checkpoint. Raises UserError if `output` holds something else, or if the
+    checkpoint, the dataset or the evaluation cannot be used.
     """
     output = output.rstrip("/")
     folder = checkpoints.run_folder(checkpoint)
     config, _ = read_config(folder)
     stored = checkpoints.open_checkpoint(checkpoint)
     if tf.io.gfile.exists(output) and not _is_export(output):
-        raise UserError(f"{output} is there and is no earlier export: name a folder that is not there yet")
+        raise UserError(f"{output} exists and is not an earlier export: name a new folder")
     encoder = make_encoder(config.encoder, config.views.image_size, config.run.seed)
     card = model_card(encoder, folder, stored.step, data_dir=data_dir, evaluation=evaluation)
     checkpoints.restore(model_variables("encoder", encoder), stored)
@@ -71,7 +72,7 @@ def export(checkpoint: str, output: str, *, data_dir: str = "", evaluation: str 
 
 
 def _is_export(folder: str) -> bool:
-    """Returns whether a folder holds an export, or on an object store the part of one that was interrupted."""
+    """Returns whether a folder holds an export, or on an object store a part of an interrupted one."""
     try:
         names = set(names_in(folder))
     except tf.errors.NotFoundError:  # a file
@@ -87,7 +88,7 @@ def _write(encoder: keras.Model, config: Config, card: str, folder: str) -> None
 
 
 def _upload(made: str, output: str) -> None:
-    """Copies an export to an object store, where a folder cannot be renamed at once: the card goes first and comes last."""
+    """Copies an export to an object store, which cannot rename a folder: removes the old card first, writes the new one last."""
     if tf.io.gfile.exists(f"{output}/{CARD}"):
         tf.io.gfile.remove(f"{output}/{CARD}")
     if names_in(output):
@@ -103,16 +104,16 @@ def _save(encoder: keras.Model, config: Config, path: str) -> None:
 
     @tf.function(autograph=False, input_signature=[tf.TensorSpec([None, size, size, 3], tf.float32, "images")])
     def of_images(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        # A convolution of oneDNN's gives no images a wrong shape.
+        # For an empty batch, oneDNN's convolution returns a wrong shape.
         none = tf.zeros([0, encoder.output_shape[-1]])
         return {"features": tf.cond(tf.size(images) > 0, lambda: encoder(images, training=False), lambda: none)}
 
-    def seen(encoded: tf.Tensor) -> tf.Tensor:
+    def decoded(encoded: tf.Tensor) -> tf.Tensor:
         return tf.ensure_shape(as_floats(central_crop(encoded, size, config.views.eval_crop_proportion)), [size, size, 3])
 
     @tf.function(autograph=False, input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
     def of_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        return of_images(tf.map_fn(seen, image_bytes, fn_output_signature=tf.TensorSpec([size, size, 3], tf.float32)))
+        return of_images(tf.map_fn(decoded, image_bytes, fn_output_signature=tf.TensorSpec([size, size, 3], tf.float32)))
 
     module = tf.Module(name="encoder")
     module.saved = [variable.value for variable in encoder.variables]

@@ -1,1 +1,1 @@
-"""What measures an encoder. Read features, logistic, protocols, linear_eval, evaluation: from an image to result.json."""
+"""Measures an encoder. To follow an image to result.json, read features, logistic, protocols, linear_eval, evaluation."""

@@ -1,7 +1,7 @@
-"""The files that an evaluation writes into its folder, and how they are read back: result.json and predictions.parquet.
+"""Reads and writes the files of an evaluation: result.json and predictions.parquet.
 
-predictions.parquet has a row a validation image: `image_id`, `label`, and for each row of result.json the column
-`Accuracy.column` with its prediction, all int64.
+predictions.parquet has one row for each validation image, with the int64 columns `image_id`, `label`, and for each accuracy in
+result.json the predictions, in the column `Accuracy.column`.
 """
 
 import io
@@ -26,29 +26,29 @@ _IMAGE_ID, _LABEL = "image_id", "label"
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What one protocol says of one encoder, on all validation images."""
+    """The accuracy of one encoder by one protocol, on all validation images."""
 
     protocol: str
     encoder: str
     """`pretrained` or `untrained`."""
     top_1: float
     top_1_interval: tuple[float, float]
-    """95%, bootstrap over images."""
+    """95% interval of top_1, by bootstrap over images."""
     top_5: float
     settings: Mapping[str, Any]
-    """What the protocol used."""
+    """Settings that the protocol used."""
     seconds: float
-    """All that it takes by itself: with the forward pass, where it stands on features that were computed now."""
+    """Duration of the protocol, including the forward passes of this evaluation whose features it uses."""
 
     @property
     def metric(self) -> str:
-        """Name of its top-1 in MLflow; `cached` is what goes without saying."""
+        """Name of the top-1 accuracy in MLflow. The protocol `cached` is not part of the name."""
         words = {"cached": ""}.get(self.protocol, f"{self.protocol.replace('-', '_')}_")
         return f"eval/{'untrained_' if self.encoder == 'untrained' else ''}{words}top_1_accuracy"
 
     @property
     def column(self) -> str:
-        """Name of its predictions."""
+        """Name of the predictions' column in predictions.parquet."""
         return self.protocol if self.encoder == "pretrained" else f"{self.encoder}_{self.protocol}"
 
     @property
@@ -58,7 +58,7 @@ class Accuracy:
 
 
 def read_accuracy(row: Mapping[str, Any]) -> Accuracy:
-    """Returns the row that `asdict` made a dict of, as in result.json."""
+    """Returns the accuracy of an entry of `accuracies` in result.json, the inverse of `asdict`."""
     return Accuracy(**{**row, "top_1_interval": tuple(row["top_1_interval"])})
 
 
@@ -66,26 +66,26 @@ def read_accuracy(row: Mapping[str, Any]) -> Accuracy:
 class Evaluation:
     folder: str
     result: Mapping[str, Any]
-    """result.json."""
+    """Content of result.json."""
     rows: tuple[Accuracy, ...]
     labels: np.ndarray
-    """[n] int64, of the validation images, by ID."""
+    """[n] int64, labels of the validation images in the order of their IDs."""
     predictions: Mapping[str, np.ndarray]
-    """By the column of its row: [n] int64."""
+    """`Accuracy.column` -> predictions, [n] int64, in the order of the image IDs."""
 
     @property
     def fingerprint(self) -> str:
-        """Of the dataset, so that equal ones have the same validation images."""
+        """Fingerprint of the dataset. Equal fingerprints mean the same validation images."""
         return str(self.result["dataset_fingerprint"])
 
     @property
     def classes(self) -> Sequence[str]:
-        """Synsets by label."""
+        """Synsets of the classes, in label order."""
         return list(self.result["synsets"])
 
     @property
     def headline(self) -> Accuracy:
-        """Returns the row that stands for the run."""
+        """The accuracy that represents the run: the pretrained encoder's by the protocol `cached`."""
         row = self.row("cached")
         assert row is not None, "every evaluation has it"
         return row
@@ -95,7 +95,7 @@ class Evaluation:
 
     @property
     def about_control(self) -> str:
-        """Says what the untrained control was fitted to, in words."""
+        """The interval of the untrained control in words, with the number of images if it was not fitted to all."""
         control, count = self.row("cached", "untrained"), self.result["train_images"]
         if control is None:
             return "turned off: linear_eval.control_images=0"
@@ -105,7 +105,7 @@ class Evaluation:
         return f"{low:.1%} to {high:.1%}{part}"
 
     def correct(self, key: str) -> np.ndarray:
-        """Returns for each validation image whether it was told right, [n] bool."""
+        """Returns whether each validation image was classified correctly, [n] bool."""
         return np.asarray(self.predictions[key] == self.labels)
 
     def confusion(self, key: str) -> np.ndarray:
@@ -114,25 +114,25 @@ class Evaluation:
 
 
 def write_predictions(folder: str, image_ids: np.ndarray, labels: np.ndarray, predictions: Mapping[str, np.ndarray]) -> None:
-    """Writes predictions.parquet; `predictions` are by column, all arrays are [n] int64."""
+    """Writes predictions.parquet. `predictions` maps columns to predictions; all arrays are [n] int64."""
     buffer = io.BytesIO()
     parquet.write_table(pa.table({_IMAGE_ID: image_ids, _LABEL: labels, **predictions}), buffer)
     write_whole(f"{folder}/{PREDICTIONS}", buffer.getvalue())
 
 
 def write_result(folder: str, result: Mapping[str, Any]) -> None:
-    """Writes result.json, which makes the evaluation in `folder` a finished one."""
+    """Writes result.json, which marks the evaluation in `folder` as finished."""
     write_whole(f"{folder}/{RESULT}", (json.dumps(result, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_result(output: str) -> dict[str, Any]:
-    """Returns result.json of the folder that an evaluation wrote."""
+    """Returns the content of result.json in the folder of an evaluation."""
     with tf.io.gfile.GFile(f"{output}/{RESULT}") as file:
         return json.loads(file.read())
 
 
 def read_evaluation(folder: str) -> Evaluation:
-    """Reads what an evaluation wrote. Raises UserError where the folder holds none, or one of an older version."""
+    """Reads an evaluation. Raises UserError if the folder holds no finished evaluation, or one of an older version."""
     folder = folder.rstrip("/")
     path = f"{folder}/{RESULT}"
     if not tf.io.gfile.exists(path):

@@ -1,9 +1,9 @@
-"""Features of a frozen encoder: one forward pass over a split, written to disk as it goes and read back in parts.
+"""Features of a frozen encoder: a forward pass over a split writes them to disk in parts, and protocols read the parts back.
 
-A folder of features holds part-00000.parquet, part-00001.parquet and so on. A part has `image_id` int64, `label` int64 and
-`features` fixed_size_list<float32>, a row an image, in the order in which the shards hold them. Last of all comes
-features.json: the digest of all that the features are a function of, and how many rows each part has. An interrupted pass goes
-on after its last part.
+A folder of features holds part-00000.parquet, part-00001.parquet and so on. A part has one row for each image, in the order of
+the shards, with the columns `image_id` int64, `label` int64 and `features` fixed_size_list<float32>. features.json is written
+last. It holds a digest of everything that the features depend on, and the number of rows of each part. An interrupted forward
+pass resumes after its last part.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from trainer.augmentation import as_floats
 from trainer.config import Config, values_of
 from trainer.distribution import jit_compile
 from trainer.encoder import make_encoder
-from trainer.input_pipeline import PADDING, evaluation_batches, naming_wrong_records
+from trainer.input_pipeline import PADDING, evaluation_batches, naming_bad_records
 from trainer.preemption import PreemptedError
 from trainer.shared.errors import UserError
 from trainer.shared.files import write_whole
@@ -35,7 +35,7 @@ from trainer.state import model_variables
 INDEX = "features.json"
 _DIGEST = b"sogclr.digest"
 PART_BYTES = 1 << 27
-"""Of features in a part, at most, but for the last batch in it."""
+"""Approximate maximum size of the features in a part. The last batch may exceed it."""
 _SETTINGS = (
     "image_size",
     "eval_crop_proportion",
@@ -45,7 +45,7 @@ _SETTINGS = (
     "cifar_stem",
     "precision",
 )
-"""What, besides weights and images, decides what features are."""
+"""Settings that determine the features, together with weights and images."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Features:
     """[n, F] float32."""
 
     def by_id(self) -> "Features":
-        """Returns the same in the order of image IDs."""
+        """Returns the same features in the order of image IDs."""
         order = np.argsort(self.image_ids)
         return Features(self.image_ids[order], self.labels[order], self.values[order])
 
@@ -73,14 +73,14 @@ class StoredFeatures:
     digest: str
     dim: int
     rows: tuple[int, ...]
-    """How many images each part has."""
+    """Number of images in each part."""
 
     @property
     def count(self) -> int:
         return sum(self.rows)
 
     def parts(self) -> Iterator[Features]:
-        """Yields the parts in their order; one is read while the one before is worked on."""
+        """Yields the parts in order. Reads the next part while the caller works on the current one."""
         with ThreadPoolExecutor(1) as reader:
             coming = [reader.submit(self._part, number) for number in range(min(1, len(self.rows)))]
             for number in range(len(self.rows)):
@@ -90,7 +90,7 @@ class StoredFeatures:
                 yield part
 
     def whole(self) -> Features:
-        """Returns all in memory, in the order of image IDs: for a split that is small."""
+        """Returns all features in memory, in the order of image IDs. For small splits."""
         ids, labels = self.ids_and_labels()
         row = np.empty(self.count, np.int64)
         row[ids] = np.arange(self.count)
@@ -106,7 +106,7 @@ class StoredFeatures:
         return columns[0], columns[1]
 
     def labels_by_id(self) -> np.ndarray:
-        """Returns the label of each image ID, [largest ID + 1] int64; that of an image which is not here is 0."""
+        """Returns the label of each image ID, [largest ID + 1] int64. Images without features have the label 0."""
         ids, labels = self.ids_and_labels()
         by_id = np.zeros(int(ids.max()) + 1, np.int64)
         by_id[ids] = labels
@@ -114,7 +114,7 @@ class StoredFeatures:
 
     @contextmanager
     def on_this_machine(self) -> Iterator["StoredFeatures"]:
-        """Yields the same features in a local folder, for who reads them many times."""
+        """Yields these features in a local folder, for callers that read them many times."""
         if "://" not in self.folder:
             yield self
             return
@@ -124,7 +124,7 @@ class StoredFeatures:
             yield replace(self, folder=folder)
 
     def examples(self, wanted: np.ndarray | None = None) -> "Examples":
-        """Returns the images as examples: all, or those whose ID `wanted` says, [N] bool by image ID."""
+        """Returns all images as examples, or those whose `wanted` is true, [N] bool indexed by image ID."""
 
         def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for part in self.parts():
@@ -137,47 +137,47 @@ class StoredFeatures:
         path = _part_path(self.folder, number)
         table = _read_table(path)
         if table.num_rows != self.rows[number]:
-            raise UserError(f"{path} has {table.num_rows} images, and {INDEX} says {self.rows[number]}: delete {self.folder}")
+            raise UserError(f"{path} has {table.num_rows} images, but {INDEX} says {self.rows[number]}: delete {self.folder}")
         return _to_features(table)
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Features with labels that a fit reads again and again, in pieces."""
+    """Features with labels. A fit reads them repeatedly, in pieces."""
 
     count: int
     dim: int
     pieces: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
-    """Starts a pass, of (values [m, F] float32, labels [m] int64)."""
+    """Starts a pass over the examples. Yields (values [m, F] float32, labels [m] int64)."""
 
     @classmethod
     def of(cls, values: np.ndarray, labels: np.ndarray) -> "Examples":
-        """Returns examples that are in memory, [n, F] float32 and [n] int64."""
+        """Returns examples from arrays in memory: `values` [n, F] float32 and `labels` [n] int64."""
         return cls(len(labels), values.shape[1], lambda: [(values, labels)])
 
 
 def read_features(folder: str) -> StoredFeatures:
-    """Returns the features in a folder. Raises UserError where there are none, or not all."""
+    """Opens the features in a folder. Raises UserError if features.json is missing or unreadable."""
     folder = folder.rstrip("/")
     try:
         with tf.io.gfile.GFile(f"{folder}/{INDEX}") as file:
             index = json.loads(file.read())
         return StoredFeatures(folder, index["digest"], index["dimensions"], tuple(index["rows"]))
     except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
-        raise UserError(f"{folder} is no folder of features: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder} is not a folder of features: {str(error).splitlines()[0]}") from error
 
 
 def load_encoder(config: Config, checkpoint: checkpoints.Checkpoint) -> keras.Model:
-    """Returns the encoder that a pretraining checkpoint holds. Raises UserError where it is of another architecture."""
+    """Returns the encoder in a pretraining checkpoint. Raises UserError if the checkpoint is of another architecture."""
     encoder = make_encoder(config.encoder, config.views.image_size, config.run.seed)
     checkpoints.restore(model_variables("encoder", encoder), checkpoint)
     return encoder
 
 
 def digest_of(encoder: keras.Model, config: Config, manifest: Manifest, split: str, image_ids: np.ndarray | None = None) -> str:
-    """Returns a name of the features of `split`, or of `image_ids` in it.
+    """Returns a digest of everything that the features of `split`, or of `image_ids` in it, depend on.
 
-    It is equal for the same encoder, images and evaluation crop, whatever the batch size and the number of replicas.
+    The same encoder, images and evaluation crop have the same digest, whatever the batch size and the number of replicas.
     """
     arrays = {name: variable.numpy() for name, variable in model_variables("encoder", encoder).items()}
     about = {
@@ -204,11 +204,12 @@ def extract(
     on_progress: Callable[[int], None] = lambda done: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> StoredFeatures:
-    """Returns the features of `split`, or of `image_ids` in it, from a folder under `folder` that their digest names.
+    """Computes the features of `split`, or of `image_ids` in it, into a subfolder of `folder` that is named by their digest.
 
-    Those that are there are not computed again. `encoder` was made in the scope of `strategy`, by default TensorFlow's own. Calls
-    `on_progress(images done)` after each batch. Raises PreemptedError soon after `should_stop()` is true: finished parts stay.
-    Raises UserError where the split does not hold every image ID once, and where features are not finite.
+    Skips the parts that the subfolder already has. `encoder` must be made in the scope of `strategy`, by default
+    TensorFlow's current one. Calls `on_progress(finished images)` after each batch. Soon after `should_stop()` returns True,
+    raises PreemptedError and keeps the finished parts. Raises UserError if the split does not hold every image ID exactly once,
+    or if features are not finite.
     """
     strategy = strategy or tf.distribute.get_strategy()
     digest = digest_of(encoder, config, manifest, split, image_ids)
@@ -222,7 +223,7 @@ def extract(
     dim = encoder.output_shape[-1]
     replicas, at_once = strategy.num_replicas_in_sync, config.linear_eval.batch_size
     steps_a_part = max(1, PART_BYTES // (4 * dim * at_once * replicas))
-    # A part of an earlier attempt is of use where its batches were as large.
+    # A part of an earlier attempt can be reused only if its batches had the same size.
     layout = f"{digest} {steps_a_part} x {replicas} x {at_once}"
     rows: list[int] = []
     seen: list[np.ndarray] = []
@@ -251,13 +252,13 @@ def extract(
         if should_stop():
             kept = f"{sum(rows):,} of {len(expected):,} images of {split}"
             raise PreemptedError(
-                f"stopped in the forward pass, kept the features of {kept}: start the same command again to go on"
+                f"stopped in the forward pass, kept the features of {kept}: start the same command again to continue"
             )
     if pending:
         write()
     if not np.array_equal(np.sort(np.concatenate(seen)), expected):
         raise UserError(
-            f"{data_dir} holds {done} records in split {split}, not image IDs 0..{manifest.splits[split].records - 1} once each: "
+            f"split {split} of {data_dir} holds {done} records, not image IDs 0..{manifest.splits[split].records - 1} once each: "
             "build the dataset again"
         )
     index = {"digest": digest, "split": split, "images": done, "dimensions": dim, "rows": rows}
@@ -276,7 +277,7 @@ def forward_pass(
     *,
     strategy: tf.distribute.Strategy | None = None,
 ) -> Iterator[Features]:
-    """Yields the features of `split`, or of `image_ids` in it, a batch of all replicas at a time, from `first_step` on."""
+    """Yields the features of `split`, or of `image_ids` in it, from `first_step` on. Each element is a step of all replicas."""
     strategy = strategy or tf.distribute.get_strategy()
 
     def of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
@@ -305,10 +306,10 @@ def forward_pass(
         real = columns[0] != PADDING
         return Features(*(column[real] for column in columns))
 
-    # An accelerator works on a batch while the one before is fetched from it.
+    # The accelerator computes a batch while the previous one is copied from it.
     before: tuple[dict[str, tf.Tensor], tf.Tensor] | None = None
     batches = strategy.distribute_datasets_from_function(of_host)
-    for batch in naming_wrong_records(batches, data_dir, manifest, split):
+    for batch in naming_bad_records(batches, data_dir, manifest, split):
         now = batch, forward(batch["image"])
         if before is not None:
             yield fetched(*before)
@@ -318,7 +319,7 @@ def forward_pass(
 
 
 def features_of_pixels(encoder: keras.Model) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns what a replica does with uint8 images, [b, S, S, 3]: their features, [b, F] float32, with BN in inference mode."""
+    """Returns a function from uint8 images, [b, S, S, 3], to features, [b, F] float32, with BN in inference mode."""
     return lambda images: encoder(as_floats(images), training=False)
 
 
@@ -351,13 +352,13 @@ def _write_part(path: str, part: Features, layout: str) -> None:
         ),
     )
     sink = pa.BufferOutputStream()
-    # Features have next to nothing to compress.
+    # Features hardly compress.
     pq.write_table(table, sink, use_dictionary=False, compression="none", write_statistics=False, row_group_size=count)
     write_whole(path, sink.getvalue().to_pybytes())
 
 
 def _ids_of_part(path: str, layout: str) -> np.ndarray | None:
-    """Returns the image IDs of a part that an earlier attempt at the same left, or None where there is none."""
+    """Returns the image IDs of a part that an earlier attempt with the same `layout` wrote, or None."""
     if not tf.io.gfile.exists(path):
         return None
     try:
@@ -372,7 +373,7 @@ def _read_table(path: str, columns: list[str] | None = None) -> pa.Table:
         with _File(path, "rb") as file:
             return pq.ParquetFile(pa.PythonFile(file, mode="r")).read(columns)
     except (pa.ArrowInvalid, OSError, tf.errors.OpError) as error:
-        raise UserError(f"{path} is no part of features: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is not a part of features: {str(error).splitlines()[0]}") from error
 
 
 def _to_features(table: pa.Table) -> Features:
@@ -382,6 +383,6 @@ def _to_features(table: pa.Table) -> Features:
 
 
 class _File(tf.io.gfile.GFile):
-    """A file as pyarrow wants it."""
+    """A file with the attribute `closed`, which pyarrow requires."""
 
     closed = False

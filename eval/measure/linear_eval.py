@@ -1,6 +1,6 @@
-"""The evaluation of a checkpoint: one forward pass over the data, and every protocol that was asked for on the features.
+"""The evaluation of a checkpoint: one forward pass over the dataset, then the selected protocols on its features.
 
-An untrained encoder of the same architecture goes through the protocol `cached` too and stands beside: the control.
+As a control, the protocol `cached` also evaluates an untrained encoder of the same architecture.
 """
 
 import hashlib
@@ -36,17 +36,17 @@ SPLITS = ("train", "validation")
 @dataclass(frozen=True)
 class LinearEvalResult:
     metrics: Mapping[str, float]
-    """By MLflow's names, as `eval/top_1_accuracy`; fractions in [0, 1]."""
+    """MLflow's metrics by name, as `eval/top_1_accuracy`. Accuracies are fractions in [0, 1]."""
     accuracies: tuple[Accuracy, ...]
     per_class_accuracy: tuple[float, ...]
-    """By label, of the protocol `cached`."""
+    """Top-1 accuracy of each class by the protocol `cached`, in label order."""
     confusion: np.ndarray
-    """[C, C] int64: validation images by label (row) and prediction of `cached` (column)."""
+    """[C, C] int64: number of validation images by label (row) and prediction of `cached` (column)."""
     num_images: int
-    """Validation images, all of them."""
+    """Number of validation images."""
     features: Mapping[str, Mapping[str, Any]]
-    """By split, of the folder of the pretrained encoder's features: its `path`, its `digest`, and how many `images` of how many
-    `dimensions` it holds."""
+    """For each split, the folder of the pretrained encoder's features: `path`, `digest`, and the numbers of `images` and of
+    `dimensions`."""
 
 
 def linear_eval(
@@ -58,17 +58,19 @@ def linear_eval(
     workspace: str = "",
     strategy: tf.distribute.Strategy | None = None,
     log_metrics: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
-    report: Callable[[int, int, str], None] = lambda done, total, text: None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, text: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> LinearEvalResult:
-    """Evaluates the encoder in `checkpoint`, a folder (the newest in it) or one file, on the dataset in `data_dir`.
+    """Evaluates the encoder in `checkpoint`, a file or a folder (its newest checkpoint), on the dataset in `data_dir`.
 
-    `overrides` are `linear_eval.` settings. Writes predictions.parquet, the classifiers and, last, result.json into `output`,
-    and features into `workspace`, by default `output` too. Runs on the replicas of `strategy`, by default on whatever the
-    machine has. What an earlier attempt with the same `workspace` left is gone on from: features, finished protocols, training
-    with labels by epochs. Calls `log_metrics` once with the step of the checkpoint, `report(done, total, text)` as it goes,
-    counted in images through the encoder, and `should_stop()` often: soon after that is true it raises PreemptedError. Raises
-    UserError for what it cannot use.
+    `overrides` change `linear_eval.` settings. Writes predictions.parquet, the classifiers and, last, result.json into `output`.
+    Writes features and intermediate state into `workspace`, by default `output`. With the same `workspace`, resumes an earlier
+    attempt: reuses its features, its finished protocols and its finished epochs. Runs on the replicas of `strategy`, by default
+    all devices of the machine.
+
+    Calls `log_metrics` once, with the step of the checkpoint, and `on_progress(done, total, text)` regularly, counted in images
+    through the encoder. Calls `should_stop()` often, and raises PreemptedError soon after it returns True. Raises UserError if
+    the dataset, the checkpoint or a setting cannot be used.
     """
     strategy = strategy or make_strategy()
     workspace = (workspace or output).rstrip("/")
@@ -90,16 +92,16 @@ def linear_eval(
     tf.io.gfile.makedirs(output)
     images = {split: manifest.splits[split].records for split in SPLITS}
     sizes = Sizes(images["train"], images["validation"], manifest.num_classes, encoder.output_shape[-1])
-    progress = _Progress(work_of(config, sizes), forward_cost(config.encoder, config.views.image_size).flops, report)
+    progress = _Progress(work_of(config, sizes), forward_cost(config.encoder, config.views.image_size).flops, on_progress)
 
     features: dict[str, StoredFeatures] = {}
     seconds: dict[str, float] = {}
-    on_progress = progress.part("features")
+    on_features = progress.part("features")
     for split in SPLITS:
         begun, before = time.perf_counter(), sum(one.count for one in features.values())
 
         def on_images(done: int, before: int = before) -> None:
-            on_progress((before + done) / sum(images.values()), "features")
+            on_features((before + done) / sum(images.values()), "features")
 
         features[split] = extract(
             encoder,
@@ -115,7 +117,7 @@ def linear_eval(
         seconds[split] = time.perf_counter() - begun
     validation = features["validation"].whole()
 
-    protocols_dir = f"{workspace}/protocols-{_key(encoder, config, manifest)}"
+    protocols_dir = f"{workspace}/protocols-{_digest_of_rows(encoder, config, manifest)}"
     context = Context(
         config,
         data_dir,
@@ -134,7 +136,7 @@ def linear_eval(
         path = f"{protocols_dir}/scores-{protocol.row}.npz"
         found = _Measured.read(path)
         if found is None:
-            begun = time.perf_counter() - sum(seconds[split] for split in protocol.stands_on)
+            begun = time.perf_counter() - sum(seconds[split] for split in protocol.uses_features_of)
             scores = protocol.scores(replace(context, on_progress=progress.part(protocol.row)))
             found = _measure(protocol, scores, validation, begun)
             found.write(path)
@@ -174,33 +176,33 @@ def linear_eval(
             name = "classifier" if one is cached else f"classifier-{one.accuracy.protocol}"
             write_arrays(f"{output}/{name}.npz", one.arrays)
     write_result(output, written)
-    _clear(protocols_dir, whole=workspace == output.rstrip("/"))
+    _delete_protocol_state(protocols_dir, whole=workspace == output.rstrip("/"))
     return result
 
 
-def _clear(work: str, whole: bool) -> None:
-    """Deletes what protocols left in the folder `work` for an attempt after a kill.
+def _delete_protocol_state(folder: str, whole: bool) -> None:
+    """Deletes the state of protocols, which an interrupted evaluation would resume from. Prints a warning if it cannot.
 
-    Where the workspace is not the output, the caller may yet fail to record the result and evaluate again into another output:
-    then the rows of finished protocols stay, which are small. What cannot be deleted harms nobody.
+    If not `whole`, keeps the scores of finished protocols, which are small: if the workspace is not the output, the caller may
+    still fail to record the result, and evaluate again into another output.
     """
     try:
-        folders = [f"{work}/{name.rstrip('/')}" for name in tf.io.gfile.listdir(work)]
-        for folder in [work] if whole else filter(tf.io.gfile.isdir, folders):
-            tf.io.gfile.rmtree(folder)
+        entries = [f"{folder}/{name.rstrip('/')}" for name in tf.io.gfile.listdir(folder)]
+        for path in [folder] if whole else filter(tf.io.gfile.isdir, entries):
+            tf.io.gfile.rmtree(path)
     except tf.errors.OpError as error:
-        print(f"warning: {work} is no longer needed and cannot be deleted: {error.message}", file=sys.stderr)
+        print(f"warning: {folder} is no longer needed and cannot be deleted: {error.message}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """A finished row: what one protocol says of one encoder."""
+    """The result of a finished protocol on one encoder."""
 
     accuracy: Accuracy
     predictions: np.ndarray
-    """[n] int64, by image ID."""
+    """[n] int64, in the order of image IDs."""
     arrays: Mapping[str, np.ndarray]
-    """What the protocol learned, if that is kept."""
+    """Weights that the protocol learned, if they are to be saved."""
 
     def write(self, path: str) -> None:
         tf.io.gfile.makedirs(path.rpartition("/")[0])
@@ -210,7 +212,7 @@ class _Measured:
 
     @classmethod
     def read(cls, path: str) -> "_Measured | None":
-        """Returns what an earlier attempt wrote to `path`, or None."""
+        """Reads the file that `write` wrote in an earlier attempt. Returns None if there is none."""
         if not tf.io.gfile.exists(path):
             return None
         with tf.io.gfile.GFile(path, "rb") as file, np.load(io.BytesIO(file.read())) as stored:
@@ -220,7 +222,7 @@ class _Measured:
 
 
 def _measure(protocol: Protocol, scores: Scores, validation: Features, begun: float) -> _Measured:
-    """Counts what is right by the scores of a protocol that was begun when `time.perf_counter()` was `begun`."""
+    """Returns accuracy and predictions from the scores of a protocol. `begun` is its start by `time.perf_counter()`."""
     top_1, top_5 = (top_k_accuracy(scores.logits, validation.labels, k) for k in (1, 5))
     predicted = scores.logits.argmax(axis=1)
     seconds = time.perf_counter() - begun
@@ -238,8 +240,8 @@ def _metrics(accuracies: Iterable[Accuracy]) -> dict[str, float]:
     return metrics
 
 
-def _key(encoder: Any, config: Config, manifest: Manifest) -> str:
-    """Returns a short name of all that the rows of an evaluation depend on, but which of them are asked for."""
+def _digest_of_rows(encoder: Any, config: Config, manifest: Manifest) -> str:
+    """Returns a short digest of everything that accuracies depend on, except the selection of protocols."""
     settings = {name: value for name, value in asdict(config.linear_eval).items() if name not in ("protocols", "batch_size")}
     about = {"features": digest_of(encoder, config, manifest, "validation"), "settings": settings}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -247,13 +249,13 @@ def _key(encoder: Any, config: Config, manifest: Manifest) -> str:
 
 @dataclass
 class _Progress:
-    """How much is done of all that there is to do, in images through the encoder."""
+    """Progress of an evaluation, counted in images through the encoder."""
 
     work: Mapping[str, Work]
-    """By row, in the order in which they are done."""
+    """Row of `work_of` -> work, in order of execution."""
     flops_per_image: float
-    """Of a forward pass."""
-    report: Callable[[int, int, str], None]
+    """FLOPs of a forward pass."""
+    on_progress: Callable[[int, int, str], None]
     done: int = field(default=0)
 
     @property
@@ -261,19 +263,19 @@ class _Progress:
         return sum(map(self._images, self.work.values()))
 
     def part(self, row: str) -> Callable[[float, str], None]:
-        """Returns what a row calls with the part of its work that is done, in [0, 1], and a text."""
+        """Returns the progress callback of a row. It takes the finished fraction of the row's work, in [0, 1], and a text."""
         names = list(self.work)
         begun = sum(self._images(self.work[name]) for name in names[: names.index(row)])
         own = self._images(self.work[row])
 
-        def on_progress(done: float, text: str) -> None:
+        def on_row(done: float, text: str) -> None:
             self.done = max(self.done, begun + int(own * min(1.0, done)))
-            self.report(self.done, self.total, text)
+            self.on_progress(self.done, self.total, text)
 
-        return on_progress
+        return on_row
 
     def end(self) -> None:
-        self.report(self.total, self.total, "")
+        self.on_progress(self.total, self.total, "")
 
     def _images(self, work: Work) -> int:
         # A backward pass takes about twice as long as a forward pass.
@@ -287,25 +289,25 @@ def _require_every_class(data_dir: str, manifest: Manifest) -> None:
         if empty:
             more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
             raise UserError(
-                f"class {empty[0]}{more} of {data_dir} has no {name} images: an accuracy over its classes needs some of each; "
+                f"class {empty[0]}{more} of {data_dir} has no {name} images: an accuracy needs images of every class; "
                 "build the dataset with them, or without the class"
             )
 
 
 def _has_classes_of(pretraining: Mapping[str, Any], manifest: Manifest) -> bool:
-    """Whether the dataset has the classes that `pretraining`, what config.json says, was given."""
+    """Returns whether the dataset has the classes of pretraining. `pretraining` is the content of its config.json."""
     if "synsets" in pretraining:
         return tuple(pretraining["synsets"]) == manifest.synsets
     return pretraining["dataset_fingerprint"] == manifest.fingerprint
 
 
 def _note_other_classes(data_dir: str, folder: str, settings: LinearEvalSettings) -> None:
-    """Says that the dataset has other classes than pretraining's. Raises UserError where a protocol knows only those."""
-    said = f"{data_dir} has other classes than the dataset that {folder} was pretrained on"
+    """Notes on stderr that the dataset has other classes than pretraining. Raises UserError if `online` is selected."""
+    text = f"{data_dir} has other classes than the dataset that {folder} was pretrained on"
     if "online" in settings.protocols:
         others = [one for one in settings.protocols if one != "online"] or ["cached"]
-        raise UserError(f"{said}, which the online classifier knows: take linear_eval.protocols={','.join(others)}")
-    print(f"note: {said}", file=sys.stderr)
+        raise UserError(f"{text}, and the online classifier knows only the latter: set linear_eval.protocols={','.join(others)}")
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _with_settings(config: Config, overrides: Iterable[str]) -> Config:
@@ -313,6 +315,6 @@ def _with_settings(config: Config, overrides: Iterable[str]) -> Config:
     for item in items:
         if not item.strip().startswith(LINEAR_EVAL):
             raise UserError(
-                f"{item} cannot be set here: pretraining is over, only settings that begin with {LINEAR_EVAL} are left"
+                f"{item} cannot be set here: pretraining is finished, and only settings that begin with {LINEAR_EVAL} apply"
             )
     return override(config, items)

@@ -1,7 +1,8 @@
-"""Multinomial logistic regression, fitted to its optimum on features that are read in pieces, on all replicas.
+"""Multinomial logistic regression, fitted to its optimum on all replicas. Reads the features in pieces.
 
-The problem is convex: the same examples and penalty have one optimum, whatever finds it. Features are standardised, and the
-search goes along their principal axes, each scaled by the curvature there, which takes a third of the steps.
+The problem is convex: for the same examples and penalty every optimizer finds the same optimum. Features are standardised. The
+variables of L-BFGS are the coordinates along the features' principal axes, scaled by the curvature, which takes a third of the
+steps.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,9 +17,9 @@ from eval.measure.features import Examples
 from trainer.layers import product
 
 _ROWS = 1 << 14
-"""Of a piece, over all replicas."""
+"""Maximum rows of a piece, over all replicas."""
 HELD_BYTES = 1 << 30
-"""Features of a replica, at most, that stay in its memory between passes; more are read from disk at every pass."""
+"""Maximum bytes of features per replica to hold in memory between passes. Larger sets are read from disk at every pass."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class LinearClassifier:
     l2_penalty: float
 
     def logits(self, features: np.ndarray) -> np.ndarray:
-        """Returns [n, C] float32 for [n, F] float32."""
+        """Returns the logits, [n, C] float32, of `features`, [n, F] float32."""
         return (features - self.mean) / self.deviation @ self.weights + self.bias
 
 
 def fit(
     examples: Examples, num_classes: int, l2_penalty: float, start: LinearClassifier | None = None, **how: Any
 ) -> LinearClassifier:
-    """Returns the classifier of one penalty; `how` goes to `fit_path`."""
+    """Returns the classifier for one penalty. `how` holds keyword arguments of `fit_path`."""
     return next(fit_path(examples, num_classes, [l2_penalty], start, **how))
 
 
@@ -54,16 +55,16 @@ def fit_path(
     strategy: tf.distribute.Strategy | None = None,
     on_evaluation: Callable[[float, int, float], None] = lambda penalty, number, loss: None,
 ) -> Iterator[LinearClassifier]:
-    """Minimises mean cross-entropy + penalty/2 |W|^2 on standardised features, once a penalty, each started from the one before.
+    """Minimises mean cross-entropy + penalty/2 |W|^2 on standardised features, for one penalty after another.
 
-    Yields each classifier before it begins with the next, so that who has seen enough can stop. A search stops where no
-    component of the gradient, along the scaled axes, is above `tolerance`. For a penalty above 0 the optimum is unique, and
-    `start`, the weights to begin with (zeros if None), changes nothing but the time. Calls `on_evaluation(penalty, number,
-    loss)` after each pass over the examples.
+    Each search starts from the previous optimum, the first from the weights `start` (zeros if None). Yields each classifier
+    before the next search begins, so the caller can stop early. A search ends when no component of the gradient along the scaled
+    axes exceeds `tolerance`. For a penalty above 0 the optimum is unique, and `start` affects only the duration. Calls
+    `on_evaluation(penalty, number, loss)` after each pass over the examples.
     """
     problem = _Problem(examples, num_classes, strategy or tf.distribute.get_strategy())
     dim = examples.dim
-    # Where all classes are as likely, the curvature of the cross-entropy is this multiple of the features' second moments.
+    # If all classes are equally likely, the curvature of the cross-entropy is this multiple of the features' second moments.
     curvature = (1 - 1 / num_classes) / num_classes
     bias_scale = np.sqrt(curvature)
     spread, axes = np.linalg.eigh(problem.second_moments)
@@ -93,7 +94,7 @@ def fit_path(
 
 
 def accuracies(classifiers: list[LinearClassifier], examples: Examples) -> list[float]:
-    """Returns the top-1 accuracy of each classifier on examples."""
+    """Returns the top-1 accuracy of each classifier on `examples`."""
     correct = np.zeros(len(classifiers))
     for values, labels in examples.pieces():
         if len(labels):
@@ -102,13 +103,13 @@ def accuracies(classifiers: list[LinearClassifier], examples: Examples) -> list[
 
 
 def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Returns the part of images whose label is among the `k` largest logits; ties count against it."""
+    """Returns the fraction of images whose label is among the `k` largest logits. Ties count as errors."""
     own = logits[np.arange(len(labels)), labels][:, None]
     return float(np.mean(np.sum(logits >= own, axis=1) <= k))
 
 
 def cut(pieces: Iterable[tuple[np.ndarray, ...]], rows: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields arrays that come in pieces, in pieces of `rows` rows and one shorter piece at the end."""
+    """Regroups pieces of arrays into pieces of `rows` rows. The last piece may be shorter."""
     held: list[tuple[np.ndarray, ...]] = []
     count = 0
     for piece in pieces:
@@ -126,7 +127,7 @@ def cut(pieces: Iterable[tuple[np.ndarray, ...]], rows: int) -> Iterator[tuple[n
 
 
 def even_rows(count: int, most: int, replicas: int) -> int:
-    """Returns how many rows a piece has, at most `most`, equal for all replicas, so that `count` need hardly any padding."""
+    """Returns the rows per piece, `most` or fewer rounded up to divide over the replicas, with little padding for `count`."""
     return -(-count // (-(-count // most) * replicas)) * replicas
 
 
@@ -135,18 +136,18 @@ def _joined(parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
 
 
 def padded(array: np.ndarray, rows: int) -> np.ndarray:
-    """Returns an array with zeros after its rows, so that it has `rows`."""
+    """Appends rows of zeros to an array until it has `rows` rows."""
     missing = rows - len(array)
     return array if missing == 0 else np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
 
 
 def matrix_product() -> Callable[..., tf.Tensor]:
-    """Returns a product of float32 matrices to float32's accuracy, which TPUs and GPUs do not have by themselves."""
+    """Returns a matrix product of float32's accuracy. The native products of TPUs and GPUs are less accurate."""
     return product if any(tf.config.list_physical_devices(kind) for kind in ("TPU", "GPU")) else tf.matmul
 
 
 def over_replicas(strategy: tf.distribute.Strategy, array: np.ndarray) -> tf.Tensor:
-    """Returns an array cut into as many equal runs of rows as there are replicas, each on its own."""
+    """Splits the rows of an array evenly over the replicas."""
     parts = np.split(array, strategy.num_replicas_in_sync)
     return strategy.experimental_distribute_values_from_function(
         lambda context: tf.constant(parts[context.replica_id_in_sync_group])
@@ -167,14 +168,14 @@ class _Problem:
         self._sums = self._make_sums()
 
     def _read_moments(self, num_classes: int) -> None:
-        """Reads mean, deviation and second moments of the features, and the sums of each class, in one pass."""
+        """Computes mean, deviation and second moments of the features, and their sums over each class, in one pass."""
         examples = self._examples
         shift = np.zeros(examples.dim, np.float32)
         total, second = np.zeros(examples.dim), np.zeros((examples.dim, examples.dim))
         by_class, counts = np.zeros((num_classes, examples.dim)), np.zeros(num_classes)
         for number, (values, labels) in enumerate(cut(examples.pieces(), self._rows)):
             if number == 0:
-                # Near the mean, so that squares do not swallow what they differ by.
+                # A shift near the mean keeps the squares small, so that float32 does not round their differences away.
                 shift = values.mean(axis=0)
             centred = tf.constant(values - shift)
             total += tf.reduce_sum(centred, axis=0).numpy()
@@ -191,21 +192,21 @@ class _Problem:
         self._counts = counts
 
     def evaluate(self, weights: np.ndarray, bias: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        """Returns the mean cross-entropy with `weights`, [F, C], and `bias`, [C], and its gradients by both, in float64."""
+        """Returns the mean cross-entropy of `weights`, [F, C], and `bias`, [C], and its gradients by both, in float64."""
         count = self._examples.count
-        # What the labels ask for is linear in the weights, and known from the sums of each class.
+        # The term of the labels' logits is linear in the weights, so it follows from the sums over each class.
         loss = -float(np.sum(self._by_class * weights) + self._counts @ bias)
         by_weights, by_bias = -self._by_class, -self._counts
         now = tf.constant(weights, tf.float32), tf.constant(bias, tf.float32)
         for rows, real in self._standard_pieces() if self._held is None else self._held:
-            log_total, odds_of_weights, odds_of_bias = self._sums(*now, rows, real)
+            log_total, total_by_weights, total_by_bias = self._sums(*now, rows, real)
             loss += float(log_total)
-            by_weights += odds_of_weights.numpy()
-            by_bias += odds_of_bias.numpy()
+            by_weights += total_by_weights.numpy()
+            by_bias += total_by_bias.numpy()
         return loss / count, by_weights / count, by_bias / count
 
     def _standard_pieces(self) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
-        """Yields standardised features, and 1 for each real row, 0 for padding, both cut over the replicas."""
+        """Yields (standardised features, 1 for each real row and 0 for padding), both split over the replicas."""
         for values, _ in cut(self._examples.pieces(), self._rows):
             rows = over_replicas(self._strategy, padded(values, self._rows))
             real = over_replicas(self._strategy, padded(np.ones(len(values), np.float32), self._rows))
@@ -216,7 +217,7 @@ class _Problem:
 
         @tf.function(autograph=False)
         def standardised(rows: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
-            # Rows of padding become zero, as which they weigh nothing.
+            # Rows of padding become zero, so they do not contribute to the sums.
             return self._strategy.run(lambda rows, real: (rows - mean) * inverse * real[:, None], args=(rows, real))
 
         return standardised
@@ -227,10 +228,11 @@ class _Problem:
 
         def on_replica(weights: tf.Tensor, bias: tf.Tensor, rows: tf.Tensor, real: tf.Tensor) -> tuple[tf.Tensor, ...]:
             logits = multiply(rows, weights) + bias
-            chances = tf.nn.softmax(logits)
-            log_total = tf.reduce_max(logits, axis=1) - tf.math.log(tf.reduce_max(chances, axis=1))
-            of_bias = tf.linalg.matvec(chances, real, transpose_a=True)
-            return tf.reduce_sum(tf.cast(real * log_total, tf.float64)), multiply(rows, chances, transpose_a=True), of_bias
+            probabilities = tf.nn.softmax(logits)
+            log_total = tf.reduce_max(logits, axis=1) - tf.math.log(tf.reduce_max(probabilities, axis=1))
+            by_weights = multiply(rows, probabilities, transpose_a=True)
+            by_bias = tf.linalg.matvec(probabilities, real, transpose_a=True)
+            return tf.reduce_sum(tf.cast(real * log_total, tf.float64)), by_weights, by_bias
 
         @tf.function(autograph=False)
         def sums(weights: tf.Tensor, bias: tf.Tensor, rows: tf.Tensor, real: tf.Tensor) -> tuple[tf.Tensor, ...]:

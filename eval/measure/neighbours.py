@@ -1,4 +1,4 @@
-"""The images most like an image, by the cosine of their features."""
+"""Nearest neighbours by the cosine of features."""
 
 from collections.abc import Callable
 
@@ -20,11 +20,11 @@ def nearest_neighbours(
     strategy: tf.distribute.Strategy | None = None,
     on_progress: Callable[[float], None] = lambda done: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the `k` images of `bank` most like each query by cosine, nearest first; of equals, the one that is read first.
+    """Returns the `k` nearest images of `bank` to each query by cosine, nearest first. Ties go to the image that is read first.
 
-    `queries` is [m, F] float32, k at most the number of images. Returns similarities, [m, k] float32 in [-1, 1], and image IDs,
-    [m, k] int64. The bank is read once, in parts, and never whole in memory; the replicas share the queries. Calls
-    `on_progress(part done)` after each piece, in [0, 1].
+    `queries` is [m, F] float32; `k` is at most the number of images in the bank. Returns similarities, [m, k] float32 in [-1, 1],
+    and image IDs, [m, k] int64. Reads the bank once, in pieces, and never holds it in memory as a whole. The replicas share the
+    queries. Calls `on_progress(finished fraction)` after each piece.
     """
     strategy = strategy or tf.distribute.get_strategy()
     replicas = strategy.num_replicas_in_sync
@@ -38,9 +38,9 @@ def nearest_neighbours(
     ) -> tuple[tf.Tensor, tf.Tensor]:
         found = multiply(query, bank, transpose_b=True)
         found = tf.where(bank_ids[None, :] < 0, -np.inf, found)
-        found, places = tf.math.top_k(found, min(k, bank.shape[0]))
+        found, positions = tf.math.top_k(found, min(k, bank.shape[0]))
         best, order = tf.math.top_k(tf.concat([best, found], axis=1), k)
-        return best, tf.gather(tf.concat([ids, tf.gather(bank_ids, places)], axis=1), order, batch_dims=1)
+        return best, tf.gather(tf.concat([ids, tf.gather(bank_ids, positions)], axis=1), order, batch_dims=1)
 
     @tf.function(autograph=False)
     def merged(*arguments: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -49,7 +49,7 @@ def nearest_neighbours(
         ) -> tuple[tf.Tensor, tf.Tensor]:
             bank = tf.math.l2_normalize(bank, axis=1)
             return tf.map_fn(
-                # By number, so that the queries are not copied.
+                # Maps over numbers, because mapping over the queries would copy them.
                 lambda number: of_block(query[number], best[number], ids[number], bank, bank_ids),
                 tf.range(blocks),
                 parallel_iterations=1,
@@ -70,7 +70,7 @@ def nearest_neighbours(
     rows = even_rows(bank.count, _BANK_AT_ONCE, 1)
     done = 0
     for values, image_ids in cut(((part.values, part.image_ids) for part in bank.parts()), rows):
-        # Padding has no ID.
+        # Padding gets the ID -1.
         numbers = padded(image_ids + 1, rows) - 1
         best, ids = merged(query, best, ids, tf.constant(padded(values, rows)), tf.constant(numbers))
         done += len(image_ids)

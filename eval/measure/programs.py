@@ -1,4 +1,4 @@
-"""The steps of an evaluation as programs for XLA, without the machine that they are for: see trainer/lowering.py."""
+"""The steps of an evaluation as HLO programs, made without the accelerator that they are for: see trainer/lowering.py."""
 
 import tensorflow as tf
 
@@ -11,7 +11,7 @@ from trainer.state import model_variables
 
 
 def lower_forward(config: Config, images: int) -> Program:
-    """Returns the forward pass of a replica over `images` images, with BN in inference mode."""
+    """Returns the program of a forward pass of one replica over `images` images, with BN in inference mode."""
     one = OneOfMany(1)
     encoder = make_encoder(config.encoder, config.views.image_size, config.run.seed, one)
     features_of = features_of_pixels(encoder)
@@ -24,7 +24,10 @@ def lower_forward(config: Config, images: int) -> Program:
 
 
 def lower_labelled_step(config: Config, recipe: Recipe, num_classes: int, replicas: int = 1) -> Program:
-    """Returns a step of training with labels of one of `replicas`: of `official` where the recipe freezes the encoder."""
+    """Returns the program of a supervised training step on one of `replicas`.
+
+    If the recipe freezes the encoder, this is the step of the protocol `official`, else that of fine-tuning.
+    """
     one = OneOfMany(replicas)
     encoder = make_encoder(config.encoder, config.views.image_size, config.run.seed, one)
     state = make_state(encoder, recipe.optimizer, num_classes, recipe.frozen)

@@ -1,4 +1,4 @@
-"""What a classifier confuses, and how sure its accuracy is: intervals by bootstrap, paired tests, spread over seeds."""
+"""Statistics of accuracies: confusion matrix, bootstrap intervals, paired tests, spread over seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _NUMBERS_AT_ONCE = 1 << 24
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts images by label (row) and prediction (column): [C, C] int64, of two arrays [n] int64."""
+    """Counts images by label (row) and prediction (column). Takes arrays [n] int64, returns [C, C] int64."""
     matrix = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(matrix, (labels, predictions), 1)
     return matrix
@@ -23,12 +23,12 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Returns the percentile interval of the mean of `values` over resampled images (Efron & Tibshirani 1993, chapter 13).
 
-    `values` is [n], a number an image: whether it is classified rightly, or the difference of two models. The interval is a
-    function of the arguments. Raises ValueError where there are no values.
+    `values`, [n], has one number for each image: whether it is classified correctly, or the difference of two models. The
+    interval depends only on the arguments. Raises ValueError if there are no values.
     """
     if len(values) == 0:
-        raise ValueError("there is no interval of no values")
-    # How often each distinct value is drawn follows a multinomial law: equal values need not be told apart.
+        raise ValueError("an interval needs at least one value")
+    # The counts of the distinct values in a resample are multinomial, so there is no need to draw single images.
     distinct, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
     random = np.random.Generator(np.random.Philox(key=[seed, 0]))
     rows = max(1, _NUMBERS_AT_ONCE // len(distinct))
@@ -42,23 +42,23 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two models on the same images."""
+    """The comparison of two models, a and b, on the same images."""
 
     difference: float
-    """Accuracy of a less that of b."""
+    """Accuracy of a minus accuracy of b."""
     interval: tuple[float, float]
-    """95% of the difference, bootstrap over images."""
+    """95% interval of the difference, by bootstrap over images."""
     p_value: float
-    """Of McNemar's exact test that both are right equally often, two-sided."""
+    """Two-sided p-value of McNemar's exact test. The null hypothesis is that both have the same accuracy."""
 
 
 def paired_test(correct_a: np.ndarray, correct_b: np.ndarray) -> PairedTest:
-    """Compares two models by the images that one of them classifies rightly and the other does not (McNemar 1947).
+    """Compares two models by the images that only one of them classifies correctly (McNemar 1947).
 
-    Both are [n] bool, of the same images in the same order. Raises ValueError where their lengths differ.
+    Both arrays are [n] bool, for the same images in the same order. Raises ValueError if their lengths differ.
     """
     if correct_a.shape != correct_b.shape:
-        raise ValueError(f"{correct_a.shape} and {correct_b.shape} are not of the same images")
+        raise ValueError(f"arrays of shapes {correct_a.shape} and {correct_b.shape} are not of the same images")
     differences = correct_a.astype(np.int64) - correct_b.astype(np.int64)
     only_a, only_b = int(np.sum(differences > 0)), int(np.sum(differences < 0))
     p_value = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
@@ -66,7 +66,7 @@ def paired_test(correct_a: np.ndarray, correct_b: np.ndarray) -> PairedTest:
 
 
 def holm_correction(p_values: Sequence[float]) -> list[float]:
-    """Returns p-values, in the order given, corrected for how many tests there are (Holm 1979)."""
+    """Corrects p-values for the number of tests (Holm 1979). Returns them in the given order."""
     corrected = [0.0] * len(p_values)
     smallest = 0.0
     for rank, number in enumerate(np.argsort(p_values, kind="stable").tolist()):
@@ -77,21 +77,21 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class MeanAndSpread:
-    """What several seeds of the same experiment came to."""
+    """The mean and the spread of one experiment's results over several seeds."""
 
     mean: float
     deviation: float
     """Sample standard deviation; nan for a single seed."""
     interval: tuple[float, float]
-    """95% of the mean by Student's t; nan for a single seed."""
+    """95% interval of the mean by Student's t; nan for a single seed."""
     count: int
 
 
 def mean_and_spread(values: Sequence[float]) -> MeanAndSpread:
-    """Returns mean, spread and interval over seeds. Raises ValueError where there are none."""
+    """Returns mean, spread and interval over seeds, one value each. Raises ValueError if there are no values."""
     count = len(values)
     if count == 0:
-        raise ValueError("there is no mean of no values")
+        raise ValueError("a mean needs at least one value")
     mean = float(np.mean(values))
     if count == 1:
         return MeanAndSpread(mean, float("nan"), (float("nan"), float("nan")), 1)

@@ -1,8 +1,8 @@
-"""Training with labels on a pretrained encoder: the protocol `official`, where it is frozen, and fine-tuning, where it is not.
+"""Supervised training on a pretrained encoder: with a frozen encoder (the protocol `official`), or fine-tuning all weights.
 
-It runs on all replicas, saves its state every epoch, and goes on from there when it is started again. Both are what SimCLR's
-program does (Chen et al. 2020, appendices B.5 and B.6): random crops and flips, SGD with Nesterov momentum .9, cosine without
-warm-up, no weight decay, a classifier that begins at zero, and the last step's result.
+It runs on all replicas, saves its state every epoch, and resumes from there. Both variants follow SimCLR's code (Chen et al.
+2020, appendices B.5 and B.6): random crops and flips, SGD with Nesterov momentum .9, a cosine schedule without warm-up, no weight
+decay, a classifier that is initialized to zero, and the weights of the last step.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from trainer.augmentation import as_floats
 from trainer.config import Config
 from trainer.distribution import Replicas, jit_compile
 from trainer.heads import make_classifier
-from trainer.input_pipeline import Batch, labelled_batches, naming_wrong_records
+from trainer.input_pipeline import Batch, labelled_batches, naming_bad_records
 from trainer.optimizer import Optimizer, learning_rate, make_optimizer, total_steps
 from trainer.preemption import PreemptedError
 from trainer.settings import OptimizerSettings
@@ -33,22 +33,22 @@ from trainer.state import model_variables
 
 @dataclass(frozen=True)
 class Recipe:
-    """What training with labels depends on besides encoder and data."""
+    """The hyperparameters of supervised training."""
 
     num_images: int
-    """How many images have labels."""
+    """Number of labelled images."""
     epochs: int
     batch_size: int
-    """At most `num_images`; the replicas have equal parts."""
+    """Images per step over all replicas, at most `num_images`. It divides evenly over the replicas."""
     base_learning_rate: float
     """Peak learning rate: this * B / 256."""
     seed: int
     frozen: bool
-    """Whether the encoder stays as it is, statistics of BN included."""
+    """Whether the encoder does not change, including BN's statistics."""
 
     @property
     def optimizer(self) -> OptimizerSettings:
-        """SGD with momentum, without weight decay; a cosine from the first step to 0."""
+        """SGD with momentum and without weight decay. The learning rate decays by a cosine to 0 from the first step on."""
         return OptimizerSettings(
             name="momentum",
             epochs=self.epochs,
@@ -62,13 +62,13 @@ class Recipe:
 
     @property
     def image_visits(self) -> int:
-        """How many images go through the encoder in all."""
+        """Number of images that pass through the encoder in all epochs together."""
         return total_steps(self.optimizer, self.num_images) * self.batch_size
 
 
 @dataclass(frozen=True)
 class State:
-    """All that a step of training with labels changes, and the frozen encoder, which it does not."""
+    """The state of supervised training: classifier, encoder (which does not change if frozen) and optimizer."""
 
     encoder: keras.Model
     classifier: keras.Model
@@ -102,12 +102,13 @@ def train_classifier(
     on_progress: Callable[[int], None] = lambda done: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> keras.Model:
-    """Returns a classifier, from features, [B, F] float32, to logits, trained on `encoder`, which learns too unless frozen.
+    """Trains a classifier on `encoder`, and the encoder too unless `recipe` freezes it. Returns the classifier.
 
-    Labels are those of the training images `image_ids`, [n] int64, or of all. `encoder` was made in the scope of `strategy`, by
-    default TensorFlow's own. Where `folder` is given, the state is saved in it every epoch, and a later call with the same
-    arguments goes on from there, to the same bits. Calls `on_progress(images done)` after each step, and `should_stop()` too:
-    where that is true it saves the state and raises PreemptedError. Raises UserError where the loss is not finite.
+    The classifier maps features, [B, F] float32, to logits, [B, C] float32. Uses the labels of the training images `image_ids`,
+    [n] int64, or of all. `encoder` must be made in the scope of `strategy`, by default TensorFlow's current one. If `folder` is
+    given, saves the state in it every epoch; a later call with the same arguments resumes from there and ends with the same bits.
+    Calls `on_progress(finished images)` and `should_stop()` after each step. If the latter returns True, saves the state and
+    raises PreemptedError. Raises UserError if the loss is not finite.
     """
     tf.config.experimental.enable_op_determinism()
     strategy = strategy or tf.distribute.get_strategy()
@@ -146,7 +147,7 @@ def train_classifier(
 
     total = total_steps(recipe.optimizer, recipe.num_images)
     epoch = max(1, recipe.num_images // recipe.batch_size)
-    batches = naming_wrong_records(strategy.distribute_datasets_from_function(of_host), data_dir, manifest, "train")
+    batches = naming_bad_records(strategy.distribute_datasets_from_function(of_host), data_dir, manifest, "train")
     loss = tf.constant(0.0)
     on_progress(done * recipe.batch_size)
     for number, batch in zip(range(done, total), batches, strict=False):
@@ -159,15 +160,17 @@ def train_classifier(
             path = save(steps)
         if stopping:
             kept = f", saved {path}" if folder else ""
-            raise PreemptedError(f"stopped at step {steps} of {total} with labels{kept}: start the same command again to go on")
+            raise PreemptedError(
+                f"stopped at step {steps} of {total} of supervised training{kept}: start the same command again to continue"
+            )
         on_progress(steps * recipe.batch_size)
     if not math.isfinite(float(loss)):
-        raise UserError(f"training with labels diverged, the loss is {float(loss)}: take a lower base learning rate")
+        raise UserError(f"supervised training diverged, the loss is {float(loss)}: set a lower base learning rate")
     return state.classifier
 
 
 def weights_of(classifier: keras.Model) -> dict[str, np.ndarray]:
-    """Returns `weights`, [F, C], and `bias`, [C], of a classifier."""
+    """Returns the arrays `weights`, [F, C], and `bias`, [C], of a classifier."""
     kernel, bias = (variable.numpy() for variable in classifier.variables)
     return {"weights": kernel, "bias": bias}
 
@@ -175,9 +178,9 @@ def weights_of(classifier: keras.Model) -> dict[str, np.ndarray]:
 def make_replica_step(
     state: State, recipe: Recipe, images_at_once: int, replicas: Replicas
 ) -> Callable[[Batch, tf.Tensor], tf.Tensor]:
-    """Returns what one of `replicas` does in a step with its part of a batch of `labelled_batches`; it returns the mean loss.
+    """Returns the training step of one of `replicas`: from (its part of a batch, number of the step) to the mean loss.
 
-    A frozen encoder works on `images_at_once` images at a time.
+    The batch comes from `labelled_batches`. A frozen encoder processes `images_at_once` images at a time.
     """
     features_of = features_of_pixels(state.encoder)
 
@@ -185,7 +188,7 @@ def make_replica_step(
         count, at_once = images.shape[0], images_at_once
         if count <= at_once:
             return features_of(images)
-        # In the memory of a small forward pass, however large the batch is.
+        # Splits the batch, so that memory does not grow with the size of the batch.
         missing = -count % at_once
         parts = tf.reshape(tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]]), [-1, at_once, *images.shape[1:]])
         features = tf.map_fn(features_of, parts, parallel_iterations=1, fn_output_signature=tf.float32)
@@ -197,7 +200,7 @@ def make_replica_step(
         with tf.GradientTape() as tape:
             features = inputs if state.frozen else state.encoder(inputs, training=True)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch["label"], state.classifier(features))
-            # Each replica has its part of the mean; their gradients are summed.
+            # The loss of a replica is its share of the mean over the batch, because gradients are summed.
             loss = tf.reduce_mean(losses) / replicas.count
         gradients = replicas.sum(tape.gradient(loss, state.trained))
         state.optimizer.apply(gradients, learning_rate(recipe.optimizer, recipe.num_images, number), number)
@@ -217,7 +220,7 @@ def make_state(encoder: keras.Model, settings: OptimizerSettings, num_classes: i
 
 
 def _run_name(encoder: keras.Model, config: Config, manifest: Manifest, recipe: Recipe, image_ids: np.ndarray | None) -> str:
-    """Returns a digest of all that training with labels depends on."""
+    """Returns a digest of everything that the result of supervised training depends on."""
     about: Mapping[str, object] = {
         "views": dataclasses.asdict(config.views),
         "encoder": dataclasses.asdict(config.encoder),
@@ -229,5 +232,5 @@ def _run_name(encoder: keras.Model, config: Config, manifest: Manifest, recipe: 
 
 def _require_same(state: State, saved: checkpoints.Checkpoint, run: str) -> None:
     if saved.run != run:
-        raise UserError(f"{saved.path} is of other training with labels")
+        raise UserError(f"{saved.path} is of another supervised training")
     checkpoints.require_same_shapes(state.variables(), saved)

@@ -1,1 +1,1 @@
-"""What shows an evaluation: the report of a run and the comparison of several, with their charts and pictures."""
+"""HTML pages of evaluations: the report of one run and the comparison of several, with charts and pictures."""

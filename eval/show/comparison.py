@@ -1,4 +1,4 @@
-"""Several evaluated runs beside each other: accuracies by protocol, paired tests, settings that differ, curves."""
+"""The comparison of several evaluated runs: accuracies by protocol, paired tests, different settings, curves."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,45 +18,46 @@ from trainer.shared.page import Section, between, percent, render
 from trainer.train import read_config
 
 _NAMED_SETTINGS = 2
-"""That differ, as many as go into the name of a run."""
+"""Maximum number of different settings in the name of a run."""
 _TEMPLATE = Path(__file__).with_name("comparison.html.jinja")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A run that is compared."""
+    """A run in a comparison."""
 
     run_id: str
     evaluation: Evaluation
     settings: Mapping[str, Any]
-    """All of pretraining's, and what else a result depends on."""
+    """Settings of pretraining and evaluation by name, and everything else that the result depends on."""
     history: History
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two runs on the same validation images."""
+    """The paired test of two runs on the same validation images."""
 
     protocol: str
     first: str
+    """Name of the first run."""
     second: str
-    """Names of the runs."""
+    """Name of the second run."""
     test: PairedTest
     corrected_p_value: float
-    """For the number of pairs of this protocol, by Holm's method (1979)."""
+    """p-value corrected for the number of pairs of this protocol (Holm 1979)."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     runs: Mapping[str, Candidate]
-    """By a name that says what is special about each."""
+    """Runs by name. The name contains the settings in which the run differs from the others."""
     differences: Mapping[str, Sequence[Any]]
-    """Settings that differ, by name, with each run's."""
+    """Settings that differ: name -> values, one for each run."""
     pairs: Sequence[Pair]
     apart: Sequence[tuple[str, str]]
-    """Pairs of runs that were not evaluated on the same images, and so are not tested."""
+    """Pairs of runs that were evaluated on different images, and therefore are not tested."""
     seeds: Mapping[tuple[str, str], MeanAndSpread]
-    """By protocol and the names of the runs: top-1 of runs that differ in nothing but their seed."""
+    """(protocol, names of runs) -> top-1 accuracy over these runs, which differ only in their seeds."""
 
     @property
     def protocols(self) -> list[str]:
@@ -65,7 +66,7 @@ class Comparison:
 
 
 def read_candidate(run_id: str, folder: str, history: History) -> Candidate:
-    """Returns a run by what its evaluation left in `folder`. Raises UserError where that, or its checkpoint's config, is gone."""
+    """Reads a run from the folder of its evaluation. Raises UserError if the evaluation or its checkpoint's config is missing."""
     evaluation = read_evaluation(folder)
     config, about = read_config(run_folder(evaluation.result["checkpoint"]))
     settings = pretraining_of(config)
@@ -81,16 +82,16 @@ def read_candidate(run_id: str, folder: str, history: History) -> Candidate:
 
 
 def compare(candidates: Sequence[Candidate]) -> Comparison:
-    """Compares runs. Raises UserError where there are fewer than two, or one twice."""
+    """Compares runs. Raises UserError if there are fewer than two, or the same run twice."""
     ids = [one.run_id for one in candidates]
     if len(set(ids)) < 2 or len(set(ids)) < len(ids):
         raise UserError(f"{', '.join(run_id[:8] for run_id in ids)}: name two runs or more, each once")
     names = list(dict.fromkeys(name for one in candidates for name in one.settings))
     by_name = {name: [one.settings.get(name) for one in candidates] for name in names}
     differences = {name: values for name, values in by_name.items() if any(value != values[0] for value in values)}
-    told = [name for name in differences if name not in ("preset", "dataset", "pretrained on", "code of pretraining")]
+    naming = [name for name in differences if name not in ("preset", "dataset", "pretrained on", "code of pretraining")]
     runs = {
-        " ".join([one.run_id[:8], *(f"{name}={one.settings.get(name)}" for name in told[:_NAMED_SETTINGS])]): one
+        " ".join([one.run_id[:8], *(f"{name}={one.settings.get(name)}" for name in naming[:_NAMED_SETTINGS])]): one
         for one in candidates
     }
     pairs: list[Pair] = []
@@ -128,7 +129,7 @@ def _over_seeds(runs: Mapping[str, Candidate]) -> Iterable[tuple[tuple[str, str]
 
 
 def as_dict(found: Comparison) -> dict[str, Any]:
-    """Returns a comparison as what JSON can say."""
+    """Returns a comparison in types that JSON has."""
     return {
         "runs": {
             name: {"run_id": one.run_id, "accuracies": [asdict(row) for row in one.evaluation.rows]}
@@ -151,19 +152,19 @@ def as_text(found: Comparison) -> list[str]:
         ]
         lines += [*_aligned([(protocol, "top-1", "95% interval", "settings"), *rows]), ""]
         if tests := _tests(found, protocol):
-            head = (f"{protocol}, the first", "less the second", "points", "95% interval", "p", "p, Holm")
+            head = (f"{protocol}, run A", "run B", "A - B, points", "95% interval", "p", "p, Holm")
             lines += [*_aligned([head, *tests]), ""]
     lines += [_why_not(names) for names in found.apart]
     lines += [f"{protocol}, {line}" for protocol in found.protocols for line in _seeds(found, protocol)]
     if found.differences:
-        table = [["what differs", *(name.split()[0] for name in found.runs)]]
+        table = [["setting", *(name.split()[0] for name in found.runs)]]
         table += [[name, *map(str, values)] for name, values in found.differences.items()]
         lines += ["", *_aligned(table)]
     return lines
 
 
 def to_html(found: Comparison) -> str:
-    """Returns a comparison as a page that needs no other file."""
+    """Returns a comparison as a self-contained HTML page."""
     sections = [_section(found, protocol) for protocol in found.protocols]
     if found.apart:
         lede = "A paired test needs the same validation images."
@@ -172,13 +173,13 @@ def to_html(found: Comparison) -> str:
     if found.differences:
         columns = [("setting", ""), *((name, "code") for name in names)]
         content = {"columns": columns, "rows": [(name, *values) for name, values in found.differences.items()]}
-        sections.append(Section("settings", "What differs", "All other settings are equal.", content))
+        sections.append(Section("settings", "Different settings", "All other settings are equal.", content))
     if drawn := figures.curves({name: one.history for name, one in found.runs.items()}):
-        lede = "What was recorded while pretraining. Losses of different kinds have different scales."
-        svg = figures.svg(drawn, "curves of the runs over each other")
+        lede = "Metrics recorded during pretraining. Different losses have different scales."
+        svg = figures.svg(drawn, "curves of pretraining of all runs")
         sections.append(Section("curves", "Pretraining", lede, {"svg": svg}))
     runs = {"facts": [(name, (one.run_id,)) for name, one in zip(names, found.runs.values(), strict=True)]}
-    sections.append(Section("runs", "The runs", "Of the linear eval, as sogclr ui shows them.", runs))
+    sections.append(Section("runs", "The runs", "IDs of the linear-eval runs, as sogclr ui shows them.", runs))
     presets = dict.fromkeys(str(one.settings["preset"]) for one in found.runs.values() if one.settings["preset"])
     title = f"{len(found.runs)} runs compared"
     return render(_TEMPLATE, title=title, sections=sections, presets=", ".join(presets))
@@ -220,7 +221,7 @@ def _of_protocol(found: Comparison, protocol: str) -> list[tuple[str, Accuracy]]
 
 
 def _tests(found: Comparison, protocol: str) -> list[tuple[str, ...]]:
-    """Returns a row for each pair: both names, the difference in points, its interval, and the p-value, raw and corrected."""
+    """Returns a row for each pair: both names, difference in points, interval, p-value and corrected p-value."""
     return [
         (
             pair.first,
@@ -240,7 +241,7 @@ def _points(difference: float) -> str:
 
 
 def _seeds(found: Comparison, protocol: str) -> list[str]:
-    """Returns a line for each group of runs that differ in nothing but their seed."""
+    """Returns a line for each group of runs that differ only in their seeds."""
     return [
         f"{one.count} seeds ({names}): mean {one.mean:.1%}, standard deviation {100 * one.deviation:.1f} points, "
         f"95% {between(one.interval)} (t)"

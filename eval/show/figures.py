@@ -1,6 +1,6 @@
-"""Charts of a run: drawn once, written as a picture for MLflow or as a part of a page.
+"""Charts of a run, for MLflow as picture files and for HTML pages as SVG.
 
-As a part of a page, by `svg`, a chart takes the page's font and, light or dark, its colours.
+In a page, a chart takes the page's font and its light or dark colours.
 """
 
 import io
@@ -18,11 +18,11 @@ from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 INK, GREY, LINE, PAPER = "#1f2933", "#66727f", "#b8c2cc", "#ffffff"
 BLUE, GREEN, RED, AMBER = "#2f6db5", "#2e8b6f", "#c0392b", "#b7791f"
 SERIES = (BLUE, "#c8641e", GREEN, "#8a4fa3", AMBER, "#1c8ca8", RED, GREY)
-"""Of several runs in one chart."""
+"""Colours of several runs in one chart."""
 _OF_PAGE = {INK: "--ink", GREY: "--muted", LINE: "--line", BLUE: "--accent", GREEN: "--good", RED: "--bad", AMBER: "--warn"}
 
 History = Mapping[str, Sequence[tuple[int, float]]]
-"""Of each metric, by name: (step, value), in order."""
+"""Metric -> [(step, value), ...], in order of the steps."""
 _TRAINING = (
     ("train/contrastive_loss", "loss"),
     ("train/learning_rate", "learning rate"),
@@ -38,7 +38,7 @@ _TRAINING = (
 
 
 class Interval(NamedTuple):
-    """An accuracy in [0, 1] with the ends of its interval."""
+    """An accuracy in [0, 1] and its interval."""
 
     label: str
     value: float
@@ -48,7 +48,7 @@ class Interval(NamedTuple):
 
 
 def svg(figure: Figure, description: str) -> str:
-    """Returns a chart as an SVG element without IDs of its own making; `description` is what it says to who cannot see it."""
+    """Returns a chart as an SVG element without generated IDs. `description` is its alternative text."""
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sogclr", "font.family": "sans-serif"}):
         figure.savefig(
@@ -64,7 +64,7 @@ def svg(figure: Figure, description: str) -> str:
 
 
 def curves(runs: Mapping[str, History]) -> Figure | None:
-    """Draws what was recorded in training over the steps, of each run, by its name; None where nothing was."""
+    """Draws the metrics of pretraining over the steps. `runs` maps names to histories. Returns None if none has metrics."""
     shown = [(key, title) for key, title in _TRAINING if any(len(history.get(key, ())) > 1 for history in runs.values())]
     if not shown:
         return None
@@ -94,7 +94,7 @@ def curves(runs: Mapping[str, History]) -> Figure | None:
 
 
 def u_over_training(history: History) -> Figure | None:
-    """Draws mean and quantiles of u over the steps; None where u was not recorded."""
+    """Draws mean and quantiles of u over the steps. Returns None if u was not recorded."""
     names = [f"train/u_p{quantile}" for quantile in ("01", "10", "50", "90", "99")]
     if any(len(history.get(name, ())) < 2 for name in names):
         return None
@@ -123,7 +123,7 @@ def u_over_training(history: History) -> Figure | None:
 
 
 def _label_ends(axes: Axes, step: float, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Writes names beside the right ends of lines on a logarithmic axis, apart enough to be read."""
+    """Writes names at the right ends of lines on a logarithmic axis, far enough apart to be legible."""
     bottom, top = np.log(axes.get_ylim())
     least, position = (top - bottom) * 0.075, -np.inf
     for value, name, colour in sorted(ends):
@@ -141,15 +141,15 @@ def _label_ends(axes: Axes, step: float, ends: Sequence[tuple[float, str, str]])
 
 
 def intervals(rows: Sequence[Interval], title: str = "top-1, 95% interval") -> Figure:
-    """Draws each accuracy as a dot with its interval, in the order given."""
+    """Draws each accuracy as a dot with its interval, in the given order."""
     figure = Figure(figsize=(7, 0.7 + 0.34 * len(rows)), layout="constrained", facecolor=PAPER)
     axes = figure.add_subplot()
-    for place, row in enumerate(rows):
-        axes.plot([row.low, row.high], [place, place], color=row.colour, linewidth=5, alpha=0.3, solid_capstyle="round")
-        axes.plot([row.value], [place], color=row.colour, marker="o", markersize=6, markeredgewidth=0)
+    for y, row in enumerate(rows):
+        axes.plot([row.low, row.high], [y, y], color=row.colour, linewidth=5, alpha=0.3, solid_capstyle="round")
+        axes.plot([row.value], [y], color=row.colour, marker="o", markersize=6, markeredgewidth=0)
         axes.annotate(
             f"{row.value:.1%}",
-            (row.high, place),
+            (row.high, y),
             (8, 0),
             textcoords="offset points",
             size=9,
@@ -174,7 +174,7 @@ def intervals(rows: Sequence[Interval], title: str = "top-1, 95% interval") -> F
 
 
 def per_class_accuracy(accuracy: Sequence[float] | np.ndarray, classes: Sequence[str]) -> Figure:
-    """Draws a bar for each class, the best first; none for a class without images (nan)."""
+    """Draws a bar for each class, the best first. Omits classes without images (nan)."""
     order = [i for i in np.argsort(accuracy)[::-1] if not np.isnan(accuracy[i])]
     named = len(order) <= 60
     figure = Figure(figsize=(7, 0.7 + 0.22 * len(order)) if named else (7, 3), layout="constrained", facecolor=PAPER)
@@ -183,8 +183,8 @@ def per_class_accuracy(accuracy: Sequence[float] | np.ndarray, classes: Sequence
     _plain(axes)
     if named:
         axes.barh([classes[i] for i in order], values, color=BLUE, height=0.62)
-        for place, value in enumerate(values):
-            axes.annotate(f"{value:.0%}", (value, place), (4, 0), textcoords="offset points", size=8, color=GREY, va="center")
+        for y, value in enumerate(values):
+            axes.annotate(f"{value:.0%}", (value, y), (4, 0), textcoords="offset points", size=8, color=GREY, va="center")
         axes.set(xlim=(0, 1.06), ylim=(len(order) - 0.4, -0.6))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -199,12 +199,12 @@ def per_class_accuracy(accuracy: Sequence[float] | np.ndarray, classes: Sequence
 
 
 def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Draws how often images of a class (row) were taken for another (column), as a part of the row."""
+    """Draws the confusion matrix: class (row) by prediction (column), as a fraction of the row."""
     count = len(classes)
     figure = Figure(figsize=(7, 6.6), layout="constrained", facecolor=PAPER)
     axes = figure.add_subplot()
     parts = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    # Transparent where nothing is, so that it lies on a light page and on a dark one.
+    # Empty cells are transparent, so that the chart fits a light page and a dark one.
     cells = np.zeros((*matrix.shape, 4))
     cells[..., :3] = to_rgb(BLUE)
     cells[..., 3] = parts**0.7

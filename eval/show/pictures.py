@@ -1,4 +1,4 @@
-"""Pictures of a dataset's images by ID: read from the shards, and cropped."""
+"""Pictures of a dataset's images: reads them by ID from the shards, and crops them."""
 
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ from trainer.shared.records import RECORDS_PER_BLOCK, Manifest, Shard, decode_ex
 def read_jpegs(data_dir: str, manifest: Manifest, split: str, image_ids: Iterable[int]) -> dict[int, bytes]:
     """Returns the JPEGs of some images of a split, by ID.
 
-    Reads the blocks that the conversion puts the images in. If the records are in another order, reads further blocks until all
-    images are found. Raises UserError if an image is in no block.
+    Reads the blocks in which the conversion puts these images. If the records are in another order, reads further blocks until
+    all images are found. Raises UserError if the split does not contain an image.
     """
     of_split = manifest.splits[split]
     wanted = {int(image_id) for image_id in image_ids}
@@ -46,7 +46,7 @@ def _read_block(data_dir: str, shard: Shard, block: int) -> Iterator[tuple[bytes
 
 
 def thumbnail(encoded: bytes, side: int, proportion: float = 1.0) -> Image.Image:
-    """Returns the middle square of a JPEG, `proportion` of its shorter side, with at most `side` pixels a side."""
+    """Returns the central square of a JPEG, `proportion` of its shorter side, resized to at most `side` x `side` pixels."""
     with Image.open(io.BytesIO(encoded)) as image:
         image.draft("RGB", (2 * side, 2 * side))
         rgb = image.convert("RGB")
@@ -57,9 +57,9 @@ def thumbnail(encoded: bytes, side: int, proportion: float = 1.0) -> Image.Image
 
 
 def views(jpegs: Sequence[tuple[int, bytes]], config: Config, epoch: int) -> np.ndarray:
-    """Returns the two views that a run with `config` sees in `epoch` of each of n training images, given as (ID, JPEG).
+    """Returns the two views of each of n training images (ID, JPEG) in `epoch` of a run with `config`.
 
-    [n, 2, S, S, 3] float32 in [0, 1], by the functions that make them in training.
+    They are [n, 2, S, S, 3] float32 in [0, 1], made by the functions that training uses.
     """
     key = tf.constant(config.run.seed * 2**32 + epoch, tf.int64)
     made = [
@@ -74,18 +74,18 @@ def views(jpegs: Sequence[tuple[int, bytes]], config: Config, epoch: int) -> np.
         for image_id, encoded in jpegs
     ]
     crops, draws = (tf.concat(parts, axis=0) for parts in zip(*made, strict=True))
-    # As it is written: to compile it takes longer than to run it this once.
+    # Runs the uncompiled function, because compiling it takes longer than running it once.
     augmented = augment.python_function(crops, draws, config.views.color_jitter_strength, config.views.blur)
     return augmented.numpy().reshape(len(jpegs), 2, config.views.image_size, config.views.image_size, 3)
 
 
 def from_array(pixels: np.ndarray) -> Image.Image:
-    """Returns a picture of [H, W, 3] float32 in [0, 1]."""
+    """Converts pixels, [H, W, 3] float32 in [0, 1], to a picture."""
     return Image.fromarray(np.round(255 * pixels).astype(np.uint8))
 
 
 def sheet(thumbnails: Mapping[int, Image.Image], side: int, columns: int) -> Image.Image:
-    """Returns pictures side by side, each resized to a square of `side` pixels, row after row in the order given."""
+    """Arranges pictures in a grid, row after row in the given order, each resized to `side` x `side` pixels."""
     rows = -(-len(thumbnails) // columns)
     whole = Image.new("RGB", (columns * side, rows * side))
     for number, picture in enumerate(thumbnails.values()):

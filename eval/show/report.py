@@ -1,6 +1,6 @@
-"""The report of a run: one page that says how good the encoder is, and shows what it learned and from what.
+"""The report of a run: an HTML page with the accuracy of the encoder, what it learned, and its data and settings.
 
-What a run lacks, such as u of SimCLR or the curves of a run elsewhere, its page leaves out.
+The page omits sections for which the run has no data: SimCLR has no u, for example.
 """
 
 from collections.abc import Mapping
@@ -22,13 +22,13 @@ from trainer.shared.files import write_whole
 from trainer.shared.page import Facts, Section, between, percent, render
 
 _MOST_CONFUSED = 8
-"""Pairs of classes in the table."""
+"""Maximum number of pairs of classes in the table."""
 
 
 class Report(NamedTuple):
     html: str
     figures: Mapping[str, Figure]
-    """Its charts by file name, for whoever shows them elsewhere."""
+    """Charts of the page, by file name."""
 
 
 class Stat(NamedTuple):
@@ -48,10 +48,11 @@ def write_report(
     history: History | None = None,
     runs: Mapping[str, str] | None = None,
 ) -> Report:
-    """Writes the report on what an evaluation left in the folder `evaluation` as one HTML file, `path`.
+    """Writes the report of the evaluation in the folder `evaluation` as an HTML file `path`.
 
-    `data_dir` is the dataset it was made on; the checkpoint is the one that the evaluation names. `history` is what was recorded
-    while pretraining, `runs` the ID of each component's run. Raises UserError if evaluation, dataset or checkpoint are not there.
+    `data_dir` is the dataset of the evaluation. The checkpoint is read from the path that the evaluation recorded. `history`
+    holds the metrics of pretraining, `runs` the ID of each component's run. Raises UserError if evaluation, dataset or checkpoint
+    is missing.
     """
     run = read_run(evaluation, data_dir, history or {}, runs or {})
     drawn = _figures(run)
@@ -76,7 +77,7 @@ def write_report(
 
 
 def _figures(run: Run) -> dict[str, Figure]:
-    """Draws the charts of a run, by file name; those of what it lacks are not there."""
+    """Draws the charts of a run, by file name. Omits charts for which the run has no data."""
     found = run.evaluation
     drawn: dict[str, Figure | None] = {
         "accuracies.png": figures.intervals(
@@ -139,8 +140,8 @@ def _accuracies(run: Run, drawn: Mapping[str, Figure]) -> Section:
     return Section(
         "accuracies",
         "Accuracies",
-        f"On all {len(run.evaluation.labels):,} validation images, of the checkpoint at step {run.checkpoint.step:,}. Compare "
-        "only what has the same protocol.",
+        f"On all {len(run.evaluation.labels):,} validation images, at step {run.checkpoint.step:,} of pretraining. Compare only "
+        "results of the same protocol.",
         {
             "svg": figures.svg(drawn["accuracies.png"], f"top-1 with intervals: {said}"),
             "rows": list(map(_row, rows)),
@@ -150,7 +151,7 @@ def _accuracies(run: Run, drawn: Mapping[str, Figure]) -> Section:
 
 
 def _row(row: Accuracy) -> tuple[Any, ...]:
-    """Returns the cells of an accuracy in the table."""
+    """Returns the cells of an accuracy's row in the table."""
     protocol = row.protocol, description_of(row.protocol) if row.encoder == "pretrained" else ""
     top_5 = "" if row.top_5 is None else percent(row.top_5)
     took = f"{row.seconds:,.0f} s"
@@ -167,8 +168,12 @@ def _training(run: Run, drawn: Mapping[str, Figure]) -> Section | None:
     return Section(
         "training",
         "Pretraining",
-        "What was recorded; a point is the mean since the one before it."
-        + (" The loss is a surrogate that has the objective's gradient." if run.config.loss.name == "global_contrastive" else ""),
+        "Each point is the mean since the previous point."
+        + (
+            " The loss is a surrogate whose gradient estimates the objective's."
+            if run.config.loss.name == "global_contrastive"
+            else ""
+        ),
         {"svg": figures.svg(drawn["curves.png"], f"curves of pretraining; at the end {last}")},
     )
 
@@ -183,8 +188,8 @@ def _u(run: Run, drawn: Mapping[str, Figure]) -> Section | None:
     return Section(
         "u",
         "u, the estimator",
-        "u is kept for each image: a moving average of its contrast to the images of its batches, which stands for that to all "
-        f"others. gamma = {run.config.loss.gamma:g}, variant {run.config.loss.variant}.",
+        "Each image has a value u: the moving average of its contrast to the images of its batches. It estimates the contrast to "
+        f"all images. gamma = {run.config.loss.gamma:g}, variant {run.config.loss.variant}.",
         {"svg": svg, "rows": rows},
     )
 
@@ -197,7 +202,7 @@ def _has_classes(run: Run) -> bool:
 
 
 def _per_class_accuracy(confusion: np.ndarray) -> np.ndarray:
-    """Returns the top-1 of each class, [C], nan for a class without images."""
+    """Returns the top-1 accuracy of each class, [C]; nan for a class without images."""
     count = confusion.sum(axis=1)
     return np.where(count > 0, np.diag(confusion) / np.maximum(count, 1), np.nan)
 
@@ -216,7 +221,7 @@ def _classes(run: Run, drawn: Mapping[str, Figure]) -> Section | None:
         for label, taken in (np.unravel_index(pair, wrong.shape) for pair in pairs)
         if wrong[label, taken] > 0
     ]
-    label = "confusion matrix; the pairs that are confused most are in the table below"
+    label = "confusion matrix; the table below lists the most confused pairs"
     return Section(
         "classes",
         "Classes",
@@ -253,8 +258,8 @@ def _provenance(run: Run) -> Section:
     facts += [(f"run of {component}", (run_id,)) for component, run_id in run.runs.items()]
     return Section(
         "provenance",
-        "Where it comes from",
-        "The same settings, data and code make the same bits on the same machine.",
+        "Provenance",
+        "The same settings, data and code give the same bits on the same machine.",
         {"facts": facts, "settings": _settings(run.config, found["linear_eval"])},
     )
 
@@ -265,7 +270,7 @@ def _settings(config: Config, linear_eval: Mapping[str, Any]) -> Facts:
 
 
 def _changed(config: Config, preset: str) -> str | tuple[str, ...]:
-    """Returns the settings that differ from the preset's, or a sentence where there are none to show."""
+    """Returns the settings that differ from the preset's, or a sentence if there are none to show."""
     if preset not in PRESETS:
         return "this version does not know the preset"
     now, usual = as_dict(config), as_dict(PRESETS[preset].config)

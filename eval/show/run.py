@@ -1,4 +1,4 @@
-"""The run that a report shows: what its evaluation, its dataset and its checkpoint left, read from where they lie."""
+"""The run that a report shows, read from its evaluation, its dataset and its checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from trainer.shared.records import Manifest, read_manifest
 from trainer.train import read_config
 
 SIDE = 96
-"""Pixels of a picture, at most."""
+"""Maximum side of a picture, pixels."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,20 @@ class Run:
     manifest: Manifest
     config: Config
     about: Mapping[str, Any]
-    """The rest of the checkpoints' config.json."""
+    """Content of config.json in the checkpoint's folder."""
     checkpoint: Checkpoint
     history: History
     runs: Mapping[str, str]
-    """IDs of MLflow's runs, by component."""
+    """Component -> ID of its MLflow run."""
 
     @property
     def preset(self) -> str:
         return str(self.about.get("preset") or "")
 
     def features(self, split: str) -> StoredFeatures | None:
-        """Returns the features of a split: where the evaluation left them, or in its folder, with which they may have moved.
+        """Returns the features of a split, or None if they were deleted.
 
-        Features are large, and may have been deleted since: then None.
+        Looks in the folder that the evaluation recorded, then in the evaluation's own folder, in case both were moved.
         """
         path = str(self.evaluation.result["features"][split]["path"])
         for folder in (path, f"{self.evaluation.folder}/{path.rpartition('/')[2]}"):
@@ -53,19 +53,19 @@ class Run:
         return None
 
     def thumbnails(self, split: str, image_ids: Sequence[int], side: int = SIDE) -> dict[int, Image.Image]:
-        """Returns pictures of images, cropped as evaluation crops them, by ID in the order given."""
+        """Returns the evaluation crops of images at thumbnail size, by ID in the given order."""
         jpegs = pictures.read_jpegs(self.data_dir, self.manifest, split, image_ids)
         proportion = self.config.views.eval_crop_proportion
         return {int(image_id): pictures.thumbnail(jpegs[int(image_id)], side, proportion) for image_id in image_ids}
 
     def drawn(self, count: int, number: int) -> list[int]:
-        """Returns at most `number` of 0..count-1, drawn by the evaluation's seed."""
+        """Returns at most `number` of the numbers 0..count-1, drawn by the evaluation's seed, sorted."""
         random = np.random.Generator(np.random.Philox(key=[self.config.linear_eval.seed, 1]))
         return [int(i) for i in np.sort(random.choice(count, min(number, count), replace=False))]
 
 
 def read_run(evaluation: str, data_dir: str, history: History, runs: Mapping[str, str]) -> Run:
-    """Reads a run from the folder of its evaluation. Raises UserError if evaluation, dataset or checkpoint are not there."""
+    """Reads a run from the folder of its evaluation. Raises UserError if evaluation, dataset or checkpoint is missing."""
     found = read_evaluation(evaluation)
     checkpoint = checkpoints.load(found.result["checkpoint"])
     config, about = read_config(checkpoints.run_folder(checkpoint.path))

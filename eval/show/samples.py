@@ -1,4 +1,4 @@
-"""Pictures of a dataset that show what an encoder learned: the sections of a report that hold images."""
+"""The sections of a report with images of the dataset, which show what the encoder learned."""
 
 from typing import NamedTuple
 
@@ -9,21 +9,21 @@ from eval.measure.neighbours import nearest_neighbours
 from eval.show import pictures
 from eval.show.run import SIDE, Run
 from trainer.shared.page import Picture, Section, data_uri
-from trainer.shared.records import reading_places
+from trainer.shared.records import reading_positions
 
 _EXTREMES = 10
 _QUERIES = 8
 _NEIGHBOURS = 7
 _AUGMENTED = 9
 _MAPPED = 2000
-"""Images on the map, at most."""
+"""Maximum number of images on the map."""
 _MAP_SIDE = 48
 _MAP_COLUMNS = 45
 _MAP_RATIO = 8 / 5
 _PICTURED = 0.036
-"""Side of a picture on the map, as a part of the map's width."""
+"""Side of a picture on the map, as a fraction of the map's width."""
 _CLASSES_WITH_COLOURS = 20
-"""On the map; of more, colour says what was told right."""
+"""Maximum number of classes that the map shows by colour. With more, colour shows whether the prediction is correct."""
 
 
 class Mark(NamedTuple):
@@ -32,17 +32,19 @@ class Mark(NamedTuple):
     kind: int
     title: str
     pictured: bool
-    """Whether its picture is shown, because no other lies there; else a dot."""
+    """Whether the mark is a picture. It is a dot if it would cover another picture."""
     left: float
+    """Fraction of the map's width."""
     top: float
-    """Place as a part of the map's width and height."""
+    """Fraction of the map's height."""
     column: int
+    """Column of its picture on the sheet."""
     row: int
-    """Place of its picture on the sheet."""
+    """Row of its picture on the sheet."""
 
 
 def extremes_of_u(run: Run) -> list[tuple[str, list[Picture]]]:
-    """Returns rows of training images, with titles: those of the largest u and of the smallest; none where u is not known."""
+    """Returns (title, pictures) of the training images of largest u and of smallest u. Empty if u is not known."""
     u = run.checkpoint.arrays.get("u")
     same_images = run.evaluation.result["pretraining_dataset_fingerprint"] == run.manifest.fingerprint
     if u is None or not same_images or len(u) != run.manifest.splits["train"].records or not np.any(u > 0):
@@ -54,7 +56,10 @@ def extremes_of_u(run: Run) -> list[tuple[str, list[Picture]]]:
     shown = run.thumbnails("train", [*smallest, *largest])
     return [
         (title, [Picture(data_uri(shown[int(i)]), f"training image {i} with u = {u[i]:.4g}", f"{u[i]:.4g}") for i in of_row])
-        for title, of_row in (("Largest u: much in the batch is like them", largest), ("Smallest u: little is", smallest))
+        for title, of_row in (
+            ("Largest u: similar to many images of their batches", largest),
+            ("Smallest u: similar to few images of their batches", smallest),
+        )
     ]
 
 
@@ -73,15 +78,15 @@ def views(run: Run) -> Section:
         cards.append(card)
     return Section(
         "views",
-        "What the network sees",
-        "Training images drawn by chance, with their two views in the first epoch, as the trainer's own code makes them at "
+        "Training views",
+        "Randomly drawn training images with their two views in the first epoch, made by the trainer's code at "
         f"{run.config.views.image_size} px.",
         {"cards": cards},
     )
 
 
 def of_features(run: Run) -> list[Section | None]:
-    """Returns the sections that features make; none if the features were deleted."""
+    """Returns the sections that need features: nearest neighbours and map. Empty if the features were deleted."""
     train, validation = run.features("train"), run.features("validation")
     if train is None or validation is None:
         return []
@@ -109,36 +114,37 @@ def _neighbours(run: Run, train: StoredFeatures, validation: Features) -> Sectio
     return Section(
         "neighbours",
         "Nearest neighbours",
-        f"Validation images drawn by chance, and the training images whose features are nearest by cosine (the number). ✓ is of "
-        f"the same class, ✗ of another; {right:.0%} of those shown are right.",
+        f"Randomly drawn validation images, and the training images with the nearest features by cosine (the number). ✓ is the "
+        f"same class, ✗ another class; {right:.0%} of the shown neighbours are of the same class.",
         {"count": nearest.shape[1], "rows": rows},
     )
 
 
 def _map(run: Run, validation: Features) -> Section | None:
-    # The places are in no order of classes, and of the first ones the records lie together.
-    chosen = np.flatnonzero(reading_places(len(validation.labels)) < _MAPPED)
+    # The first positions are a random sample of the classes, and their records lie together in the shards.
+    chosen = np.flatnonzero(reading_positions(len(validation.labels)) < _MAPPED)
     if len(chosen) < 10:
         return None
     classes, labels = run.evaluation.classes, validation.labels[chosen]
     correct = run.evaluation.correct(run.evaluation.headline.column)[chosen]
     titles = [
-        f"{classes[label]}, image {image_id}, told {'right' if right else 'wrong'}"
+        f"{classes[label]}, image {image_id}, predicted {'correctly' if right else 'wrongly'}"
         for label, image_id, right in zip(labels, chosen, correct, strict=True)
     ]
     by_class = len(classes) <= _CLASSES_WITH_COLOURS
     if by_class:
         kinds, legend = labels, list(zip(classes, _colours(len(classes)), strict=True))
     else:
-        kinds, legend = np.where(correct, 0, 1), [("told right", "var(--good)"), ("told wrong", "var(--bad)")]
+        kinds, legend = np.where(correct, 0, 1), [("predicted correctly", "var(--good)"), ("predicted wrongly", "var(--bad)")]
     columns = min(_MAP_COLUMNS, len(chosen))
     sheet = pictures.sheet(run.thumbnails("validation", chosen.tolist(), _MAP_SIDE), _MAP_SIDE, columns)
-    sort = "sorts classes" if by_class else "tells right from wrong"
+    shown = "the class" if by_class else "whether the prediction is correct"
     return Section(
         "map",
         "Map of features",
-        f"{len(chosen):,} validation images, laid out by t-SNE (seed 0) of the first principal components of their features: "
-        f"near is alike, distances between groups mean little. Colour {sort}; a dot shows its picture under the pointer.",
+        f"{len(chosen):,} validation images, laid out by t-SNE (seed 0) of the first principal components of their features. "
+        "Images that are close have similar features; distances between groups mean little. "
+        f"Colour shows {shown}. Point at a dot to see its picture.",
         {
             "marks": _marks(spread(validation.values[chosen]), kinds.tolist(), titles, columns),
             "legend": legend,
@@ -150,7 +156,7 @@ def _map(run: Run, validation: Features) -> Section | None:
 
 
 def spread(values: np.ndarray) -> np.ndarray:
-    """Lays features, [n, F], out in the plane, [n, 2] within [0, 1]: PCA to 50 dimensions, then t-SNE. A function of `values`."""
+    """Lays out features, [n, F], in the plane by PCA to 50 dimensions, then t-SNE. Returns [n, 2] in [0, 1]. Deterministic."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
@@ -158,7 +164,7 @@ def spread(values: np.ndarray) -> np.ndarray:
     unit = np.asarray(values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12))
     reduced = PCA(min(50, *unit.shape), random_state=0).fit_transform(unit)
     perplexity = min(30.0, (len(values) - 1) / 3)
-    # One thread adds in one order; several wait for each other at each of a thousand small steps.
+    # One thread sums in a fixed order. Several threads would wait for each other at each of a thousand small steps.
     with threadpool_limits(1):
         at = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(reduced)
     least, most = at.min(axis=0), at.max(axis=0)
@@ -166,7 +172,7 @@ def spread(values: np.ndarray) -> np.ndarray:
 
 
 def _marks(at: np.ndarray, kinds: list[int], titles: list[str], columns: int) -> list[Mark]:
-    """Returns the marks of images at `at`, [n, 2] in [0, 1]: those that would cover an earlier picture are dots."""
+    """Returns the marks of images at the points `at`, [n, 2] in [0, 1]. A mark that would cover an earlier picture is a dot."""
     pictured: list[tuple[float, float]] = []
     marks = []
     for number, ((x, y), kind, title) in enumerate(zip(at, kinds, titles, strict=True)):
@@ -181,5 +187,5 @@ def _marks(at: np.ndarray, kinds: list[int], titles: list[str], columns: int) ->
 
 
 def _colours(count: int) -> list[str]:
-    """Returns colours that can be told apart on light and dark ground."""
+    """Returns colours that are distinguishable on a light and on a dark page."""
     return [f"oklch({(64, 74, 56)[i % 3]}% .16 {360 * i / count:.0f})" for i in range(count)]

@@ -1,7 +1,7 @@
-"""The command line. A module here is a group of commands.
+"""The command line. Each module is a group of commands.
 
-Each command reads its options once, into frozen settings that are checked on the way; nothing below knows argparse. What is
-heavy is imported by the command that needs it, so that --help answers at once.
+A command reads its options once, into checked and frozen settings; no other code knows argparse. Each command imports heavy
+packages itself, so that --help answers at once.
 """
 
 import os
@@ -17,10 +17,11 @@ from trainer.shared.errors import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
-    0, 1 for what failed, 2 for what the user can mend, 130 for an interrupt, 141 where the reader of the output has gone.
+    0 for success, 1 for a failure, 2 for an error that the user can fix, 130 for an interrupt, 141 if the reader of the output
+    has closed it.
     """
     args = make_parser().parse_args(arguments)
-    # A request to end is an interrupt, so that what was started is ended too.
+    # Treat SIGTERM like an interrupt, so that child processes are ended too.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code: int = args.command(args)
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
             return 141
         if args.debug:
             raise
@@ -46,12 +47,12 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
 
 
-def _nobody_reads() -> bool:
-    """Says whether the reader of the output has gone, as head does when it has its lines; then nothing more is written to it."""
+def _output_is_closed() -> bool:
+    """Returns whether the reader of the output has closed it, as `head` does. If so, discards all further output."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
     if gone:
-        # Python flushes once more as it ends: to where that succeeds.
+        # Python flushes stdout again at exit, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return gone

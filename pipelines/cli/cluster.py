@@ -1,4 +1,4 @@
-"""The options of a cluster: machines and images, Dataflow, MLflow; and the cluster that they describe."""
+"""The options for machines, images, Dataflow and MLflow, and the cluster configuration made from them."""
 
 import argparse
 import os
@@ -21,17 +21,17 @@ def add_cluster(one: argparse.ArgumentParser, what: str, required: bool) -> None
     group.add_argument("--accelerator", metavar="NAME", required=required, help=what)
     add_eval_accelerator(group)
     group.add_argument("--force-accelerator", action="store_true", help="use a machine that sogclr accelerators lists as refused")
-    group.add_argument("--pipeline-root", default="", metavar="gs://...", required=required, help="folder of all that jobs write")
+    group.add_argument("--pipeline-root", default="", metavar="gs://...", required=required, help="folder for all files of jobs")
     group.add_argument(
         "--images",
         default="",
         metavar="REPOSITORY",
-        help="where make images pushed to (default: REGION-docker.pkg.dev/PROJECT/sogclr)",
+        help="repository that make images pushed to (default: REGION-docker.pkg.dev/PROJECT/sogclr)",
     )
-    group.add_argument("--tag", default="", metavar="TAG", help="of the images (default: the code's commit)")
-    group.add_argument("--spot", action="store_true", help="spot machines: cheaper, and taken away at times")
+    group.add_argument("--tag", default="", metavar="TAG", help="tag of the images (default: the commit of the code)")
+    group.add_argument("--spot", action="store_true", help="use spot machines, which cost less but can be preempted")
     add_limits(group)
-    group.add_argument("--retries", type=int, default=3, metavar="N", help="attempts after the first, of each step (default: 3)")
+    group.add_argument("--retries", type=int, default=3, metavar="N", help="retries of each step (default: 3)")
     group.add_argument(
         "--service-account",
         default="",
@@ -39,18 +39,20 @@ def add_cluster(one: argparse.ArgumentParser, what: str, required: bool) -> None
         help="account that all steps run as (default: the project's default service account of Compute Engine)",
     )
     group.add_argument("--network", default="", metavar="NAME", help="VPC network that the steps are peered with")
-    group.add_argument("--encryption-key", default="", metavar="NAME", help="Cloud KMS key of all that the job makes")
+    group.add_argument("--encryption-key", default="", metavar="NAME", help="Cloud KMS key that encrypts what the job writes")
     group.add_argument("--label", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="label of job and machines")
-    group.add_argument("--no-cache", action="store_true", help="run every step, whatever ran before")
+    group.add_argument("--no-cache", action="store_true", help="run every step; reuse none from the cache")
     flow = one.add_argument_group("Dataflow, which runs build-tfrecords")
     flow.add_argument("--no-dataflow", action="store_true", help="convert in the step's own container instead")
-    flow.add_argument("--dataflow-region", default="", metavar="R", help="(default: --region)")
-    flow.add_argument("--dataflow-workers", type=int, default=16, metavar="N", help="at most (default: 16)")
-    flow.add_argument("--dataflow-machine", default="n2-standard-4", metavar="TYPE", help="(default: n2-standard-4)")
+    flow.add_argument("--dataflow-region", default="", metavar="R", help="region of the Dataflow job (default: --region)")
+    flow.add_argument("--dataflow-workers", type=int, default=16, metavar="N", help="highest number of workers (default: 16)")
+    flow.add_argument(
+        "--dataflow-machine", default="n2-standard-4", metavar="TYPE", help="machine type of workers (default: n2-standard-4)"
+    )
     flow.add_argument(
         "--dataflow-arg", action="append", default=[], metavar="=--OPTION=VALUE", help="any other option of Beam or Dataflow"
     )
-    mlflow = one.add_argument_group("MLflow, where the steps record what they do")
+    mlflow = one.add_argument_group("MLflow, which records the steps")
     mlflow.add_argument(
         "--mlflow-uri", default="", metavar="URL", help="server that the steps can reach (default: MLFLOW_TRACKING_URI)"
     )
@@ -58,35 +60,37 @@ def add_cluster(one: argparse.ArgumentParser, what: str, required: bool) -> None
         "--mlflow-secret",
         default="",
         metavar="NAME",
-        help="projects/P/secrets/S/versions/V of Secret Manager: a token, or USER:PASSWORD",
+        help="Secret Manager's projects/P/secrets/S/versions/V with a token or USER:PASSWORD",
     )
-    mlflow.add_argument("--experiment", default="", metavar="NAME", help="(default: MLFLOW_EXPERIMENT_NAME, or sogclr)")
+    mlflow.add_argument(
+        "--experiment", default="", metavar="NAME", help="experiment in MLflow (default: MLFLOW_EXPERIMENT_NAME, or sogclr)"
+    )
 
 
 @dataclass(frozen=True)
 class Dataflow:
-    """What Dataflow runs build-tfrecords on."""
+    """The Dataflow settings of build-tfrecords."""
 
     region: str
-    """Empty for the region of the job."""
+    """Region of the Dataflow job; empty for the region of the pipeline job."""
     workers: int
-    """At most."""
+    """Highest number of workers."""
     machine: str
     more: tuple[str, ...]
-    """Any other options of Beam or Dataflow."""
+    """Other options of Beam or Dataflow."""
 
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """A cluster, as far as it is known before the job has a place."""
+    """The cluster options, before the place of the job is known."""
 
     cluster: Cluster
-    """Its images have no repository where none is named."""
+    """The cluster. Its images have no repository if the user names none."""
     dataflow: Dataflow | None
-    """None to convert in the step's own container."""
+    """Dataflow settings, or None to convert in the step's own container."""
 
     def at(self, place: Place, pipeline_root: str) -> Cluster:
-        """Returns the cluster of a job in `place` that writes to `pipeline_root`; both may be empty."""
+        """Returns the cluster for a job in `place` that writes to `pipeline_root`. Both may be empty."""
         known = bool(place.project and place.region)
         images = self.cluster.images
         if known and not images.repository:
@@ -118,7 +122,7 @@ def _beam_args(flow: Dataflow, cluster: Cluster, images: Images, place: Place, p
 
 
 def read_cluster(args: Namespace) -> ClusterOptions:
-    """Returns what the options say of machines and images. Raises UserError for what is not written as it must be."""
+    """Returns the cluster options. Raises UserError for an invalid value."""
     _check_machines(args)
     _check_numbers(args)
     environment = _mlflow_environment(args)
@@ -130,7 +134,7 @@ def read_cluster(args: Namespace) -> ClusterOptions:
         }
     )
     if args.accelerator and not args.tag and uncommitted():
-        raise UserError("sources differ from the commit, so its images lack something: commit, or name the images with --tag")
+        raise UserError("the sources have uncommitted changes, which no image has: commit them, or name the images with --tag")
     cluster = Cluster(
         images=Images(args.images.rstrip("/"), args.tag or git_commit()[:12]),
         accelerator=accelerators.get(args.accelerator) if args.accelerator else None,
@@ -151,7 +155,7 @@ def read_cluster(args: Namespace) -> ClusterOptions:
 
 
 def _check_machines(args: Namespace) -> None:
-    """Raises UserError where a custom job cannot have the machine that an option names."""
+    """Raises UserError if a custom job cannot use a machine that an option names."""
     machines = {"--accelerator": args.accelerator, "--eval-accelerator": args.eval_accelerator} if args.accelerator else {}
     for option, name in machines.items():
         if name:
@@ -161,20 +165,20 @@ def _check_machines(args: Namespace) -> None:
 def _check_numbers(args: Namespace) -> None:
     for name, value in (("--timeout-hours", args.timeout_hours), ("--dataflow-workers", args.dataflow_workers)):
         if not value > 0:
-            raise UserError(f"{name} {value:g} makes no sense: it must be above 0")
+            raise UserError(f"{name} {value:g} is not valid: it must be above 0")
     if args.timeout_hours > LONGEST_HOURS:
         raise UserError(
             f"--timeout-hours {args.timeout_hours:g} is more than {LONGEST_HOURS:g}: Google documents no custom job of more "
-            "than 7 days; a job that is submitted again goes on from the newest checkpoint"
+            "than 7 days; a job that is submitted again resumes from the newest checkpoint"
         )
     if args.retries < 0 or args.disk_gb < 100:
         raise UserError("--retries must be 0 or more, --disk-gb at least 100")
 
 
 def _mlflow_environment(args: Namespace) -> dict[str, str]:
-    """Returns the variables that tell the steps where MLflow is: of the options, else of this environment."""
+    """Returns the environment variables for MLflow in the steps, from the options or else from this process's environment."""
     uri = args.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    # A store in a file of this machine is none that the steps can reach.
+    # The steps cannot reach a store in a file on this machine.
     uri = uri if args.mlflow_uri or uri.startswith("http") else ""
     check_options({"--mlflow-uri": uri, "--mlflow-secret": args.mlflow_secret})
     environment = {

@@ -1,4 +1,4 @@
-"""Several runs side by side: compare."""
+"""The command compare: several linear evals side by side."""
 
 import json
 import os
@@ -24,9 +24,9 @@ settings that differ, and writes a page with curves.
 def add_to(commands: Commands) -> None:
     """Adds the command of this module."""
     one = add_command(commands, "compare", _read, print_comparison, "Compare the linear evals of several runs.", _EXAMPLES)
-    one.add_argument("runs", nargs="+", metavar="RUN", help="MLflow ID of a run, or of the pipeline that it is part of")
+    one.add_argument("runs", nargs="+", metavar="RUN", help="MLflow ID of a linear eval's run, or of its pipeline run")
     add_root(one)
-    one.add_argument("--output", default="compare.html", metavar="FILE", help="where the page goes (default: %(default)s)")
+    one.add_argument("--output", default="compare.html", metavar="FILE", help="file for the page (default: %(default)s)")
     add_json(one)
 
 
@@ -43,7 +43,7 @@ def _read(args: Namespace) -> CompareOptions:
 
 
 def print_comparison(options: CompareOptions) -> int:
-    """Prints how the linear evals of runs differ, and writes a page. Raises UserError for one that has not finished."""
+    """Prints a comparison of linear evals and writes a page. Raises UserError if one of them has not finished."""
     check_runs(options.root)
     store = open_store(options.root)
     from components import tracking

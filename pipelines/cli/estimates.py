@@ -1,4 +1,4 @@
-"""What is known of a job's memory and time before it is sent, without compiling anything: `sogclr plan` does that."""
+"""Estimates of a job's memory and time before it is sent. They compile nothing; `sogclr plan` does."""
 
 import os
 from collections.abc import Collection
@@ -14,7 +14,7 @@ from pipelines.vertex.preflight import Finding
 
 
 def pretraining(experiment: Experiment, accelerator: Accelerator, root: str) -> Estimate | None:
-    """Returns what `sogclr plan` found of the step, if it was asked before with the same root."""
+    """Returns the estimate of pretraining from an earlier `sogclr plan` with the same root, or None if there was none."""
     version = program_version("trainer/lowering.py")
     return cached_estimate(experiment.preset, experiment.config, accelerator, cache=absolute(root) / "plans", version=version)
 
@@ -22,8 +22,8 @@ def pretraining(experiment: Experiment, accelerator: Accelerator, root: str) -> 
 def evaluation(
     experiment: Experiment, cluster: Cluster, region: str, root: str, option: str = "--eval-accelerator"
 ) -> EvaluationEstimate:
-    """Returns what the evaluation will need; `option` names its machine."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Protocols may import TensorFlow, which says much as it begins.
+    """Returns the estimate of the evaluation. `option` is the command-line option that selects its machine."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Protocols may import TensorFlow, which logs much at start.
     machine = cluster.eval_accelerator
     return make_evaluation_estimate(
         experiment.config,
@@ -37,7 +37,7 @@ def evaluation(
 
 
 def memory_findings(experiment: Experiment, cluster: Cluster, root: str, skip: Collection[str]) -> list[Finding]:
-    """Returns whether the step fits into a TPU, as far as that is known; nothing of other machines, or where that is skipped."""
+    """Returns a finding on whether the training step fits into the TPU. Empty for other machines, or if the check is skipped."""
     accelerator = cluster.accelerator
     if accelerator is None or accelerator.build != "tpu" or "memory" in skip:
         return []
@@ -51,6 +51,6 @@ def memory_findings(experiment: Experiment, cluster: Cluster, root: str, skip: C
 def evaluation_finding(
     experiment: Experiment, cluster: Cluster, region: str, root: str, option: str = "--eval-accelerator"
 ) -> Finding:
-    """Returns whether the evaluation can end on its machine, which `option` names."""
+    """Returns a finding on whether the evaluation can end on its machine, which `option` selects."""
     estimate = evaluation(experiment, cluster, region, root, option)
     return Finding("evaluation", not estimate.problems, "; ".join(estimate.problems) or estimate.summary)

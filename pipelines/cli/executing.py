@@ -1,4 +1,4 @@
-"""A run of the pipeline, or of one component, on this machine: recorded in MLflow, and what is printed of it."""
+"""Runs the pipeline or one component on this machine, records the run in MLflow and prints the result."""
 
 import json
 import shlex
@@ -18,23 +18,23 @@ from trainer.shared.progress import ProgressBars
 
 @dataclass(frozen=True)
 class Record:
-    """How MLflow shows a run."""
+    """What MLflow records about a new run."""
 
     name: str
     command: tuple[str, ...]
-    """The command that does it again, without --root."""
+    """The command that repeats the run, without --root."""
     root: str
-    """The root, as it was named."""
+    """The root, as the user wrote it."""
     rerun_of: str = ""
-    """Run of the component that it does again."""
+    """ID of the component's run that this run repeats."""
 
 
 def execute(request: local.Request, record: Record, output: Output) -> int:
-    """Runs what is requested under a new parent run, and prints what came out. Returns the exit code of the command."""
+    """Executes a request under a new parent run and prints the result. Returns the exit code of the command."""
     from components import tracking
 
     root = Path(request.root)
-    # A run that began must be closed, though the server be down when it ends.
+    # A run must be closed even if the server is down when it ends, so its store waits.
     store = open_store(root)
     store = replace(store, client=tracking.patient(store.client))
     pipeline_id = tracking.start_pipeline(
@@ -52,7 +52,7 @@ def execute(request: local.Request, record: Record, output: Output) -> int:
     environment = {
         **mlflow_names(root),
         "MLFLOW_RUN_ID": pipeline_id,
-        # As on Vertex AI: where a step that was interrupted finds what it did.
+        # Vertex AI sets the same variable. An interrupted step resumes from this folder.
         "AIP_CHECKPOINT_DIR": str(root / "checkpoints"),
     }
     echo = (lambda line: print(line, end="", file=sys.stderr)) if output.debug else None
@@ -76,15 +76,13 @@ def _print_failure(chain: Lineage, log: Path) -> int:
     if failed and failed.user_error:
         print(f"error: {failed.component}: {failed.error}", file=sys.stderr)
         return 2
-    what = (
-        f"{failed.component} failed: {failed.error or 'it was killed'}" if failed else "the pipeline failed outside of its steps"
-    )
+    what = f"{failed.component} failed: {failed.error or 'it was killed'}" if failed else "the pipeline failed outside its steps"
     print(f"error: {what} (the log is {shown(log)})", file=sys.stderr)
     return 1
 
 
 def summary(chain: Lineage, picture: str, root: Path) -> Iterable[str]:
-    """Yields the lines that a person is shown of a run: its steps, its accuracies, its lineage."""
+    """Yields the printed summary of a run: its steps, accuracies and lineage."""
     for step in chain.steps:
         yield f"{step.component}: {'reused from ' if chain.reused(step) else ''}run {short(step.run_id)}"
     if result := chain.output("metrics"):

@@ -1,4 +1,4 @@
-"""How options are written that Google Cloud reads: projects, regions, folders, accounts, labels."""
+"""Formats of the options that Google Cloud reads: projects, regions, folders, accounts, labels."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,39 +10,39 @@ _PATTERNS = {
     "--region": (r"[a-z]+-[a-z]+\d+", "a region, as in europe-west4"),
     "--pipeline-root": (r"gs://[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9](/.*)?", "a folder in Cloud Storage, as in gs://BUCKET/sogclr"),
     "--raw": (r"gs://[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9](/.*)?", "a folder in Cloud Storage, as in gs://BUCKET/imagenet"),
-    "--job-id": (r"[a-z][-a-z0-9]{0,127}", "small letters, digits and hyphens, a letter first, 128 at most"),
+    "--job-id": (r"[a-z][-a-z0-9]{0,127}", "at most 128 lower-case letters, digits and hyphens, a letter first"),
     "--service-account": (r"[^@\s]+@[^@\s]+\.gserviceaccount\.com", "as in NAME@PROJECT.iam.gserviceaccount.com"),
     "--network": (r"projects/\d+/global/networks/[a-z][-a-z0-9]*", "as in projects/PROJECT_NUMBER/global/networks/NAME"),
     "--encryption-key": (
         r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+",
         "as in projects/P/locations/REGION/keyRings/RING/cryptoKeys/KEY",
     ),
-    "--mlflow-uri": (r"https?://[^/@\s]+(/[^@\s]*)?", "the URL of a server, without credentials: those are --mlflow-secret's"),
+    "--mlflow-uri": (r"https?://[^/@\s]+(/[^@\s]*)?", "the URL of a server without credentials, which --mlflow-secret names"),
     "--mlflow-secret": (r"projects/[^/]+/secrets/[^/]+/versions/[^/]+", "as in projects/P/secrets/NAME/versions/latest"),
     "--schedule": (
         r"((CRON_)?TZ=\S+ )?[-*/,0-9A-Za-z]+( [-*/,0-9A-Za-z]+){4}",
-        "five fields of cron, a time zone before them or not, as in 'TZ=Europe/Berlin 0 3 * * 1'",
+        "five fields of cron with an optional time zone, as in 'TZ=Europe/Berlin 0 3 * * 1'",
     ),
 }
 _LABEL = re.compile(r"[a-z][-_a-z0-9]{0,62}=[-_a-z0-9]{0,63}")
 
 
 def check_options(options: Mapping[str, str]) -> None:
-    """Raises UserError for the first of the options, by name, that is not written as it must be; empty ones pass."""
+    """Raises UserError for the first option with an invalid value. Empty values are valid."""
     for name, value in options.items():
         pattern, right = _PATTERNS[name]
         if value and not re.fullmatch(pattern, value):
-            # What stands in a secret's place may be the secret.
+            # The user may have given the secret itself instead of its name.
             shown = "VALUE" if name == "--mlflow-secret" else _without_secret(value)
             raise UserError(f"{name} {shown} is not valid: it must be {right}")
 
 
 def parse_labels(items: Iterable[str]) -> dict[str, str]:
-    """Returns KEY=VALUE items as labels. Raises UserError for what Google Cloud does not take as one."""
+    """Returns KEY=VALUE items as labels. Raises UserError for an item that is not a valid label on Google Cloud."""
     for item in items:
         if not _LABEL.fullmatch(item):
             raise UserError(
-                f"--label {item} is not valid: it must be key=value of small letters, digits, - and _, 63 each at most"
+                f"--label {item} is not valid: it must be key=value, each at most 63 lower-case letters, digits, - and _"
             )
     return dict(item.split("=", 1) for item in items)
 

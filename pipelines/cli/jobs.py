@@ -1,4 +1,4 @@
-"""Jobs on Vertex AI once they are sent: status, cancel, and following one until it has ended."""
+"""The commands status and cancel for jobs on Vertex AI, and following a job until it ends."""
 
 import json
 import sys
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 def add_to(commands: Commands) -> None:
     """Adds the commands of this module."""
-    summary = "Show how a job on Vertex AI stands: its steps, their errors, links to their logs."
+    summary = "Show the state of a job on Vertex AI: its steps, their errors, links to their logs."
     status = add_command(commands, "status", _read_job, show_status, summary)
-    status.add_argument("job", metavar="JOB", help="its ID, or projects/P/locations/R/pipelineJobs/ID")
+    status.add_argument("job", metavar="JOB", help="ID of the job, or projects/P/locations/R/pipelineJobs/ID")
 
-    summary = "End a job, or a schedule, on Vertex AI. Checkpoints stay, and a later job goes on from them."
+    summary = "End a job or a schedule on Vertex AI. Checkpoints stay, and a later job resumes from them."
     cancel = add_command(commands, "cancel", _read_cancelled, _cancel, summary)
     cancel.add_argument(
-        "job", metavar="JOB", help="its ID, or projects/P/locations/R/pipelineJobs/ID, or of a schedule .../schedules/ID"
+        "job", metavar="JOB", help="ID of the job, or projects/P/locations/R/pipelineJobs/ID, or a schedule's .../schedules/ID"
     )
     for one in (status, cancel):
         add_place(one, "of the job")
-        one.add_argument("--wait", action="store_true", help="follow it until it has ended")
+        one.add_argument("--wait", action="store_true", help="follow the job until it has ended")
         add_json(one)
 
 
 @dataclass(frozen=True)
 class JobOptions:
-    """A job, and how to show it."""
+    """A job and how to show it."""
 
     name: JobName
     wait: bool
@@ -45,7 +45,7 @@ class ScheduleOptions:
 
     place: Place
     name: str
-    """Its whole resource name."""
+    """Full resource name of the schedule."""
     output: Output
 
 
@@ -61,7 +61,7 @@ def _read_cancelled(args: Namespace) -> JobOptions | ScheduleOptions:
 
 
 def connect(place: Place) -> "Vertex":
-    """Returns the client of a place, with the credentials of this machine."""
+    """Returns a client for a place, with the credentials of this machine."""
     from pipelines.vertex.client import Vertex
     from pipelines.vertex.credentials import find_credentials
 
@@ -69,7 +69,7 @@ def connect(place: Place) -> "Vertex":
 
 
 def show_status(options: JobOptions) -> int:
-    """Prints how a job stands. Returns 1 for one that failed."""
+    """Prints the state of a job. Returns 1 if the job failed, else 0."""
     job = follow(options.name, options.output) if options.wait else connect(options.name.place).get(options.name.job_id)
     return show(job, options.output)
 
@@ -79,7 +79,7 @@ def _cancel(options: JobOptions | ScheduleOptions) -> int:
 
 
 def cancel_schedule(options: ScheduleOptions) -> int:
-    """Ends a schedule. Jobs that it made go on."""
+    """Ends a schedule. Its jobs go on."""
     connect(options.place).delete_schedule(options.name)
     done = {"schedule": options.name, "state": "DELETED"}
     print(json.dumps(done) if options.output.json else f"deleted: {options.name}")
@@ -87,7 +87,7 @@ def cancel_schedule(options: ScheduleOptions) -> int:
 
 
 def cancel_job(options: JobOptions) -> int:
-    """Ends a job and its Dataflow jobs. Returns 0 though Dataflow may refuse, which is a warning."""
+    """Ends a job and its Dataflow jobs. If Dataflow refuses, prints a warning and still returns 0."""
     from pipelines.vertex import dataflow
     from pipelines.vertex.client import Vertex
     from pipelines.vertex.credentials import find_credentials
@@ -106,7 +106,7 @@ def cancel_job(options: JobOptions) -> int:
 
 
 def follow(name: JobName, output: Output) -> Job:
-    """Returns a job once it has ended, and prints each change on the way."""
+    """Waits until a job has ended, prints each change of state, and returns the job."""
     place = name.place
     try:
         return connect(place).follow(name.job_id, lambda line: print(line, file=output.beside, flush=True))
@@ -117,7 +117,7 @@ def follow(name: JobName, output: Output) -> Job:
 
 
 def show(job: Job, output: Output) -> int:
-    """Prints a job. Returns 1 for one that failed, with an error that names the step."""
+    """Prints a job. If it failed, prints an error that names the step and returns 1, else 0."""
     print_job(job, output)
     return exit_code(job)
 
@@ -135,10 +135,10 @@ def print_job(job: Job, output: Output) -> None:
 
 
 def exit_code(job: Job) -> int:
-    """Returns 1 for a job that failed or was ended, and prints which step was the reason."""
+    """Returns 1 if a job failed or was cancelled, and prints the step that failed. Returns 0 otherwise."""
     if job.state in ("FAILED", "CANCELLED", "PAUSED"):
         failed = next((task for task in job.tasks if task.state == "FAILED"), None)
-        what = f"{failed.name} failed: {failed.error or 'its logs say why'}" if failed else job.error or job.state.lower()
+        what = f"{failed.name} failed: {failed.error or 'see its logs'}" if failed else job.error or job.state.lower()
         print(f"error: job {job.job_id} {job.state.lower()}: {what}", file=sys.stderr)
         return 1
     return 0

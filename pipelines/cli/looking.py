@@ -1,4 +1,4 @@
-"""Looking at what there is: ui, doctor, presets, accelerators."""
+"""The commands that only show things: ui, doctor, presets, accelerators."""
 
 import json
 from argparse import Namespace
@@ -18,13 +18,13 @@ def add_to(commands: Commands) -> None:
     add_root(ui)
     ui.add_argument("--port", type=int, default=5000, help="port on this machine (default: 5000)")
 
-    summary = "Say what a bug report needs of this machine, and what to do about each thing that is wrong."
+    summary = "Show what a bug report needs to know about this machine, with advice on each problem."
     doctor = add_command(commands, "doctor", _read_doctor, examine_machine, summary)
     add_root(doctor)
     add_json(doctor)
 
     add_json(add_command(commands, "presets", read_output, list_presets, "List the presets with the published result of each."))
-    summary = "List the machines that pretraining can be given on Vertex AI."
+    summary = "List the machines of Vertex AI for pretraining and evaluation."
     add_json(add_command(commands, "accelerators", read_output, list_accelerators, summary))
 
 
@@ -57,7 +57,7 @@ def open_ui(options: UiOptions) -> int:
         serve(uri, str(root / "artifacts"), options.port, log, lambda url: print(f"MLflow: {url} (Ctrl-C ends it)", flush=True))
     except KeyboardInterrupt:
         return 0
-    raise RuntimeError(f"the server ended by itself; the log is {shown(log)}")
+    raise RuntimeError(f"the server has stopped unexpectedly; see the log {shown(log)}")
 
 
 # ---- doctor
@@ -74,7 +74,7 @@ def _read_doctor(args: Namespace) -> DoctorOptions:
 
 
 def examine_machine(options: DoctorOptions) -> int:
-    """Prints each finding as soon as it is there. Returns 2 where something is wrong."""
+    """Prints each finding as soon as it is known. Returns 2 if something is wrong, else 0."""
     from components.tracking import move_credentials
     from pipelines.doctor import examine
 
@@ -97,7 +97,7 @@ def examine_machine(options: DoctorOptions) -> int:
 
 
 def list_presets(output: Output) -> int:
-    """Prints the presets: a table on a terminal, a line each elsewhere."""
+    """Prints the presets: as a table on a terminal, else one line each."""
     titles = ("name", "summary", "published", "source", "cost", "command")
     described = [(one.name, one.summary, one.published, one.source, one.cost, one.command) for one in PRESETS.values()]
     if output.json:
@@ -121,7 +121,7 @@ def list_presets(output: Output) -> int:
 
 
 def list_accelerators(output: Output) -> int:
-    """Prints the accelerators, with why one is refused."""
+    """Prints the accelerators, with the reason why one is refused."""
     known = ACCELERATORS.values()
     if output.json:
         print(json.dumps([{**asdict(one), "refused": one.refused} for one in known]))

@@ -1,4 +1,4 @@
-"""The options that several commands have, and the frozen settings that they become."""
+"""Options that several commands share, and the frozen settings made from them."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ _WIDTH = 80
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, where argparse would print all options before it."""
+    """Prints an error as one line. argparse itself would print all options before it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; {self.prog} --help says how\n")
@@ -32,9 +32,9 @@ def add_command(
     summary: str,
     examples: str = "",
 ) -> argparse.ArgumentParser:
-    """Returns the parser of a new command.
+    """Adds a command and returns its parser.
 
-    `read` turns what was parsed into the command's settings and raises UserError for what is wrong in it. `do` gets the settings
+    `read` turns the parsed arguments into the command's settings and raises UserError for an invalid one. `do` gets the settings
     and returns the exit code.
     """
     one: argparse.ArgumentParser = commands.add_parser(
@@ -46,7 +46,7 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     one.set_defaults(command=lambda args: do(read(args)))
-    one.add_argument("--debug", action="store_true", help="show tracebacks, and all that the steps print")
+    one.add_argument("--debug", action="store_true", help="show tracebacks and all output of the steps")
     return one
 
 
@@ -55,16 +55,16 @@ def add_command(
 
 @dataclass(frozen=True)
 class Output:
-    """How a command prints what it did."""
+    """How a command prints its result."""
 
     json: bool = False
-    """One JSON object on stdout, and all else on stderr."""
+    """Print the result as one JSON object on stdout, and everything else on stderr."""
     debug: bool = False
-    """All that the steps print, too."""
+    """Also print all output of the steps."""
 
     @property
     def beside(self) -> TextIO:
-        """Returns where everything goes that is not the result."""
+        """Returns the stream for all output except the result."""
         return sys.stderr if self.json else sys.stdout
 
 
@@ -81,16 +81,16 @@ def read_output(args: Namespace) -> Output:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A preset, and the settings that change it."""
+    """A preset and the settings that change it."""
 
     preset: str
     overrides: tuple[str, ...]
     config: Config
-    """What they resolve to."""
+    """The preset with the overrides applied."""
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Returns the pipeline's parameters that say which experiment it is."""
+        """Returns the parameters of the pipeline that define the experiment."""
         pretraining, linear_eval = split_overrides(self.overrides)
         return {"preset": self.preset, "overrides": pretraining, "linear_eval_overrides": linear_eval}
 
@@ -107,12 +107,12 @@ def add_set(one: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="change a setting of the preset; those of the linear eval begin with linear_eval.",
+        help="change a setting of the preset; settings of the linear eval begin with linear_eval.",
     )
 
 
 def make_experiment(preset: str, overrides: Sequence[str]) -> Experiment:
-    """Raises UserError for a preset that is not there, and for settings that make no sense."""
+    """Returns an experiment. Raises UserError for an unknown preset or an invalid setting."""
     return Experiment(preset, tuple(overrides), resolve(preset, overrides))
 
 
@@ -124,14 +124,14 @@ def read_experiment(args: Namespace) -> Experiment:
 
 
 def add_root(one: argparse.ArgumentParser) -> None:
-    one.add_argument("--root", default=ROOT, metavar="DIR", help=f"folder of everything that is kept (default: {ROOT})")
+    one.add_argument("--root", default=ROOT, metavar="DIR", help=f"folder for all local files (default: {ROOT})")
 
 
 def add_place(one: argparse.ArgumentParser, what: str, required: bool = False) -> None:
     group = one.add_argument_group("where on Google Cloud")
     group.add_argument("--project", default="", metavar="P", required=required, help=f"project {what}")
     group.add_argument("--region", default="", metavar="R", required=required, help=f"region {what}, as in europe-west4")
-    group.add_argument("--endpoint", default="", metavar="URL", help="of the API, where it is not Google's public one")
+    group.add_argument("--endpoint", default="", metavar="URL", help="URL of the API (default: Google's public one)")
 
 
 # ---- Machines of the two steps that compute
@@ -145,6 +145,6 @@ def add_eval_accelerator(one: argparse._ActionsContainer) -> None:
 
 def add_limits(one: argparse._ActionsContainer) -> None:
     one.add_argument(
-        "--timeout-hours", type=float, default=168, metavar="H", help="end an attempt after so long (default and limit: 168)"
+        "--timeout-hours", type=float, default=168, metavar="H", help="longest time of an attempt (default and limit: 168)"
     )
-    one.add_argument("--disk-gb", type=int, default=200, metavar="GB", help="boot disk (default: 200)")
+    one.add_argument("--disk-gb", type=int, default=200, metavar="GB", help="size of the boot disk (default: 200)")

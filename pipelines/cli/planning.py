@@ -1,4 +1,4 @@
-"""What a run will need, before it is paid for: plan."""
+"""The command plan: estimates of a run's memory, time and price, before anything is paid for."""
 
 import json
 import os
@@ -39,15 +39,15 @@ examples:
   sogclr plan --preset sogclr_imagenet_r50_b512 --accelerator v5e-8 \\
       --eval-accelerator l4-1 --set linear_eval.protocols=cached,official
 
-The step, and the evaluation's forward pass, are compiled by the TPU's own
-compiler, without a TPU: some minutes the first time, which make tpu-check
-prepares.
+The TPU's own compiler compiles the training step and the evaluation's forward
+pass. It needs no TPU and takes some minutes the first time; make tpu-check
+installs it.
 """
 
 
 def add_to(commands: Commands) -> None:
     """Adds the command of this module."""
-    summary = "Say what pretraining and evaluation will need before they are paid for: memory, time, money, and what binds them."
+    summary = "Estimate memory, time, price and bottlenecks of pretraining and evaluation, before they are paid for."
     one = add_command(commands, "plan", _read, plan, summary, _EXAMPLES)
     add_preset(one)
     one.add_argument(
@@ -56,19 +56,19 @@ def add_to(commands: Commands) -> None:
     add_eval_accelerator(one)
     add_limits(one)
     one.add_argument(
-        "--data", metavar="DIR", help="the dataset, for its counts; those of the preset's dataset where it is not given"
+        "--data", metavar="DIR", help="folder of the dataset, for its counts (default: the counts of the preset's dataset)"
     )
     one.add_argument(
         "--price",
         type=float,
         metavar="DOLLARS",
-        help="of a device of --accelerator (a TPU core of v2 and v3, else a chip) and hour",
+        help="price of a device of --accelerator an hour; a device is a TPU core of v2 and v3, else a chip",
     )
     one.add_argument(
-        "--images-per-core", type=float, metavar="N", help="what tests/benchmarks/input_pipeline.py measures on a core"
+        "--images-per-core", type=float, metavar="N", help="images/s on a core, as tests/benchmarks/input_pipeline.py measures"
     )
-    one.add_argument("--listing", metavar="FILE", help="where to write the compiled program: its buffers and fusions")
-    one.add_argument("--log", action="store_true", help="record the plan as a run in MLflow")
+    one.add_argument("--listing", metavar="FILE", help="file to write the compiled program to, with buffers and fusions")
+    one.add_argument("--log", action="store_true", help="record the estimate as a run in MLflow")
     add_root(one)
     add_set(one)
     add_json(one)
@@ -82,9 +82,9 @@ class PlanOptions:
     disk_gb: int
     timeout_hours: float
     data: str
-    """Folder of the dataset; empty for the preset's counts."""
+    """Folder of the dataset; empty for the counts of the preset's dataset."""
     price: float | None
-    """Dollars of a device of `accelerator` and hour; None for the table's."""
+    """Price of a device of `accelerator` in dollars an hour; None for the price in the table."""
     images_per_core: float | None
     listing: Path | None
     log: bool
@@ -110,7 +110,7 @@ def _read(args: Namespace) -> PlanOptions:
 
 
 def plan(options: PlanOptions) -> int:
-    """Prints what pretraining and evaluation will need; compiles both where the TPU's compiler is here."""
+    """Prints the estimates of pretraining and evaluation. Compiles both if the TPU's compiler is installed."""
     from pipelines.plan import prices
 
     root = make_root(options.root)
@@ -121,7 +121,7 @@ def plan(options: PlanOptions) -> int:
     if options.log:
         from components import tracking
 
-        run_id = tracking.log_plan(open_store(root), f"plan {pretraining.preset} {pretraining.accelerator}", both)
+        run_id = tracking.log_estimate(open_store(root), f"plan {pretraining.preset} {pretraining.accelerator}", both)
         print(f"recorded as run {short(run_id)}", file=sys.stderr)
     if options.output.json:
         print(json.dumps(both))

@@ -1,4 +1,4 @@
-"""One component again: rerun. It takes what a run in MLflow or a job on Vertex AI left, and runs here or on Vertex AI."""
+"""The command rerun: runs one component again, here or on Vertex AI, on outputs of a run in MLflow or a job on Vertex AI."""
 
 import time
 from argparse import Namespace
@@ -52,7 +52,7 @@ examples:
 
 def add_to(commands: Commands) -> None:
     """Adds the command of this module."""
-    summary = "Run one component again, on what an earlier run left."
+    summary = "Run one component again, on the outputs of an earlier run."
     one = add_command(commands, "rerun", _read, rerun, summary, _EXAMPLES)
     one.add_argument("component", metavar="COMPONENT", choices=COMPONENTS, help=f"one of {', '.join(COMPONENTS)}")
     one.add_argument(
@@ -62,13 +62,13 @@ def add_to(commands: Commands) -> None:
     add_set(one)
     add_json(one)
     add_place(one, "of vertex:JOB")
-    add_cluster(one, "where it is to run on Vertex AI; here, where it is not given", required=False)
+    add_cluster(one, "machine on Vertex AI (default: run on this machine)", required=False)
     add_sending(one)
 
 
 @dataclass(frozen=True)
-class Again:
-    """A component to run again, and the settings that change."""
+class Rerun:
+    """A component to run again, with changed settings."""
 
     component: str
     overrides: tuple[str, ...]
@@ -77,69 +77,69 @@ class Again:
 
 
 @dataclass(frozen=True)
-class OfRun:
-    """A component to run again on this machine, on what a run in MLflow left."""
+class FromRun:
+    """A component to run again on this machine, on the outputs of a run in MLflow."""
 
-    again: Again
+    again: Rerun
     run: str
 
 
 @dataclass(frozen=True)
-class OfJob:
-    """A component to run again on this machine, on what a job on Vertex AI left."""
+class FromJob:
+    """A component to run again on this machine, on the outputs of a job on Vertex AI."""
 
-    again: Again
+    again: Rerun
     name: JobName
 
 
 @dataclass(frozen=True)
 class OnVertex:
-    """A component to run again on Vertex AI, on what a job there left."""
+    """A component to run again on Vertex AI, on the outputs of a job there."""
 
-    again: Again
+    again: Rerun
     name: JobName
     cluster: ClusterOptions
     pipeline_root: str
-    """Empty for the pipeline root of that job."""
+    """Pipeline root of the new job; empty for that of the earlier job."""
     sending: Sending
 
 
-def _read(args: Namespace) -> OfRun | OfJob | OnVertex:
+def _read(args: Namespace) -> FromRun | FromJob | OnVertex:
     _check_settings(args.component, args.overrides)
-    again = Again(args.component, tuple(args.overrides), args.root, read_output(args))
+    again = Rerun(args.component, tuple(args.overrides), args.root, read_output(args))
     if not args.run.startswith("vertex:"):
         _check_here(args)
-        return OfRun(again, args.run)
+        return FromRun(again, args.run)
     name = parse_job(args.run, args.project, args.region, args.endpoint)
     if not args.accelerator:
-        return OfJob(again, name)
+        return FromJob(again, name)
     check_options({"--pipeline-root": args.pipeline_root})
     return OnVertex(again, name, read_cluster(args), args.pipeline_root, read_sending(args))
 
 
 def _check_settings(component: str, overrides: list[str]) -> None:
-    """Raises UserError for a setting that is not one of the component's."""
+    """Raises UserError for a setting that the component does not have."""
     for item in overrides:
         pretraining, linear_eval = split_overrides([item])
         if not {"build-tfrecords": [], "pretrain": pretraining, "linear-eval": linear_eval}[component]:
-            raise UserError(f"{item} is no setting of {component}")
+            raise UserError(f"--set {item} is not a setting of {component}")
 
 
 def _check_here(args: Namespace) -> None:
-    """Raises UserError for an option that a run on this machine cannot have."""
+    """Raises UserError for an option that needs Vertex AI."""
     if args.accelerator:
-        raise UserError("--accelerator repeats a step on Vertex AI, from a job of it: name that with --run vertex:JOB")
+        raise UserError("--accelerator runs a step on Vertex AI, which needs a job there: name it with --run vertex:JOB")
     for option in ("dry_run", "wait", "job_id"):
         if getattr(args, option):
             raise UserError(f"--{option.replace('_', '-')} is for a step on Vertex AI: --run vertex:JOB --accelerator NAME")
 
 
-def rerun(options: OfRun | OfJob | OnVertex) -> int:
+def rerun(options: FromRun | FromJob | OnVertex) -> int:
     """Runs one component again."""
     match options:
-        case OfRun():
+        case FromRun():
             return _rerun_run(options)
-        case OfJob():
+        case FromJob():
             return _rerun_job(options)
         case OnVertex():
             return _rerun_on_vertex(options)
@@ -148,7 +148,7 @@ def rerun(options: OfRun | OfJob | OnVertex) -> int:
 # ---- On this machine
 
 
-def _rerun_run(options: OfRun) -> int:
+def _rerun_run(options: FromRun) -> int:
     from components import tracking
 
     again, component = options.again, options.again.component
@@ -160,11 +160,11 @@ def _rerun_run(options: OfRun) -> int:
     inputs = {name: tracking.find_step(store, source.run_id, _MADE_BY[name]).outputs[name] for name in _NEEDS[component]}
     for name, artifact in inputs.items():
         if "://" not in artifact.uri and not Path(artifact.uri).exists():
-            raise UserError(f"the {name} of run {short(run_id)} is gone: there is no {artifact.uri}; sogclr run makes it anew")
+            raise UserError(f"the {name} of run {short(run_id)} is gone: there is no {artifact.uri}; sogclr run makes it again")
     return _run_here(again, root, source.arguments, inputs, source.run_id, source.run_id)
 
 
-def _rerun_job(options: OfJob) -> int:
+def _rerun_job(options: FromJob) -> int:
     name, component = options.name, options.again.component
     job = connect(name.place).get(name.job_id)
     inputs = _inputs_from(job, component)
@@ -173,9 +173,9 @@ def _rerun_job(options: OfJob) -> int:
 
 
 def _run_here(
-    again: Again, root: Path, before: Mapping[str, Any], inputs: Mapping[str, Artifact], run: str, rerun_of: str
+    again: Rerun, root: Path, before: Mapping[str, Any], inputs: Mapping[str, Artifact], run: str, rerun_of: str
 ) -> int:
-    """Runs a component on `inputs`. `before` are the arguments that it had, `run` is what --run names."""
+    """Runs a component on `inputs`. `before` are its earlier arguments, `run` is the value of --run."""
     from pipelines.cli.executing import Record, execute
     from pipelines.local import Request
 
@@ -195,7 +195,7 @@ def _run_here(
 
 
 def _inputs_from(job: Job, component: str) -> dict[str, Artifact]:
-    """Returns what a component needs of what a job left. Raises UserError where the job did not get so far."""
+    """Returns the outputs of a job that a component needs. Raises UserError if the job has not made them."""
     return {name: job.task(_MADE_BY[name]).outputs[name] for name in _NEEDS[component]}
 
 
@@ -235,7 +235,7 @@ def _rerun_on_vertex(options: OnVertex) -> int:
 
 
 def _cluster_again(options: OnVertex, job: Job, root: str) -> Cluster:
-    """Returns the cluster of one step, which has the machine of --accelerator and knows the run that it does again."""
+    """Returns the cluster of one step, with the machine of --accelerator and the ID of the run that it repeats."""
     cluster = options.cluster.at(options.name.place, root)
     source = job.run_of(options.again.component)
     environment = {**cluster.environment, **({variables.RERUN_OF: source} if source else {})}
@@ -245,7 +245,7 @@ def _cluster_again(options: OnVertex, job: Job, root: str) -> Cluster:
 
 
 def _estimates(options: OnVertex, job: Job, cluster: Cluster, arguments: Mapping[str, Any]) -> "list[Finding]":
-    """Returns what is known of the step's memory or time. Raises UserError where its machine cannot train its batch."""
+    """Returns findings on the step's memory or time. Raises UserError if the batch does not divide among the replicas."""
     from pipelines.cli import estimates
 
     again = options.again

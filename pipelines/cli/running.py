@@ -1,4 +1,4 @@
-"""The whole pipeline on this machine: run."""
+"""The command run: the whole pipeline on this machine."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ examples:
   sogclr run --preset sogclr_imagenet_r50_b512 --raw /data/imagenet \\
       --root /data/runs
 
-Run again, it reuses the steps whose code, settings and input did not change;
-interrupted, pretraining goes on from its newest checkpoint.
-MLFLOW_TRACKING_URI, where it is set, says where the runs are recorded.
+A second run reuses the steps whose code, settings and input did not change.
+After an interrupt, pretraining resumes from its newest checkpoint.
+If MLFLOW_TRACKING_URI is set, the runs are recorded in that MLflow store.
 """
 
 
@@ -46,7 +46,7 @@ def add_to(commands: Commands) -> None:
 class RunOptions:
     experiment: Experiment
     raw: str
-    """Folder of the raw archives; empty for the demo's own."""
+    """Folder of the raw archives; empty for the demo's own archives."""
     root: str
     output: Output
 
@@ -83,5 +83,5 @@ def _demo_raw(root: Path) -> str:
 
     folder = root / "demo-raw"
     with ProgressBars() as bars:
-        make_raw(str(folder), report=lambda done, total: bars("demo-raw", done, total))
+        make_raw(str(folder), on_progress=lambda done, total: bars("demo-raw", done, total))
     return str(folder)

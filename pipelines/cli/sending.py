@@ -1,4 +1,4 @@
-"""Sending a job to Vertex AI: its options, and what is printed before and after."""
+"""Sends a job to Vertex AI: the options, the checks before, and the printed results."""
 
 import argparse
 import json
@@ -25,35 +25,37 @@ class Sending:
     dry_run: bool
     wait: bool
     job_id: str
-    """Empty for one that is made of the experiment and the time."""
+    """ID of the job; empty for one made of the experiment's name and the time."""
     skip: tuple[str, ...]
-    """Checks that are not made."""
+    """Checks to skip."""
 
 
 def add_sending(one: argparse.ArgumentParser) -> None:
     group = one.add_argument_group("sending")
-    group.add_argument("--dry-run", action="store_true", help="print the plan and what is missing; make nothing")
+    group.add_argument("--dry-run", action="store_true", help="print the plan and the checks; submit nothing")
     group.add_argument("--wait", action="store_true", help="follow the job until it has ended")
-    group.add_argument("--job-id", default="", metavar="ID", help="the job's name; asked for twice, there is one job")
-    group.add_argument("--skip-check", nargs="+", action="extend", default=[], metavar="NAME", help=f"of {', '.join(CHECKS)}")
+    group.add_argument("--job-id", default="", metavar="ID", help="name of the job; the same name twice makes one job")
+    group.add_argument(
+        "--skip-check", nargs="+", action="extend", default=[], metavar="NAME", help=f"skip checks: {', '.join(CHECKS)}"
+    )
 
 
 def read_sending(args: Namespace) -> Sending:
     check_options({"--job-id": args.job_id})
     if unknown := set(args.skip_check) - set(CHECKS):
-        raise UserError(f"--skip-check {min(unknown)} is no check; there are {', '.join(CHECKS)}")
+        raise UserError(f"--skip-check {min(unknown)} is not a check; the checks are {', '.join(CHECKS)}")
     return Sending(args.dry_run, args.wait, args.job_id, tuple(args.skip_check))
 
 
 def job_id_of(name: str, when: str) -> str:
-    """Returns the ID of a job that was given none."""
+    """Returns the default ID of a job."""
     return f"sogclr-{name.replace('_', '-').removeprefix('sogclr-')}{when}"
 
 
 def send(submission: "Submission", estimates: Iterable[Finding], sending: Sending, output: Output) -> int:
-    """Looks at a submission, prints what it is and what was found, and sends it unless something is missing.
+    """Checks a submission, prints its plan and the findings, and sends it if all checks pass.
 
-    Returns the exit code of the command. Raises UserError where something is missing.
+    Returns the exit code of the command. Raises UserError if a check fails.
     """
     report = run_preflight(submission, estimates, sending.skip)
     _print_report(report, output)
@@ -88,8 +90,8 @@ def _report_as_json(report: PreflightReport) -> dict[str, object]:
 
 def _in_words(problems: Iterable[Finding]) -> str:
     missing, waiting = ([one.name for one in problems if one.looked is looked] for looked in (True, False))
-    later = f"; {', '.join(waiting)} can be looked at then" if waiting else ""
-    return f"{', '.join(missing)} must be mended first{later}"
+    later = f"; {', '.join(waiting)} can be checked then" if waiting else ""
+    return f"{', '.join(missing)} must be fixed first{later}"
 
 
 def _send(report: PreflightReport, sending: Sending, output: Output) -> int:

@@ -1,4 +1,4 @@
-"""The root, a folder of everything that is kept, and the MLflow store that the environment or the root names."""
+"""The root, a folder for all local files, and the MLflow store in it or in the environment."""
 
 import os
 from pathlib import Path
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from components.tracking import Store
 
 ROOT = "runs"
-"""The root where none is named."""
+"""The default root."""
 
 
 def make_root(name: str) -> Path:
-    """Returns the root `name`, which is a folder then. Raises UserError where it cannot be one."""
+    """Creates the root folder `name` if needed and returns it. Raises UserError if it cannot be a folder."""
     root = absolute(name)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -24,18 +24,18 @@ def make_root(name: str) -> Path:
 
 
 def absolute(path: str) -> Path:
-    """Returns the one way to write a path, so that the cache knows it again."""
+    """Returns a path as an absolute path, so that equal paths have equal cache keys."""
     return Path(os.path.abspath(path))
 
 
 def shown(path: Path | str) -> str:
-    """Returns a path as short as it can be written from here."""
+    """Returns a path as text, relative to the current folder if it is inside it."""
     relative = os.path.relpath(path) if "://" not in str(path) else str(path)
     return str(path) if relative.startswith("..") else relative
 
 
 def mlflow_names(root: Path) -> dict[str, str]:
-    """Returns MLflow's own variables for a root; what the user set wins."""
+    """Returns MLflow's own variables for a root. Values in the environment take precedence."""
     return {
         "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}",
         "MLFLOW_EXPERIMENT_NAME": os.environ.get("MLFLOW_EXPERIMENT_NAME") or "sogclr",
@@ -43,18 +43,18 @@ def mlflow_names(root: Path) -> dict[str, str]:
 
 
 def open_store(root: Path) -> "Store":
-    """Returns the store of a root; makes it where there is none."""
+    """Returns the store of a root, and creates it if there is none."""
     from components import tracking
 
     tracking.move_credentials()
     names = mlflow_names(root)
     uri = names["MLFLOW_TRACKING_URI"]
-    # A server says itself where artifacts go.
+    # A server chooses itself where it keeps artifacts.
     artifacts = None if uri.startswith("http") else str(root / "artifacts")
     return tracking.open_store(uri, names["MLFLOW_EXPERIMENT_NAME"], artifacts)
 
 
 def check_runs(root: Path) -> None:
-    """Raises UserError where nothing was ever recorded under a root, and the environment names no other store."""
+    """Raises UserError if a root has no recorded runs and the environment names no other store."""
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
         raise UserError(f"--root {shown(root)} holds no runs; sogclr run --preset demo --root {shown(root)} makes the first")

@@ -1,4 +1,4 @@
-"""The whole pipeline on a cluster: compile writes it for any, submit sends it to Vertex AI."""
+"""The commands for the whole pipeline on a cluster: compile writes it to a file, submit sends it to Vertex AI."""
 
 import time
 from argparse import Namespace
@@ -41,9 +41,9 @@ examples:
       --project P --region europe-west4 --pipeline-root gs://BUCKET/sogclr \\
       --raw gs://BUCKET/imagenet --mlflow-uri https://mlflow.example --dry-run
 
---dry-run looks at all that can be looked at, prints the plan and what is
-missing, and makes nothing. Submitted again with the same --job-id, there is
-still one job. docs/vertex.md goes from an empty project to a finished run.
+--dry-run makes all checks, prints the plan and what is missing, and submits
+nothing. Submitting again with the same --job-id makes no second job.
+docs/vertex.md goes from an empty project to a finished run.
 """
 
 
@@ -51,13 +51,13 @@ def add_to(commands: Commands) -> None:
     """Adds the commands of this module."""
     one = add_command(commands, "compile", _read_compile, compile_, "Write the pipeline as KFP IR YAML.", _COMPILE)
     add_preset(one)
-    one.add_argument("--output", required=True, metavar="FILE", help="where to")
-    one.add_argument("--raw", metavar="DIR", help="default of the pipeline's parameter raw, which is required otherwise")
+    one.add_argument("--output", required=True, metavar="FILE", help="file to write")
+    one.add_argument("--raw", metavar="DIR", help="default of the pipeline's parameter raw (default: the parameter is required)")
     one.add_argument("--project", default="", metavar="P", help="project of the Dataflow job")
     one.add_argument("--region", default="", metavar="R", help="region of the Dataflow job")
     add_set(one)
     add_root(one)
-    what = "machine of pretraining on Vertex AI; plain containers for any cluster, where it is not given"
+    what = "machine of pretraining on Vertex AI (default: plain containers for any cluster)"
     add_cluster(one, what, required=False)
 
     one = add_command(commands, "submit", _read_submit, submit, "Run the whole pipeline on Vertex AI.", _SUBMIT)
@@ -68,8 +68,8 @@ def add_to(commands: Commands) -> None:
     add_root(one)
     add_cluster(one, "machine of pretraining; sogclr accelerators lists them", required=True)
     add_sending(one)
-    one.add_argument("--schedule", default="", metavar="CRON", help="make such a job again and again, as in '0 3 * * 1'")
-    one.add_argument("--max-runs", type=int, default=0, metavar="N", help="end the schedule after so many jobs")
+    one.add_argument("--schedule", default="", metavar="CRON", help="repeat the job on a schedule, as in '0 3 * * 1'")
+    one.add_argument("--max-runs", type=int, default=0, metavar="N", help="number of jobs after which the schedule ends")
     add_json(one)
 
 
@@ -82,11 +82,11 @@ class CompileOptions:
     cluster: Cluster
     region: str
     raw: str
-    """Empty to leave the parameter without a default."""
+    """Default of the pipeline's parameter raw; empty for none."""
     pipeline_root: str
     root: str
     output: str
-    """The file, as it was named."""
+    """The file, as the user wrote it."""
 
 
 def _read_compile(args: Namespace) -> CompileOptions:
@@ -103,7 +103,7 @@ def _read_compile(args: Namespace) -> CompileOptions:
 
 
 def compile_(options: CompileOptions) -> int:
-    """Writes the pipeline as KFP IR YAML. Raises UserError where it is known that a step does not fit or cannot end."""
+    """Writes the pipeline as KFP IR YAML. Raises UserError if an estimate says that a step does not fit or cannot end."""
     from pipelines import pipeline
     from pipelines.cli import estimates
 
@@ -142,12 +142,12 @@ class SubmitOptions:
 def _read_submit(args: Namespace) -> SubmitOptions:
     for name in ("project", "region", "pipeline_root", "raw"):
         if not getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} is empty; sogclr submit --help says what it must be")
+            raise UserError(f"--{name.replace('_', '-')} is empty; sogclr submit --help explains it")
     experiment = read_experiment(args)
     check_place(args.project, args.region, args.pipeline_root, args.raw)
     check_options({"--schedule": args.schedule})
     if args.max_runs and not args.schedule:
-        raise UserError(f"--max-runs {args.max_runs} is for --schedule")
+        raise UserError(f"--max-runs {args.max_runs} needs --schedule")
     place = Place(args.project, args.region, args.endpoint)
     options = read_cluster(args)
     accelerators.check(accelerators.get(args.accelerator), experiment.config)
@@ -172,7 +172,7 @@ def submit(options: SubmitOptions) -> int:
     from pipelines.vertex.submission import Submission
 
     experiment, place, cluster = options.experiment, options.place, options.cluster
-    # A schedule has no time of its own: asked for twice, it is one.
+    # A schedule's name has no time in it, so that submitting it twice makes one schedule.
     when = "" if options.schedule else time.strftime("-%Y%m%d-%H%M%S")
     submission = Submission(
         place=place,
@@ -199,5 +199,5 @@ def submit(options: SubmitOptions) -> int:
 
 
 def check_place(project: str, region: str, pipeline_root: str, raw: str = "") -> None:
-    """Raises UserError for the first of these that is not written as it must be; empty ones pass."""
+    """Raises UserError for the first invalid value. Empty values are valid."""
     check_options({"--project": project, "--region": region, "--pipeline-root": pipeline_root, "--raw": raw})

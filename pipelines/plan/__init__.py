@@ -1,1 +1,1 @@
-"""What a run will need before it is paid for: memory, time and money, of pretraining and of its evaluation."""
+"""Estimates of a run's memory, time and price, for pretraining and its evaluation, before anything is paid for."""

@@ -1,4 +1,4 @@
-"""The TPU's own compiler, which needs no TPU: what it says of a program, and the folder that keeps what it said."""
+"""Runs the TPU's own compiler, which needs no TPU, and caches its results in a folder."""
 
 import hashlib
 import json
@@ -17,9 +17,10 @@ _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 
 
 def compile_program(hlo: bytes, device: Device, python: Path, listing: Path | None = None, quick: bool = False) -> dict[str, Any]:
-    """Returns what a program needs on a device, by the device's compiler, and `fits`.
+    """Compiles a program for a device and returns its memory, FLOPs and bytes moved, and whether it `fits`.
 
-    `quick` has it optimise little: to see that it compiles. Raises UserError with the compiler's words where it does not.
+    `quick` optimises little, only to see whether the program compiles. Raises UserError with the compiler's message if it does
+    not compile.
     """
     with tempfile.NamedTemporaryFile(suffix=".hlo") as file:
         file.write(hlo)
@@ -38,34 +39,34 @@ def compile_program(hlo: bytes, device: Device, python: Path, listing: Path | No
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return {"fits": True, **json.loads(done.stdout)}
-    said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"it ended with {done.returncode}"
+    said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"the compiler exited with {done.returncode}"
     if found := _OUT_OF_MEMORY.search(done.stderr):
         unit = {"K": 2**10, "M": 2**20, "G": 2**30}
         return {"fits": False, "used_bytes": float(found[1]) * unit[found[2]]}
-    raise UserError(f"the step does not compile for a TPU: {said[:500]}")
+    raise UserError(f"the program does not compile for a TPU: {said[:500]}")
 
 
 def used_bytes(compiled: Mapping[str, Any]) -> float:
-    """Returns what a compiled program holds in the memory of a device."""
+    """Returns the device memory that a compiled program uses, in bytes."""
     return sum(compiled[name] for name in ("arguments_bytes", "results_bytes", "temp_bytes", "code_bytes"))
 
 
 def tpu_python(project: Path) -> Path | None:
-    """Returns the interpreter that `make tpu-check` installed, if it did."""
+    """Returns the interpreter that `make tpu-check` installs, or None if it is not installed."""
     python = project / ".venv-tpu" / "bin" / "python"
     return python if python.exists() else None
 
 
 def cache_file(cache: Path, key: Mapping[str, Any]) -> Path:
-    """Returns the file in the folder `cache` that keeps what was found out of `key`, any JSON object."""
+    """Returns the file in the folder `cache` for results that depend on `key`, which is any JSON object."""
     return cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
 
 
-def cached(file: Path) -> dict[str, Any]:
-    """Returns what `keep` left, or nothing."""
+def read_cache(file: Path) -> dict[str, Any]:
+    """Returns the contents that `write_cache` wrote, or an empty dict if there is no file."""
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def keep(file: Path, known: Mapping[str, Any]) -> None:
-    """Writes `known`, whole or not at all."""
+def write_cache(file: Path, known: Mapping[str, Any]) -> None:
+    """Writes `known` to a cache file atomically."""
     write_whole(str(file), json.dumps(known).encode())

@@ -1,8 +1,8 @@
-"""What pretraining will need: does the step compile and fit, what bounds it, how long, how much.
+"""The estimate of pretraining: whether the training step compiles and fits, what bounds it, its time and its price.
 
-A replica's step is lowered as it is trained (`trainer/lowering.py`) and compiled for its TPU (`compiler.py`). All else is
-arithmetic on that and on the tables in `machines.py` and `prices.py`. Every figure says where it comes from: it is compiled,
-measured, assumed, or computed from the others.
+A replica's training step is lowered by the trainer's own code (`trainer/lowering.py`) and compiled for the TPU (`compiler.py`).
+All other figures are computed from that and from the tables in `machines.py` and `prices.py`. Every figure has a source:
+compiled, measured, assumed, or computed from the others.
 """
 
 import math
@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.plan.compiler import cache_file, cached, compile_program, keep, used_bytes
+from pipelines.plan.compiler import cache_file, compile_program, read_cache, used_bytes, write_cache
 from pipelines.plan.machines import Device, device_of, dollars_per_hour, host_of
 from pipelines.vertex.accelerators import Accelerator, check
 from trainer.config import Config, pretraining_of
 
 _SECONDS_A_COLLECTIVE = 10e-6
 _IMAGES_A_CORE = 453.0
-"""Two views of 224 px a second from JPEGs of 500x375: 906 on two cores, docs/trainer.md of 2026-11-24."""
+"""Images a second on one core, each from a 500x375 JPEG to two views of 224 px: 906 on two cores, docs/trainer.md, 2026-11-24."""
 
 _SIZES = {
     "imagenet": (1_281_167, 50_000, 1000),
@@ -26,29 +26,29 @@ _SIZES = {
     "cifar10": (50_000, 10_000, 10),
     "demo": (1_995, 570, 19),
 }
-"""Training images, validation images and classes, by the dataset in a preset's name."""
+"""Numbers of training images, validation images and classes, by the dataset in a preset's name."""
 
 _SIZE_OF = {"float32": 4, "int64": 8, "int32": 4, "uint8": 1, "bfloat16": 2}
-"""Bytes of a number, by its type."""
+"""Bytes per number, by dtype."""
 
 Source = Literal["compiled", "measured", "assumed", "computed"]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the pretraining of one run will need."""
+    """The estimate of one run's pretraining."""
 
     preset: str
     accelerator: str
     values: Mapping[str, Any]
-    """By name. Figures that need the compiler are missing without it."""
+    """The figures, by name. Without the compiler, the figures that need it are missing."""
     sources: Mapping[str, Source]
-    """By the same names."""
+    """The source of each figure, by the figure's name."""
     notes: tuple[str, ...]
 
     @property
     def memory(self) -> str:
-        """What a device must hold, in words; only where it was compiled."""
+        """A text about the memory of a device. Requires that the step was compiled."""
         v = self.values
         held = f"{v['used_bytes'] / 1e9:.1f} of {v['memory_bytes'] / 1e9:.1f} GB a device"
         if v["fits"]:
@@ -70,7 +70,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a user may know better."""
+    """Figures of data, host and price that the estimate assumes. The user may know better ones."""
 
     num_images: int
     num_validation: int
@@ -83,7 +83,7 @@ class Assumptions:
 def assumptions(
     preset: str, accelerator: Accelerator, manifest: Any = None, price: float | None = None, **known: Any
 ) -> Assumptions:
-    """Returns what is assumed of data, host and price; the counts are those of `manifest` where there is one."""
+    """Returns the assumptions for a preset on an accelerator. The counts are those of `manifest`, if it is given."""
     if manifest is not None:
         counts = {name: split.records for name, split in manifest.splits.items()}
         images, validation, classes = counts["train"], counts.get("validation", 0), manifest.num_classes
@@ -108,31 +108,34 @@ def make_estimate(
 ) -> Estimate:
     """Returns the estimate of a run's pretraining.
 
-    `python` is the interpreter that has the TPU's compiler, or None; `cache` a folder that keeps what was compiled, by config,
-    device, replicas and `version`, which names the code; `listing` a file for the compiled program. Raises UserError where the
-    batch does not divide, and where the step is none that a TPU can run.
+    `python` is the interpreter that has the TPU's compiler, or None. `cache` is a folder that keeps compiler results by config,
+    device, replicas and `version`, the digest of the code. `listing` is a file to write the compiled program to. Raises UserError
+    if the global batch does not divide among the replicas, or if the training step does not compile for a TPU.
     """
     check(accelerator, config)
     device = device_of(accelerator)
-    file = _step_file(cache, config, accelerator, assumed, version)
-    known = {} if listing else cached(file)
+    file = _train_step_cache(cache, config, accelerator, assumed, version)
+    known = {} if listing else read_cache(file)
     compiles = python is not None and device.topology != ""
     if not known or (compiles and "compiled" not in known):
         known = _lower_and_compile(config, accelerator, assumed, device, python if compiles else None, listing, say)
-        keep(file, known)
+        write_cache(file, known)
     return _estimate(preset, config, accelerator, assumed, device, known, python is not None)
 
 
 def cached_estimate(preset: str, config: Config, accelerator: Accelerator, *, cache: Path, version: str) -> Estimate | None:
-    """Returns the estimate from what `make_estimate` compiled before for the preset's dataset, or None if it compiled nothing."""
+    """Returns the estimate from earlier compiler results of `make_estimate`, or None if there are none.
+
+    The counts are those of the preset's dataset.
+    """
     assumed = assumptions(preset, accelerator)
-    known = cached(_step_file(cache, config, accelerator, assumed, version))
+    known = read_cache(_train_step_cache(cache, config, accelerator, assumed, version))
     if "compiled" not in known:
         return None
     return _estimate(preset, config, accelerator, assumed, device_of(accelerator), known, has_compiler=True)
 
 
-def _step_file(cache: Path, config: Config, accelerator: Accelerator, assumed: Assumptions, version: str) -> Path:
+def _train_step_cache(cache: Path, config: Config, accelerator: Accelerator, assumed: Assumptions, version: str) -> Path:
     settings = pretraining_of(config)
     key = {"config": settings, "images": assumed.num_images, "classes": assumed.num_classes}
     key |= {"device": device_of(accelerator).topology, "replicas": accelerator.replicas, "version": version}
@@ -196,7 +199,7 @@ def _estimate(
     put("computed", collectives=len(known["collectives"]), collectives_bytes=exchanged)
     compiled = known.get("compiled")
     if not device.topology:
-        notes.append(f"no compiler is here for {accelerator.name}: of pretraining there is only what follows from the config")
+        notes.append(f"there is no compiler for {accelerator.name}: pretraining has only the figures that follow from the config")
     elif compiled is None:
         notes.append("memory, time and money need the TPU's compiler: make tpu-check installs it" if not has_compiler else "")
     elif not compiled["fits"]:
@@ -263,7 +266,7 @@ def _put_times(
 
 
 def _exchange_seconds(collectives: list[Mapping[str, Any]], device: Device, replicas: int) -> float:
-    """Returns how long a step's exchanges take on their own, one after another, at the pod's rate of all-reduces."""
+    """Returns the seconds that a step's collectives take, one after another, at the pod's all-reduce rate."""
     if replicas == 1 or not device.all_reduce_bytes_per_second:
         return 0.0
     passes = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0}

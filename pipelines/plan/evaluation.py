@@ -1,8 +1,8 @@
-"""What the evaluation of a run will need, by protocol: hours, price, memory, disk; and whether it can end on that machine.
+"""The estimate of a run's evaluation: hours and price of each protocol, memory, disk, and whether it can end on its machine.
 
-The encoder's forward pass is compiled for its TPU as the train step is (`estimate.py`). Without the compiler, as in
-`sogclr submit`, its FLOPs and bytes are counted from the convolutions (`trainer/encoder_cost.py`). Times of TPUs and GPUs are a
-roofline: a real evaluation is slower. Times of CPUs follow from what was measured.
+The encoder's forward pass is compiled for the TPU like the training step (`estimate.py`). Without the compiler, as in
+`sogclr submit`, its FLOPs and bytes are counted from the convolutions (`trainer/encoder_cost.py`). Times on TPUs and GPUs are a
+roofline: a real evaluation is slower. Times on CPUs are based on measurements.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.plan.compiler import cache_file, cached, compile_program, keep, used_bytes
+from pipelines.plan.compiler import cache_file, compile_program, read_cache, used_bytes, write_cache
 from pipelines.plan.estimate import Assumptions, Source
 from pipelines.plan.machines import DEVICES, device_of, dollars_per_hour, host_of
 from pipelines.vertex.accelerators import ACCELERATORS, Accelerator
@@ -22,45 +22,45 @@ if TYPE_CHECKING:
     from eval.measure.protocols import Work
 
 IMAGES_A_CORE = 530.0
-"""Random crops of 224 px a second from JPEGs of 500x375, as measured: docs/plan.md says how. Central crops are faster."""
+"""Random crops of 224 px a second on one core, from 500x375 JPEGs. Measured: see docs/plan.md. Central crops are faster."""
 A_DAY = 24.0
-"""The most hours that an evaluation may take."""
+"""The longest allowed evaluation, in hours."""
 _PASSES_A_TRAINED_IMAGE = 3
-"""The backward pass costs about two forward passes: of each convolution, the gradients of its input and of its kernel."""
+"""One forward pass and a backward pass, which costs about two: the gradients of each convolution's input and kernel."""
 _SHAPES = ("image_size", "depth", "width_multiplier", "selective_kernel_ratio", "cifar_stem", "precision")
-"""The settings that a forward pass is compiled from, besides its number of images."""
+"""The settings that determine the compiled forward pass, besides the batch size."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a job gives its evaluation."""
+    """The limits of the job that an evaluation runs in."""
 
     disk_gb: float = 200
     timeout_hours: float = 168
     option: str = "--eval-accelerator"
-    """The option that names another machine."""
+    """The command-line option that selects the machine."""
     region: str = ""
-    """Where another machine must be; empty for anywhere."""
+    """Region that a recommended machine must be in; empty for any region."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What an evaluation asks of any machine."""
+    """The requirements of an evaluation, which do not depend on the machine."""
 
     work: Mapping[str, "Work"]
-    """By protocol, in the order in which they run."""
+    """The work of each protocol, in the order in which the protocols run."""
     cost: Cost
-    """Of an image in the forward pass."""
+    """Cost of one image in the forward pass."""
     precision: str
-    """What the encoder computes in."""
+    """Precision of the encoder: "float32" or "bfloat16"."""
     memory_bytes: float
-    """Of a host."""
+    """Memory of a host."""
     disk_bytes: float
 
 
 @dataclass(frozen=True)
 class ProtocolEstimate:
-    """What one protocol takes."""
+    """The estimate of one protocol."""
 
     forward_images: int
     trained_images: int
@@ -68,26 +68,26 @@ class ProtocolEstimate:
     hours: float
     price: float
     bound_by: str
-    """What takes longest: compute, memory, input or fit."""
+    """The part that takes longest: compute, memory, input or fit."""
 
 
 @dataclass(frozen=True)
 class EvaluationEstimate:
-    """What the evaluation of one run will need."""
+    """The estimate of one run's evaluation."""
 
     accelerator: str
     protocols: Mapping[str, ProtocolEstimate]
-    """By name, in the order in which they run."""
+    """Estimates by protocol, in the order in which the protocols run."""
     values: Mapping[str, Any]
     sources: Mapping[str, Source]
-    """By the names of `values`, and `protocols`."""
+    """The source of each figure in `values`, and of `protocols`."""
     problems: tuple[str, ...]
-    """Why the evaluation cannot end on this machine, each with what to do."""
+    """Reasons why the evaluation cannot end on this machine, each with advice."""
     notes: tuple[str, ...]
 
     @property
     def summary(self) -> str:
-        needed = taken(self.accelerator, self.values["total_hours"], self.values["price"])
+        needed = time_and_price(self.accelerator, self.values["total_hours"], self.values["price"])
         return f"{', '.join(self.protocols)} take {needed} on {self.accelerator}"
 
     def as_json(self) -> dict[str, Any]:
@@ -113,10 +113,10 @@ def make_evaluation_estimate(
     version: str,
     say: Callable[[str], None] = lambda text: None,
 ) -> EvaluationEstimate:
-    """Returns what the evaluation of a run of `config` needs on `accelerator`, the machine that `assumed` is for.
+    """Returns the estimate of the evaluation of `config` on `accelerator`, to which `assumed` applies.
 
-    `python`, `cache` and `version` are as for `estimate.make_estimate`. Without `python`, the forward pass that was compiled
-    before counts, or else its convolutions do. Raises UserError where the forward pass does not compile for a TPU.
+    `python`, `cache` and `version` are as for `estimate.make_estimate`. Without `python`, the estimate uses an earlier compiler
+    result, or else counts the convolutions. Raises UserError if the forward pass does not compile for a TPU.
     """
     from eval.measure.protocols import Sizes, disk_bytes, memory_bytes, work_of
 
@@ -128,7 +128,7 @@ def make_evaluation_estimate(
         cost = Cost(compiled["flops"] / at_once, compiled["bytes_accessed"] / at_once)
     sizes = Sizes(assumed.num_images, assumed.num_validation, assumed.num_classes, config.encoder.feature_dim)
     demand = Demand(work_of(config, sizes), cost, config.encoder.precision, memory_bytes(sizes), disk_bytes(config, sizes))
-    protocols = reckon(demand, accelerator, assumed.dollars_per_device_hour)
+    protocols = estimate_protocols(demand, accelerator, assumed.dollars_per_device_hour)
     host = host_of(accelerator)
     values: dict[str, Any] = {}
     sources: dict[str, Source] = {"protocols": "computed"}
@@ -156,14 +156,14 @@ def make_evaluation_estimate(
     )
 
 
-def reckon(demand: Demand, accelerator: Accelerator, dollars_per_device_hour: float) -> dict[str, ProtocolEstimate]:
-    """Returns what each protocol takes on `accelerator`.
+def estimate_protocols(demand: Demand, accelerator: Accelerator, dollars_per_device_hour: float) -> dict[str, ProtocolEstimate]:
+    """Returns the estimate of each protocol on `accelerator`.
 
-    Its devices and hosts share images and fits. A CPU decodes images and computes on the same cores, one after the other. On
-    other machines the hosts decode while the devices compute.
+    Images and fits are divided among its devices and hosts. A CPU decodes images and computes on the same cores, one after the
+    other. On other machines, the hosts decode while the devices compute.
     """
     device, host = device_of(accelerator), host_of(accelerator)
-    plans = {}
+    estimates = {}
     for name, work in demand.work.items():
         passes = (work.forward + _PASSES_A_TRAINED_IMAGE * work.trained) / accelerator.replicas
         images = (work.forward + work.trained) / accelerator.hosts
@@ -174,7 +174,7 @@ def reckon(demand: Demand, accelerator: Accelerator, dollars_per_device_hour: fl
         passing = compute + input_ if accelerator.build == "cpu" else max(compute, memory, input_)
         hours = (passing + fit) / 3600
         seconds = {"compute": compute, "memory": memory, "input": input_, "fit": fit}
-        plans[name] = ProtocolEstimate(
+        estimates[name] = ProtocolEstimate(
             forward_images=work.forward,
             trained_images=work.trained,
             fit_flops=work.flops,
@@ -182,11 +182,11 @@ def reckon(demand: Demand, accelerator: Accelerator, dollars_per_device_hour: fl
             price=hours * accelerator.replicas * dollars_per_device_hour,
             bound_by=max(seconds, key=seconds.__getitem__),
         )
-    return plans
+    return estimates
 
 
 def _problems(demand: Demand, accelerator: Accelerator, limits: Limits, hours: float) -> Iterator[str]:
-    """Yields why the evaluation cannot end on `accelerator`, where it takes `hours`."""
+    """Yields the reasons why an evaluation of `hours` cannot end on `accelerator`, each with advice."""
     memory = host_of(accelerator).memory_bytes
     if memory is not None and demand.memory_bytes > memory:
         yield (
@@ -206,32 +206,32 @@ def _problems(demand: Demand, accelerator: Accelerator, limits: Limits, hours: f
 
 
 def _better_machine(demand: Demand, limits: Limits) -> str:
-    """Returns advice: the cheapest machine that Vertex AI can have, ends in time and has the memory."""
+    """Returns advice that names the cheapest usable machine that has enough memory and ends in time."""
     found: list[tuple[float, float, str]] = []
     for one in ACCELERATORS.values():
         memory = host_of(one).memory_bytes
-        plans = reckon(demand, one, dollars_per_hour(one)).values()
-        hours = sum(plan.hours for plan in plans)
-        is_there = not limits.region or not one.regions or limits.region in one.regions
+        estimates = estimate_protocols(demand, one, dollars_per_hour(one)).values()
+        hours = sum(protocol.hours for protocol in estimates)
+        in_region = not limits.region or not one.regions or limits.region in one.regions
         has_memory = memory is not None and demand.memory_bytes <= memory
-        if not one.refused and is_there and has_memory and hours <= min(A_DAY, limits.timeout_hours):
-            # Of equal prices, the faster machine.
-            found.append((round(sum(plan.price for plan in plans), 2), hours, one.name))
+        if not one.refused and in_region and has_memory and hours <= min(A_DAY, limits.timeout_hours):
+            # `min` takes the faster of two machines at the same price.
+            found.append((round(sum(protocol.price for protocol in estimates), 2), hours, one.name))
     if not found:
-        return "no machine here ends sooner; take fewer linear_eval.protocols"
+        return "no machine ends in time; take fewer linear_eval.protocols"
     price, hours, name = min(found)
-    return f"take {limits.option} {name} ({taken(name, hours, price)}), or fewer linear_eval.protocols"
+    return f"take {limits.option} {name} ({time_and_price(name, hours, price)}), or fewer linear_eval.protocols"
 
 
 def duration(hours: float) -> str:
-    """Returns a time for people, in hours, minutes or seconds."""
+    """Returns a duration as text, in hours, minutes or seconds."""
     sizes = (("hours", hours), ("minutes", 60 * hours), ("seconds", 3600 * hours))
     unit, number = next((one for one in sizes if one[1] >= 1), sizes[-1])
     return f"{number:,.1f} {unit}"
 
 
-def taken(accelerator: str, hours: float, price: float) -> str:
-    """Returns time and price for people. All but those of a CPU are at best."""
+def time_and_price(accelerator: str, hours: float, price: float) -> str:
+    """Returns time and price as text. All but those of a CPU are lower bounds, marked "at best"."""
     return f"{duration(hours)}{'' if accelerator == 'cpu' else ' at best'}, ${price:,.2f}"
 
 
@@ -242,7 +242,7 @@ def _notes(demand: Demand, accelerator: Accelerator, is_compiled: bool) -> Itera
     else:
         yield "times are a roofline, without start, compilation and reading: a real evaluation is slower"
         if not is_compiled:
-            yield "FLOPs and bytes are counted from the convolutions; make tpu-check installs the compiler that knows them better"
+            yield "FLOPs and bytes are counted from the convolutions; make tpu-check installs the compiler for better figures"
         elif not device.topology:
             yield "FLOPs and bytes are those of the program for a v5e"
     if demand.precision == "float32" and not device.float32_flops_per_second:
@@ -254,9 +254,9 @@ def _notes(demand: Demand, accelerator: Accelerator, is_compiled: bool) -> Itera
 def _compiled_forward(
     config: Config, accelerator: Accelerator, python: Path | None, cache: Path, version: str, say: Callable[[str], None]
 ) -> Mapping[str, Any] | None:
-    """Returns what the compiler says of the forward pass on one device, or None where it was not asked.
+    """Returns the compiler's result for the forward pass on one device, or None if there is none.
 
-    The program of a GPU is not known here: a v5e's stands in its place. A CPU was measured, so that none is needed.
+    There is no compiler for GPUs here, so a v5e's program stands in for a GPU's. A CPU needs none, because it was measured.
     """
     if accelerator.build == "cpu":
         return None
@@ -264,7 +264,7 @@ def _compiled_forward(
     shapes = {key: value for key, value in values_of(config).items() if key in _SHAPES}
     images = config.linear_eval.batch_size
     file = cache_file(cache, {"forward": shapes, "images": images, "device": device.topology, "version": version})
-    if known := cached(file):
+    if known := read_cache(file):
         return known
     if python is None:
         return None
@@ -276,5 +276,5 @@ def _compiled_forward(
     known = compile_program(program.hlo, device, python)
     if known["fits"]:
         known["fits"] = used_bytes(known) <= device.memory_bytes
-    keep(file, known)
+    write_cache(file, known)
     return known

@@ -1,11 +1,12 @@
-"""What XLA says of a program, and what its runtimes do with it. Run by an interpreter of its own, with JAX and nothing of ours:
+"""Compiles or runs a program with XLA. Needs an interpreter with JAX, and none of this project's packages:
 
-    python xla_program.py compile PROGRAM.hlo --topology v5e:2x4 [--chip-config megacore] [--quick] [--listing FILE]
-    python xla_program.py run PROGRAM.hlo --arguments ARGUMENTS.npz --results FILE.npz [--steps N] [--repeat N]
+    python program.py compile PROGRAM.hlo --topology v5e:2x4 [--chip-config megacore] [--quick] [--listing FILE]
+    python program.py run PROGRAM.hlo --arguments ARGUMENTS.npz --results FILE.npz [--steps N] [--repeat N]
 
-`compile` needs no TPU: libtpu's compiler runs on any machine. It prints what the compiled program needs, as one JSON object.
-`run` executes it on the first device that JAX has, a CPU or a GPU, `--steps` times, each on the state that the last one left; it
-writes the results of the last, and prints which argument each is the next value of. Both read a serialized HloModuleProto.
+Both read a serialized HloModuleProto. `compile` needs no TPU: libtpu's compiler runs on any machine. It prints the memory, FLOPs
+and bytes of the compiled program as one JSON object. `run` executes the program `--steps` times on JAX's first device, a CPU or a
+GPU. Each execution starts from the state that the previous one returned. `run` writes the results of the last execution, and
+prints for each result which argument it updates.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Asked of libtpu's compiler alone, it looks for no TPU, no other host and no metadata server.
+# Only libtpu's compiler is used, so it must not look for a TPU, other hosts or a metadata server.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
@@ -35,23 +36,23 @@ from jax.experimental import topologies
 
 
 def read(path: Path) -> str:
-    """Returns the program of a serialized HloModuleProto as StableHLO, in text."""
+    """Returns the program of a serialized HloModuleProto as StableHLO text."""
     computation = xla_client.XlaComputation(path.read_bytes())
     text = xla_client._xla.mlir.xla_computation_to_mlir_module(computation)
-    # A copy, which the importer knows no operation for, keeps a value apart from others; so does a barrier.
+    # The importer lacks mhlo.copy, which keeps a value apart from others. An optimization barrier does the same.
     return re.sub(r"\bmhlo\.copy\b", "stablehlo.optimization_barrier", text if isinstance(text, str) else text.decode())
 
 
 def aliases(text: str) -> dict[int, int]:
-    """Returns which argument each result is the next value of, by number."""
+    """Returns for each result that updates an argument, by number, the number of that argument."""
     pairs = re.findall(r"parameter_number = (\d+) : i64\}, output_index = array<i64: (\d+)>", text)
     return {int(result): int(argument) for argument, result in pairs}
 
 
 def compile_for(text: str, topology: str, chip_config: str, quick: bool) -> tuple[Any, float]:
-    """Returns the executable of a program for one device of a TPU slice, and how many seconds compiling took.
+    """Returns the executable of a program for one device of a TPU slice, and the seconds of compilation.
 
-    `quick` optimises little: what comes out says that the program compiles, and no more.
+    `quick` optimises little, only to see whether the program compiles.
     """
     more = {"chip_config_name": chip_config} if chip_config else {}
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices[0]
@@ -70,7 +71,7 @@ def compile_for(text: str, topology: str, chip_config: str, quick: bool) -> tupl
 
 
 def needs(executable: Any) -> dict[str, float]:
-    """Returns what a compiled program needs: bytes of memory by what they hold, and FLOPs and bytes moved in one run."""
+    """Returns the needs of a compiled program: bytes of memory by purpose, and FLOPs and bytes accessed in one execution."""
     memory = executable.get_compiled_memory_stats()
     cost = executable.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
@@ -85,8 +86,8 @@ def needs(executable: Any) -> dict[str, float]:
 
 
 def run(text: str, arguments: list[np.ndarray], steps: int, repeat: int) -> tuple[list[np.ndarray], float]:
-    """Returns the results of the last of `steps` runs in a row, and the seconds of one, the best of `repeat` more; 0 without."""
-    jax.config.update("jax_enable_x64", True)  # or int64 becomes int32
+    """Returns the results of the last of `steps` executions, and the fastest time of `repeat` more in seconds, 0 without any."""
+    jax.config.update("jax_enable_x64", True)  # otherwise JAX turns int64 into int32
     device = jax.devices()[0]
     options = compiler.get_compile_options(num_replicas=1, num_partitions=1, backend=device.client)
     with mlir.make_ir_context():
@@ -121,14 +122,14 @@ def main() -> None:
     one.add_argument("program", type=Path)
     one.add_argument("--topology", required=True)
     one.add_argument("--chip-config", default="")
-    one.add_argument("--quick", action="store_true", help="optimise little: to see that it compiles")
-    one.add_argument("--listing", type=Path, help="where to write the compiled program, with its buffers and fusions")
+    one.add_argument("--quick", action="store_true", help="optimise little, only to see whether the program compiles")
+    one.add_argument("--listing", type=Path, help="file to write the compiled program to, with its buffers and fusions")
     one = commands.add_parser("run")
     one.add_argument("program", type=Path)
     one.add_argument("--arguments", type=Path, required=True, help="an .npz of arrays in the order of the program's arguments")
-    one.add_argument("--results", type=Path, help="where to write an .npz of the last run's results, arr_0, arr_1, ...")
+    one.add_argument("--results", type=Path, help="an .npz to write the last execution's results to, as arr_0, arr_1, ...")
     one.add_argument("--steps", type=int, default=1)
-    one.add_argument("--repeat", type=int, default=0, help="more runs, to be timed")
+    one.add_argument("--repeat", type=int, default=0, help="number of further executions, which are timed")
     args = parser.parse_args()
     text = read(args.program)
     if args.command == "compile":

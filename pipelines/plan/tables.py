@@ -1,11 +1,11 @@
-"""An estimate for people: rows of what, how much, and where that comes from."""
+"""Tables of an estimate for people. A row has a title, a figure and its source."""
 
 from pipelines.plan.estimate import Estimate
-from pipelines.plan.evaluation import EvaluationEstimate, ProtocolEstimate, taken
+from pipelines.plan.evaluation import EvaluationEstimate, ProtocolEstimate, time_and_price
 
 
 def pretraining(estimate: Estimate) -> list[tuple[str, str, str]]:
-    """Returns the rows of pretraining."""
+    """Returns the table of pretraining."""
     rows: list[tuple[str, str, str]] = []
 
     def row(title: str, text: str, name: str) -> None:
@@ -49,17 +49,17 @@ def pretraining(estimate: Estimate) -> list[tuple[str, str, str]]:
 
 
 def evaluation(estimate: EvaluationEstimate) -> list[tuple[str, str, str]]:
-    """Returns the rows of the evaluation."""
+    """Returns the table of the evaluation."""
     v, s = estimate.values, estimate.sources
     rows: list[tuple[str, str, str]] = [
         (
             name,
-            f"{_images(one)}{taken(estimate.accelerator, one.hours, one.price)}, bound by {one.bound_by}",
+            f"{_images(one)}{time_and_price(estimate.accelerator, one.hours, one.price)}, bound by {one.bound_by}",
             s["protocols"],
         )
         for name, one in estimate.protocols.items()
     ]
-    rows.append(("whole evaluation", taken(estimate.accelerator, v["total_hours"], v["price"]), s["total_hours"]))
+    rows.append(("whole evaluation", time_and_price(estimate.accelerator, v["total_hours"], v["price"]), s["total_hours"]))
     rows.append(
         (
             "forward pass",

@@ -1,1 +1,1 @@
-"""Vertex AI: its machines, the images that run on them, its jobs, and what is looked at before one is sent."""
+"""Vertex AI: its machines, container images and jobs, and the checks before a job is sent."""

@@ -1,7 +1,7 @@
-"""The machines that a step can be given on Vertex AI, and which of them a config can use.
+"""The machines of Vertex AI that a step can run on, and checks whether a config can use one.
 
-`get` finds one by name. `check_usable` and `check` refuse what cannot work before anything is paid for. `sogclr plan` reckons
-with all of them. TPUs are named as Google names them: v2, v3 and v4 by cores, v5e by chips.
+`get` finds a machine by name. `check_usable` and `check` refuse a machine that cannot work before anything is paid for.
+`sogclr plan` makes estimates for all of them. Names are Google's: v2, v3 and v4 count TPU cores, v5e counts chips.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from trainer.config import Config
 from trainer.shared.errors import UserError, nearest
 
 Build = Literal["cpu", "gpu", "tpu"]
-"""Which of the images runs on it."""
+"""The build of TensorFlow, which selects the container image."""
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,19 @@ class Accelerator:
     build: Build
     machine_type: str
     accelerator_type: str = ""
-    """Vertex AI's name; empty where the machine type says it all."""
+    """Vertex AI's name of the accelerator; empty if the machine type implies it."""
     accelerator_count: int = 0
-    """As Vertex AI counts: GPUs, or TPU cores."""
+    """Number of GPUs or TPU cores, as Vertex AI counts them."""
     tpu_topology: str = ""
     replicas: int = 1
-    """Parts that a global batch is cut into: GPUs, TPU cores, or chips where TensorFlow sees a chip as one device."""
+    """Number of replicas that share a global batch: GPUs or TPU cores, or chips if TensorFlow sees a chip as one device."""
     hosts: int = 1
     regions: tuple[str, ...] = ()
-    """Where Google lists it; empty where this project keeps no list."""
+    """Regions in which Google lists the machine; empty if this project keeps no list."""
 
     @property
     def refused(self) -> str:
-        """Returns why Vertex AI cannot train this project on it; empty where it can."""
+        """Returns why Vertex AI cannot train this project on the machine; empty if it can."""
         if self.accelerator_type == "TPU_V4_POD":
             return "Vertex AI lists no v4 for TensorFlow"
         if self.hosts > 1:
@@ -43,7 +43,7 @@ class Accelerator:
 
     @property
     def machine_spec(self) -> dict[str, Any]:
-        """Returns the `MachineSpec` of Vertex AI as JSON."""
+        """Returns Vertex AI's `MachineSpec` as JSON."""
         fields: dict[str, Any] = {
             "machine_type": self.machine_type,
             "accelerator_type": self.accelerator_type,
@@ -59,7 +59,7 @@ class Accelerator:
         return f"{self.machine_type}{f' ({what})' if what else ''}"
 
 
-# Regions come and go: docs.cloud.google.com/tpu/docs/regions-zones has the list of the day, and `--skip-check region` goes by it.
+# Regions change. docs.cloud.google.com/tpu/docs/regions-zones has the current list; `--skip-check region` ignores this one.
 _V2 = ("us-central1", "europe-west4", "asia-east1")
 _V3 = ("us-central1", "europe-west4")
 _V3_POD = ("europe-west4",)
@@ -114,18 +114,18 @@ def _all() -> dict[str, Accelerator]:
 ACCELERATORS = _all()
 
 _TOO_NEW = ("v5p", "v6e", "v7x", "tpu7x")
-"""TPUs for which there is no TensorFlow."""
+"""Families of TPUs that no TensorFlow supports."""
 
 
 def get(name: str) -> Accelerator:
-    """Returns the accelerator of a name. Raises UserError with the reason for what cannot be had, else with the nearest name."""
+    """Returns the accelerator of a name. Raises UserError for an unknown name, with the nearest name or the reason."""
     wanted = name.lower()
     if wanted in ACCELERATORS:
         return ACCELERATORS[wanted]
     family, _, size = wanted.rpartition("-")
     if (family or wanted).startswith(_TOO_NEW):
         raise UserError(
-            f"--accelerator {name}: TPU {family or wanted} runs no TensorFlow; tensorflow-tpu ends at 2.20: "
+            f"--accelerator {name}: TPU {family or wanted} runs no TensorFlow, because tensorflow-tpu ends at 2.20: "
             "take v5e-8, or another v2, v3 or v5e"
         )
     usable = [one for one in ACCELERATORS if not ACCELERATORS[one].refused]
@@ -137,9 +137,9 @@ def get(name: str) -> Accelerator:
 
 
 def check_usable(accelerator: Accelerator, option: str, *, spot: bool = False, force: bool = False) -> None:
-    """Raises UserError where Vertex AI cannot run a custom job of this project on `accelerator`, or does not sell it as spot.
+    """Raises UserError if Vertex AI cannot train this project on `accelerator`, or if `spot` is set and it has no spot machine.
 
-    `option` is the command-line option that names the machine. `force` allows a machine that is refused, though not as spot.
+    `option` is the command-line option that names the machine. `force` allows a refused machine, but not as spot.
     """
     if accelerator.refused and not force:
         family = accelerator.name.rpartition("-")[0]
@@ -147,7 +147,7 @@ def check_usable(accelerator: Accelerator, option: str, *, spot: bool = False, f
         best = max(usable, key=lambda one: (one.name.startswith(f"{family}-"), one.name == "v5e-8", one.replicas))
         raise UserError(
             f"{option} {accelerator.name} is refused: {accelerator.refused}; take {best.name}, "
-            "or --force-accelerator to use it all the same"
+            "or --force-accelerator to use it anyway"
         )
     if spot and accelerator.hosts > 1:
         # Source: docs.cloud.google.com/vertex-ai/docs/predictions/use-spot-vms, "Using Spot VMs with TPU Pods isn't supported".
@@ -158,9 +158,9 @@ def check_usable(accelerator: Accelerator, option: str, *, spot: bool = False, f
 
 
 def check(accelerator: Accelerator, config: Config) -> None:
-    """Raises UserError where `config` cannot be trained on `accelerator`, with what could.
+    """Raises UserError if the global batch of `config` does not divide among the replicas of `accelerator`.
 
-    Whether a step fits into the memory of a device is not looked at here.
+    Does not check whether a training step fits into a device's memory.
     """
     batch, replicas = config.optimizer.global_batch_size, accelerator.replicas
     if batch % replicas or batch // replicas < 1:
@@ -173,6 +173,6 @@ def check(accelerator: Accelerator, config: Config) -> None:
 
 
 def check_region(accelerator: Accelerator, region: str) -> None:
-    """Raises UserError where Google does not list `accelerator` in `region`."""
+    """Raises UserError if Google does not list `accelerator` in `region`."""
     if accelerator.regions and region not in accelerator.regions:
         raise UserError(f"--region {region} has no {accelerator.name}: Google lists it in {', '.join(accelerator.regions)}")

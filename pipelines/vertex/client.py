@@ -1,7 +1,7 @@
-"""The client of Vertex AI: makes pipeline jobs and schedules, follows them and ends them.
+"""A client of Vertex AI that creates, follows and ends pipeline jobs and schedules.
 
-Every call goes over REST, is made again while the service is overloaded or out of reach, and fails in one line for the
-person who can mend it. A job is created under an ID of ours, so that asking again never makes a second one.
+Every call uses REST, is repeated while the service is overloaded or unreachable, and fails with a one-line UserError. The
+client chooses the ID of a new job, so a repeated request never creates a second one.
 """
 
 import sys
@@ -18,7 +18,7 @@ from google.protobuf import json_format
 
 from components import console
 from components.lineage import COMPONENTS, Artifact
-from pipelines.vertex.jobs import PLAN_LABEL, Job, Place, Task
+from pipelines.vertex.jobs import REQUEST_LABEL, Job, Place, Task
 from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ T = TypeVar("T")
 _SECONDS_FOR_A_CALL = 30.0
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0
 _PATIENCE = 120.0
-"""Seconds that a call is made again while it fails in a way that may pass."""
+"""Seconds for which a call is repeated after a transient error."""
 _PATIENCE_OF_FOLLOWING = 1800.0
-_SECONDS_BETWEEN_LOOKS = 15.0
+_SECONDS_BETWEEN_POLLS = 15.0
 
 
 class Vertex:
-    """The pipeline jobs of one place."""
+    """The pipeline jobs of a project in one region."""
 
     def __init__(self, place: Place, credentials: "Credentials") -> None:
         self.place = place
@@ -44,18 +44,18 @@ class Vertex:
         self._schedules = aiplatform_v1.ScheduleServiceClient(transport="rest", client_options=options, credentials=credentials)
 
     def check(self) -> None:
-        """Raises UserError where jobs of this place cannot be seen."""
+        """Raises UserError if the jobs of this place cannot be listed."""
         request = aiplatform_v1.ListPipelineJobsRequest(parent=self.place.folder, page_size=1)
         self._call(lambda timeout: self._jobs.list_pipeline_jobs(request, timeout=timeout, retry=None))
 
     def find(self, job_id: str, patience: float | None = None) -> Job | None:
-        """Returns a job as it stands, or None where there is none of that ID."""
+        """Returns the current state of a job, or None if there is no job of that ID."""
         try:
             name = f"{self.place.folder}/pipelineJobs/{job_id}"
             return self._job(
                 self._call(lambda timeout: self._jobs.get_pipeline_job(name=name, timeout=timeout, retry=None), patience)
             )
-        except _NotThereError:
+        except _NotFoundError:
             return None
 
     def get(self, job_id: str, patience: float | None = None) -> Job:
@@ -65,12 +65,12 @@ class Vertex:
         return job
 
     def create(self, job_id: str, job: aiplatform_v1.PipelineJob) -> tuple[Job, bool]:
-        """Returns the job `job_id`, and whether this call made it: one that was asked for alike before is taken as it is.
+        """Returns the job `job_id`, and whether this call created it. A job from an identical earlier request is reused.
 
-        Raises UserError where the ID is another job's, and where no answer came: the job may be there then.
+        Raises UserError if another job has the ID, or if the service does not answer. Then the job may exist all the same.
         """
-        plan = job.labels[PLAN_LABEL]
-        if (there := self.find(job_id)) is None:
+        request_digest = job.labels[REQUEST_LABEL]
+        if (existing := self.find(job_id)) is None:
             try:
                 made = self._call(
                     lambda timeout: self._jobs.create_pipeline_job(
@@ -78,25 +78,25 @@ class Vertex:
                     )
                 )
                 return self._job(made), True
-            except _AlreadyThereError:
-                # Either an answer was lost and the call was made again, or somebody was faster: the plan tells.
-                there = self.get(job_id)
-                if there.plan == plan:
-                    return there, True
+            except _AlreadyExistsError:
+                # Either the answer to an earlier attempt was lost, or somebody else created a job. The digest tells which.
+                existing = self.get(job_id)
+                if existing.request_digest == request_digest:
+                    return existing, True
             except _NoAnswerError as error:
                 raise UserError(
-                    f"{error}; job {job_id} may have been made: sogclr status {job_id} says so, and submitted again with "
-                    f"--job-id {job_id} there is still one"
+                    f"{error}; job {job_id} may have been made: sogclr status {job_id} shows it; submitting again with "
+                    f"--job-id {job_id} makes no second job"
                 ) from error
-        if there.plan != plan:
+        if existing.request_digest != request_digest:
             raise UserError(
-                f"there is a job {job_id} already, and it is another one ({there.state}): give another --job-id, or look at it "
-                f"with sogclr status {job_id}"
+                f"another job is named {job_id} ({existing.state}): give another --job-id, or look at it with "
+                f"sogclr status {job_id}"
             )
-        return there, False
+        return existing, False
 
     def cancel(self, job_id: str) -> Job:
-        """Asks for the end of a job; nothing happens to one that has ended."""
+        """Requests the cancellation of a job, unless it has ended, and returns the job."""
         job = self.get(job_id)
         if not job.ended:
             name = f"{self.place.folder}/pipelineJobs/{job_id}"
@@ -104,22 +104,22 @@ class Vertex:
         return self.get(job_id)
 
     def schedule(self, name: str, cron: str, job: aiplatform_v1.PipelineJob, max_runs: int) -> tuple[str, bool]:
-        """Returns the resource name of a schedule that makes `job` again and again, and whether this call made it.
+        """Returns the resource name of a schedule that repeats `job`, and whether this call created it.
 
-        One of the same name and plan that is active is taken as it is.
+        An active schedule with the same name, cron expression and job is reused.
         """
-        plan = job.labels[PLAN_LABEL]
+        request_digest = job.labels[REQUEST_LABEL]
         listing = aiplatform_v1.ListSchedulesRequest(parent=self.place.folder, filter=f'display_name="{name}"')
 
-        def there() -> str:
+        def existing() -> str:
             found = self._call(lambda timeout: list(self._schedules.list_schedules(listing, timeout=timeout, retry=None)))
             for one in found:
-                same = one.create_pipeline_job_request.pipeline_job.labels.get(PLAN_LABEL) == plan
+                same = one.create_pipeline_job_request.pipeline_job.labels.get(REQUEST_LABEL) == request_digest
                 if same and one.cron == cron and one.state == aiplatform_v1.Schedule.State.ACTIVE:
                     return str(one.name)
             return ""
 
-        if found := there():
+        if found := existing():
             return found, False
         schedule = aiplatform_v1.Schedule(
             display_name=name,
@@ -132,15 +132,15 @@ class Vertex:
         def create(timeout: float) -> aiplatform_v1.Schedule:
             return self._schedules.create_schedule(parent=self.place.folder, schedule=schedule, timeout=timeout, retry=None)
 
-        # Schedules have no ID of ours: before asking again, look whether the lost answer was a yes.
-        return self._call(lambda timeout: create(timeout).name, before_again=there), True
+        # The service chooses a schedule's ID. If an answer was lost, the schedule may exist, so look before each retry.
+        return self._call(lambda timeout: create(timeout).name, before_retry=existing), True
 
     def delete_schedule(self, name: str) -> None:
-        """Ends a schedule, by its resource name. Jobs that it made go on. Raises UserError where there is none."""
+        """Ends a schedule, by its resource name. Its jobs go on. Raises UserError if there is no such schedule."""
         self._call(lambda timeout: self._schedules.delete_schedule(name=name, timeout=timeout, retry=None))
 
     def follow(self, job_id: str, say: Callable[[str], None]) -> Job:
-        """Returns a job once it has ended; calls `say` with a line for each change on the way."""
+        """Waits until a job has ended and returns it. Calls `say` with a line for each change of state."""
         said: dict[str, str] = {}
 
         def tell(name: str, state: str, more: str) -> None:
@@ -156,17 +156,17 @@ class Vertex:
                 tell(task.name, task.state, f"{reason}{f'  {task.logs}' if task.logs else ''}")
             if job.ended:
                 return job
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(_SECONDS_BETWEEN_POLLS)
 
     def _call(
-        self, call: Callable[[float], T], patience: float | None = None, before_again: Callable[[], T | None] = lambda: None
+        self, call: Callable[[float], T], patience: float | None = None, before_retry: Callable[[], T | None] = lambda: None
     ) -> T:
-        """Returns what `call(timeout)` returns; calls again while it fails in a way that may pass.
+        """Returns the result of `call(timeout)`. Repeats the call after a transient error.
 
-        An answer may have been lost: before each further call, what `before_again` returns counts, if it is something.
+        Calls `before_retry` before each repetition, because an answer may have been lost. A true result is returned instead.
         """
         tries = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_may_pass),
+            retry=tenacity.retry_if_exception(_is_transient),
             stop=tenacity.stop_before_delay(_PATIENCE if patience is None else patience),
             wait=tenacity.wait_exponential(_FIRST_WAIT, _LONGEST_WAIT),
             before_sleep=_say_once,
@@ -174,39 +174,39 @@ class Vertex:
         )
 
         def once() -> T:
-            known = before_again() if tries.statistics["attempt_number"] > 1 else None
+            known = before_retry() if tries.statistics["attempt_number"] > 1 else None
             return known or call(_SECONDS_FOR_A_CALL)
 
         try:
             return tries(once)
         except (exceptions.GoogleAPICallError, requests.RequestException, auth_exceptions.GoogleAuthError) as error:
-            raise self._in_words(error) from error
+            raise self._as_user_error(error) from error
 
-    def _in_words(self, error: Exception) -> UserError:
+    def _as_user_error(self, error: Exception) -> UserError:
         where = self.place.folder
         match error:
             case exceptions.NotFound():
-                return _NotThereError(f"Vertex AI knows nothing of that in {where}: {_short(error)}")
+                return _NotFoundError(f"Vertex AI finds nothing of that name in {where}: {_short(error)}")
             case exceptions.AlreadyExists() | exceptions.Conflict():
-                return _AlreadyThereError(_short(error))
+                return _AlreadyExistsError(_short(error))
             case exceptions.Unauthorized() | auth_exceptions.GoogleAuthError():
                 return UserError(
-                    f"the credentials do not hold ({_short(error)}): gcloud auth application-default login renews them"
+                    f"the credentials are not valid ({_short(error)}): gcloud auth application-default login renews them"
                 )
             case exceptions.Forbidden():
-                return UserError(
-                    f"not allowed in {where} ({_short(error)}): docs/vertex.md lists the roles and APIs that are needed"
-                )
+                return UserError(f"not allowed in {where} ({_short(error)}): docs/vertex.md lists the roles and APIs to grant")
             case exceptions.TooManyRequests():
                 return UserError(f"Vertex AI is out of quota in {where} ({_short(error)}): wait, or ask for more quota")
             case exceptions.ClientError():
                 return UserError(f"Vertex AI refuses: {_short(error)}")
             case exceptions.GoogleAPICallError():
-                return _NoAnswerError(f"Vertex AI in {self.place.region} is not itself ({_short(error)}): try again later")
+                return _NoAnswerError(
+                    f"Vertex AI in {self.place.region} has an internal error ({_short(error)}): try again later"
+                )
         return _NoAnswerError(f"Vertex AI in {self.place.region} cannot be reached ({_short(error)}): try again later")
 
     def _job(self, found: aiplatform_v1.PipelineJob) -> Job:
-        # As JSON is what KFP's own names are in.
+        # JSON keeps KFP's own field names.
         spec = json_format.MessageToDict(aiplatform_v1.PipelineJob.pb(found).pipeline_spec)
         parameters = json_format.MessageToDict(aiplatform_v1.PipelineJob.pb(found).runtime_config).get("parameterValues", {})
         job_id = found.name.rpartition("/")[2]
@@ -217,7 +217,7 @@ class Vertex:
             state=found.state.name.removeprefix("PIPELINE_STATE_"),
             error=" ".join(found.error.message.split()) if found.error.code else "",
             link=self.place.job_link(job_id),
-            plan=found.labels.get(PLAN_LABEL, ""),
+            request_digest=found.labels.get(REQUEST_LABEL, ""),
             tasks=tuple(sorted(tasks, key=lambda task: order[task.name])),
             spec=spec,
             parameters=parameters,
@@ -245,11 +245,11 @@ def _plain(artifact: aiplatform_v1.Artifact) -> dict[str, Any]:
     return dict(json_format.MessageToDict(aiplatform_v1.Artifact.pb(artifact).metadata))
 
 
-class _NotThereError(UserError):
+class _NotFoundError(UserError):
     pass
 
 
-class _AlreadyThereError(UserError):
+class _AlreadyExistsError(UserError):
     pass
 
 
@@ -258,12 +258,12 @@ class _NoAnswerError(UserError):
 
 
 def _say_once(state: tenacity.RetryCallState) -> None:
-    """Says, after the first failure of a call, that it is made again."""
+    """Prints after the first failure of a call that it is repeated."""
     if state.attempt_number == 1 and state.outcome and isinstance(error := state.outcome.exception(), Exception):
         print(f"Vertex AI: {_short(error)}; trying again", file=sys.stderr, flush=True)
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     if isinstance(error, exceptions.GoogleAPICallError):
         return isinstance(error, exceptions.TooManyRequests | exceptions.ServerError)
     return isinstance(error, requests.ConnectionError | requests.Timeout | auth_exceptions.TransportError)

@@ -1,4 +1,4 @@
-"""Where and how a compiled pipeline runs: its machines, its images and the environment of its steps."""
+"""The cluster configuration of a compiled pipeline: machines, images and the environment of its steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,30 +10,30 @@ from pipelines.vertex.images import Images
 from trainer.hardware import plugin_environment
 
 LONGEST_HOURS = 168.0
-"""The longest timeout of a custom job: 7 days, Vertex AI's default. Its pages name no longer timeout."""
+"""The longest timeout of a custom job: 7 days, Vertex AI's default. Its documentation names no longer timeout."""
 _LIBTPU = "/opt/sogclr/lib/python3.11/site-packages/libtpu/libtpu.so"
-"""The TPU's library in the TPU image, where the Dockerfile installs it."""
+"""Path of the TPU library in the TPU image. The Dockerfile installs it there."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where and how a compiled pipeline runs. Its values change no result."""
+    """Where and how a compiled pipeline runs. No field changes the results of a run."""
 
     images: Images
     accelerator: Accelerator | None = None
-    """The machine of pretraining. None for plain containers, which any Kubeflow Pipelines runs."""
+    """The machine of pretraining. None for plain containers, which run on any Kubeflow Pipelines cluster."""
     eval_accelerator: Accelerator = field(default_factory=lambda: accelerators.get("cpu"))
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables of every step. They stand in the YAML, so none of them is a secret."""
+    """Environment variables of every step. The compiled YAML shows them, so none may be a secret."""
     beam_args: tuple[str, ...] = ()
-    """Beam's own options; none to convert in the step's own container."""
+    """Beam's own options; empty to convert in the step's own container."""
     timeout_hours: float = LONGEST_HOURS
     retries: int = 3
-    """How often a step starts again after it failed or lost its machine."""
+    """How often a step is retried after it failed or lost its machine."""
     spot: bool = False
     disk_gb: int = 200
     service_account: str = ""
-    """The account that all steps run as; empty for the account of the pipeline."""
+    """The service account that all steps run as; empty for the account of the pipeline."""
     network: str = ""
     encryption_key: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Cluster:
 
     @property
     def builds(self) -> tuple[Build, ...]:
-        """Returns the builds of TensorFlow whose images it needs."""
+        """Returns the builds of TensorFlow whose images this cluster uses."""
         used: list[Build] = ["cpu"]
         if self.accelerator:
             used += [self.eval_accelerator.build, self.accelerator.build]
@@ -67,7 +67,7 @@ class Cluster:
 
     @property
     def mlflow(self) -> str:
-        """Returns in words where the steps record what they do."""
+        """Returns a description of the MLflow server that the steps record to."""
         uri, secret = self.environment.get("MLFLOW_TRACKING_URI", ""), self.environment.get(variables.SECRET, "")
         return (
             f"{uri}, {f'credentials from {secret}' if secret else 'without credentials'}" if uri else "nowhere yet: --mlflow-uri"
@@ -75,5 +75,5 @@ class Cluster:
 
 
 def base_output_directory(pipeline_root: str) -> str:
-    """Returns the folder that custom jobs write under: the same for every job of a root, so that a later one finds it."""
+    """Returns the folder that custom jobs write under. All jobs of a pipeline root share it, so later jobs find checkpoints."""
     return f"{pipeline_root.rstrip('/')}/custom-jobs"

@@ -1,4 +1,4 @@
-"""What a container of a compiled pipeline starts: KFP's command, and Google's launcher of custom jobs, each with a change."""
+"""The start commands of a compiled pipeline's containers: KFP's command and Google's launcher of custom jobs, both adapted."""
 
 from collections.abc import Sequence
 
@@ -55,14 +55,15 @@ launcher.main(sys.argv[1:])
 
 
 def with_init(command: Sequence[str]) -> list[str]:
-    """Returns KFP's command with its shell as an init that passes SIGTERM on to Python and ends as Python does.
+    """Returns KFP's command with its shell as an init: it forwards SIGTERM to Python and exits with Python's status.
 
-    The shell is PID 1 of the container. The kernel drops a SIGTERM to PID 1 that has no handler for it: Python in the shell's
-    place would not hear it until it installs one, after seconds of imports or never, and KFP's shell does not pass it on. As a
-    child, a step without a handler ends at once. SIGINT is passed on as SIGTERM, because a shell's background child ignores it.
+    The shell is PID 1 of the container. The kernel drops a SIGTERM to PID 1 if PID 1 has no handler for it. So Python as PID 1
+    would ignore SIGTERM until it installs a handler, after seconds of imports or never; and KFP's shell forwards no signals. As
+    a child, a step without a handler ends at once. SIGINT is forwarded as SIGTERM, because a shell's background child ignores
+    SIGINT.
 
-    `wait` returns early for each signal, with a status that is not the child's, so it is called until none came meanwhile. It
-    returns 127 where an earlier call has returned the child's status.
+    `wait` returns early at each signal, with a status that is not the child's, so it is repeated until no signal interrupts it.
+    It returns 127 if an earlier call has already returned the child's status.
     """
     start = "_KFP_RUNTIME=true python3 -m"
     assert sum(start in part for part in command) == 1, "KFP starts components in another way than 2.17 does"
@@ -71,16 +72,16 @@ def with_init(command: Sequence[str]) -> list[str]:
 
 
 def with_one_job_an_attempt(command: Sequence[str]) -> list[str]:
-    """Returns the command of Google's launcher so that each attempt has its own custom job, and none is left behind.
+    """Returns the command of Google's launcher, changed so that a retry makes a new custom job and no job is left behind.
 
-    The launcher writes the job's name to its output `gcp_resources`, and an attempt that finds one there waits for that job: so
-    a launcher that was lost finds its job again. Where the job had failed, a retry of the task would end at once for the same
-    reason, without a new job. Whether Vertex AI keeps the output from one attempt to the next is not documented, so the command
-    does not depend on it.
+    The launcher writes the job's name to its output `gcp_resources`. An attempt that finds a name there waits for that job, so a
+    restarted launcher finds its job again. But if that job has failed, the retry would fail at once for the same reason, without
+    a new job. It is not documented whether Vertex AI keeps the output from one attempt to the next; the command works either way.
 
-    The launcher hears SIGTERM once it waits for its job. Before, as PID 1, it would go on and make a job that nobody ends.
+    Google's launcher handles SIGTERM only once it waits for its job. Before that, as PID 1, it would ignore the signal and
+    create a job that nobody ends.
 
-    It runs in Google's image, which has the library of the version that this was compiled with.
+    The command runs in Google's image, which has the same version of the library as this compiler.
     """
     assert list(command) == ["python3", "-u", "-m", _LAUNCHER], "Google starts its launcher in another way than 2.22 does"
     return ["python3", "-u", "-c", _LAUNCH]

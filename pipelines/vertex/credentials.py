@@ -14,25 +14,25 @@ if TYPE_CHECKING:
 
 
 def find_credentials() -> "tuple[Credentials, str]":
-    """Returns the credentials of this machine and the project they name. Raises UserError saying how to get some."""
+    """Returns the credentials of this machine and their project. Raises UserError if there are none."""
     try:
         found, project = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
     except exceptions.GoogleAuthError as error:
         if named := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
             raise UserError(
-                f"GOOGLE_APPLICATION_CREDENTIALS names {named}, which holds no credentials: mend or unset it"
+                f"GOOGLE_APPLICATION_CREDENTIALS names {named}, which holds no credentials: fix or unset it"
             ) from error
         raise UserError(
-            "there are no Google Cloud credentials on this machine: gcloud auth application-default login makes them, or "
-            "GOOGLE_APPLICATION_CREDENTIALS names a key file"
+            "there are no Google Cloud credentials on this machine: run gcloud auth application-default login, or name a key "
+            "file in GOOGLE_APPLICATION_CREDENTIALS"
         ) from error
     return found, project or ""
 
 
 def access_token(credentials: "Credentials") -> str:
-    """Returns a fresh token of `credentials`. Raises UserError where Google refuses them."""
+    """Returns a new access token of `credentials`. Raises UserError if Google refuses them."""
     try:
         credentials.refresh(google.auth.transport.requests.Request())
     except exceptions.GoogleAuthError as error:
-        raise UserError("the credentials do not hold: gcloud auth application-default login renews them") from error
+        raise UserError("the credentials are not valid: gcloud auth application-default login renews them") from error
     return str(credentials.token or "")

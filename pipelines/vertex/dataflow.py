@@ -1,4 +1,4 @@
-"""The Dataflow jobs of a pipeline job: they are found and cancelled from here, since the step that waits for them may be gone."""
+"""Cancels the Dataflow jobs of a pipeline job from this machine, because the step that waits for them may be gone."""
 
 import re
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ _FIRST_WAIT = 1.0
 
 
 class DataflowError(Exception):
-    """Dataflow did not do what it was asked for; the text says what to do instead."""
+    """A request to Dataflow failed. The message says what to do instead."""
 
 
 def cancel(job: Job, credentials: "Credentials") -> list[str]:
-    """Cancels the active Dataflow jobs of a pipeline job and returns their IDs. Raises DataflowError where Dataflow refuses."""
+    """Cancels the active Dataflow jobs of a pipeline job and returns their IDs. Raises DataflowError if Dataflow refuses."""
     options = _options(job)
     if options.get("runner") != "DataflowRunner":
         return []
@@ -45,7 +45,7 @@ def cancel(job: Job, credentials: "Credentials") -> list[str]:
             cancelled.append(found)
 
     tries = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_may_pass),
+        retry=tenacity.retry_if_exception(_is_transient),
         stop=tenacity.stop_after_attempt(_TRIES),
         wait=tenacity.wait_exponential(_FIRST_WAIT),
         reraise=True,
@@ -53,19 +53,19 @@ def cancel(job: Job, credentials: "Credentials") -> list[str]:
     try:
         tries(once)
     except (exceptions.GoogleAPICallError, auth_exceptions.GoogleAuthError, OSError) as error:
-        mend = f"gcloud dataflow jobs list --status=active --project={options['project']} --region={options['region']}"
+        listing = f"gcloud dataflow jobs list --status=active --project={options['project']} --region={options['region']}"
         said = " ".join(str(error).split())[:200]
-        raise DataflowError(f"a Dataflow job of {job.job_id} may go on ({said}); {mend} shows it") from error
+        raise DataflowError(f"a Dataflow job of {job.job_id} may go on ({said}); {listing} shows it") from error
     return list(dict.fromkeys(cancelled))
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     failed = isinstance(error, exceptions.GoogleAPICallError | auth_exceptions.GoogleAuthError | OSError)
     return failed and not isinstance(error, exceptions.ClientError)
 
 
 def _options(job: Job) -> dict[str, str]:
-    """Returns Beam's options of a job's build-tfrecords; none where it has no such step."""
+    """Returns Beam's options of a job's build-tfrecords, by name; empty if the job has no such step."""
     try:
         given = job.arguments("build-tfrecords").get("beam_args") or []
     except UserError:
@@ -80,7 +80,7 @@ def _active(client: "dataflow_v1beta3.JobsV1Beta3Client", place: dict[str, str],
     for one in client.list_jobs(listing, timeout=_SECONDS_FOR_A_CALL, retry=None):
         if one.current_state == api.JobState.JOB_STATE_CANCELLING:
             continue
-        # A listing has no labels.
+        # Listed jobs come without their labels.
         request = api.GetJobRequest(job_id=one.id, view=api.JobView.JOB_VIEW_DESCRIPTION, **place)
         if client.get_job(request, timeout=_SECONDS_FOR_A_CALL, retry=None).labels.get(JOB_LABEL) == label:
             yield one.id

@@ -1,4 +1,4 @@
-"""The container images of a pipeline: what they are called, and what a registry knows of them.
+"""The container images of a pipeline: their names, and their digests in a registry.
 
 `make images` builds them: `sogclr-cpu`, `sogclr-gpu` and `sogclr-tpu`, each tagged with the commit of the code in it.
 """
@@ -25,27 +25,27 @@ class Images:
     """One image for each build of TensorFlow, all of the same code."""
 
     repository: str
-    """As in REGION-docker.pkg.dev/PROJECT/REPOSITORY; empty for images on this machine."""
+    """For example REGION-docker.pkg.dev/PROJECT/REPOSITORY; empty for images on this machine."""
     tag: str
     digests: Mapping[Build, str] = field(default_factory=dict)
-    """By build; those that a registry has said."""
+    """Known digests, by build."""
 
     def __post_init__(self) -> None:
         if not self.tag:
-            raise UserError("the code's commit is not known here: name the images' tag with --tag")
+            raise UserError("the commit of the code is not known: name the images' tag with --tag")
         if self.tag == "latest":
-            raise UserError("--tag latest means another image tomorrow: name a commit, as make images does")
+            raise UserError("--tag latest can mean another image tomorrow: name a commit, as make images does")
 
     def name(self, build: Build) -> str:
         return f"{self.repository}/sogclr-{build}".removeprefix("/")
 
     def reference(self, build: Build) -> str:
-        """Returns what names the image and nothing else: by digest where that is known, else by commit."""
+        """Returns the reference of an image: by digest if that is known, else by tag."""
         digest = self.digests.get(build)
         return f"{self.name(build)}@{digest}" if digest else f"{self.name(build)}:{self.tag}"
 
     def resolved(self, token: str, builds: tuple[Build, ...]) -> "Images":
-        """Returns the same with the digests that the registry has for `builds`. Raises UserError where it has not all of them."""
+        """Returns these images with the registry's digests of `builds`. Raises UserError if the registry lacks one of them."""
         return replace(self, digests={build: _digest(self.name(build), self.tag, token) for build in builds})
 
 
@@ -53,7 +53,7 @@ def _digest(name: str, tag: str, token: str) -> str:
     import requests
 
     host, _, path = name.partition("/")
-    # As every client of a registry has it: no TLS on this machine.
+    # Like other registry clients: no TLS for a registry on this machine.
     scheme = "http" if host.split(":")[0] in ("localhost", "127.0.0.1") else "https"
     try:
         answer = requests.head(
@@ -66,7 +66,7 @@ def _digest(name: str, tag: str, token: str) -> str:
     if answer.status_code == 404:
         raise UserError(f"there is no image {name}:{tag}; make images push=yes IMAGES={name.rpartition('/')[0]} makes it")
     if answer.status_code in (401, 403):
-        raise UserError(f"{name} may not be read: roles/artifactregistry.reader is needed on its repository")
+        raise UserError(f"{name} is not readable: these credentials need roles/artifactregistry.reader on its repository")
     if not answer.ok or "Docker-Content-Digest" not in answer.headers:
-        raise UserError(f"the registry {host} answers {answer.status_code} to {name}:{tag}; try again later")
+        raise UserError(f"the registry {host} answers {answer.status_code} for {name}:{tag}: try again later")
     return answer.headers["Docker-Content-Digest"]

@@ -1,4 +1,4 @@
-"""Pipeline jobs of Vertex AI as plain data: where they are, how they stand, what they were given and what they left."""
+"""Pipeline jobs of Vertex AI as plain data: location, state, arguments and outputs."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -8,19 +8,19 @@ from components import console
 from components.lineage import Artifact
 from trainer.shared.errors import UserError
 
-PLAN_LABEL = "sogclr-plan"
-"""Label with a digest of all that was asked for: a job that has it is the same job."""
+REQUEST_LABEL = "sogclr-plan"
+"""Label with a digest of the request. Jobs with the same digest are the same job."""
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "PAUSED")
 
 
 @dataclass(frozen=True)
 class Place:
-    """A project's part of Vertex AI in one region."""
+    """A project and a region of Vertex AI."""
 
     project: str
     region: str
     endpoint: str = ""
-    """URL of the API; empty for Google's public one. Private Service Connect has another."""
+    """URL of the API, for example for Private Service Connect; empty for Google's public one."""
 
     @property
     def folder(self) -> str:
@@ -32,7 +32,7 @@ class Place:
 
 @dataclass(frozen=True)
 class JobName:
-    """Which job: its place and its ID there."""
+    """Identifies a job: its place and its ID there."""
 
     place: Place
     job_id: str
@@ -40,30 +40,30 @@ class JobName:
 
 @dataclass(frozen=True)
 class Task:
-    """One step of a job as it stands."""
+    """The current state of one step of a job."""
 
     name: str
     state: str
-    """PENDING, RUNNING, SUCCEEDED, SKIPPED (taken from the cache), CANCELLED, FAILED, ..."""
+    """PENDING, RUNNING, SUCCEEDED, SKIPPED (reused from the cache), CANCELLED, FAILED, ..."""
     error: str
     logs: str
-    """Link to its logs; empty before it has any."""
+    """Link to the task's logs; empty until there are any."""
     outputs: Mapping[str, Artifact]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A pipeline job as it stands."""
+    """The current state of a pipeline job."""
 
     job_id: str
     state: str
-    """QUEUED, PENDING, RUNNING, SUCCEEDED, FAILED, CANCELLING, CANCELLED, PAUSED"""
+    """QUEUED, PENDING, RUNNING, SUCCEEDED, FAILED, CANCELLING, CANCELLED or PAUSED."""
     error: str
     link: str
-    plan: str
-    """The value of `PLAN_LABEL`."""
+    request_digest: str
+    """The value of `REQUEST_LABEL`."""
     tasks: tuple[Task, ...]
-    """The steps of the pipeline, in its order."""
+    """The steps of the pipeline, in the order in which they run."""
     spec: Mapping[str, Any]
     parameters: Mapping[str, Any]
     pipeline_root: str
@@ -73,15 +73,15 @@ class Job:
         return self.state in _ENDED
 
     def task(self, component: str) -> Task:
-        """Returns the task of a component. Raises UserError where the job has none, or it left nothing."""
+        """Returns the task of a component. Raises UserError if the job has no such task, or the task has no outputs."""
         found = next((task for task in self.tasks if task.name == component), None)
         if found is None or not found.outputs:
             state = f"it is {found.state}" if found else "it has no such step"
-            raise UserError(f"job {self.job_id} has nothing of {component} to go on from: {state}")
+            raise UserError(f"job {self.job_id} has no output of {component} to go on from: {state}")
         return found
 
     def arguments(self, component: str) -> dict[str, Any]:
-        """Returns the arguments that the job gave to a component, without those of the custom job that it ran in."""
+        """Returns the arguments of a component in this job, without those of the custom job around it."""
         for dag in _dags(self.spec):
             if component in dag.get("tasks", {}):
                 given = dag["tasks"][component].get("inputs", {}).get("parameters", {})
@@ -89,14 +89,14 @@ class Job:
         raise UserError(f"job {self.job_id} has no step {component}")
 
     def run_of(self, component: str) -> str:
-        """Returns the MLflow run of a component, as the metadata of what it made says it; empty where nothing does."""
+        """Returns the ID of a component's MLflow run, from the metadata of its outputs; empty if none has it."""
         made = (one for task in self.tasks if task.name == component for one in task.outputs.values())
         return next((str(one.metadata.get("run_id", "")) for one in made), "")
 
     def _value(self, given: Mapping[str, Any]) -> Any:
         if "runtimeValue" in given:
             return given["runtimeValue"].get("constant")
-        # Through the exit handler, which passes parameters on under another name.
+        # The exit handler passes the pipeline's parameters on under names with a prefix.
         name = given["componentInputParameter"].removeprefix("pipelinechannel--")
         known = self.spec["root"].get("inputDefinitions", {}).get("parameters", {})
         return self.parameters.get(name, known.get(name, {}).get("defaultValue"))
@@ -109,7 +109,7 @@ def _dags(spec: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def parse_job(text: str, project: str, region: str, endpoint: str) -> JobName:
-    """Returns the name of a job from its ID, or from its whole resource name. Raises UserError."""
+    """Returns the name of a job from its ID or its full resource name. Raises UserError if `text` is neither."""
     parts = text.removeprefix("vertex:").split("/")
     if len(parts) == 6 and parts[::2] == ["projects", "locations", "pipelineJobs"]:
         return JobName(Place(parts[1], parts[3], endpoint), parts[5])
@@ -117,18 +117,18 @@ def parse_job(text: str, project: str, region: str, endpoint: str) -> JobName:
         raise UserError(f"{text} names no job: give its ID, or projects/PROJECT/locations/REGION/pipelineJobs/ID")
     missing = [option for option, value in (("--project", project), ("--region", region)) if not value]
     if missing:
-        raise UserError(f"{' and '.join(missing)} must say where job {parts[0]} is")
+        raise UserError(f"{' and '.join(missing)} must say where job {parts[0]} runs")
     return JobName(Place(project, region, endpoint), parts[0])
 
 
 def parse_schedule(text: str, endpoint: str) -> Place | None:
-    """Returns the place of a schedule that is named by its whole resource name, or None for anything else."""
+    """Returns the place of a schedule from its full resource name, or None if `text` is something else."""
     parts = text.split("/")
     return Place(parts[1], parts[3], endpoint) if parts[::2] == ["projects", "locations", "schedules"] else None
 
 
 def as_json(job: Job) -> dict[str, Any]:
-    """Returns a job as JSON, for scripts."""
+    """Returns a job as JSON for scripts."""
     return {
         "job_id": job.job_id,
         "state": job.state,

@@ -1,6 +1,6 @@
-"""The checks before a job is sent. They only read; whatever one of them finds, the others look all the same.
+"""The checks before a job is sent. They only read, and a failed check does not stop the others.
 
-What talks to Google is imported by the check that needs it, because the command line names the checks in its help.
+Each check imports Google's libraries itself, so that the command line can list the checks in its help without them.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CHECKS = ("options", "region", "memory", "evaluation", "mlflow", "vertex", "bucket", "images", "raw")
-"""Those that can be skipped: all but the one for credentials, without which nothing can be sent."""
+"""The checks that can be skipped: all but the check for credentials, because nothing can be sent without them."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found."""
+    """The result of one check."""
 
     name: str
     ok: bool
     text: str
-    """What is so, or what is missing and what to do."""
+    """What the check found, or what is missing and what to do."""
     looked: bool = True
-    """Whether it could be looked at."""
+    """Whether the check ran."""
 
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """A submission with what the checks found."""
+    """A submission and the results of its checks."""
 
     submission: "Submission"
-    """With the images by digest and the identity of the raw data, as far as they were found."""
+    """The submission, completed with the images' digests and the identity of the raw data if the checks found them."""
     findings: tuple[Finding, ...]
     credentials: "Credentials | None" = None
 
@@ -51,9 +51,9 @@ class PreflightReport:
 
 
 def run_preflight(submission: "Submission", estimates: Iterable[Finding] = (), skip: Collection[str] = ()) -> PreflightReport:
-    """Returns what all checks but those in `skip` find. `estimates` are what is known of memory and evaluation."""
+    """Runs all checks but those in `skip`. `estimates` are the findings about memory and evaluation."""
 
-    def look(name: str, check: Callable[[], tuple[str, T]]) -> tuple[Finding, T | None]:
+    def run_check(name: str, check: Callable[[], tuple[str, T]]) -> tuple[Finding, T | None]:
         if name in skip:
             return _skipped(name), None
         try:
@@ -62,21 +62,23 @@ def run_preflight(submission: "Submission", estimates: Iterable[Finding] = (), s
         except UserError as error:
             return Finding(name, False, str(error)), None
 
-    def look_as_user(name: str, check: Callable[["Submission", "Credentials"], tuple[str, T]]) -> tuple[Finding, T | None]:
+    def check_with_credentials(
+        name: str, check: Callable[["Submission", "Credentials"], tuple[str, T]]
+    ) -> tuple[Finding, T | None]:
         if who is None:
-            absent = Finding(name, False, "not looked at: that needs credentials", looked=False)
+            absent = Finding(name, False, "not checked: it needs credentials", looked=False)
             return (_skipped(name) if name in skip else absent), None
-        return look(name, partial(check, submission, who))
+        return run_check(name, partial(check, submission, who))
 
-    options, _ = look("options", lambda: _check_spec(submission))
-    region, _ = look("region", lambda: _check_region(submission))
+    options, _ = run_check("options", lambda: _check_spec(submission))
+    region, _ = run_check("region", lambda: _check_region(submission))
     estimated = [_skipped(one.name) if one.name in skip else one for one in estimates]
-    mlflow, _ = look("mlflow", lambda: _check_mlflow(submission))
-    access, who = look("credentials", _check_credentials)
-    vertex, _ = look_as_user("vertex", _check_vertex)
-    bucket, _ = look_as_user("bucket", _check_bucket)
-    images, resolved = look_as_user("images", _check_images)
-    raw, identity = look_as_user("raw", _check_raw) if submission.raw else (None, None)
+    mlflow, _ = run_check("mlflow", lambda: _check_mlflow(submission))
+    access, who = run_check("credentials", _check_credentials)
+    vertex, _ = check_with_credentials("vertex", _check_vertex)
+    bucket, _ = check_with_credentials("bucket", _check_bucket)
+    images, resolved = check_with_credentials("images", _check_images)
+    raw, identity = check_with_credentials("raw", _check_raw) if submission.raw else (None, None)
     findings = (options, region, *estimated, mlflow, access, vertex, bucket, images, *([raw] if raw else []))
     return PreflightReport(_completed(submission, resolved, identity), findings, who)
 
@@ -86,7 +88,7 @@ def _skipped(name: str) -> Finding:
 
 
 def _completed(submission: "Submission", images: "Images | None", identity: str | None) -> "Submission":
-    """Returns a submission with the images by digest and the identity of the raw data; None leaves what it has."""
+    """Returns a submission with these images and this identity of the raw data. None leaves the submission's own."""
     if images is not None:
         cluster = submission.cluster
         cluster = replace(cluster, images=images, beam_args=_with_image(cluster, images))
@@ -97,12 +99,12 @@ def _completed(submission: "Submission", images: "Images | None", identity: str 
 
 
 def _with_image(cluster: "Cluster", images: "Images") -> tuple[str, ...]:
-    """Returns Beam's options with the image by digest: its workers run exactly what the step runs."""
+    """Returns Beam's options with the image by digest, so that Beam's workers run exactly the step's image."""
     option = "--sdk_container_image="
     return tuple(f"{option}{images.reference('cpu')}" if one.startswith(option) else one for one in cluster.beam_args)
 
 
-# ---- The checks: each returns a word on what it found, and what it found
+# ---- The checks. Each returns a text about what it found, and the thing itself or None
 
 
 def _check_spec(submission: "Submission") -> tuple[str, None]:
@@ -119,13 +121,13 @@ def _check_region(submission: "Submission") -> tuple[str, None]:
     for accelerator in used:
         check_region(accelerator, region)
     if known := sorted(one.name for one in used if one.regions):
-        return f"{region} has {', '.join(known)}, as Google's list says; quota is the project's own", None
-    return "no list of regions is kept but for TPUs", None
+        return f"{region} has {', '.join(known)} by Google's list; the project's quota is not checked", None
+    return "not checked: this project keeps lists of regions for TPUs only", None
 
 
 def _check_mlflow(submission: "Submission") -> tuple[str, None]:
     if not submission.cluster.environment.get("MLFLOW_TRACKING_URI"):
-        raise UserError("no MLflow server: --mlflow-uri URL, or MLFLOW_TRACKING_URI, must name one that the steps can reach")
+        raise UserError("no MLflow server: name one that the steps can reach with --mlflow-uri URL or MLFLOW_TRACKING_URI")
     return submission.cluster.mlflow, None
 
 
@@ -142,14 +144,14 @@ def _check_vertex(submission: "Submission", who: "Credentials") -> tuple[str, No
 
     vertex = Vertex(submission.place, who)
     vertex.check()
-    there = None if submission.schedule else vertex.find(submission.job_id)
-    return f"job {there.job_id} is there already ({there.state})" if there else "jobs can be made", None
+    existing = None if submission.schedule else vertex.find(submission.job_id)
+    return f"job {existing.job_id} already exists ({existing.state})" if existing else "jobs can be made", None
 
 
 def _check_bucket(submission: "Submission", who: "Credentials") -> tuple[str, None]:
     from pipelines.vertex.storage import check_bucket
 
-    # The steps write as themselves; who only submits need not be allowed to.
+    # With a service account, the steps write with that account, and the submitting user needs no write access.
     writes = not submission.cluster.service_account
     return check_bucket(submission.pipeline_root, submission.place, who, writes=writes), None
 

@@ -1,4 +1,4 @@
-"""Cloud Storage, as a job will find it: may its bucket be written, may its raw archives be read."""
+"""Checks of Cloud Storage for a job: its bucket must be writable, its raw archives readable."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from google.auth.credentials import Credentials
 
 _PATIENCE = 120.0
-"""Seconds that Cloud Storage is asked again while it fails in a way that may pass."""
+"""Seconds for which a call to Cloud Storage is repeated after a transient error."""
 _TO_READ = ["storage.objects.get", "storage.objects.list"]
 _TO_WRITE = ["storage.objects.create", "storage.objects.delete", *_TO_READ]
 
 
 def check_bucket(uri: str, place: Place, credentials: "Credentials", *, writes: bool) -> str:
-    """Returns a word on the bucket of the folder `uri`.
+    """Returns a short text about the bucket of the folder `uri`.
 
-    `writes` says whether the job writes to it as the owner of `credentials`; a job with an account of its own does not. Raises
-    UserError where the bucket is not there, or may not be used.
+    `writes` tells whether the job writes to the bucket with these `credentials`; a job with a service account does not. Raises
+    UserError if the bucket does not exist or these credentials may not use it.
     """
     name = _bucket_of(uri)
     needed = _TO_WRITE if writes else _TO_READ
-    with _errors_in_words(name, "roles/storage.objectUser and roles/storage.legacyBucketReader on it allow it"):
+    with _as_user_errors(name, "roles/storage.objectUser and roles/storage.legacyBucketReader on it allow it"):
         patience = DEFAULT_RETRY.with_timeout(_PATIENCE)
         bucket = storage.Client(project=place.project, credentials=credentials).get_bucket(name, retry=patience)
         allowed = bucket.test_iam_permissions(needed, retry=patience)
     missing = [one for one in needed if one not in allowed]
     if missing:
-        raise UserError(f"gs://{name}: {', '.join(missing)} may not be done; roles/storage.objectUser on it allows it")
-    what = f"gs://{name} can be written" if writes else f"gs://{name} is there"
+        raise UserError(f"gs://{name} does not allow {', '.join(missing)}: roles/storage.objectUser on it allows them")
+    what = f"gs://{name} is writable" if writes else f"gs://{name} exists"
     location = (bucket.location or "").lower()
     if location and not place.region.startswith(location) and not location.startswith(place.region):
         return f"{what}; it is in {location}, so reading it from {place.region} may cost transfer"
@@ -45,13 +45,13 @@ def check_bucket(uri: str, place: Place, credentials: "Credentials", *, writes: 
 
 
 def raw_identity(raw: str) -> str:
-    """Returns what identifies the raw archives in a folder. Raises UserError where they are not there, or may not be read."""
+    """Returns a digest that identifies the raw archives in a folder. Raises UserError if they are missing or not readable."""
     from apache_beam.io.filesystem import BeamIOError
 
     from beam_jobs import raw as raw_data
 
     bucket = _bucket_of(raw)
-    with _errors_in_words(bucket, "roles/storage.objectViewer and roles/storage.legacyBucketReader on it allow it"):
+    with _as_user_errors(bucket, "roles/storage.objectViewer and roles/storage.legacyBucketReader on it allow it"):
         try:
             return raw_data.raw_identity(raw)
         except BeamIOError as error:
@@ -65,15 +65,15 @@ def _bucket_of(uri: str) -> str:
 
 
 @contextmanager
-def _errors_in_words(bucket: str, remedy: str) -> Iterator[None]:
-    """Raises UserError for what Cloud Storage says of a bucket; `remedy` says what allows to read it."""
+def _as_user_errors(bucket: str, remedy: str) -> Iterator[None]:
+    """Turns errors of Cloud Storage into UserErrors. `remedy` tells which roles allow reading the bucket."""
     try:
         yield
     except exceptions.NotFound as error:
-        raise UserError(f"there is no bucket gs://{bucket}; docs/vertex.md makes it") from error
+        raise UserError(f"there is no bucket gs://{bucket}; docs/vertex.md says how to make it") from error
     except exceptions.Forbidden as error:
-        raise UserError(f"gs://{bucket} may not be read: {remedy}") from error
+        raise UserError(f"gs://{bucket} is not readable with these credentials: {remedy}") from error
     except (exceptions.Unauthorized, auth_exceptions.GoogleAuthError) as error:
-        raise UserError("the credentials do not hold: gcloud auth application-default login renews them") from error
+        raise UserError("the credentials are not valid: gcloud auth application-default login renews them") from error
     except (exceptions.GoogleAPICallError, requests.RequestException, exceptions.RetryError) as error:
         raise UserError(f"Cloud Storage does not answer for gs://{bucket}: {type(error).__name__}") from error

@@ -1,7 +1,4 @@
-"""One job as it is sent to Vertex AI: in words for the person who sends it, in bytes for the service.
-
-It is put into words without a word to the network; `submit` is what sends it.
-"""
+"""A job for Vertex AI: its description for the user, its request for the service. Only `submit` uses the network."""
 
 import hashlib
 import json
@@ -15,7 +12,7 @@ from google.protobuf import json_format
 from components.lineage import COMPONENTS
 from pipelines.vertex.client import Vertex
 from pipelines.vertex.cluster import Cluster, base_output_directory
-from pipelines.vertex.jobs import PLAN_LABEL, Job, Place
+from pipelines.vertex.jobs import REQUEST_LABEL, Job, Place
 from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,12 +22,12 @@ _DEFAULT_ACCOUNT = (
     "PROJECT_NUMBER-compute@developer.gserviceaccount.com, the project's default service account of Compute Engine; "
     "--service-account names another"
 )
-"""Whom Vertex AI's pipelines and Dataflow's workers run as where no account is named."""
+"""The account that Vertex AI's pipelines and Dataflow's workers run as by default."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """One job, as it is to be sent."""
+    """A job to send to Vertex AI."""
 
     place: Place
     job_id: str
@@ -38,18 +35,18 @@ class Submission:
     cluster: Cluster
     pipeline_root: str
     raw: str
-    """Folder of the raw archives that the job reads; empty where it reads none."""
+    """Folder of the raw archives; empty if the job reads none."""
     compile: Callable[[Cluster], dict[str, Any]]
     parameters: Mapping[str, Any]
     components: tuple[str, ...] = COMPONENTS
-    """Those that it runs."""
+    """Components that the job runs."""
     schedule: str = ""
-    """Five fields of cron, for a schedule that makes the job again and again."""
+    """Cron expression of five fields for a recurring job; empty for a single job."""
     max_runs: int = 0
-    """The schedule ends after so many jobs; 0 for never."""
+    """Number of jobs after which the schedule ends; 0 for no end."""
 
     def lines(self) -> Iterable[tuple[str, str]]:
-        """Yields the job in words: a name, and what it is."""
+        """Yields a description of the job for the user, as pairs of a name and a text."""
         cluster, place = self.cluster, self.place
         yield "what", self.title
         times = f", {self.max_runs} times" if self.max_runs else ""
@@ -76,10 +73,10 @@ class Submission:
         if "pretrain" in self.components:
             yield (
                 "checkpoints",
-                f"{base_output_directory(self.pipeline_root)}/checkpoints; a job that does the same again goes on from there",
+                f"{base_output_directory(self.pipeline_root)}/checkpoints; a job with the same settings resumes from there",
             )
         yield "MLflow", cluster.mlflow
-        yield "cache", "steps that did the same before are reused" if cluster.caching else "off: every step runs"
+        yield "cache", "on: steps that ran before with the same inputs are reused" if cluster.caching else "off: every step runs"
         for name, value in (("network", cluster.network), ("encryption key", cluster.encryption_key)):
             if value:
                 yield name, value
@@ -89,7 +86,7 @@ class Submission:
             yield f"parameter {name}", json.dumps(value)
 
     def job(self) -> aiplatform_v1.PipelineJob:
-        """Returns the job as it is sent. Raises UserError for what Vertex AI would not take."""
+        """Returns the job as Vertex AI's message. Raises UserError for a job that Vertex AI would reject."""
         spec = self.compile(self.cluster)
         check_parameters(spec, self.parameters)
         body: dict[str, Any] = {
@@ -104,7 +101,7 @@ class Submission:
         if self.cluster.encryption_key:
             body["encryptionSpec"] = {"kmsKeyName": self.cluster.encryption_key}
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]
-        body["labels"] = {**self.cluster.labels, PLAN_LABEL: digest}
+        body["labels"] = {**self.cluster.labels, REQUEST_LABEL: digest}
         job = aiplatform_v1.PipelineJob()
         json_format.ParseDict(body, aiplatform_v1.PipelineJob.pb(job))
         return job
@@ -121,7 +118,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def check_parameters(spec: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Raises UserError where `values` are not the parameters of the pipeline `spec`: the service finds out only later."""
+    """Raises UserError if `values` do not match the parameters of the pipeline `spec`. The service reports this only later."""
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     for name, definition in known.items():
         if name not in values:
@@ -138,18 +135,18 @@ def check_parameters(spec: Mapping[str, Any], values: Mapping[str, Any]) -> None
 
 @dataclass(frozen=True)
 class Sent:
-    """What came of a submission."""
+    """The result of a submission."""
 
     name: str
     """ID of the job, or resource name of the schedule."""
     is_new: bool
-    """False where the same was there already."""
+    """False if the same job or schedule already existed."""
     job: Job | None
-    """None for a schedule."""
+    """The job, or None for a schedule."""
 
 
 def submit(submission: Submission, credentials: "Credentials") -> Sent:
-    """Sends a submission. Raises UserError where Vertex AI refuses it or does not answer."""
+    """Sends a submission and returns the result. Raises UserError if Vertex AI refuses it or does not answer."""
     vertex, job = Vertex(submission.place, credentials), submission.job()
     if submission.schedule:
         name, is_new = vertex.schedule(submission.job_id, submission.schedule, job, submission.max_runs)

@@ -93,7 +93,7 @@ def lever_result(changes: dict[str, Any]) -> dict[str, Any]:
     machine = accelerators.get("v5e-8")
     config = resolve(f"sogclr_imagenet_r50_b{LEVER_BATCH}")
     config = replace(config, **{key: value for key, value in changes.items() if key != "fuses"})
-    one = OneOfMany(machine.replicas, fuses=changes.get("fuses", True))
+    one = OneOfMany(machine.replicas, recompute_in_backward=changes.get("fuses", True))
     program = lower_step(config, create_train_state(config, 1_281_167, 1000, one), one)
     python = compiler.tpu_python(PROJECT)
     assert python is not None, "make tpu-check first"

@@ -28,7 +28,7 @@ from trainer.step import make_train_step
 
 
 class FusingReplicas(Replicas):
-    fuses = True
+    recompute_in_backward = True
 
 
 def five_steps(data_dir: str, output: Path, begun: Path | None, replicas: int, fuses: bool, overrides: list[str]) -> None:

@@ -46,7 +46,7 @@ def google_with_images(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Goog
         patch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
         for name, seconds in {"_FIRST_WAIT": 0.01, "_LONGEST_WAIT": 0.05, "_PATIENCE": 1.5}.items():
             patch.setattr(client, name, seconds)
-        patch.setattr(client, "_SECONDS_BETWEEN_LOOKS", 0.01)
+        patch.setattr(client, "_SECONDS_BETWEEN_POLLS", 0.01)
         patch.setattr(client, "_SECONDS_FOR_A_CALL", 1.0)
         patch.chdir(folder)
         repository = google.url.removeprefix("http://") + "/my-project/sogclr"

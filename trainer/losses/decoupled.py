@@ -1,4 +1,4 @@
-"""The decoupled contrastive loss (Yeh et al. 2022): NT-Xent without the positive in its denominator."""
+"""The decoupled contrastive loss (Yeh et al. 2022): NT-Xent without the positive pair in the denominator."""
 
 from trainer.losses.nt_xent import NtXent
 from trainer.settings import LossSettings

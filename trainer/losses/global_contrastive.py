@@ -1,4 +1,7 @@
-"""The global contrastive loss of SogCLR (Yuan et al. 2022), whose memory of every image is u, and iSogCLR's (Qiu et al. 2023)."""
+"""The global contrastive losses of SogCLR (Yuan et al. 2022) and iSogCLR (Qiu et al. 2023).
+
+Both keep a moving average u of every image's contrast with its negatives.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ def make(settings: LossSettings) -> "GlobalContrastive":
 
 @dataclass(frozen=True)
 class GlobalContrastive:
-    """The loss with its vectors: `u`, 0 where an image was not seen yet, and where every image learns a temperature, those."""
+    """The loss of SogCLR or iSogCLR. It stores `u` of every image (0 before its first visit) and, if learned, its temperature."""
 
     settings: LossSettings
     variant: "Variant"
@@ -39,7 +42,7 @@ class GlobalContrastive:
         return result.loss, {"u": result.u, "temperature": moved, "temperature_velocity": velocity}
 
     def metrics(self, vectors: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Returns what u, and the temperatures if they are learned, look like over the images seen so far."""
+        """Returns statistics of u and of learned temperatures over the images seen so far; empty before the first."""
         u = vectors["u"]
         seen = u > 0
         if not seen.any():
@@ -62,14 +65,15 @@ class GlobalContrastive:
 
 @dataclass(frozen=True)
 class Variant:
-    """What an implementation stores in u, and what it takes for an image never seen."""
+    """How u is stored, and how it is initialized."""
 
     stored: Literal["mean", "sum"]
-    """Of the two views' estimates."""
+    """Whether u is the mean or the sum of the two views' estimates."""
     first_visit: Literal["zero", "image", "batch"]
-    """`zero`: u = 0 is an estimate too. `image`: an image with u = 0 takes gamma = 1. `batch`: all take it while all u are 0."""
+    """First update of u. `zero`: as any other, from u = 0. `image`: gamma = 1 for each image whose u is 0. `batch`: gamma = 1 for
+    all images of a batch if u is 0 for all of them."""
     learns_temperature: bool = False
-    """Whether every image has a temperature of its own (Qiu et al. 2023)."""
+    """Whether every image learns its own temperature (Qiu et al. 2023)."""
 
 
 VARIANTS = {
@@ -81,7 +85,7 @@ VARIANTS = {
 
 
 def gamma_of_visit(u: tf.Tensor, gamma: float, variant: Variant) -> tf.Tensor:
-    """Returns the gamma of each image of the global batch, [B] float32, from its stored `u`, [B] float32."""
+    """Returns the gamma of each image of the global batch, [B] float32. `u`, [B] float32, holds its stored value."""
     constant = tf.fill(tf.shape(u), tf.constant(gamma, u.dtype))
     match variant.first_visit:
         case "zero":
@@ -93,14 +97,14 @@ def gamma_of_visit(u: tf.Tensor, gamma: float, variant: Variant) -> tf.Tensor:
 
 
 class Surrogate(NamedTuple):
-    """What the global contrastive loss gives for b anchors."""
+    """The surrogate loss of b anchors, with their new u and the gradients of their temperatures."""
 
     loss: tf.Tensor
-    """Scalar: the surrogate whose gradient estimates that of the objective (about -1.5 when trained); not the objective."""
+    """Scalar, whose gradient estimates the objective's gradient. Its value is not the objective: about -1.5 when trained."""
     u: tf.Tensor
-    """[b] float32, to be stored; carries no gradient."""
+    """[b] float32, new values to store; without gradient."""
     temperature_gradient: tf.Tensor
-    """[b] float32: how each anchor's objective changes with its temperature, without rho; carries no gradient."""
+    """[b] float32, derivative of each anchor's objective by its temperature, without the term rho; without gradient."""
 
 
 def global_contrastive(
@@ -114,9 +118,9 @@ def global_contrastive(
     temperature: tf.Tensor | float,
     variant: Variant,
 ) -> Surrogate:
-    """Returns the surrogate of the global contrastive loss and what it learned of each anchor (Yuan et al. 2022, Algorithm 1).
+    """Returns the surrogate of the global contrastive loss (Yuan et al. 2022, Algorithm 1).
 
-    `u` and `gamma` are those of the anchors, [b] float32; `temperature` is a number, or each anchor's own, [b] float32.
+    `u` and `gamma`, [b] float32, are the anchors'. `temperature` is a number, or [b] float32, one for each anchor.
     """
     batch = tf.shape(all_z1)[0]
     own = tf.one_hot(positions, batch, dtype=z1.dtype)
@@ -131,7 +135,7 @@ def global_contrastive(
         contrast = tf.reduce_sum(cross_exp + within_exp, axis=1) / negatives
         new_u = (1.0 - gamma) * u + gamma * contrast
         weighted = tf.reduce_sum(cross_exp * cross + within_exp * within, axis=1) / (new_u * negatives)
-        # Of tau log E exp(s/tau) by tau, with u in the place of the mean.
+        # The derivative of tau log E exp(s/tau) by tau, with u as the estimate of the mean.
         by_temperature = tf.stop_gradient(tf.math.log(new_u) - weighted / temperatures)
         return weighted - tf.reduce_sum(cross * own, axis=1), new_u, by_temperature
 
@@ -144,10 +148,10 @@ def global_contrastive(
 def next_temperature(
     temperature: tf.Tensor, velocity: tf.Tensor, gradient: tf.Tensor, settings: LossSettings
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the temperatures of images after a visit, and their velocities (Qiu et al. 2023, Algorithm 1).
+    """Returns the new temperatures of images and their new velocities (Qiu et al. 2023, Algorithm 1).
 
     All are [b] float32; `gradient` is `Surrogate.temperature_gradient`. The objective of an image is
-    temperature * (log E exp(s / temperature) + rho), so a large rho asks for small temperatures.
+    temperature * (log E exp(s / temperature) + rho), so a larger rho lowers the temperatures.
     """
     beta = settings.temperature_momentum
     velocity = (1.0 - beta) * velocity + beta * (gradient + settings.temperature_rho)
@@ -156,9 +160,9 @@ def next_temperature(
 
 
 def global_objective(u: tf.Tensor, temperature: float) -> tf.Tensor:
-    """Returns the estimate of the contrast's part of the global objective, mean of temperature * log(u) over images seen (u > 0).
+    """Estimates the contrast term of the global objective: the mean of temperature * log(u) over the images seen so far.
 
-    `u` is the vector over the whole dataset, [N] float32; 0 where no image was seen yet.
+    `u`, [N] float32, covers the whole dataset. It is 0 for images not seen yet.
     """
     seen = tf.cast(u > 0.0, u.dtype)
     logs = tf.math.log(tf.where(u > 0.0, u, tf.ones_like(u)))

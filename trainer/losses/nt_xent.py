@@ -1,4 +1,4 @@
-"""NT-Xent, with or without its positive in the denominator: a loss of the batch alone."""
+"""NT-Xent, with or without the positive pair in the denominator. It depends on the current batch only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ def make(settings: LossSettings) -> "NtXent":
 
 @dataclass(frozen=True)
 class NtXent:
-    """SimCLR's loss (Chen et al. 2020). It keeps nothing of an image."""
+    """SimCLR's loss (Chen et al. 2020). It stores no vectors."""
 
     temperature: float
     decoupled: bool = False
@@ -41,9 +41,9 @@ def nt_xent(
     temperature: float,
     decoupled: bool = False,
 ) -> tf.Tensor:
-    """Returns SimCLR's NT-Xent, a scalar: the mean over anchors of both views' cross-entropies (Chen et al. 2020, eq. 1).
+    """Returns SimCLR's NT-Xent (Chen et al. 2020, eq. 1), a scalar: both views' cross-entropies, summed, averaged over anchors.
 
-    `decoupled` leaves the positive out of the denominator (Yeh et al. 2022), which at gamma = 1 the global loss does too.
+    `decoupled` omits the positive pair from the denominator (Yeh et al. 2022), as does the global contrastive loss at gamma = 1.
     """
     own = tf.one_hot(positions, tf.shape(all_z1)[0], dtype=z1.dtype)
 

@@ -1,4 +1,4 @@
-"""The experiments there are, a file a dataset. `resolve` is how everything else gets a config."""
+"""The presets, one file per dataset. All other code gets its config from `resolve`."""
 
 from collections.abc import Iterable
 
@@ -13,12 +13,15 @@ PRESETS: dict[str, Preset] = {one.name: one for one in (*demo.PRESETS, *imagenet
 
 
 def find(name: str) -> Preset:
-    """Returns the preset of a name. Raises UserError, with the nearest name, where there is none."""
+    """Returns the preset with this name. Raises UserError with the nearest name if there is none."""
     if name not in PRESETS:
         raise UserError(f"there is no preset {name}{nearest(name, PRESETS)}; sogclr presets lists them")
     return PRESETS[name]
 
 
 def resolve(preset: str, overrides: Iterable[str] = ()) -> Config:
-    """Returns the config of `preset` with `overrides` ("key=value") in place. Raises UserError for what it cannot use."""
+    """Returns the config of `preset` with `overrides` ("key=value") applied.
+
+    Raises UserError for an unknown preset or an invalid override.
+    """
     return override(find(preset).config, overrides)

@@ -1,4 +1,4 @@
-"""CIFAR-10: the official code's branch for it, and a smaller encoder for machines without an accelerator."""
+"""CIFAR-10: the recipe of the official code's CIFAR branch, and a smaller encoder for machines without an accelerator."""
 
 from trainer.config import Config, replace
 from trainer.presets.preset import Preset
@@ -38,7 +38,7 @@ CIFAR10_SMALL = replace(
     warmup_epochs=1.0,
     cache=True,
 )
-"""A ResNet-18 of a quarter's width, for two cores."""
+"""SogCLR on CIFAR-10 with a ResNet-18 of a quarter of the usual width, for two cores."""
 
 PRESETS = (
     Preset(
@@ -61,7 +61,7 @@ PRESETS = (
     ),
     Preset(
         name="sogclr_cifar10_r18w025_b128",
-        summary="SogCLR on CIFAR-10, a ResNet-18 of a quarter's width, 40 epochs: sized for a CPU.",
+        summary="SogCLR on CIFAR-10, ResNet-18 of a quarter of the usual width, 40 epochs: sized for a CPU.",
         command="sogclr run --preset sogclr_cifar10_r18w025_b128 --raw DIR",
         published="none",
         source="this project",
@@ -70,7 +70,7 @@ PRESETS = (
     ),
     Preset(
         name="simclr_cifar10_r18w025_b128",
-        summary="SimCLR on CIFAR-10, a ResNet-18 of a quarter's width, 40 epochs: sized for a CPU.",
+        summary="SimCLR on CIFAR-10, ResNet-18 of a quarter of the usual width, 40 epochs: sized for a CPU.",
         command="sogclr run --preset simclr_cifar10_r18w025_b128 --raw DIR",
         published="none",
         source="this project",

@@ -1,4 +1,4 @@
-"""The demo: a first run in minutes, on data that come with the installed packages."""
+"""The demo: a first run in minutes, on pictures from installed packages."""
 
 from trainer.config import Config, replace
 from trainer.presets.preset import Preset
@@ -6,9 +6,9 @@ from trainer.presets.preset import Preset
 PRESETS = (
     Preset(
         name="demo",
-        summary="A ResNet-18 of a quarter's width on crops of 19 photographs, small enough for two cores.",
+        summary="ResNet-18 of a quarter of the usual width on crops of 19 photographs, small enough for two cores.",
         command="sogclr run --preset demo",
-        published="none; docs/results.md has what it measures here",
+        published="none; docs/results.md has our measurements",
         source="this project",
         cost="about five minutes on two cores",
         config=replace(

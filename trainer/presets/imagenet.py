@@ -1,6 +1,6 @@
-"""ImageNet-1K, and ImageNet-S, its first 100 synsets: the paper's runs.
+"""The paper's runs on ImageNet-1K and on ImageNet-S (its first 100 synsets).
 
-The settings are those of the official TensorFlow code. Convolutions compute in bfloat16, as TPUs do best; the rest is float32.
+The settings are those of the official TensorFlow code. Convolutions compute in bfloat16, TPUs' fastest type; the rest is float32.
 """
 
 from trainer.config import Config, replace

@@ -1,4 +1,4 @@
-"""What a preset is."""
+"""The type of a preset."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from trainer.config import Config
 
 @dataclass(frozen=True)
 class Preset:
-    """An experiment that anyone can run again. `name` is METHOD_DATASET_ENCODER_bBATCH."""
+    """A reproducible experiment. `name` is METHOD_DATASET_ENCODER_bBATCH."""
 
     name: str
     summary: str
     command: str
-    """How to run it; DIR is the folder of the raw data."""
+    """Command line that runs the experiment; DIR is the folder of the raw data."""
     published: str
-    """What others measured with these settings."""
+    """Published accuracy of these settings."""
     source: str
-    """Where that is published."""
+    """Publication that reports `published`."""
     cost: str
-    """What a run takes: measured, or reckoned where it says so."""
+    """Duration and price of a run. "reckoned" marks an estimate of `sogclr plan`; all other numbers are measured."""
     config: Config

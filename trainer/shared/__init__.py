@@ -1,4 +1,4 @@
-"""What every room may know: errors for people, whole files, progress, the record schema, blocks of records, pages.
+"""Shared by all packages: errors for users, atomic writes, progress, the record schema, blocks of records, HTML pages.
 
-Imports without TensorFlow.
+Importing this package does not import TensorFlow.
 """

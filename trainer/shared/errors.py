@@ -1,6 +1,6 @@
-"""What a user can mend: the exception whose message is for them, and the hint at what they may have meant.
+"""Errors that a user can fix: an exception with a message for the user, and a "did you mean" hint.
 
-Whoever starts a command shows the message as one line, without a traceback, and exits with 2.
+Every command prints the message as one line, without a traceback, and exits with 2.
 """
 
 import difflib
@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """What the user gave cannot be used, and they can mend it. The message is one line: what is wrong, what would be right."""
+    """An error that the user can fix. The message is one line: what is wrong, and what would be right."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean X?" where something of `known` is like `name`, else nothing."""
+    """Returns "; did you mean X?" if a name in `known` is similar to `name`, else an empty string."""
     known = list(known)
-    begin_so = [candidate for candidate in known if candidate.startswith(name)]
-    close = begin_so or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    completions = [candidate for candidate in known if candidate.startswith(name)]
+    close = completions or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else ""

@@ -1,9 +1,9 @@
-"""Files and folders that are whole or not there, local or on gs://.
+"""Atomic writes of files and folders, local or on gs://: a reader sees the old content or the new, never a part.
 
-What is local is made beside its place and renamed into it, so that a reader sees the old content or the new, never a part. On
-gs:// an object appears when its upload has ended: one write is whole, and a rename would be a copy and a deletion.
+A local file is written under a temporary name in the same folder, then renamed. On gs:// one upload is atomic by itself: the
+object appears when the upload ends, and a rename would cost a copy and a deletion.
 
-What is local needs no TensorFlow. Beam has its own file systems: see `beam_jobs/files.py`.
+Local paths do not need TensorFlow. Beam has its own file systems: see `beam_jobs/files.py`.
 """
 
 import errno
@@ -29,10 +29,10 @@ def is_local(path: str) -> bool:
 
 @contextmanager
 def whole_file(path: str, partial: str = "") -> Iterator[BinaryIO]:
-    """Gives a local file to write to, which is at `path` once the block ends without an error.
+    """Opens a local file for writing. It appears at `path` when the block ends without an error.
 
-    Until then it is at `partial`, beside `path` where that is not said: two processes that may write the same file at the same
-    time need names of their own. Makes the folder. Raises UserError where this machine cannot write, as on a full disk.
+    Until then its path is `partial`, by default `path` with a suffix. If two processes may write the same file at the same time,
+    each must pass its own `partial`. Creates the folder. Raises UserError if this machine cannot write, as on a full disk.
     """
     partial = partial or path + _PARTIAL
     try:
@@ -54,7 +54,7 @@ def whole_file(path: str, partial: str = "") -> Iterator[BinaryIO]:
 
 @contextmanager
 def whole_folder(path: str) -> Iterator[str]:
-    """Gives a local folder to fill, which takes the place of `path` once the block ends without an error."""
+    """Creates a local folder to fill. It replaces `path` when the block ends without an error."""
     partial = path.rstrip("/") + _PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -68,9 +68,9 @@ def whole_folder(path: str) -> Iterator[str]:
 
 
 def write_whole(path: str, content: bytes) -> None:
-    """Writes a file, local or remote.
+    """Writes a file atomically, local or remote.
 
-    Raises UserError where this machine cannot write it, and tf.errors.OpError where remote storage does not take it.
+    Raises UserError if a local file cannot be written, and tf.errors.OpError if remote storage refuses it.
     """
     if is_local(path):
         try:
@@ -89,7 +89,7 @@ def write_whole(path: str, content: bytes) -> None:
 
 
 def write_arrays(path: str, arrays: "Mapping[str, np.ndarray]") -> None:
-    """Writes an uncompressed .npz, whole or not at all."""
+    """Writes an uncompressed .npz atomically."""
     import numpy as np
 
     buffer = io.BytesIO()
@@ -98,12 +98,13 @@ def write_arrays(path: str, arrays: "Mapping[str, np.ndarray]") -> None:
 
 
 def names_in(folder: str) -> list[str]:
-    """Returns the names of what is in a folder; none where there is no such folder.
+    """Returns the names of a folder's entries, or an empty list if the folder does not exist.
 
-    Raises tf.errors.OpError where storage does not say. `tf.io.gfile.isdir` and `listdir` take every error for no folder.
+    Raises tf.errors.OpError if storage fails.
     """
     import tensorflow as tf
 
+    # tf.io.gfile.isdir and listdir report every storage error as a missing folder; exists does not.
     return [name.rstrip("/") for name in tf.io.gfile.listdir(folder)] if tf.io.gfile.exists(folder) else []
 
 
@@ -112,5 +113,5 @@ def _create(path: str) -> BinaryIO:
 
 
 def _unwritable(path: str, error: OSError) -> UserError:
-    mend = "make room" if error.errno in _NO_ROOM else "mend that"
-    return UserError(f"{path} cannot be written: {error.strerror}; {mend} and give the same command again")
+    remedy = "make room" if error.errno in _NO_ROOM else "fix that"
+    return UserError(f"{path} cannot be written: {error.strerror}; {remedy} and start the same command again")

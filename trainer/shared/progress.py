@@ -1,8 +1,7 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere, always on stderr.
+"""Progress of long jobs on stderr: bars on a terminal, plain lines elsewhere.
 
-A plain line is `[pretrain] 120/640 loss -1.432, 0:31 left`; `parse_line` reads one back but for the
-time left, so that a program that runs a job
-in a process of its own can draw the bar itself. A note is a line `[pretrain] running on 8 x TPU v5e`.
+A plain line is `[pretrain] 120/640 loss -1.432, 0:31 left`. A program that runs a job in another process parses such lines with
+`parse_line` and draws the bar itself. A note is a line `[pretrain] running on 8 x TPU v5e`.
 """
 
 import re
@@ -19,7 +18,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressBars:
-    """Shows how far jobs are; call it with (job, done, total, text). A job ends when done == total."""
+    """Shows the progress of jobs. Call it with (job, done, total, text); a job ends when done == total."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -37,7 +36,7 @@ class ProgressBars:
             else None
         )
         self._tasks: dict[str, tuple[TaskID, float]] = {}
-        """By job: the bar's number, and when the job began, seconds."""
+        """Job -> (ID of its bar, start time in seconds)."""
         self._last_line = 0.0
 
     def __enter__(self) -> Self:
@@ -63,12 +62,12 @@ class ProgressBars:
             print(f"[{job}] {done}/{total} {', '.join(filter(None, (text, left)))}".rstrip(), file=sys.stderr, flush=True)
 
     def note(self, job: str, text: str) -> None:
-        """Prints one line of `job` that stays, above the bars."""
+        """Prints a permanent line about `job` above the bars."""
         print(f"[{job}] {text}", file=sys.stderr, flush=True)
 
 
 def parse_line(line: str) -> tuple[str, int, int, str] | None:
-    """Returns (job, done, total, text) of a plain progress line, or None for any other line."""
+    """Parses a plain progress line into (job, done, total, text), without the time left. Returns None for any other line."""
     match = _LINE.match(line.rstrip())
     if match is None:
         return None

@@ -1,13 +1,13 @@
-"""The record schema: what whoever writes a dataset and whoever reads it agree on.
+"""The record schema, shared by the code that writes a dataset and the code that reads it.
 
 A record is a serialized `tf.train.Example` with exactly three features, one image each:
 
     image/encoded      bytes   a JPEG
     image/class/label  int64   rank of the image's synset, 0-based
-    image/ID           int64   the image's place in u: dense, 0..N-1 within its split
+    image/ID           int64   the image's index in u: dense, 0..N-1 within its split
 
-Beside the records lies `manifest.json`, written last of all: a folder without it is not a dataset. Everything here but
-`parse_example` and `read_manifest` works without TensorFlow, so that Beam workers never import it.
+The dataset's folder also holds `manifest.json`, which is written last: a folder without it is not a finished dataset. Only
+`parse_example` and `read_manifest` need TensorFlow, so Beam workers never import it.
 """
 
 import functools
@@ -28,7 +28,7 @@ IMAGE_ID = "image/ID"
 
 MANIFEST = "manifest.json"
 RECORDS_PER_BLOCK = 64
-"""Records between two offsets that the manifest keeps of a shard: the unit in which a reader seeks."""
+"""Records of a block. The manifest holds the offset of every block, so a reader can seek to it."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Shard:
     """One TFRecord file of a split."""
 
     file: str
-    """Name within the dataset's folder."""
+    """File name within the dataset's folder."""
     records: int
     bytes: int
     crc32c: str
-    """Of the whole file, in base64, as Cloud Storage says it of its objects."""
+    """CRC32C of the whole file, in base64, the form in which Cloud Storage reports it."""
     blocks: tuple[int, ...]
     """Byte offset of every `RECORDS_PER_BLOCK`-th record, starting with 0."""
 
@@ -51,29 +51,29 @@ class Split:
 
     records: int
     records_per_class: tuple[int, ...]
-    """By label."""
+    """Number of records of each class, in label order."""
     shards: tuple[Shard, ...]
     repaired: tuple[Mapping[str, Any], ...] = ()
-    """For each image that had to be made a JPEG that every decoder reads alike: its ID, its source and what was done."""
+    """For each image that was converted to a standard JPEG: its ID, its source and the repair."""
     rejected: tuple[Mapping[str, Any], ...] = ()
-    """For each image left out: its source and why."""
+    """For each image that was left out: its source and the reason."""
     resized: int = 0
-    """Images that were larger than the conversion's `max_side`."""
+    """Number of images that were larger than the conversion's `max_side`."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that is known of a dataset without reading its records."""
+    """The description of a dataset: its classes, splits and shards, and the options of the conversion."""
 
     name: str
     fingerprint: str
-    """Names this version of the dataset: equal if and only if every split has the same (ID, label, sha256 of the bytes)."""
+    """Identifies the content: equal if and only if every split has the same (ID, label, sha256 of the bytes) of every image."""
     synsets: tuple[str, ...]
-    """In label order."""
+    """Synsets of the classes, in label order."""
     splits: Mapping[str, Split]
     tool_version: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Those of the conversion that change what is written."""
+    """Options of the conversion that change the output."""
 
     @property
     def num_classes(self) -> int:
@@ -81,11 +81,11 @@ class Manifest:
 
 
 @functools.lru_cache(maxsize=2)
-def reading_places(num_images: int) -> "np.ndarray":
-    """Returns for each ID its place, int64 [N], in the order in which the shards, one after another, hold the images.
+def reading_positions(num_images: int) -> "np.ndarray":
+    """Returns the position of each image ID, int64 [N], in the order of the records: shard after shard.
 
-    A fixed permutation of 0..N-1 that mixes the classes: the ranks of SplitMix64's outputs (Steele et al. 2014, doi
-    10.1145/2714064.2660195), which differ for different IDs.
+    The positions are a fixed permutation of 0..N-1 that mixes the classes. They are the ranks of SplitMix64's outputs, which
+    differ for different IDs (Steele et al. 2014, doi 10.1145/2714064.2660195).
     """
     import numpy as np
 
@@ -100,7 +100,7 @@ def manifest_to_json(manifest: Manifest) -> str:
 
 
 def manifest_from_json(text: str) -> Manifest:
-    """Reads what `manifest_to_json` wrote. Raises ValueError or KeyError where it is something else."""
+    """Parses the output of `manifest_to_json`. Raises ValueError or KeyError if `text` is something else."""
     raw = json.loads(text)
     splits = {
         name: Split(
@@ -124,43 +124,43 @@ def manifest_from_json(text: str) -> Manifest:
 
 
 def read_manifest(data_dir: str) -> Manifest:
-    """Reads the manifest of the dataset in `data_dir`, a local folder or a gs:// one.
+    """Reads the manifest of the dataset in `data_dir`, a local or a gs:// folder.
 
-    Raises UserError where there is no whole dataset: the manifest is missing or unreadable, or a shard it names is not
-    there in its full length.
+    Raises UserError if the dataset is not complete: the manifest is missing or unreadable, or a shard is missing or has another
+    size than the manifest records.
     """
     import tensorflow as tf
 
     path = f"{data_dir.rstrip('/')}/{MANIFEST}"
     if not tf.io.gfile.exists(path):
         raise UserError(
-            f"{data_dir} holds no finished dataset: {MANIFEST} is missing; write one with python -m beam_jobs.build_tfrecords"
+            f"{data_dir} holds no finished dataset: {MANIFEST} is missing; build one with python -m beam_jobs.build_tfrecords"
         )
     with tf.io.gfile.GFile(path) as file:
         text = file.read()
     try:
         manifest = manifest_from_json(text)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a manifest of this version ({error!r}); build the dataset again") from error
+        raise UserError(f"{path} is not a manifest of this version: {error!r}; build the dataset again") from error
     for split in manifest.splits.values():
         for shard in split.shards:
             shard_path = f"{data_dir.rstrip('/')}/{shard.file}"
             found = tf.io.gfile.stat(shard_path).length if tf.io.gfile.exists(shard_path) else 0
             if found != shard.bytes:
-                raise UserError(f"{shard_path} has {found} bytes where the manifest says {shard.bytes}; build the dataset again")
+                raise UserError(f"{shard_path} has {found} bytes, but {MANIFEST} says {shard.bytes}; build the dataset again")
     return manifest
 
 
 def encode_example(encoded: bytes, label: int, image_id: int) -> bytes:
-    """One record: the serialized `tf.train.Example` of an image, the same bytes for the same arguments, always."""
+    """Returns the record of an image, a serialized `tf.train.Example`. The same arguments always give the same bytes."""
     return example_head(len(encoded), label, image_id) + encoded
 
 
 def example_head(size: int, label: int, image_id: int) -> bytes:
-    """Returns all of `encode_example` that comes before the JPEG of `size` bytes, which ends it.
+    """Returns the bytes of a record before its JPEG of `size` bytes. The JPEG is the end of the record.
 
-    Written in protocol buffers' wire format directly (https://protobuf.dev/programming-guides/encoding/): a tenth of the
-    time that building the message takes, and the JPEG need not be copied.
+    Writes the protobuf wire format directly (https://protobuf.dev/programming-guides/encoding/). This takes a tenth of the time
+    of building the message, and does not copy the JPEG.
     """
     value = _header(1, size)  # of BytesList
     feature = _header(1, len(value) + size) + value
@@ -205,7 +205,7 @@ _LABEL_KEY, _IMAGE_ID_KEY, _ENCODED_KEY = (_delimited(1, key.encode()) for key i
 
 
 def decode_example(serialized: bytes) -> tuple[bytes, int, int]:
-    """Returns (JPEG, label, image ID) of what `encode_example` made. Raises ValueError where it is something else."""
+    """Parses the output of `encode_example` into (JPEG, label, image ID). Raises ValueError if it is something else."""
     try:
         _, features = next(_fields(memoryview(serialized)))
         found: dict[str, Any] = {}
@@ -220,7 +220,7 @@ def decode_example(serialized: bytes) -> tuple[bytes, int, int]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yields number and bytes of each field of a message that has none but of the wire type that all here are of."""
+    """Yields (number, bytes) of each field. Raises ValueError if a field is not length-delimited (wire type 2)."""
     position = 0
     while position < len(message):
         size, start = _read_varint(message, position + 1)
@@ -231,7 +231,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
-    """Returns a number and where it ends."""
+    """Returns (value, position after it)."""
     value = shift = 0
     while message[position] & 0x80:
         value |= (message[position] & 0x7F) << shift
@@ -243,8 +243,8 @@ def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
 def parse_example(serialized: Any) -> dict[str, Any]:
     """Parses one record in a TensorFlow graph.
 
-    Returns scalars under their feature names: `image/encoded` string, `image/class/label` int64, `image/ID` int64. A record
-    that lacks one fails the pipeline with the name of what is missing.
+    Returns scalars by feature name: `image/encoded` string, `image/class/label` int64, `image/ID` int64. If a record lacks a
+    feature, the graph fails with the feature's name.
     """
     import tensorflow as tf
 

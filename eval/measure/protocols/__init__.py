@@ -1,7 +1,7 @@
-"""The ways to measure an encoder, a file each. Read `protocol.py` first, then `cached.py`.
+"""The protocols that measure an encoder, one file each. Read `protocol.py` first, then `cached.py`.
 
-A new protocol takes a file here, whose PROTOCOLS holds it, and its name in `trainer.settings.ProtocolName`. Its settings are
-fields of `trainer.settings.LinearEvalSettings`.
+To add a protocol, add a file with a constant PROTOCOLS here, and the protocol's name to `trainer.settings.ProtocolName`. Its
+settings are fields of `trainer.settings.LinearEvalSettings`.
 """
 
 import importlib
@@ -18,9 +18,9 @@ from trainer.config import Config
 from trainer.settings import ProtocolName
 
 _BASE_BYTES = 1.5e9
-"""Of TensorFlow, the encoder and a batch."""
+"""Memory of TensorFlow, the encoder and a batch."""
 _SEARCH_VECTORS = 30
-"""As long as the weights, float64, that L-BFGS remembers and works with."""
+"""Number of vectors that L-BFGS holds, each as long as the weights, in float64."""
 
 __all__ = [
     "PROTOCOLS",
@@ -43,14 +43,14 @@ def _in_this_folder() -> Iterator[Protocol]:
 
 _FOUND = {one.name: one for one in _in_this_folder()}
 PROTOCOLS: dict[str, Protocol] = {name: _FOUND[name] for name in get_args(ProtocolName)}
-"""By name, in the order of `trainer.settings.ProtocolName`."""
+"""Protocols by name, in the order of `trainer.settings.ProtocolName`."""
 
 
 def memory_bytes(sizes: Sizes) -> float:
-    """Returns what an evaluation holds in memory at most; docs/evaluation.md has what was measured.
+    """Returns the estimated peak memory of an evaluation. docs/evaluation.md lists measurements.
 
-    The validation images' features and scores, the vectors of a fit's search, the features that it holds, and parts that are read
-    ahead. What grows with the training images is their IDs and labels.
+    Counts the features and scores of the validation images, the vectors of L-BFGS, the features that a fit holds, and the parts
+    that are read ahead. Of the training images, only IDs and labels grow with their number.
     """
     validation = 4.0 * sizes.validation * (2 * sizes.features + 3 * sizes.classes)
     search = 8.0 * _SEARCH_VECTORS * sizes.features * sizes.classes
@@ -59,26 +59,27 @@ def memory_bytes(sizes: Sizes) -> float:
 
 
 def disk_bytes(config: Config, sizes: Sizes) -> float:
-    """Returns how much disk its features take, the control's included."""
+    """Returns the size of an evaluation's features on disk, including those of the control."""
     control = min(sizes.train, config.linear_eval.control_images)
     images = sizes.train + sizes.validation + (control + sizes.validation if control else 0)
     return 4.0 * images * sizes.features
 
 
 def chosen(config: Config) -> list[Protocol]:
-    """Returns the protocols of an evaluation in the order in which they are done: `cached` first, always, then the control."""
+    """Returns the protocols of an evaluation in order of execution: always `cached` first, then the control, then the others."""
     others = (PROTOCOLS[name] for name in dict.fromkeys(config.linear_eval.protocols) if name != CACHED.name)
     return [CACHED, *([CONTROL] if config.linear_eval.control_images else []), *others]
 
 
 def work_of(config: Config, sizes: Sizes) -> dict[str, Work]:
-    """Returns the work of an evaluation by its rows, in the order in which they are done.
+    """Returns the work of each row of an evaluation, in order of execution.
 
-    The row `features` is the forward pass over both splits that protocols share, `untrained` the control.
+    The row `features` is the forward pass over both splits, which protocols share. The row `untrained` is the control. All other
+    rows are protocols.
     """
     return {"features": Work(sizes.train + sizes.validation)} | {one.row: one.work(config, sizes) for one in chosen(config)}
 
 
 def description_of(protocol: str) -> str:
-    """Returns the line that describes a protocol, or nothing where this version does not know it."""
+    """Returns the description of a protocol, or an empty string if this version does not know it."""
     return PROTOCOLS[protocol].description if protocol in PROTOCOLS else ""

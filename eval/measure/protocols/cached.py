@@ -1,6 +1,6 @@
-"""The protocol `cached`: a linear classifier fitted to its optimum, on features that are computed once.
+"""The protocol `cached`: a linear classifier, fitted to its optimum on features that are computed once.
 
-Its one free number, the penalty, is chosen on held-out training images.
+Its only hyperparameter, the penalty, is chosen on held-out training images.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from trainer.preemption import PreemptedError
 from trainer.settings import LinearEvalSettings
 
 EVALUATIONS = 12
-"""Of the objective for one penalty, as planned for: docs/evaluation.md says what was measured."""
+"""Expected evaluations of the objective for one penalty. docs/evaluation.md lists measurements."""
 _TRIED_ON_ALL = 2
-"""Penalties that are fitted to all images of a large set before one is taken, as planned for."""
+"""Expected number of penalties to fit to all images of a large set, before the best is known."""
 TOLERANCE, _TOLERANCE_OF_CHOICE = 5e-4, 2e-3
 
 
@@ -48,7 +48,7 @@ CACHED = Protocol(
     "exact logistic regression on stored features, its penalty chosen on held-out training images",
     work,
     scores,
-    stands_on=("train", "validation"),
+    uses_features_of=("train", "validation"),
 )
 PROTOCOLS = (CACHED,)
 
@@ -62,12 +62,12 @@ def fit_with_choice(
     on_progress: Callable[[float, str], None] = lambda done, text: None,
     stop: Callable[[], None] = lambda: None,
 ) -> LinearClassifier:
-    """Returns the classifier fitted on all of `train`, with the penalty that is best on held-out images.
+    """Returns the classifier fitted to all of `train`, with the penalty that is best on held-out images.
 
-    The candidates are fitted to `settings.choice_images` of the training images, drawn by the seed, less the part that is held
-    out of them. Where that is not all of `train`, the best of them may be too large a penalty for all: so it is fitted to all but
-    what is held out, and the next smaller one too, and so on while that is better. Calls `stop()` after each pass over the
-    features; what it raises ends the fit.
+    Draws `settings.choice_images` training images by the seed, holds a fraction of them out, and fits every candidate penalty to
+    the rest. If these are not all of `train`, the best candidate may be too large for all of it. Then fits this penalty, and
+    smaller ones in turn, to all images that are not held out, as long as the accuracy improves. Calls `stop()` after each pass
+    over the features; an exception from it ends the fit.
     """
     penalties = sorted(settings.l2_penalties, reverse=True)
     chosen_with = min(train.count, settings.choice_images)
@@ -104,7 +104,7 @@ def fit_with_choice(
 
 
 def work_of_fits(settings: LinearEvalSettings, images: int) -> float:
-    """Returns how many examples all evaluations of an objective read, as planned for."""
+    """Returns the expected number of examples that all fits read, over all evaluations of the objective."""
     penalties, chosen_with = len(settings.l2_penalties), min(images, settings.choice_images)
     passes = float(images)
     if penalties > 1:
@@ -113,14 +113,14 @@ def work_of_fits(settings: LinearEvalSettings, images: int) -> float:
 
 
 class _Progress:
-    """Turns evaluations of the objective into the part of a protocol's work that is done."""
+    """Converts evaluations of the objective to the finished fraction of the protocol's work."""
 
     def __init__(self, planned: float, on_progress: Callable[[float, str], None], stop: Callable[[], None]) -> None:
         self._planned, self._on_progress, self._stop = planned, on_progress, stop
         self._begun = 0.0
 
     def of_path(self, what: str, images: int, penalties: int) -> Callable[[float, int, float], None]:
-        """Returns what is called after each evaluation of a path of so many penalties on so many images."""
+        """Returns the `on_evaluation` callback of a path of `penalties` penalties on `images` images."""
         begun, own = self._begun, float(images * penalties * EVALUATIONS)
         self._begun += own
         passes = 0
@@ -138,13 +138,13 @@ class _Progress:
 def _stopper(context: Context) -> Callable[[], None]:
     def stop() -> None:
         if context.should_stop():
-            raise PreemptedError("stopped in a fit, kept the features: start the same command again to go on")
+            raise PreemptedError("stopped in a fit, kept the features: start the same command again to continue")
 
     return stop
 
 
 def drawn_order(count: int, seed: int) -> np.ndarray:
-    """Returns 0..count-1 in an order drawn by `seed`."""
+    """Returns a random permutation of 0..count-1, determined by `seed`."""
     return np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(count)
 
 

@@ -1,6 +1,6 @@
-"""The control: an untrained encoder of the same architecture that goes through the protocol `cached`.
+"""The control: the protocol `cached` on an untrained encoder of the same architecture.
 
-It is fitted to at most `linear_eval.control_images` training images, so that on a large set it costs little.
+It uses at most `linear_eval.control_images` training images, so it is cheap on a large dataset.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from trainer.config import Config
 from trainer.encoder import make_encoder
 
 _FORWARD_SHARE = 0.9
-"""Of the work, as its progress shows it; the rest is the fit."""
+"""Fraction of the displayed progress for the forward pass. The rest is the fit."""
 
 
 def scores(context: Context) -> Scores:

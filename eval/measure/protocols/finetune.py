@@ -1,4 +1,4 @@
-"""The protocols `finetune-1`, `finetune-10` and `finetune-100`: all weights trained with the labels of a part of the images."""
+"""The protocols `finetune-1`, `finetune-10`, `finetune-100`: train all weights with the labels of 1, 10 or 100% of the images."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,13 +17,13 @@ from trainer.shared.records import Manifest
 
 @dataclass(frozen=True)
 class _Part:
-    """Which images have labels."""
+    """The part of the training images whose labels are used."""
 
     name: str
     fraction: float
     epochs: Callable[[LinearEvalSettings], int]
     listed: Callable[[LinearEvalSettings], str] = lambda settings: ""
-    """A file of images, in the place of those that are drawn."""
+    """Path of a file that lists the images. If empty, they are drawn by the seed."""
 
 
 _PARTS = (
@@ -32,7 +32,7 @@ _PARTS = (
     _Part("finetune-100", 1.0, lambda one: one.finetune_100_epochs),
 )
 _TRAINING_SHARE = 0.95
-"""Of a protocol's work, as its progress shows it; the rest is the forward pass over the validation images."""
+"""Fraction of the displayed progress for training. The rest is the forward pass over the validation images."""
 
 
 def _scores(part: _Part, context: Context) -> Scores:
@@ -87,7 +87,7 @@ def _check(part: _Part, config: Config, manifest: Manifest, replicas: int) -> No
 
 
 def _image_ids(part: _Part, context: Context) -> np.ndarray | None:
-    """Returns the images with labels, or None where all have some."""
+    """Returns the IDs of the images whose labels are used, or None for all."""
     if file := part.listed(context.settings):
         return read_subset(file, context.manifest, context.settings.train_names)
     if part.fraction == 1:
@@ -100,7 +100,7 @@ def _recipe(part: _Part, config: Config, images: int) -> Recipe:
     return Recipe(
         num_images=images,
         epochs=part.epochs(settings),
-        # A batch of more images than there are would hold some of them twice.
+        # A batch with more images than the dataset would contain some of them twice.
         batch_size=min(settings.finetune_batch_size, images),
         base_learning_rate=settings.finetune_base_learning_rate,
         seed=settings.seed,

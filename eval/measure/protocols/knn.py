@@ -1,4 +1,4 @@
-"""The protocol `knn`: the training images most like an image vote for its class, with nothing fitted."""
+"""The protocol `knn`: the nearest training images vote for the class of an image. Nothing is fitted."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def scores(context: Context) -> Scores:
     def on_progress(done: float) -> None:
         context.on_progress(done, "neighbours")
         if context.should_stop():
-            raise PreemptedError("stopped among the neighbours, kept the features: start the same command again to go on")
+            raise PreemptedError("stopped in the neighbour search, kept the features: start the same command again to continue")
 
     votes = knn_scores(
         context.train,
@@ -34,10 +34,10 @@ def scores(context: Context) -> Scores:
 def knn_scores(
     train: StoredFeatures, queries: np.ndarray, num_classes: int, k: int, temperature: float, **how: Any
 ) -> np.ndarray:
-    """Returns how much the `k` nearest training images speak for each class, [m, C] float32, for `queries`, [m, F] float32.
+    """Returns the votes of the `k` nearest training images for each class, [m, C] float32, for `queries`, [m, F] float32.
 
-    A neighbour of cosine s has the weight exp(s / temperature) (Wu et al. 2018, section 3.4), here relative to the nearest's.
-    `how` goes to `nearest_neighbours`.
+    The weight of a neighbour of cosine s is exp(s / temperature) (Wu et al. 2018, section 3.4), here divided by the nearest
+    neighbour's. `how` holds keyword arguments of `nearest_neighbours`.
     """
     similarities, image_ids = nearest_neighbours(train, queries, k, **how)
     weights = np.exp((similarities - similarities[:, :1]) / np.float32(temperature))
@@ -52,6 +52,10 @@ def work(config: Config, sizes: Sizes) -> Work:
 
 PROTOCOLS = (
     Protocol(
-        "knn", "nearest neighbours by cosine, weighted; nothing is trained", work, scores, stands_on=("train", "validation")
+        "knn",
+        "nearest neighbours by cosine, weighted; nothing is trained",
+        work,
+        scores,
+        uses_features_of=("train", "validation"),
     ),
 )

@@ -1,4 +1,4 @@
-"""The protocol `official`: the published one, a linear classifier by momentum SGD on augmented images, the encoder frozen."""
+"""The protocol `official`, as in the papers: a linear classifier, trained by momentum SGD on augmented images, frozen encoder."""
 
 from dataclasses import asdict
 
@@ -41,7 +41,7 @@ def _recipe(config: Config, images: int) -> Recipe:
     return Recipe(
         num_images=images,
         epochs=settings.official_epochs,
-        # A batch of more images than there are would hold some of them twice.
+        # A batch with more images than the dataset would contain some of them twice.
         batch_size=min(settings.official_batch_size, images),
         base_learning_rate=settings.official_base_learning_rate,
         seed=settings.seed,
@@ -52,10 +52,10 @@ def _recipe(config: Config, images: int) -> Recipe:
 PROTOCOLS = (
     Protocol(
         "official",
-        "the published one: linear classifier by momentum SGD on augmented images, encoder frozen",
+        "protocol of the papers: linear classifier by momentum SGD on augmented images, frozen encoder",
         work,
         scores,
         check,
-        stands_on=("validation",),
+        uses_features_of=("validation",),
     ),
 )

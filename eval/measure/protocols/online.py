@@ -1,4 +1,4 @@
-"""The protocol `online`: the classifier that was trained alongside the encoder, as the checkpoint holds it."""
+"""The protocol `online`: the classifier in the checkpoint, which was trained alongside the encoder."""
 
 from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
 from trainer import checkpoint as checkpoints
@@ -20,9 +20,9 @@ def work(config: Config, sizes: Sizes) -> Work:
 PROTOCOLS = (
     Protocol(
         "online",
-        "classifier trained alongside, on features that pass no gradient back",
+        "classifier trained alongside the encoder, without gradients to it",
         work,
         scores,
-        stands_on=("validation",),
+        uses_features_of=("validation",),
     ),
 )

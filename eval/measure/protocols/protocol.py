@@ -1,4 +1,4 @@
-"""What a protocol is: a name, a line of description, the work it takes, and one function from a context to scores."""
+"""The interface of a protocol: a name, a description, the work it takes, and a function from a context to scores."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,52 +17,52 @@ from trainer.shared.records import Manifest
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the work of an evaluation grows with."""
+    """The sizes that determine the work of an evaluation."""
 
     train: int
-    """Images."""
+    """Number of training images."""
     validation: int
-    """Images."""
+    """Number of validation images."""
     classes: int
     features: int
-    """F, dimensions."""
+    """F, the number of features of an image."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a protocol computes besides what others leave it."""
+    """The computation of a protocol, without the forward pass that all protocols share."""
 
     forward: int = 0
-    """Images through the encoder with BN in inference mode."""
+    """Number of images in forward passes with BN in inference mode."""
     trained: int = 0
-    """Images through the encoder forward and backward."""
+    """Number of images in forward and backward passes of training."""
     flops: float = 0.0
-    """Of the matrix products of fits and neighbours."""
+    """FLOPs of the matrix products in fits and neighbour searches."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a protocol measures: an encoder on a dataset, and the means to do it."""
+    """The input of a protocol: an encoder, a dataset, their features, and callbacks."""
 
     config: Config
-    """Of pretraining, with the settings of this evaluation."""
+    """Settings of pretraining and of this evaluation."""
     data_dir: str
     manifest: Manifest
     strategy: tf.distribute.Strategy
     checkpoint: Checkpoint
     encoder: keras.Model
     train: StoredFeatures
-    """Of the training images, or of those that `encoder` is fitted to."""
+    """Features of the training images. For the control, those of the images that it is fitted to."""
     validation: Features
-    """Of all validation images, in the order of their IDs."""
+    """Features of all validation images, in the order of their IDs."""
     features_dir: str
-    """Folder that features are kept under."""
+    """Parent of the folders of features."""
     work_dir: str
-    """Folder that keeps what an interrupted protocol goes on from."""
+    """Folder for the state that an interrupted protocol resumes from."""
     on_progress: Callable[[float, str], None] = lambda done, text: None
-    """Told the part done, in [0, 1], and what is being done."""
+    """Called with the finished fraction of the work, in [0, 1], and a text."""
     should_stop: Callable[[], bool] = lambda: False
-    """Whether to raise PreemptedError soon."""
+    """Returns whether to raise PreemptedError soon."""
 
     @property
     def settings(self) -> LinearEvalSettings:
@@ -75,31 +75,31 @@ class Context:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a protocol says of the validation images."""
+    """The output of a protocol: scores of every class for every validation image."""
 
     logits: np.ndarray
-    """[n, C] float32, by image ID: the label that is told is the largest's."""
+    """[n, C] float32, in the order of image IDs. The prediction is the label with the largest logit."""
     settings: Mapping[str, Any]
-    """What it used, to stand beside the accuracy."""
+    """Settings that the protocol used, to record with the accuracy."""
     arrays: Mapping[str, Any] = field(default_factory=dict)
-    """What it learned, if that is kept."""
+    """Learned weights to save."""
 
 
 @dataclass(frozen=True)
 class Protocol:
     name: str
     description: str
-    """One line, for people."""
+    """One line for reports."""
     work: Callable[[Config, Sizes], Work]
     scores: Callable[[Context], Scores]
     check: Callable[[Config, Manifest, int], None] = lambda config, manifest, replicas: None
-    """Raises UserError for settings that cannot work on a dataset and so many replicas, before anything is computed."""
-    stands_on: tuple[str, ...] = ()
-    """Splits whose features it uses: their forward pass counts as its time too."""
+    """Raises UserError if the settings do not fit the dataset or the number of replicas. Runs before any computation."""
+    uses_features_of: tuple[str, ...] = ()
+    """Splits whose features it uses. The duration of their forward pass is added to the protocol's."""
     encoder: str = "pretrained"
-    """What it measures: the `pretrained` encoder, or an `untrained` one."""
+    """The encoder that it measures: `pretrained` or `untrained`."""
 
     @property
     def row(self) -> str:
-        """Names what it makes among all that an evaluation does."""
+        """Unique name of this protocol's row in an evaluation."""
         return self.name if self.encoder == "pretrained" else self.encoder

@@ -1,7 +1,7 @@
-"""Pages: one HTML file each that asks for nothing else, light or dark as the reader has it, on a screen or on paper.
+"""HTML pages. A page is one self-contained file, in light or dark as the reader prefers, and can be printed.
 
-A page is a template beside the code that fills it. It extends `page.html.jinja`, which holds the frame and `page.css`, and takes
-tables, pictures and charts from `parts.html.jinja`. Code prepares plain data, templates make HTML of it.
+The template of a page lies beside the code that fills it. It extends `page.html.jinja`, which includes `page.css`, and imports
+macros for tables, pictures and charts from `parts.html.jinja`. Code prepares plain data; templates turn it into HTML.
 """
 
 import base64
@@ -21,15 +21,15 @@ _FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page, with a link to it at the top."""
+    """A section of a page. The top of the page links to it."""
 
     key: str
-    """Its anchor; the page's template shows a section according to its key."""
+    """Anchor of the section. The page's template chooses the layout by this key."""
     title: str
     lede: str
-    """Says in a sentence or two what there is to see."""
+    """Introduction of one or two sentences."""
     content: Mapping[str, Any]
-    """What the template needs."""
+    """Data for the template."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Picture:
     alt: str
     caption: str = ""
     mark: Literal["", "right", "wrong"] = ""
-    """Said in words and shown as a frame."""
+    """Whether the picture is of the right class. Shown as a coloured frame and in the alternative text."""
 
 
 Facts = Sequence[tuple[str, str | tuple[str, ...]]]
-"""Names with their values; a tuple's are shown as code."""
+"""Pairs (name, value). A tuple of values is shown as code."""
 
 
 def render(template: Path, **values: Any) -> str:
-    """Returns the page that `template` makes of `values`, which hold its `title` and its `sections` at least.
+    """Renders `template` with `values`, which must include `title` and `sections`. Returns the HTML.
 
-    All text is escaped. Raises jinja2.UndefinedError if the template uses a value that is not given.
+    Escapes all text. Raises jinja2.UndefinedError if the template uses a missing value.
     """
     environment = Environment(
         loader=FileSystemLoader([template.parent, _FOLDER]),
@@ -66,13 +66,13 @@ def percent(value: float) -> str:
 
 
 def between(interval: tuple[float, float]) -> str:
-    """Returns an interval of fractions in per cent."""
+    """Formats an interval of fractions in per cent, as in "71.2 to 74.8%"."""
     low, high = interval
     return f"{100 * low:.1f} to {100 * high:.1f}%"
 
 
 def data_uri(picture: "Image", quality: int = 85) -> str:
-    """Returns a picture, as a JPEG, as the text that a page holds in the place of an address."""
+    """Encodes a picture as a JPEG in a data URI."""
     out = io.BytesIO()
     picture.save(out, "jpeg", quality=quality)
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -1,23 +1,23 @@
-"""What a conversion would do, without doing it."""
+"""The dry run of a conversion: what it would do, without doing it."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from beam_jobs import images, proof
+from beam_jobs import images, verify
 from beam_jobs.plan import Plan, plan_split
 from beam_jobs.raw import SPLITS, index
 from beam_jobs.shards import make_record
 from trainer.shared.errors import UserError
 
 _SAMPLE = 256
-"""Images that are prepared to measure the time of one."""
+"""Number of images that are prepared to measure the time of one."""
 _SHOWN = 20
 
 
 @dataclass(frozen=True)
-class SplitSurvey:
+class SplitDryRun:
     images: int
     bytes: int
     """Total size of the raw images."""
@@ -29,35 +29,35 @@ class SplitSurvey:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """The plan in figures."""
+class DryRun:
+    """The result of a dry run."""
 
     output: str
     name: str
     classes: int
-    splits: dict[str, SplitSurvey]
+    splits: dict[str, SplitDryRun]
     seconds: float
     """Estimated duration of the conversion on this machine in one process."""
     problems: tuple[str, ...]
-    """Why it would fail."""
+    """Reasons why the conversion would fail."""
 
 
-def looking_plan(plan: Plan, work: str) -> Plan:
-    """Returns the plan that indexes and checks images only. Its reports go to the folder `work`."""
-    return replace(plan, work=work, look_first=True)
+def check_only_plan(plan: Plan, work: str) -> Plan:
+    """Returns a plan that only indexes and checks images, with its reports in the folder `work`."""
+    return replace(plan, work=work, check_first=True)
 
 
-def survey(plan: Plan, of_archives: Sequence[Any]) -> Survey:
-    """Returns the plan in figures, from the reports of its archives, whose images were checked."""
-    problems, rejected = proof.faults(plan, list(of_archives))
-    if rejected and not plan.look_first:
+def summarise(plan: Plan, of_archives: Sequence[Any]) -> DryRun:
+    """Returns the result of a dry run from the reports of the plan's archives, whose images were checked."""
+    problems, rejected = verify.faults(plan, list(of_archives))
+    if rejected and not plan.check_first:
         problems = [*problems, f"{len(rejected)} of the images cannot be read: give --on-bad-image=skip to leave them out"]
-    counts = {number: len(proof.labels_of(report)) for number, report in enumerate(of_archives)}
+    counts = {number: len(verify.labels_of(report)) for number, report in enumerate(of_archives)}
     splits = {}
     for split in SPLITS:
         numbers = plan.raw.of_split(split)
         of_split = plan_split(plan, split, counts)
-        splits[split] = SplitSurvey(
+        splits[split] = SplitDryRun(
             images=of_split.num_images,
             bytes=sum(of_archives[number]["bytes"] for number in numbers),
             shards=len(of_split.shard_files),
@@ -65,14 +65,14 @@ def survey(plan: Plan, of_archives: Sequence[Any]) -> Survey:
             rejected=tuple(image for number in numbers for image in of_archives[number]["rejected"]),
         )
     seconds = _seconds_an_image(plan) * sum(split.images for split in splits.values())
-    return Survey(plan.output, plan.name, len(plan.raw.synsets), splits, seconds, tuple(problems))
+    return DryRun(plan.output, plan.name, len(plan.raw.synsets), splits, seconds, tuple(problems))
 
 
-def to_dict(found: Survey) -> dict[str, Any]:
+def to_dict(found: DryRun) -> dict[str, Any]:
     return asdict(found)
 
 
-def to_text(found: Survey) -> str:
+def to_text(found: DryRun) -> str:
     lines = [f"plan for {found.output}: dataset {found.name}, {found.classes} classes"]
     for name, split in found.splits.items():
         megabytes = split.bytes / 1e6

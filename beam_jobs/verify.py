@@ -1,4 +1,4 @@
-"""The proof that every indexed image was written. It rests on reports that the workers leave.
+"""Verifies that every indexed image was written, from reports that the workers leave.
 
 A report is a small JSON file about an indexed archive or a written shard. Reports do not go through the runner, so they show
 what the runner lost.
@@ -17,22 +17,22 @@ from beam_jobs.plan import Plan, SplitPlan, plan_split
 from beam_jobs.raw import SPLITS, Index
 from beam_jobs.shards import FINGERPRINTS, WrittenShard, contents_digest, file_crc32c
 from trainer.shared.errors import UserError
-from trainer.shared.records import Manifest, Shard, Split, reading_places
+from trainer.shared.records import Manifest, Shard, Split, reading_positions
 
 _SHOWN = 3
-"""Problems that an error's one line spells out."""
+"""Number of problems that a one-line error lists."""
 _ADVICE = "; nothing was published, run the job again"
 
 Listed = list[dict[str, Any]]
-"""Repaired or rejected images, as `trainer.shared.records.Split` has them."""
+"""Repaired or rejected images, in the form of `trainer.shared.records.Split`."""
 
 
 class LostRecordsError(Exception):
-    """The runner did not write exactly what it was given to write; nothing was published."""
+    """The runner did not write exactly the planned images. Nothing was published."""
 
 
 class FaultsError(UserError):
-    """The raw data cannot be converted whole; all of it was read, and nothing was published."""
+    """The raw data has faults. All of it was read, and nothing was published."""
 
 
 def report_archive(plan: Plan, number: int, index: Index, repaired: Listed) -> None:
@@ -60,7 +60,7 @@ def count_reports(plan: Plan) -> int:
 
 
 def is_finished(plan: Plan, file: str, image_ids: Iterable[int], labels: Iterable[int]) -> bool:
-    """Returns whether a shard of exactly these images is on disk with the checksum that it was written with."""
+    """Returns whether a shard of exactly these images is on disk with the checksum in its report."""
     report_file = files.join(plan.work, f"{file}.json")
     if not files.find(report_file):
         return False
@@ -74,11 +74,11 @@ def is_finished(plan: Plan, file: str, image_ids: Iterable[int], labels: Iterabl
     )
 
 
-def prove(plan: Plan) -> Manifest:
-    """Checks that the shards on disk are exactly what the plan says, and returns their manifest.
+def verify_dataset(plan: Plan) -> Manifest:
+    """Checks that the shards on disk are exactly the planned ones, and returns their manifest.
 
-    Each archive was indexed. Each shard has its whole length and holds the plan's images, in their order, each with its ID and
-    label. So the IDs of a split are 0..N-1, each once. Raises FaultsError, which names all faults, if the input is at fault,
+    Checks that each archive was indexed, and that each shard has its full length and holds the planned images in order, each with
+    its ID and label. So the IDs of a split are 0..N-1, each once. Raises FaultsError with all faults if the input is at fault,
     and LostRecordsError if the runner is.
     """
     reports = _read_reports(plan)
@@ -87,7 +87,7 @@ def prove(plan: Plan) -> Manifest:
     labels = [labels_of(report) for report in of_archives]
     of_splits = {split: plan_split(plan, split, dict(enumerate(map(len, labels)))) for split in SPLITS}
     splits = {
-        split: _prove_split(plan, of_split, [labels[n] for n in of_split.first_ids], reports)
+        split: _verify_split(plan, of_split, [labels[n] for n in of_split.first_ids], reports)
         for split, of_split in of_splits.items()
     }
     for split in SPLITS:
@@ -99,7 +99,7 @@ def prove(plan: Plan) -> Manifest:
 
 
 def archive_reports(plan: Plan, reports: Mapping[str, Any] | None = None) -> list[Any]:
-    """Returns the reports of all archives, by number. Raises LostRecordsError where one is missing."""
+    """Returns the reports of all archives, by number. Raises LostRecordsError if one is missing."""
     reports = _read_reports(plan) if reports is None else reports
     for number, archive in enumerate(plan.raw.archives):
         if _archive_report(number) not in reports:
@@ -123,9 +123,9 @@ def faults(plan: Plan, of_archives: list[Any]) -> tuple[list[str], Listed]:
         if plan.expected and found != plan.expected[split]:
             problems.append(
                 f"{split} has {found:,} images where ImageNet has {plan.expected[split]:,} of these {len(plan.raw.synsets)} "
-                "synsets: get what is missing, or allow it with --allow-other-counts"
+                "synsets: get the missing images, or allow this with --allow-other-counts"
             )
-    if not problems and plan.look_first:
+    if not problems and plan.check_first:
         counts = np.bincount(
             np.array([label for number in plan.raw.of_split("train") for label in labels_of(of_archives[number])], int),
             minlength=len(plan.raw.synsets),
@@ -139,7 +139,7 @@ def faults(plan: Plan, of_archives: list[Any]) -> tuple[list[str], Listed]:
 def refuse_faults(plan: Plan, of_archives: list[Any], reports: Mapping[str, Any]) -> None:
     """Raises FaultsError if the raw data has faults. Writes them to a file if the error cannot name them all."""
     problems, rejected = faults(plan, of_archives)
-    if plan.look_first:
+    if plan.check_first:
         rejected = []  # they are left out
     rejected += [image for report in reports.values() if "shard" in report for image in report["rejected"]]
     if not problems and not rejected:
@@ -154,9 +154,9 @@ def refuse_faults(plan: Plan, of_archives: list[Any], reports: Mapping[str, Any]
     raise FaultsError("; ".join(parts))
 
 
-def _prove_split(plan: Plan, of_split: SplitPlan, labels_by_archive: list[list[int]], reports: Mapping[str, Any]) -> Split:
+def _verify_split(plan: Plan, of_split: SplitPlan, labels_by_archive: list[list[int]], reports: Mapping[str, Any]) -> Split:
     labels = np.concatenate([np.array(labels, np.int64) for labels in labels_by_archive])
-    order = np.argsort(reading_places(of_split.num_images))
+    order = np.argsort(reading_positions(of_split.num_images))
     cuts = np.flatnonzero(np.diff(of_split.shards_of(np.arange(len(order))))) + 1
     shards, repaired = [], []
     resized = 0
@@ -168,10 +168,10 @@ def _prove_split(plan: Plan, of_split: SplitPlan, labels_by_archive: list[list[i
         found = files.find(files.join(plan.output, file))
         if report["contents"] != contents_digest(image_ids, labels[image_ids]):
             raise LostRecordsError(
-                f"{file} must hold {len(image_ids)} certain images, and holds {shard.records} that are not those{_ADVICE}"
+                f"{file} holds {shard.records} images, which are not the {len(image_ids)} planned ones{_ADVICE}"
             )
         if found is None or found.size != shard.bytes:
-            raise LostRecordsError(f"{file} has not the {shard.bytes} bytes that were written{_ADVICE}")
+            raise LostRecordsError(f"{file} does not have the {shard.bytes} bytes that were written{_ADVICE}")
         shards.append(replace(shard, blocks=tuple(shard.blocks)))
         repaired += report["repaired"]
         resized += report["resized"]
