@@ -20,6 +20,7 @@ _LONGEST = (
     "train",
     "gs",
     "submit",
+    "jobs",
     "attempts",
     "dataflow",
     "containers",

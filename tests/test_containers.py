@@ -1,28 +1,20 @@
 """What a compiled container starts: PID 1 hears SIGTERM at any time, and a retry of a custom job starts a new one."""
 
 import contextlib
-import datetime
 import json
 import os
 import shutil
 import signal
-import socket
-import socketserver
 import subprocess
 import sys
 import threading
-from concurrent import futures
 from pathlib import Path
 
-import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
-from google.cloud import aiplatform_v1
 from google.cloud.aiplatform_v1.types import JobState
 from support.processes import started, until
 from vertex.accounts import give_credentials
+from vertex.proxy import serving_by_proxy
 
 from pipelines import pipeline
 from pipelines.vertex import accelerators
@@ -134,111 +126,26 @@ def test_a_signal_before_the_step_starts_ends_the_container(spec, container, tmp
 HOST = "europe-west4-aiplatform.googleapis.com"
 
 
-class CustomJobs(grpc.GenericRpcHandler):
-    """The custom jobs of a Vertex AI on loopback. Each job is in the next of `states` from its beginning."""
-
-    def __init__(self, *states):
-        self.states, self.jobs = list(states), []
-        self.asked, self.answers = threading.Event(), threading.Event()
-        self.answers.set()
-
-    def service(self, details):
-        method = details.method.removeprefix("/google.cloud.aiplatform.v1.JobService/")
-        methods = {
-            "CreateCustomJob": (self.create, aiplatform_v1.CreateCustomJobRequest),
-            "GetCustomJob": (self.get, aiplatform_v1.GetCustomJobRequest),
-            "CancelCustomJob": (self.cancel, aiplatform_v1.CancelCustomJobRequest),
-        }
-        if method not in methods:
-            return None
-        handle, request = methods[method]
-        return grpc.unary_unary_rpc_method_handler(handle, request_deserializer=request.deserialize, response_serializer=bytes)
-
-    def create(self, request, context):
-        job = request.custom_job
-        job.name, job.state = f"{request.parent}/customJobs/{len(self.jobs) + 1}", self.states[len(self.jobs)]
-        self.jobs.append(job)
-        self.asked.set()
-        self.answers.wait()
-        return aiplatform_v1.CustomJob.serialize(job)
-
-    def get(self, request, context):
-        return aiplatform_v1.CustomJob.serialize(next(job for job in self.jobs if job.name == request.name))
-
-    def cancel(self, request, context):
-        next(job for job in self.jobs if job.name == request.name).state = JobState.JOB_STATE_CANCELLED
-        return b""
-
-
 @contextlib.contextmanager
 def serving_custom_jobs(folder, *states):
-    """Gives a Vertex AI with TLS, the variables by which gRPC finds it at its real name, and its folder with credentials."""
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    name, now = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, HOST)]), datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(HOST)]), critical=False)
-        .sign(key, hashes.SHA256())
-        .public_bytes(serialization.Encoding.PEM)
-    )
-    (folder / "roots.pem").write_bytes(certificate)
-    secret = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
-    )
-    custom_jobs, server = CustomJobs(*states), grpc.server(futures.ThreadPoolExecutor(4))
-    server.add_generic_rpc_handlers([custom_jobs])
-    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(secret, certificate)]))
-    server.start()
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), tunnel_to(port)) as proxy:
-        proxy.daemon_threads = True
-        threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()
-        environ = {"grpc_proxy": f"http://127.0.0.1:{proxy.server_address[1]}", "NO_GCE_CHECK": "true"}
-        environ |= {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(folder / "roots.pem"), "no_proxy": "", "no_grpc_proxy": ""}
-        try:
-            yield custom_jobs, environ
-        finally:
-            custom_jobs.answers.set()
-            proxy.shutdown()
-            server.stop(None)
+    """Gives a Vertex AI whose custom jobs are in the next of `states` from their beginning, and the variables to find it by."""
+    with serving_by_proxy(HOST, folder) as (google, environ):
+        left = iter(states)
 
+        def run(job):
+            job.state = next(left)
 
-def tunnel_to(port):
-    """Returns a handler of HTTP's CONNECT: whatever host is asked for, it leads to `port` here."""
+        def cancel(job):
+            job.state = JobState.JOB_STATE_CANCELLED
 
-    class Tunnel(socketserver.StreamRequestHandler):
-        def handle(self):
-            asked = self.rfile.readline().decode()
-            while self.rfile.readline().strip():
-                pass
-            assert asked.startswith(f"CONNECT {HOST}:443 "), asked
-            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
-            with socket.create_connection(("127.0.0.1", port)) as there:
-                back = threading.Thread(target=pump, args=(there, self.connection), daemon=True)
-                back.start()
-                pump(self.connection, there)
-                back.join()
-
-    return Tunnel
-
-
-def pump(source, target):
-    with contextlib.suppress(OSError):
-        while content := source.recv(2**16):
-            target.sendall(content)
-    with contextlib.suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
+        google.vertex.run_custom, google.vertex.cancel_custom = run, cancel
+        yield google.vertex, {**environ, "NO_GCE_CHECK": "true"}
 
 
 def launcher(spec, component, folder, environ, monkeypatch):
     """Starts the launcher of a component's custom job, as Vertex AI would. What it leaves is in `folder`."""
     container = spec["deploymentSpec"]["executors"][f"exec-{component}"]["container"]
-    payload = json.dumps({"display_name": component, "job_spec": {"worker_pool_specs": []}})
+    payload = json.dumps({"display_name": component, "job_spec": {"worker_pool_specs": [{"replica_count": 1}]}})
     resources = folder / "gcp_resources"
     given = {"--payload": payload, "--project": "my-project", "--location": "europe-west4", "--gcp_resources": str(resources)}
     words = iter(container["args"])
@@ -261,10 +168,10 @@ def test_a_retry_starts_a_new_custom_job_where_the_first_one_failed(spec, tmp_pa
     """Its output, which names the first job, may still be there."""
     with serving_custom_jobs(tmp_path, JobState.JOB_STATE_FAILED, JobState.JOB_STATE_SUCCEEDED) as (vertex, environ):
         code, said = launch(spec, "pretrain", tmp_path, environ, monkeypatch)
-        assert (code != 0, len(vertex.jobs)) == (True, 1), said
+        assert (code != 0, len(vertex.custom)) == (True, 1), said
         code, said = launch(spec, "pretrain", tmp_path, environ, monkeypatch)
-        assert (code, len(vertex.jobs)) == (0, 2), said
-    assert vertex.jobs[1].name in (tmp_path / "gcp_resources").read_text()
+        assert (code, len(vertex.custom)) == (0, 2), said
+    assert list(vertex.custom)[1] in (tmp_path / "gcp_resources").read_text()
 
 
 @pytest.mark.cloud
@@ -274,18 +181,28 @@ def test_a_launcher_that_was_lost_goes_on_with_its_custom_job(spec, tmp_path, mo
     with serving_custom_jobs(tmp_path, JobState[f"JOB_STATE_{state}"]) as (vertex, environ):
         for _ in range(2):
             code, said = launch(spec, "pretrain", tmp_path, environ, monkeypatch)
-            assert ((code == 0), len(vertex.jobs)) == (ends_well, 1), said
+            assert ((code == 0), len(vertex.custom)) == (ends_well, 1), said
 
 
 @pytest.mark.cloud
 def test_a_launcher_that_is_told_to_end_cancels_the_job_that_it_is_just_making(spec, tmp_path, monkeypatch):
     """Its own handler comes later; the custom job would go on without anybody who knows of it."""
     with serving_custom_jobs(tmp_path, JobState.JOB_STATE_RUNNING) as (vertex, environ):
-        vertex.answers.clear()
+        make, asked, answers = vertex.run_custom, threading.Event(), threading.Event()
+
+        def make_unanswered(job):
+            make(job)
+            asked.set()
+            answers.wait()
+
+        vertex.run_custom = make_unanswered
         with launcher(spec, "pretrain", tmp_path, environ, monkeypatch) as process:
-            until(vertex.asked.is_set, process)
-            process.terminate()
-            vertex.answers.set()
+            try:
+                until(asked.is_set, process)
+                process.terminate()
+            finally:
+                answers.set()
             said = process.communicate()[1]
             assert process.returncode == 128 + signal.SIGTERM, said
-        assert vertex.jobs[0].state == JobState.JOB_STATE_CANCELLED
+        (job,) = vertex.custom.values()
+        assert job.state == JobState.JOB_STATE_CANCELLED

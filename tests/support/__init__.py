@@ -1,4 +1,4 @@
-"""What several test files need, of which each part stands in a module.
+"""What several test files need.
 
 Made data:
     datasets.py         a dataset as the trainer reads it
@@ -6,6 +6,7 @@ Made data:
 
 Servers of this machine:
     loopback.py         HTTP that answers what a test says
+    submitting.py       a bucket, and a Google that takes jobs
     mlflow_server.py    MLflow's own server, with passwords
     browser.py          Chromium, which shows the reports
 

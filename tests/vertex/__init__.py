@@ -6,8 +6,11 @@
     storage.py      Cloud Storage, over a folder
     jobs.py         Vertex AI's API: pipeline jobs, custom jobs, schedules
     executor.py     what Vertex AI does with a pipeline job: tasks, retries, custom jobs, cancelling
-    dataflow.py     Dataflow: runs the staged pipeline with Beam's worker in containers
+    dataflow.py     Dataflow's API
+    beam.py         what Dataflow does with a job: Beam's worker in containers
     world.py        a network of one machine in which these are Google's hosts
+    proxy.py        the same for a process that has no such network, of one host
+    certificates.py what either shows for HTTPS and gRPC
     rehearse.py     `make rehearse`
 
 A request that no service knows is answered 404 and fails whoever asked.

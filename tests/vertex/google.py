@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import grpc
 
 from vertex.accounts import Accounts
+from vertex.dataflow import Dataflow
 from vertex.http import Answer, RefusedError, Request, as_json
 from vertex.jobs import Jobs
 from vertex.storage import Storage, headers_of, query_of
@@ -55,6 +56,7 @@ class Google:
     def __init__(self, folder: Path | None = None, page: int = 1000) -> None:
         self.accounts = Accounts()
         self.vertex = Jobs()
+        self.dataflow = Dataflow()
         self.storage = Storage(folder, page) if folder else None
         self.requests: list[tuple[str, str, str]] = []
         """Method, target and body of every request; bodies of objects are left out."""
@@ -72,9 +74,11 @@ class Google:
         self.services: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
             **self.accounts.services,
             **self.vertex.services,
+            **self.dataflow.services,
         }
         """gRPC: what answers, and the message that it gets, by service and method."""
-        self.routes = [*self.accounts.routes, *self.vertex.routes, *(self.storage.routes if self.storage else ())]
+        self.routes = [*self.accounts.routes, *self.vertex.routes, *self.dataflow.routes]
+        self.routes += self.storage.routes if self.storage else []
         self.url = ""
         self._lock = threading.Lock()
 
@@ -262,14 +266,14 @@ class Server(ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             hello = request.recv(2**14, socket.MSG_PEEK)
             if b"\x02h2" in hello and b"http/1.1" not in hello:
-                _join(request, socket.create_connection(("127.0.0.1", self._grpc_port)))
+                join(request, socket.create_connection(("127.0.0.1", self._grpc_port)))
                 return None
             with self._certificates.wrap_socket(request, server_side=True) as secured:
                 super().finish_request(secured, client_address)
         return None
 
 
-def _join(one: socket.socket, other: socket.socket) -> None:
+def join(one: socket.socket, other: socket.socket) -> None:
     """Passes on bytes between two connections until both end."""
 
     def pass_on(source: socket.socket, target: socket.socket) -> None:

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from vertex.accounts import write_key
+from vertex.beam import Beam
 from vertex.container import possible
-from vertex.dataflow import Dataflow
 from vertex.executor import Attempt, Executor, end
 from vertex.image import REPOSITORY, layers
 from vertex.world import MLFLOW, REGION, TRUST, World, enter, world
@@ -144,7 +144,6 @@ def random_kills(kills: int, seconds: dict[str, float], seed: int) -> Trouble:
 class Rehearsal:
     world: World
     executor: Executor
-    dataflow: Dataflow
     logs: Path
     trouble: Trouble
     _met: list[Ending | Outage] = field(default_factory=list)
@@ -268,7 +267,8 @@ def inside(logs: Path) -> None:
     began = time.monotonic()
     with world(page=20) as place:
         executor = Executor(place, logs)
-        rehearsal = Rehearsal(place, executor, Dataflow(place, logs), logs, trouble)
+        Beam(place, logs)
+        rehearsal = Rehearsal(place, executor, logs, trouble)
         executor.watch = rehearsal.watch
         executor.lose_result_of |= set(trouble.lost)
         google = place.google
@@ -397,7 +397,7 @@ def left(rehearsal: Rehearsal) -> dict[str, Any]:
         "versions": len(versions),
         "models": len(models),
         "state_sha256": sorted(state),
-        "dataflow": rehearsal.dataflow.active(),
+        "dataflow": [job.name for job in google.dataflow.active()],
         "attempts": Counter(one.step for one in rehearsal.executor.attempts),
         "ends": [(one.step, one.number, one.status, one.seconds, one.log.name) for one in rehearsal.executor.attempts],
         "custom_jobs": len(google.vertex.custom),

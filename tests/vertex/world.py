@@ -19,15 +19,11 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+from vertex.certificates import write_certificates
 from vertex.container import Container, Machine, possible
 from vertex.google import Google, Server
 from vertex.image import REPOSITORY, Image, layers
@@ -85,7 +81,7 @@ def world(page: int = 1000) -> Iterator[World]:
     with tempfile.TemporaryDirectory(prefix="world-") as scratch:
         folder = Path(scratch)
         _raise_interface()
-        _write_certificates(folder)
+        write_certificates(folder, (*_HOSTS, MLFLOW))
         etc = folder / "etc"
         _write_etc(etc, (folder / "authority.pem").read_text())
         replaced = [name for name in _REPLACED if Path("/etc", name).exists()]
@@ -127,55 +123,6 @@ def _raise_interface() -> None:
 
         fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh22s", b"lo", 0x1 | 0x40, b""))  # SIOCSIFFLAGS: up and running
         set_address("lo:1", _METADATA[1])
-
-
-def _write_certificates(folder: Path) -> None:
-    """Writes an authority of our own, and a certificate for all hosts with its key."""
-    now = datetime.now(UTC)
-
-    def certificate(
-        name: str, key: ec.EllipticCurvePrivateKey, issuer: str, signer: ec.EllipticCurvePrivateKey
-    ) -> x509.Certificate:
-        build = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
-            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(days=1))
-            .not_valid_after(now + timedelta(days=2))
-            .add_extension(x509.BasicConstraints(ca=name == issuer, path_length=None), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
-        )
-        if name != issuer:
-            names = x509.SubjectAlternativeName([x509.DNSName(host) for host in (*_HOSTS, MLFLOW)])
-            build = build.add_extension(names, critical=False)
-        else:
-            usage = dict.fromkeys(
-                (
-                    "content_commitment",
-                    "key_encipherment",
-                    "data_encipherment",
-                    "key_agreement",
-                    "encipher_only",
-                    "decipher_only",
-                ),
-                False,
-            )
-            build = build.add_extension(
-                x509.KeyUsage(digital_signature=True, key_cert_sign=True, crl_sign=True, **usage), critical=True
-            )
-        return build.sign(signer, hashes.SHA256())
-
-    authority, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    root = certificate("the authority", authority, "the authority", authority)
-    ours = certificate("Google's hosts", key, "the authority", authority)
-    (folder / "authority.pem").write_bytes(root.public_bytes(serialization.Encoding.PEM))
-    (folder / "certificate.pem").write_bytes(ours.public_bytes(serialization.Encoding.PEM))
-    (folder / "key.pem").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
 
 
 def _write_etc(folder: Path, authority: str) -> None:
