@@ -120,6 +120,13 @@ def test_a_config_of_another_version_is_refused():
         config_from_dict(stored)
 
 
+@pytest.mark.parametrize(("key", "value"), [("epochs", "many"), ("gamma", None), ("blur", 3), ("depth", 19)])
+def test_a_stored_config_that_somebody_spoilt_is_refused_in_one_line(key, value):
+    stored = json.loads(config_to_json(Config())) | {key: value}
+    with pytest.raises(UserError, match=f"^{key}={value} is not [^\n]+$"):
+        config_from_dict(stored)
+
+
 def test_a_config_from_before_a_setting_of_the_linear_eval_is_read():
     stored = json.loads(config_to_json(Config()))
     del stored["linear_eval"]["knn_k"]

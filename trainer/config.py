@@ -162,8 +162,6 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     unlike = (set(flat) - known) | {key for key in known - set(flat) if not key.startswith(LINEAR_EVAL)}
     if unlike:
         raise UserError(f"another version wrote the stored config: these settings do not match: {', '.join(sorted(unlike))}")
-    typed = {
-        key: tuple(value) if isinstance(value, list) else float(value) if settings()[key].kind is float else value
-        for key, value in flat.items()
-    }
-    return replace(Config(), **typed)
+    # Somebody may have edited the file: each value is parsed as an override's is.
+    texts = {key: ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value) for key, value in flat.items()}
+    return replace(Config(), **{key: _coerce(settings()[key], text) for key, text in texts.items()})

@@ -66,7 +66,7 @@ def export(checkpoint: str, output: str, *, data_dir: str = "", evaluation: str 
             _write(encoder, config, card, made)
             _upload(made, output)
     else:
-        with whole_folder(output) as partial:
+        with whole_folder(output, replaces=True) as partial:
             _write(encoder, config, card, partial)
     return Exported(output, stored.step, encoder.output_shape[-1])
 

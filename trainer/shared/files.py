@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -53,14 +54,19 @@ def whole_file(path: str, partial: str = "") -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def whole_folder(path: str) -> Iterator[str]:
-    """Creates a local folder to fill. It replaces `path` when the block ends without an error."""
-    partial = path.rstrip("/") + _PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
+def whole_folder(path: str, replaces: bool = False) -> Iterator[str]:
+    """Creates a local folder to fill. It appears at `path` when the block ends without an error.
+
+    If `replaces`, it takes the place of what is there. Otherwise raises OSError if a folder that is not empty is there by then.
+    """
+    parent, name = os.path.split(os.path.abspath(path))
+    os.makedirs(parent, exist_ok=True)
+    partial = tempfile.mkdtemp(prefix=f".{name}-", dir=parent)
     try:
-        os.makedirs(partial)
         yield partial
-        shutil.rmtree(path, ignore_errors=True)
+        os.chmod(partial, 0o755)
+        if replaces:
+            shutil.rmtree(path, ignore_errors=True)
         os.rename(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
