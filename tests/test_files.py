@@ -9,11 +9,16 @@ from trainer.shared.files import whole_folder
 
 def test_two_that_fill_the_same_folder_do_not_meet_and_the_first_to_finish_stays(tmp_path):
     target = tmp_path / "raw"
-    with pytest.raises(OSError, match="not empty"), whole_folder(str(target)) as slow:
-        (Path(slow) / "file").write_text("slow")
-        with whole_folder(str(target)) as quick:
-            (Path(quick) / "file").write_text("quick")
-        assert (Path(slow) / "file").read_text() == "slow"
+
+    def fill():
+        with whole_folder(str(target)) as slow:
+            (Path(slow) / "file").write_text("slow")
+            with whole_folder(str(target)) as quick:
+                (Path(quick) / "file").write_text("quick")
+            assert (Path(slow) / "file").read_text() == "slow"
+
+    with pytest.raises(OSError, match="not empty"):
+        fill()
     assert (target / "file").read_text() == "quick"
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
