@@ -13,6 +13,7 @@ from components.tracking import step_file, step_runs
 from components.tracking.datasets import Datasets
 from components.tracking.encoders import Encoders
 from components.tracking.metrics import Metrics
+from components.tracking.recorded import read_step
 from trainer.shared.records import MANIFEST
 
 PLACE = "projects/p/locations/europe-west4"
@@ -134,6 +135,18 @@ def test_a_step_that_mlflow_does_not_know_to_be_finished_though_it_recorded_all_
     assert "sogclr.error" not in run.data.tags
 
 
+def test_an_upload_that_the_server_carries_out_late_undoes_nothing(world, monkeypatch):
+    """A server goes on trying after its client has given up and sent the same again."""
+    job = Job(*world, "late")
+    uploads, real = [], MlflowClient.log_dict
+    monkeypatch.setattr(MlflowClient, "log_dict", lambda *given: [uploads.append(given), real(*given)])
+    dataset = job.attempt("build-tfrecords")["dataset"]
+    for late in reversed(uploads):
+        real(*late)
+    (run,) = job.runs("build-tfrecords")
+    assert read_step(tracking.open_job_store(), run.info.run_id).outputs["dataset"].metadata == dataset.metadata
+
+
 def test_a_conversion_that_was_not_recorded_is_taken_as_it_is(world, monkeypatch):
     job = Job(*world, "converted")
     with monkeypatch.context() as patch:
@@ -150,7 +163,7 @@ def test_a_conversion_that_was_not_recorded_is_taken_as_it_is(world, monkeypatch
 
 @pytest.mark.parametrize(
     ("of", "where"),
-    [(Encoders, "log"), (tracking.StepRun, "log_figure"), (step_file, "write"), (MlflowClient, "set_terminated")],
+    [(Encoders, "log"), (tracking.StepRun, "log_figure"), (step_file, "complete"), (MlflowClient, "set_terminated")],
     ids=["encoder", "figure", "outputs", "end"],
 )
 def test_training_that_was_not_recorded_is_recorded_by_the_next_attempt(world, job, of, where, monkeypatch):
@@ -161,12 +174,7 @@ def test_training_that_was_not_recorded_is_recorded_by_the_next_attempt(world, j
         # As SIGKILL: nothing says that the attempt ended.
         patch.setattr(step_runs, "_record_failure", lambda *_: None)
         patch.setattr(workspace.Claim, "release", lambda *_: None)
-        if of is step_file:
-            # Its first call, before the step does anything, records no outputs.
-            real = step_file.write
-            patch.setattr(of, where, lambda *given: killed() if given[-1] else real(*given))
-        else:
-            patch.setattr(of, where, killed)
+        patch.setattr(of, where, killed)
         with pytest.raises(Killed):
             other.attempt("pretrain")
     end_process()

@@ -278,7 +278,11 @@ def test_a_server_that_is_killed_in_the_middle_of_a_run_loses_no_metric_and_no_s
     for metric in ("train/contrastive_loss", "train/u_mean", "train/learning_rate"):
         history = client.get_metric_history(runs["pretrain"].info.run_id, metric)
         assert {point.step for point in history} == {*range(EVERY, STEPS + 1, EVERY), STEPS + 1}
-    assert {file.path for file in client.list_artifacts(runs["pretrain"].info.run_id)} == {"step.json", "curves.png"}
+    assert {file.path for file in client.list_artifacts(runs["pretrain"].info.run_id)} == {
+        "arguments.json",
+        "step.json",
+        "curves.png",
+    }
 
     planted = (PASSWORD.encode(), TOKEN.encode(), b64encode(f"{USER}:{PASSWORD}".encode()))
     kept = [path for root in (tmp_path, server.folder / "artifacts") for path in root.rglob("*") if path.is_file()]

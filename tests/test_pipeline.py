@@ -220,9 +220,9 @@ def test_metrics_curves_and_logged_model_are_recorded(folder, first):
     assert client.get_metric_history(pretrain, "train/contrastive_loss")
     assert client.get_run(pretrain).data.params["image_size"] == "16"
     files = {run_id: {file.path for file in client.list_artifacts(run_id)} for run_id in (pretrain, linear_eval)}
-    assert files[pretrain] == {"step.json", "curves.png"}
+    assert files[pretrain] == {"arguments.json", "step.json", "curves.png"}
     charts = {"accuracies.png", "curves.png", "u.png", "confusion.png", "per_class_accuracy.png"}
-    assert files[linear_eval] == {"step.json", "report.html", *charts}
+    assert files[linear_eval] == {"arguments.json", "step.json", "report.html", *charts}
     model_id = step(first, "pretrain")["outputs"]["model"]["metadata"]["model_id"]
     kept = {file.name for file in Path(folder, "runs/artifacts/models", model_id, "artifacts").iterdir()}
     assert {"config.json", "result.json"} < kept

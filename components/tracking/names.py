@@ -89,8 +89,10 @@ MODEL_VERSIONS = "mlflow.modelVersions"
 
 # ---- Files
 
+ARGUMENTS_FILE = "arguments.json"
+"""Arguments of a step."""
 STEP_FILE = "step.json"
-"""Arguments and outputs of a step."""
+"""Arguments and outputs of a step that made its outputs."""
 LINEAGE_PICTURE = "lineage.png"
 """The picture of a pipeline run's lineage."""
 ESTIMATE_FILE = "plan.json"

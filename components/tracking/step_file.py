@@ -1,4 +1,8 @@
-"""The file with a step's arguments and outputs, which are too large for MLflow's parameters. An artifact of the step's run."""
+"""The files with a step's arguments and outputs, which are too large for MLflow's parameters. Artifacts of the step's run.
+
+Each is written with one content only. A server that is slow may carry out a request after its client has given up and sent it
+again, and so an older content could replace a newer one.
+"""
 
 import json
 import tempfile
@@ -20,16 +24,23 @@ class KfpArtifact(Protocol):
     metadata: dict[str, Any]
 
 
-def write(store: Store, run_id: str, arguments: Mapping[str, Any], outputs: Mapping[str, KfpArtifact]) -> None:
-    """Records a step's arguments and outputs. `outputs` is empty until the step has made them."""
+def begin(store: Store, run_id: str, arguments: Mapping[str, Any]) -> None:
+    """Records a step's arguments."""
+    store.client.log_dict(run_id, {"arguments": dict(arguments)}, names.ARGUMENTS_FILE)
+
+
+def complete(store: Store, run_id: str, arguments: Mapping[str, Any], outputs: Mapping[str, KfpArtifact]) -> None:
+    """Records the arguments and outputs of a step that has made its outputs."""
     artifacts = {name: asdict(Artifact(a.schema_title, a.uri, a.metadata)) for name, a in outputs.items()}
     store.client.log_dict(run_id, {"arguments": dict(arguments), "outputs": artifacts}, names.STEP_FILE)
 
 
 def read(store: Store, run_id: str) -> dict[str, Any]:
-    """Returns the `arguments` and `outputs` of a step. Both are empty if the step was killed before it recorded them."""
-    if not any(file.path == names.STEP_FILE for file in store.client.list_artifacts(run_id)):
-        return {"arguments": {}, "outputs": {}}
+    """Returns the `arguments` and `outputs` of a step. Outputs are empty before it is complete, both before it began."""
+    recorded: dict[str, Any] = {"arguments": {}, "outputs": {}}
+    there = {file.path for file in store.client.list_artifacts(run_id)}
+    file = next((file for file in (names.STEP_FILE, names.ARGUMENTS_FILE) if file in there), None)
+    if file is None:
+        return recorded
     with tempfile.TemporaryDirectory() as folder:
-        found: dict[str, Any] = json.loads(Path(store.client.download_artifacts(run_id, names.STEP_FILE, folder)).read_text())
-    return found
+        return recorded | json.loads(Path(store.client.download_artifacts(run_id, file, folder)).read_text())

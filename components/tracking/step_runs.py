@@ -132,11 +132,11 @@ def step(
     if earlier:
         run.metrics.skip_recorded()
     run.log_params(arguments)
-    step_file.write(store, run_id, arguments, {})
+    step_file.begin(store, run_id, arguments)
     try:
         yield run
         run.metrics.flush()
-        step_file.write(store, run_id, arguments, outputs)
+        step_file.complete(store, run_id, arguments, outputs)
     except LostLeaseError:
         # The new holder of the folder may be the next attempt, which writes to the same run.
         run.metrics.abandon()
