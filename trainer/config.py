@@ -89,6 +89,20 @@ def _require_effect(config: Config) -> None:
                 )
 
 
+def require_same_encoder(path: str, before: Config, config: Config, has_head: bool) -> None:
+    """Raises UserError if `config` has another encoder than `before`, the config of the checkpoint `path`.
+
+    Compares the projection head too if the checkpoint has one.
+    """
+    then, now = values_of(before), values_of(config)
+    of_the_head = () if has_head else ("projection_layers", "projection_dim")
+    for key, one in settings().items():
+        if one.group == "encoder" and key not in ("precision", *of_the_head) and then[key] != now[key]:
+            raise UserError(
+                f"{path} has {key}={then[key]}, not {now[key]}: set {key}={then[key]}, or start from another checkpoint"
+            )
+
+
 def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
     """Returns (overrides of pretraining, overrides of the linear eval), each in the given order."""
     items = list(overrides)

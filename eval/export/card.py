@@ -12,11 +12,11 @@ import tensorflow as tf
 
 from trainer.config import Config, as_dict
 from trainer.encoder import make_encoder
+from trainer.folder import RESULT, read_config
 from trainer.optimizer import total_steps
 from trainer.presets import PRESETS
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
-from trainer.train import RESULT, read_config
 
 _METHODS = {
     "nt_xent": "SimCLR (Chen et al. 2020, arXiv 2002.05709)",
