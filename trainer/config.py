@@ -24,6 +24,9 @@ from trainer.settings import (
 )
 from trainer.shared.errors import UserError, nearest
 
+BOOKKEEPING = ("linear_eval", "log_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "cache")
+"""Settings that may change when a run resumes, because they do not affect its state."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -168,12 +171,14 @@ def config_to_json(config: Config) -> str:
 def config_from_dict(values: Mapping[str, Any]) -> Config:
     """Returns the config that `config_to_json` wrote, from its parsed JSON. Raises UserError if a setting is missing or unknown.
 
-    A missing setting of the linear eval takes its default, because every evaluation chooses these settings anew.
+    A missing setting of the linear eval takes its default, because every evaluation chooses these settings anew. So does a
+    missing one of `BOOKKEEPING`, which changes no result.
     """
     flat = {key: value for key, value in values.items() if key != "linear_eval"}
     flat |= {LINEAR_EVAL + key: value for key, value in dict(values.get("linear_eval", {})).items()}
     known = set(settings())
-    unlike = (set(flat) - known) | {key for key in known - set(flat) if not key.startswith(LINEAR_EVAL)}
+    needed = {key for key in known if not key.startswith(LINEAR_EVAL) and key not in BOOKKEEPING}
+    unlike = (set(flat) - known) | (needed - set(flat))
     if unlike:
         raise UserError(f"another version wrote the stored config: these settings do not match: {', '.join(sorted(unlike))}")
     # Somebody may have edited the file: each value is parsed as an override's is.

@@ -7,15 +7,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from trainer.config import Config, as_dict, config_from_dict
+from trainer.config import BOOKKEEPING, Config, as_dict, config_from_dict
 from trainer.settings import settings
 from trainer.shared.errors import UserError
 from trainer.shared.files import write_whole
 
 CONFIG = "config.json"
 RESULT = "result.json"
-BOOKKEEPING = ("linear_eval", "log_every_steps", "keep_checkpoints", "cache")
-"""Settings that may change when a run resumes, because they do not affect its state."""
 
 
 def read_config(checkpoint_dir: str) -> tuple[Config, dict[str, Any]]:

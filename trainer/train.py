@@ -50,6 +50,7 @@ def train(
     before_checkpoint: Callable[[], None] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> TrainResult:
     """Pretrains on the dataset in `data_dir`, from the newest checkpoint in `checkpoint_dir` if there is one.
 
@@ -60,7 +61,7 @@ def train(
     Calls `log_metrics(metrics, step)` and `on_progress(finished steps, total steps, text)` every `log_every_steps` steps and at
     the end. Calls `should_stop()` after every step: if it returns True, saves the state and raises PreemptedError. Calls
     `before_checkpoint()` before each checkpoint, so that the caller can deliver its logs: a resumed run does not repeat them.
-    Calls `say(line)` for the user.
+    Calls `say(line)` for the user. `clock()`, in seconds, tells when a checkpoint is due by time.
 
     Raises UserError if the dataset cannot be used, `init_from` does not fit, the checkpoint folder belongs to another run, or a
     loss is not finite.
@@ -96,6 +97,7 @@ def train(
     begun = int(state.step.numpy())
     path, metrics = (latest.path, dict(latest.metrics)) if latest else ("", {})
     pending = _Pending(config.optimizer.global_batch_size, latest.pending if latest else ())
+    schedule = checkpoints.Schedule(config.run.checkpoint_every_minutes, clock)
     on_progress(begun, total, "")
     for step, batch in zip(range(begun + 1, total + 1), pending.timed(batches.from_step(begun)), strict=False):
         pending.add(train_step(batch))
@@ -106,11 +108,12 @@ def train(
             metrics = pending.metrics() | loss.metrics({name: state.by_image[name].numpy() for name in loss.vectors})
             log_metrics(metrics, step)
             on_progress(step, total, f"loss {metrics['train/contrastive_loss']:.3f}, {_rate(metrics)}")
-        if saves or stopping:
+        if saves or stopping or schedule.is_due():
             pending.require_finite(step, path, metrics, config)
-            before_checkpoint()
-            saved = checkpoints.Checkpoint(step, state.arrays(), metrics, run, pending=pending.as_numbers())
-            path = checkpoints.save(checkpoint_dir, saved, config.run.keep_checkpoints)
+            with schedule.writing():
+                before_checkpoint()
+                saved = checkpoints.Checkpoint(step, state.arrays(), metrics, run, pending=pending.as_numbers())
+                path = checkpoints.save(checkpoint_dir, saved, config.run.keep_checkpoints, every)
         if stopping:
             raise PreemptedError(f"stopped at step {step} of {total}, saved {path}: start the same command again to continue")
     result = TrainResult(metrics, total, checkpoints.sha256_of(state.arrays()), path)
