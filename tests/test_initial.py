@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from support.datasets import write_dataset
 
 from trainer import checkpoint as checkpoints
@@ -141,6 +142,14 @@ def test_no_checkpoint_is_refused(source, dataset, tmp_path):
     with pytest.raises(UserError, match=rf"{checkpoint.name} is not a whole checkpoint"):
         train(tiny(), str(dataset), str(tmp_path / "run"), init_from=str(checkpoint))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_on_remote_storage_will_do(source, dataset):
+    for path in source.iterdir():
+        tf.io.gfile.makedirs("ram://bucket/source")
+        tf.io.gfile.copy(str(path), f"ram://bucket/source/{path.name}", overwrite=True)
+    _, _, (said,) = started("ram://bucket/source/", tiny(), dataset)
+    assert said.startswith("starts with encoder, projection, classifier, u of ram://bucket/source/checkpoint-0000000")
 
 
 def after(steps):
