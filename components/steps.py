@@ -68,11 +68,11 @@ def build_tfrecords(
 def pretrain(
     preset: str,
     overrides: list[str],
+    init_from: str,
+    init_identity: str,
     code_version: str,
     dataset: dsl.Input[dsl.Dataset],
     model: dsl.Output[dsl.Model],
-    init_from: str = "",
-    init_identity: str = "",
 ) -> None:
     """Pretrains an encoder without labels.
 
@@ -80,13 +80,13 @@ def pretrain(
         preset: Name of the experiment.
         overrides: key=value for each pretraining setting that differs from the preset. Settings of the linear eval are not
             allowed.
+        init_from: Checkpoint of another run, whose encoder, heads and u this run starts with; empty for none.
+        init_identity: Part of the cache key. Changes when that checkpoint changes.
         code_version: Part of the cache key. Changes when the code changes.
         dataset: The output of build-tfrecords.
         model: A folder with checkpoints, config.json, result.json, and the exported encoder in export/. If AIP_CHECKPOINT_DIR is
             set, the folder is under it, and the step resumes from the checkpoints of an earlier attempt with the same settings
             and data.
-        init_from: Checkpoint of another run, whose encoder, heads and u this run starts with; empty for none.
-        init_identity: Part of the cache key. Changes when that checkpoint changes.
     """
     import os
     import sys

@@ -54,8 +54,7 @@ def claim_folder(
                     f"{checkpoint_dir} holds a run with {name}={value}, not {now[name]}: {_way_on(name, checkpoint_dir)}"
                 )
         if _identity(stored.get("init_from")) != _identity(source):
-            was, given = (one["checkpoint"] if one else "nothing" for one in (stored.get("init_from"), source))
-            raise UserError(f"{checkpoint_dir} holds a run that started from {was}, not from {given}: use another folder")
+            raise UserError(f"{checkpoint_dir} holds a run that {_beginning(stored.get('init_from'))}: use another folder")
     else:
         tf.io.gfile.makedirs(checkpoint_dir)
         begun = {"init_from": source} if source else {}

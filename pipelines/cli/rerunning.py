@@ -188,7 +188,7 @@ def _run_here(
     from pipelines.local import Request
 
     component = again.component
-    arguments = {**before, "code_version": step_version(component)}
+    arguments = {**_usual(component), **before, "code_version": step_version(component)}
     if component == "build-tfrecords":
         from beam_jobs.raw import raw_identity
 
@@ -202,6 +202,11 @@ def _run_here(
     command = ("sogclr", "rerun", component, "--run", run, *settings, *begun)
     record = Record(f"rerun {component}", command, again.root, rerun_of)
     return execute(Request(str(root), arguments, component, inputs), record, again.output)
+
+
+def _usual(component: str) -> dict[str, Any]:
+    """Returns the arguments that a run may lack because it was recorded without a first checkpoint."""
+    return {"init_from": "", "init_identity": ""} if component == "pretrain" else {}
 
 
 def _inputs_from(job: Job, component: str) -> dict[str, Artifact]:
@@ -222,7 +227,7 @@ def _rerun_on_vertex(options: OnVertex) -> int:
     root = (options.pipeline_root or job.pipeline_root).rstrip("/")
     check_place(place.project, place.region, root)
     cluster = _cluster_again(options, job, root)
-    arguments = {**job.arguments(component), "code_version": step_version(component)}
+    arguments = {**_usual(component), **job.arguments(component), "code_version": step_version(component)}
     if component != "build-tfrecords":
         arguments["overrides"] = [*arguments["overrides"], *options.again.overrides]
     init_from = options.again.init_from
