@@ -24,6 +24,9 @@ from trainer.settings import (
 )
 from trainer.shared.errors import UserError, nearest
 
+BOOKKEEPING = ("linear_eval", "log_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "cache")
+"""Settings that may change when a run resumes, because they do not affect its state."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -87,6 +90,20 @@ def _require_effect(config: Config) -> None:
                     f"{key}={values[key]} has no effect with {need.key}={values[need.key]}: only {users} uses it; "
                     f"leave {key} at {one.default}, or set {users}"
                 )
+
+
+def require_same_encoder(path: str, before: Config, config: Config, has_head: bool) -> None:
+    """Raises UserError if `config` has another encoder than `before`, the config of the checkpoint `path`.
+
+    Compares the projection head too if the checkpoint has one.
+    """
+    then, now = values_of(before), values_of(config)
+    of_the_head = () if has_head else ("projection_layers", "projection_dim")
+    for key, one in settings().items():
+        if one.group == "encoder" and key not in ("precision", *of_the_head) and then[key] != now[key]:
+            raise UserError(
+                f"{path} has {key}={then[key]}, not {now[key]}: set {key}={then[key]}, or start from another checkpoint"
+            )
 
 
 def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -154,12 +171,14 @@ def config_to_json(config: Config) -> str:
 def config_from_dict(values: Mapping[str, Any]) -> Config:
     """Returns the config that `config_to_json` wrote, from its parsed JSON. Raises UserError if a setting is missing or unknown.
 
-    A missing setting of the linear eval takes its default, because every evaluation chooses these settings anew.
+    A missing setting of the linear eval takes its default, because every evaluation chooses these settings anew. So does a
+    missing one of `BOOKKEEPING`, which changes no result.
     """
     flat = {key: value for key, value in values.items() if key != "linear_eval"}
     flat |= {LINEAR_EVAL + key: value for key, value in dict(values.get("linear_eval", {})).items()}
     known = set(settings())
-    unlike = (set(flat) - known) | {key for key in known - set(flat) if not key.startswith(LINEAR_EVAL)}
+    needed = {key for key in known if not key.startswith(LINEAR_EVAL) and key not in BOOKKEEPING}
+    unlike = (set(flat) - known) | (needed - set(flat))
     if unlike:
         raise UserError(f"another version wrote the stored config: these settings do not match: {', '.join(sorted(unlike))}")
     # Somebody may have edited the file: each value is parsed as an override's is.
