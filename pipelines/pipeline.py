@@ -38,6 +38,7 @@ def _connect(
     beam_args: Sequence[str],
     raw: Any,
     raw_identity: Any,
+    data_settings: Any,
     preset: Any,
     overrides: Any,
     linear_eval_overrides: Any,
@@ -51,6 +52,7 @@ def _connect(
         "build-tfrecords",
         raw=raw,
         raw_identity=raw_identity,
+        data_settings=data_settings,
         beam_args=list(beam_args),
         code_version=step_version("build-tfrecords"),
     )
@@ -85,17 +87,21 @@ def _local_task(component: str, **arguments: Any) -> Any:
 
 
 @dsl.pipeline(name="sogclr", description=_DESCRIPTION)
-def sogclr(raw: str, raw_identity: str, preset: str, overrides: list[str], linear_eval_overrides: list[str]) -> Outputs:
+def sogclr(
+    raw: str, raw_identity: str, data_settings: list[str], preset: str, overrides: list[str], linear_eval_overrides: list[str]
+) -> Outputs:
     """The whole pipeline on this machine.
 
     Args:
         raw: Folder of the raw archives.
         raw_identity: Part of the cache key. Changes when the archives change; may be empty if no cache is used.
+        data_settings: key=value for each setting of the conversion that is not the default, for example
+            data.subset=imagenet_s. Those of the preset are among them.
         preset: Name of the experiment.
         overrides: key=value for each changed setting of pretraining.
         linear_eval_overrides: key=value for each changed setting of the linear eval, for example linear_eval.seed=1.
     """
-    return _connect(_local_task, (), raw, raw_identity, preset, overrides, linear_eval_overrides)
+    return _connect(_local_task, (), raw, raw_identity, data_settings, preset, overrides, linear_eval_overrides)
 
 
 def one_step(component: str, arguments: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> dsl.base_component.BaseComponent:
@@ -124,18 +130,22 @@ def compile_pipeline(cluster: Cluster, defaults: Mapping[str, Any]) -> dict[str,
             _with_environment(cluster, "record-lineage", join).set_caching_options(False)
 
     # KFP takes the parameters from a function's signature.
-    def plain(raw: str, raw_identity: str, preset: str, overrides: list[str], linear_eval_overrides: list[str]) -> None:
-        connect(raw, raw_identity, preset, overrides, linear_eval_overrides)
+    def plain(
+        raw: str, raw_identity: str, data_settings: list[str], preset: str, overrides: list[str], linear_eval_overrides: list[str]
+    ) -> None:
+        connect(raw, raw_identity, data_settings, preset, overrides, linear_eval_overrides)
 
     def with_custom_jobs(
         raw: str,
         raw_identity: str,
+        data_settings: list[str],
         preset: str,
         overrides: list[str],
         linear_eval_overrides: list[str],
         base_output_directory: str,
     ) -> None:
-        connect(raw, raw_identity, preset, overrides, linear_eval_overrides, base_output_directory=base_output_directory)
+        parameters = raw, raw_identity, data_settings, preset, overrides, linear_eval_overrides
+        connect(*parameters, base_output_directory=base_output_directory)
 
     return _compile(cluster, with_custom_jobs if cluster.accelerator else plain, "sogclr", defaults)
 

@@ -2,7 +2,7 @@
 
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,13 @@ from pipelines.cli.jobs import connect
 from pipelines.cli.options import (
     Commands,
     Output,
+    absolute_files,
     add_command,
     add_json,
     add_place,
     add_root,
     add_set,
+    check_remote_files,
     make_experiment,
     read_output,
 )
@@ -30,8 +32,9 @@ from pipelines.code import step_version
 from pipelines.vertex import accelerators
 from pipelines.vertex.cluster import Cluster, base_output_directory
 from pipelines.vertex.jobs import Job, JobName, parse_job
-from trainer.config import split_overrides
+from trainer.config import data_from, split_overrides
 from trainer.presets import resolve
+from trainer.shared.data import DATA, DataSettings, as_overrides
 from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,7 +124,8 @@ def _check_settings(component: str, overrides: list[str]) -> None:
     """Raises UserError for a setting that the component does not have."""
     for item in overrides:
         pretraining, linear_eval = split_overrides([item])
-        if not {"build-tfrecords": [], "pretrain": pretraining, "linear-eval": linear_eval}[component]:
+        conversion = [item] if item.strip().startswith(DATA) else []
+        if not {"build-tfrecords": conversion, "pretrain": pretraining, "linear-eval": linear_eval}[component]:
             raise UserError(f"--set {item} is not a setting of {component}")
 
 
@@ -184,7 +188,9 @@ def _run_here(
     if component == "build-tfrecords":
         from beam_jobs.raw import raw_identity
 
-        arguments |= {"raw_identity": raw_identity(arguments["raw"]), "beam_args": []}
+        data = absolute_files(_data_again(before, again.overrides))
+        identity = raw_identity(arguments["raw"], data.files.values())
+        arguments |= {"raw_identity": identity, "data_settings": as_overrides(data), "beam_args": []}
     else:
         arguments["overrides"] = [*before["overrides"], *again.overrides]
         resolve(arguments.get("preset", "demo"), arguments["overrides"])
@@ -192,6 +198,14 @@ def _run_here(
     command = ("sogclr", "rerun", component, "--run", run, *settings)
     record = Record(f"rerun {component}", command, again.root, rerun_of)
     return execute(Request(str(root), arguments, component, inputs), record, again.output)
+
+
+def _data_again(before: Mapping[str, Any], overrides: Sequence[str]) -> DataSettings:
+    """Returns the settings of a conversion: those of the earlier arguments, changed by `overrides`.
+
+    The conversions of an earlier version had no settings.
+    """
+    return data_from([*before.get("data_settings", []), *overrides])
 
 
 def _inputs_from(job: Job, component: str) -> dict[str, Artifact]:
@@ -213,7 +227,11 @@ def _rerun_on_vertex(options: OnVertex) -> int:
     check_place(place.project, place.region, root)
     cluster = _cluster_again(options, job, root)
     arguments = {**job.arguments(component), "code_version": step_version(component)}
-    if component != "build-tfrecords":
+    if component == "build-tfrecords":
+        data = _data_again(arguments, options.again.overrides)
+        check_remote_files(data)
+        arguments["data_settings"] = as_overrides(data)
+    else:
         arguments["overrides"] = [*arguments["overrides"], *options.again.overrides]
 
     def compiled(cluster: Cluster) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from pipelines.vertex.accelerators import check_region
+from trainer.config import data_from
 from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -167,5 +168,6 @@ def _check_images(submission: "Submission", who: "Credentials") -> tuple[str, "I
 def _check_raw(submission: "Submission", who: "Credentials") -> tuple[str, str]:
     from pipelines.vertex.storage import raw_identity
 
-    identity = raw_identity(submission.raw)
+    data = data_from(submission.parameters.get("data_settings", []))
+    identity = raw_identity(submission.raw, data.files.values())
     return f"{submission.raw} can be read, identity {identity}", identity
