@@ -28,7 +28,7 @@ from typing import Any
 from beam_jobs import subsets
 from beam_jobs.dry_run import to_dict, to_text
 from beam_jobs.job import build, describe, plan_only
-from beam_jobs.plan import ON_BAD_IMAGE, VERIFY
+from beam_jobs.plan import EXPECT, ON_BAD_IMAGE, VERIFY
 from beam_jobs.runners import only_describes
 from beam_jobs.verify import LostRecordsError
 from trainer.shared.errors import UserError
@@ -94,8 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify", choices=VERIFY, default="headers", help="decode: decode every image, not only unusual ones (default: headers)"
     )
+    parser.add_argument(
+        "--validation-labels", metavar="FILE", help="labels of flat validation images (default: validation_labels.txt in --raw)"
+    )
     parser.add_argument("--max-side", type=int, metavar="PIXELS", help="resize larger images to this length of the longer side")
-    parser.add_argument("--allow-other-counts", action="store_true", help="accept other numbers of images than ImageNet's")
+    parser.add_argument(
+        "--expect", choices=EXPECT, default="any", help="the dataset that the raw data must be: its classes and numbers of images"
+    )
+    parser.add_argument(
+        "--allow-other-counts", action="store_true", help="accept other classes and numbers of images than ImageNet's"
+    )
     parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="check every image and print the plan; convert nothing")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")

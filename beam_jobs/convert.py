@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import apache_beam as beam
 from apache_beam.metrics.metric import Metrics
 
-from beam_jobs import images, raw, verify
+from beam_jobs import images, raw, sources, verify
 from beam_jobs.layouts.layout import RawImage
 from beam_jobs.plan import Plan, plan_split
 from beam_jobs.publish import publish
@@ -102,6 +102,7 @@ def index_archive(number: int, plan: Plan) -> Indexed:
     repaired: verify.Listed = []
     if plan.check_first:
         found, repaired = _check_images(plan, archive.split, found)
+    sources.leave_part(plan, number, found.images)
     verify.report_archive(plan, number, found, repaired)
     return number, pack_images(found.images)
 

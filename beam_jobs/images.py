@@ -1,4 +1,4 @@
-"""Reads an image's header, and turns an image into a JPEG that all decoders read alike."""
+"""Turns an image into a JPEG that all decoders read alike."""
 
 import io
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError, features
 from PIL import __version__ as pillow_version
+
+from beam_jobs.jpeg import BASELINE, EXTENDED, PROGRESSIVE, JpegHeader, read_jpeg_header
 
 REPAIRED_QUALITY = 100
 """JPEG quality of repaired images, with almost no loss. There are few of them."""
@@ -17,10 +19,6 @@ HEAD_BYTES = 2**12
 """Bytes that usually hold a JPEG's header. If they do not, the whole file is read."""
 TAIL_BYTES = 2
 
-_BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
-_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_WITHOUT_LENGTH = frozenset(range(0xD0, 0xD9)) | {0x01}
-_END, _START_OF_SCAN, _ADOBE = 0xD9, 0xDA, 0xEE
 _END_OF_IMAGE = b"\xff\xd9"
 CODECS = f"Pillow {pillow_version}, libjpeg {features.version_codec('jpg')}"
 """The versions on which the bytes of repaired and resized images depend."""
@@ -29,33 +27,6 @@ _SRGB = ImageCms.createProfile("sRGB")
 
 class UnreadableImageError(Exception):
     """The bytes are not a readable image. The message says why in a few words."""
-
-
-@dataclass(frozen=True)
-class JpegHeader:
-    """The header of a JPEG."""
-
-    process: int
-    """The start-of-frame marker: 0xC0 baseline, 0xC1 extended, 0xC2 progressive. Few decoders read the others."""
-    precision: int
-    """Bits per sample."""
-    height: int
-    width: int
-    components: int
-    adobe_transform: int | None
-    """Colour transform in Adobe's marker: 0 none, 1 YCbCr, 2 YCCK. None if there is no such marker."""
-    scan: int
-    """Byte at which the header ends and pixels begin."""
-
-    @property
-    def is_usual(self) -> bool:
-        """Whether every decoder gives the same pixels: grey or YCbCr, eight bits, of a common kind and size."""
-        return (
-            self.process in (_BASELINE, _EXTENDED, _PROGRESSIVE)
-            and self.precision == 8
-            and self.components in (1, 3)
-            and 0 < self.height * self.width <= MAX_PIXELS
-        )
 
 
 @dataclass(frozen=True)
@@ -74,38 +45,9 @@ class Options:
     """How images are treated."""
 
     decode: bool = False
-    """Whether to decode every image to find damage. Without it, only images with an unusual header or end are decoded."""
+    """Whether to decode every image to find damage. Without it, only images whose header or end looks odd are decoded."""
     max_side: int | None = None
     """Pixels of the longer side. Larger images are resized to it; None resizes none."""
-
-
-def read_jpeg_header(data: bytes) -> JpegHeader | None:
-    """Returns the header of a JPEG without decoding pixels, or None if `data` has no whole header."""
-    if data[:2] != b"\xff\xd8":
-        return None
-    adobe_transform = frame = None
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF:  # fill byte
-            position += 1
-            continue
-        if marker in _WITHOUT_LENGTH:
-            position += 2
-            continue
-        if marker == _END:
-            return None
-        end = position + 2 + int.from_bytes(data[position + 2 : position + 4])
-        segment = data[position + 4 : min(end, position + 20)]
-        if marker == _START_OF_SCAN:
-            return JpegHeader(*frame, adobe_transform, end) if frame else None
-        if marker in _START_OF_FRAME and len(segment) >= 6:
-            height, width = int.from_bytes(segment[1:3]), int.from_bytes(segment[3:5])
-            frame = marker, segment[0], height, width, segment[5]
-        if marker == _ADOBE and segment[:5] == b"Adobe" and len(segment) >= 12:
-            adobe_transform = segment[11]
-        position = end
-    return None
 
 
 def keeps_its_bytes(head: bytes, tail: bytes, options: Options) -> bool:
@@ -113,7 +55,8 @@ def keeps_its_bytes(head: bytes, tail: bytes, options: Options) -> bool:
     if options.decode or tail != _END_OF_IMAGE:
         return False
     header = read_jpeg_header(head)
-    return header is not None and header.is_usual and not _is_larger(header.width, header.height, options.max_side)
+    usual = header is not None and _is_usual(header) and not header.fault
+    return header is not None and usual and not _is_larger(header.width, header.height, options.max_side)
 
 
 def prepare(data: bytes, options: Options) -> Prepared:
@@ -128,10 +71,10 @@ def prepare(data: bytes, options: Options) -> Prepared:
     header = read_jpeg_header(data)
     if header and header.height * header.width > MAX_PIXELS:
         raise _too_large(header.width, header.height)
-    usual = header is not None and header.is_usual
+    usual = header is not None and _is_usual(header)
     larger = header is not None and _is_larger(header.width, header.height, options.max_side)
     # A JPEG without its end marker may be cut off. Bytes after the marker do no harm.
-    whole = header is not None and data.rfind(_END_OF_IMAGE, header.scan) >= 0
+    whole = header is not None and not header.fault and data.rfind(_END_OF_IMAGE, header.scan) >= 0
     if usual and whole and not larger and not options.decode:
         return Prepared(data, "", False)
     try:
@@ -160,7 +103,18 @@ def prepare(data: bytes, options: Options) -> Prepared:
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"has more than {MAX_PIXELS:,} pixels ({error})") from error
     except Exception as error:  # decoders raise errors of all kinds on damaged bytes
-        raise UnreadableImageError(f"cannot be decoded ({' '.join(str(error).split())})") from error
+        why = header.fault if header and header.fault else " ".join(str(error).split())
+        raise UnreadableImageError(f"cannot be decoded ({why})") from error
+
+
+def _is_usual(header: JpegHeader) -> bool:
+    """Returns whether every decoder gives the same pixels: grey or YCbCr, eight bits, of a common kind and size."""
+    return (
+        header.process in (BASELINE, EXTENDED, PROGRESSIVE)
+        and header.precision == 8
+        and header.components in (1, 3)
+        and 0 < header.height * header.width <= MAX_PIXELS
+    )
 
 
 def _too_large(width: int, height: int) -> UnreadableImageError:

@@ -2,6 +2,7 @@
 
 python -m beam_jobs.inspect_dataset DIR           writes DIR's page to dataset.html
 python -m beam_jobs.inspect_dataset DIR --full    reads every byte: checksums, IDs, labels, fingerprint
+python -m beam_jobs.inspect_dataset DIR --image ID [--split validation]    names an image's class, record and raw file
 """
 
 import argparse
@@ -10,6 +11,7 @@ import itertools
 import json
 import logging
 import statistics
+import struct
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from beam_jobs import files
-from beam_jobs.images import read_jpeg_header
+from beam_jobs import files, sources
+from beam_jobs.jpeg import read_jpeg_header
 from beam_jobs.shards import FINGERPRINTS, file_crc32c, fingerprint_term, frame
 from trainer.shared.blocks import block_extent, framed_records, locate
 from trainer.shared.errors import UserError
@@ -127,6 +129,7 @@ def inspect(folder: str, *, full: bool = False, on_progress: Callable[[int, int]
                 done += 1
                 on_progress(done, sum(len(one.shards) for one in manifest.splits.values()))
             problems += _check_records(name, split, seen)
+            problems += sources.wrong_sources(folder, manifest, name)
         else:
             for shard, block in _evenly([(one, block) for one in readable for block in range(len(one.blocks))]):
                 try:
@@ -139,6 +142,30 @@ def inspect(folder: str, *, full: bool = False, on_progress: Callable[[int, int]
         problems.append(f"the records have the fingerprint {fingerprint % FINGERPRINTS:064x}, not the manifest's")
     problems += _check_tfds(folder, manifest)
     return Report(folder, full, tuple(problems), measured)
+
+
+def find_image(folder: str, split: str, image_id: int) -> dict[str, Any]:
+    """Returns the ID, class, size, record and raw file of an image. Raises UserError if there is no such image."""
+    manifest = load(folder)
+    source = sources.source_of(folder, manifest, split, image_id)
+    of_split = manifest.splits[split]
+    ((number, within),) = locate(of_split, [image_id])
+    shard = of_split.shards[number]
+    try:
+        records = _read_block(folder, shard, within // RECORDS_PER_BLOCK)
+        record = next(itertools.islice(records, within % RECORDS_PER_BLOCK, None))
+    except (ValueError, StopIteration, struct.error) as error:
+        raise UserError(f"{shard.file} is damaged at record {within}, image {image_id}, which is from {source}") from error
+    return {
+        "split": split,
+        "image_id": image_id,
+        "label": record.label,
+        "synset": manifest.synsets[record.label],
+        "bytes": len(record.encoded),
+        "shard": shard.file,
+        "record": within,
+        "source": source,
+    }
 
 
 def page(folder: str, *, full: bool = False, on_progress: Callable[[int, int], None] = ignore) -> str:
@@ -295,6 +322,17 @@ def _listed(rows: list[tuple[str, str]]) -> dict[str, Any]:
     return {"rows": rows[:_LISTED], "more": more}
 
 
+def _print_image(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found))
+        return
+    shown = found["source"].encode(errors="backslashreplace").decode()
+    print(
+        f"{found['split']} image {found['image_id']}: {shown}\n"
+        f"label {found['label']}, {found['synset']}; {found['bytes']:,} bytes; record {found['record']} of {found['shard']}"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m beam_jobs.inspect_dataset",
@@ -303,6 +341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", metavar="DIR", help="the dataset, local or gs://")
     parser.add_argument("--full", action="store_true", help="read every byte: checksums, IDs, labels, fingerprint")
+    parser.add_argument("--image", type=int, metavar="ID", help="print an image's class, record and raw file; write no page")
+    parser.add_argument("--split", default="train", metavar="NAME", help="split of --image (default: %(default)s)")
     parser.add_argument("--output", default="dataset.html", metavar="FILE", help="file for the page (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -315,6 +355,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"[inspect] {done}/{total}", file=sys.stderr, flush=True)
 
     try:
+        if args.image is not None:
+            _print_image(find_image(args.folder, args.split, args.image), args.json)
+            return 0
         found = inspect(args.folder, full=args.full, on_progress=show)
         files.write(args.output, to_html(found).encode())
     except UserError as error:

@@ -5,16 +5,17 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
 
 import numpy as np
 
 from beam_jobs import files, images, subsets
 from beam_jobs.raw import SPLITS, Raw, open_raw
+from trainer.shared.data import ALLOWING, DATASETS, DataSettings, Expect, OnBadImage, Verify, other_classes
 from trainer.shared.errors import UserError
 
-VERIFY = ("headers", "decode")
-ON_BAD_IMAGE = ("fail", "skip")
+EXPECT, VERIFY, ON_BAD_IMAGE = get_args(Expect), get_args(Verify), get_args(OnBadImage)
 WORK = ".building"
 """Folder within the output; it exists until the dataset is finished."""
 SHARD_BYTES = 128 * 2**20
@@ -45,6 +46,8 @@ class Plan:
     options: Mapping[str, str | int]
     """The options that change the contents of the dataset."""
     tool_version: str
+    expected_of: str = "ImageNet"
+    """The dataset that has the `expected` numbers of images."""
 
     @property
     def rejected(self) -> str:
@@ -79,30 +82,35 @@ def make_plan(
     *,
     name: str | None = None,
     num_shards: int | None = None,
+    expect: str = "any",
     subset: str | None = None,
     images_per_class: int | None = None,
     on_bad_image: str = "fail",
     verify: str = "headers",
     max_side: int | None = None,
+    validation_labels: str | None = None,
     allow_other_counts: bool = False,
 ) -> Plan:
     """Returns the plan of converting the raw images in the folder `raw` to a dataset in the folder `output`.
 
     name: the dataset's name in TFDS; by default NAME if `output` is ROOT/NAME/VERSION, else images
     num_shards: shards of each split; by default as many as make shards of 128 MiB
+    expect: the dataset that `raw` must be, by its classes and numbers of images, unless there is a subset; any for any
     subset: one of `subsets.SUBSETS` or a file with a synset a line
     images_per_class: the most training images of a class, the first by name
     on_bad_image: fail, or skip to give unreadable images no ID and list them in the manifest
     verify: how deep to look for damage: headers, or decode to decode every image
     max_side: pixels of the longer side; larger images are resized to it
-    allow_other_counts: whether ImageNet's synsets may have other numbers of images than ImageNet
+    validation_labels: the file of labels of flat validation images; by default the one in `raw`
+    allow_other_counts: whether ImageNet's synsets may have other numbers of images than ImageNet, and `expect` other classes
 
     Raises UserError for invalid arguments, and if there are no raw images.
     """
     for argument, value in (("num_shards", num_shards), ("images_per_class", images_per_class), ("max_side", max_side)):
         if value is not None and value < 1:
             raise UserError(f"{argument}={value} makes no sense: it must be at least 1")
-    for argument, text, choices in (("on_bad_image", on_bad_image, ON_BAD_IMAGE), ("verify", verify, VERIFY)):
+    chosen = (("expect", expect, EXPECT), ("on_bad_image", on_bad_image, ON_BAD_IMAGE), ("verify", verify, VERIFY))
+    for argument, text, choices in chosen:
         if text not in choices:
             raise UserError(f"{argument}={text} is unknown: it must be {' or '.join(choices)}")
     parts = output.rstrip("/").split("/")
@@ -111,7 +119,10 @@ def make_plan(
     if not _NAME.fullmatch(name):
         raise UserError(f"name={name} cannot name a dataset: use small letters, digits and underscores, a letter first")
     synsets = subsets.synsets_of(subset) if subset else None
-    opened = open_raw(raw, synsets=synsets, images_per_class=images_per_class)
+    opened = open_raw(raw, synsets=synsets, images_per_class=images_per_class, validation_labels=validation_labels)
+    known = None if subset or allow_other_counts else DATASETS.get(expect)
+    if known and (wrong := other_classes(known, opened.synsets)):
+        raise UserError(f"{raw} has {wrong}: give {known.title}, or allow any dataset with {ALLOWING}")
     sizes = {split: sum(opened.archives[number].size for number in opened.of_split(split)) for split in SPLITS}
     options = {
         "subset": subset if subset in subsets.SUBSETS else subset and os.path.basename(subset),
@@ -119,6 +130,7 @@ def make_plan(
         "on_bad_image": on_bad_image if on_bad_image != "fail" else None,
         "verify": verify if on_bad_image != "fail" and verify != "headers" else None,
         "max_side": max_side,
+        "validation_labels": validation_labels and os.path.basename(validation_labels),
     }
     return Plan(
         raw=opened,
@@ -129,10 +141,17 @@ def make_plan(
         num_shards={split: num_shards or shards_for(sizes[split]) for split in SPLITS},
         images=images.Options(decode=verify == "decode", max_side=max_side),
         check_first=on_bad_image == "skip",
-        expected=None if allow_other_counts else subsets.known_counts(opened.synsets),
+        expected=known.images if known else None if allow_other_counts else subsets.known_counts(opened.synsets),
         options={option: value for option, value in options.items() if value is not None},
         tool_version=_tool_version(),
+        expected_of=known.source if known else "ImageNet",
     )
+
+
+def options_of(data: DataSettings) -> dict[str, Any]:
+    """Returns the arguments of `make_plan` that the settings of the conversion stand for."""
+    absent = {name: getattr(data, name) or None for name in ("subset", "images_per_class", "max_side", "validation_labels")}
+    return {**asdict(data), **absent}
 
 
 def shards_for(num_bytes: int) -> int:

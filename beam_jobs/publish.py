@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from beam_jobs import files, verify
+from beam_jobs import files, sources, verify
 from beam_jobs.plan import Plan
 from trainer.shared.errors import UserError
 from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, MANIFEST, Manifest, manifest_from_json, manifest_to_json
@@ -17,7 +17,7 @@ _FEATURES = "tensorflow_datasets.core.features"
 
 
 def publish(plan: Plan) -> Manifest:
-    """Verifies the dataset, then writes TFDS's metadata and, last of all, the manifest. Returns the manifest.
+    """Verifies the dataset, then writes TFDS's metadata, the images' sources and, last, the manifest. Returns the manifest.
 
     If the manifest exists already, only cleans up. Raises the errors of `verify.verify_dataset`.
     """
@@ -28,6 +28,8 @@ def publish(plan: Plan) -> Manifest:
         manifest = verify.verify_dataset(plan)
         for name, text in _tfds_metadata(plan, manifest).items():
             files.write(files.join(plan.output, name), text.encode())
+        for split in manifest.splits:
+            sources.join_parts(plan, split)
         files.delete_temporary(plan.output)
         files.write(files.join(plan.output, CONVERSION), plan.identity.encode())
         files.write(path, manifest_to_json(manifest).encode())

@@ -5,13 +5,16 @@ Image IDs are the same in every layout: training images are ordered by (synset, 
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from beam_jobs import files
 from beam_jobs.layouts import LAYOUTS
 from beam_jobs.layouts.layout import Archive, Found, Layout, RawImage
 from trainer.shared.errors import UserError
+from trainer.shared.files import is_local
 
 SPLITS = ("train", "validation")
 
@@ -59,13 +62,23 @@ class Index:
     """Faults of the archive as a whole."""
 
 
-def open_raw(folder: str, *, synsets: Sequence[str] | None = None, images_per_class: int | None = None) -> Raw:
+def open_raw(
+    folder: str,
+    *,
+    synsets: Sequence[str] | None = None,
+    images_per_class: int | None = None,
+    validation_labels: str | None = None,
+) -> Raw:
     """Returns the raw data in `folder` of the given synsets, or of all. Reads outer headers, file names and labels, but no image.
 
-    Raises UserError if training images, validation images, labels or one of `synsets` are missing. Other faults are in
+    `validation_labels` is the path of the file of labels, by default the one in `folder`. Raises UserError if training images,
+    validation images, labels or one of `synsets` are missing, or if no image needs `validation_labels`. Other faults are in
     `problems`, so that a user sees all of them at once.
     """
     by_split = _recognise(folder)
+    if validation_labels:
+        layout, found = by_split["validation"]
+        by_split["validation"] = layout, replace(found, labels=_labels_file(validation_labels))
     for split, (_, found) in by_split.items():
         _log.info("%s: %s", split, found.why)
     layout, found = by_split["train"]
@@ -81,6 +94,8 @@ def open_raw(folder: str, *, synsets: Sequence[str] | None = None, images_per_cl
     known = None if synsets and len(chosen) == len(classes) else classes
     layout, found = by_split["validation"]
     validation = layout.validation_archives(folder, found, known)
+    if validation_labels and not any(archive.synsets for archive in validation.archives):
+        raise UserError(f"validation_labels={validation_labels} has no effect: the folders of validation images are their labels")
     return Raw(
         folder,
         {split: layout for split, (layout, _) in by_split.items()},
@@ -90,6 +105,13 @@ def open_raw(folder: str, *, synsets: Sequence[str] | None = None, images_per_cl
         train.problems + validation.problems,
         _identity([found for _, found in by_split.values()]),
     )
+
+
+def _labels_file(path: str) -> files.FileInfo:
+    info = files.find(path)
+    if info is None:
+        raise UserError(f"validation_labels={path} is not a file")
+    return info._replace(name=path if not is_local(path) else os.path.abspath(path))
 
 
 def index(raw: Raw, archive: Archive) -> Index:
@@ -113,12 +135,18 @@ def index(raw: Raw, archive: Archive) -> Index:
     return Index(images[:limit], found, rejected, list(listing.problems))
 
 
-def raw_identity(raw: str) -> str:
+def raw_identity(raw: str, beside: Iterable[str] = ()) -> str:
     """Returns a short hex digest of the names, sizes and times of the raw files in the folder `raw`.
 
-    Raises UserError naming what is missing if the folder holds no raw data.
+    It also depends on the contents of the files `beside`, if there are any. Raises UserError naming what is missing if the folder
+    holds no raw data, or if one of those files does not exist.
     """
-    return _identity([found for _, found in _recognise(raw).values()])
+    identity = _identity([found for _, found in _recognise(raw).values()])
+    for path in beside:
+        if not files.find(path):
+            raise UserError(f"there is no file {path}")
+        identity = hashlib.sha256(identity.encode() + files.read(path)).hexdigest()[:16]
+    return identity
 
 
 def _recognise(folder: str) -> dict[str, tuple[Layout, Found]]:

@@ -1,9 +1,9 @@
 """The subsets of ImageNet that papers use: their names, synsets and numbers of images."""
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from beam_jobs import files
+from trainer.shared.data import DATASETS, digest_of
 from trainer.shared.errors import UserError
 
 _IMAGENET_S_SYNSETS = """
@@ -60,20 +60,10 @@ def synsets_of(subset: str) -> tuple[str, ...]:
     return tuple(sorted(named))
 
 
-def known_counts(synsets: Sequence[str]) -> dict[str, int] | None:
+def known_counts(synsets: Sequence[str]) -> Mapping[str, int] | None:
     """Returns the number of ImageNet's images of these synsets by split, or None if it is not known.
 
     It is known for all 1,000 synsets and for the named subsets.
     """
-    return _KNOWN_COUNTS.get(_digest(synsets))
-
-
-def _digest(synsets: Sequence[str]) -> str:
-    return hashlib.sha256(" ".join(sorted(synsets)).encode()).hexdigest()
-
-
-_KNOWN_COUNTS = {
-    "791ce0333040dd249d13133f90d28ef0263ffc01e5de0afd85b3e32048d7d456": {"train": 1_281_167, "validation": 50_000},  # all 1,000
-    _digest(IMAGENET_S): {"train": 129_395, "validation": 5_000},
-    _digest(IMAGENET100_CMC): {"train": 126_689, "validation": 5_000},
-}
+    digest = digest_of(synsets)
+    return next((known.images for known in DATASETS.values() if known.synsets == digest), None)

@@ -16,6 +16,7 @@ from beam_jobs import files
 from beam_jobs.plan import Plan, SplitPlan, plan_split
 from beam_jobs.raw import SPLITS, Index
 from beam_jobs.shards import FINGERPRINTS, WrittenShard, contents_digest, file_crc32c
+from trainer.shared.data import ALLOWING
 from trainer.shared.errors import UserError
 from trainer.shared.records import Manifest, Shard, Split, reading_positions
 
@@ -122,8 +123,8 @@ def faults(plan: Plan, of_archives: list[Any]) -> tuple[list[str], Listed]:
         found = sum(of_archives[number]["found"] for number in numbers)
         if plan.expected and found != plan.expected[split]:
             problems.append(
-                f"{split} has {found:,} images where ImageNet has {plan.expected[split]:,} of these {len(plan.raw.synsets)} "
-                "synsets: get the missing images, or allow this with --allow-other-counts"
+                f"{split} has {found:,} images where {plan.expected_of} has {plan.expected[split]:,} of these "
+                f"{len(plan.raw.synsets)} classes: get the missing images, or allow this with {ALLOWING}"
             )
     if not problems and plan.check_first:
         counts = np.bincount(

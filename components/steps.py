@@ -11,13 +11,20 @@ IMAGE = "sogclr-python"
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def build_tfrecords(
-    raw: str, raw_identity: str, beam_args: list[str], code_version: str, dataset: dsl.Output[dsl.Dataset]
+    raw: str,
+    raw_identity: str,
+    data_settings: list[str],
+    beam_args: list[str],
+    code_version: str,
+    dataset: dsl.Output[dsl.Dataset],
 ) -> None:
     """Converts raw ImageNet archives to TFRecords with image IDs.
 
     Args:
         raw: Folder of the raw archives.
         raw_identity: Part of the cache key. Changes when the archives change.
+        data_settings: key=value for each setting of the conversion that differs from its default, for example
+            data.subset=imagenet_s.
         beam_args: Options of Beam, for example to run on Dataflow. If empty, the conversion runs in this container.
         code_version: Part of the cache key. Changes when the code changes.
         dataset: A TFDS folder with a manifest.
@@ -27,11 +34,20 @@ def build_tfrecords(
 
     from beam_jobs import inspect_dataset
     from beam_jobs.job import build
+    from beam_jobs.plan import options_of
     from components import tracking
     from components.dataflow import JOB_LABEL, label_of
+    from trainer.config import data_from
+    from trainer.shared.data import values_of_data
     from trainer.shared.progress import ProgressBars
 
-    arguments = {"raw": raw, "raw_identity": raw_identity, "beam_args": beam_args, "code_version": code_version}
+    arguments = {
+        "raw": raw,
+        "raw_identity": raw_identity,
+        "data_settings": data_settings,
+        "beam_args": beam_args,
+        "code_version": code_version,
+    }
     if tracking.recorded_before("build-tfrecords", arguments, {"dataset": dataset}):
         return
     with ProgressBars() as bars, tracking.step("build-tfrecords", arguments, {"dataset": dataset}) as run:
@@ -40,8 +56,14 @@ def build_tfrecords(
             logging.basicConfig(stream=sys.stderr, format="%(message)s")
             logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)
             beam_args = [*beam_args, f"--labels={JOB_LABEL}={label_of(tracking.job_of(dataset.uri))}"]
+        settings = data_from(data_settings)
+        run.log_params(values_of_data(settings))
         manifest = build(
-            raw, dataset.uri, beam_args=beam_args, on_progress=lambda done, total: bars("build-tfrecords", done, total)
+            raw,
+            dataset.uri,
+            beam_args=beam_args,
+            on_progress=lambda done, total: bars("build-tfrecords", done, total),
+            **options_of(settings),
         )
         train, validation = manifest.splits["train"], manifest.splits["validation"]
         dataset.metadata.update(
@@ -79,7 +101,7 @@ def pretrain(
     Args:
         preset: Name of the experiment.
         overrides: key=value for each pretraining setting that differs from the preset. Settings of the linear eval are not
-            allowed.
+            allowed, nor are those of the conversion, except data.allow_other_counts.
         init_from: Checkpoint of another run, whose encoder, heads and u this run starts with; empty for none.
         init_identity: Part of the cache key. Changes when that checkpoint changes.
         code_version: Part of the cache key. Changes when the code changes.
@@ -99,7 +121,7 @@ def pretrain(
     from trainer.distribution import claim_devices, describe_run
     from trainer.initial import open_source
     from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
-    from trainer.presets import resolve
+    from trainer.presets import resolve_pretraining
     from trainer.shared.progress import ProgressBars
     from trainer.train import train
 
@@ -112,7 +134,7 @@ def pretrain(
         given = os.environ.get(variables.ACCELERATOR, "")
         strategy = claim_devices(given, say=lambda line: bars.note("pretrain", line))
         run.log_devices(describe_run(strategy))
-        config = resolve(preset, overrides)
+        config = resolve_pretraining(preset, overrides)
         settings = pretraining_of(config)
         run.log_params(settings)
         run.datasets.log(dataset, "training")

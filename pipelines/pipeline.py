@@ -38,6 +38,7 @@ def _connect(
     beam_args: Sequence[str],
     raw: Any,
     raw_identity: Any,
+    data_settings: Any,
     preset: Any,
     overrides: Any,
     linear_eval_overrides: Any,
@@ -53,6 +54,7 @@ def _connect(
         "build-tfrecords",
         raw=raw,
         raw_identity=raw_identity,
+        data_settings=data_settings,
         beam_args=list(beam_args),
         code_version=step_version("build-tfrecords"),
     )
@@ -98,6 +100,7 @@ def _local_task(component: str, **arguments: Any) -> Any:
 def sogclr(
     raw: str,
     raw_identity: str,
+    data_settings: list[str],
     preset: str,
     overrides: list[str],
     linear_eval_overrides: list[str],
@@ -109,13 +112,17 @@ def sogclr(
     Args:
         raw: Folder of the raw archives.
         raw_identity: Part of the cache key. Changes when the archives change; may be empty if no cache is used.
+        data_settings: key=value for each setting of the conversion that is not the default, for example
+            data.subset=imagenet_s. Those of the preset are among them.
         preset: Name of the experiment.
         overrides: key=value for each changed setting of pretraining.
         linear_eval_overrides: key=value for each changed setting of the linear eval, for example linear_eval.seed=1.
         init_from: Checkpoint of another run, which pretraining starts from; empty for none.
         init_identity: Part of the cache key. Changes when that checkpoint changes.
     """
-    return _connect(_local_task, (), raw, raw_identity, preset, overrides, linear_eval_overrides, init_from, init_identity)
+    return _connect(
+        _local_task, (), raw, raw_identity, data_settings, preset, overrides, linear_eval_overrides, init_from, init_identity
+    )
 
 
 def one_step(component: str, arguments: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> dsl.base_component.BaseComponent:
@@ -147,17 +154,19 @@ def compile_pipeline(cluster: Cluster, defaults: Mapping[str, Any]) -> dict[str,
     def plain(
         raw: str,
         raw_identity: str,
+        data_settings: list[str],
         preset: str,
         overrides: list[str],
         linear_eval_overrides: list[str],
         init_from: str = "",
         init_identity: str = "",
     ) -> None:
-        connect(raw, raw_identity, preset, overrides, linear_eval_overrides, init_from, init_identity)
+        connect(raw, raw_identity, data_settings, preset, overrides, linear_eval_overrides, init_from, init_identity)
 
     def with_custom_jobs(
         raw: str,
         raw_identity: str,
+        data_settings: list[str],
         preset: str,
         overrides: list[str],
         linear_eval_overrides: list[str],
@@ -165,7 +174,7 @@ def compile_pipeline(cluster: Cluster, defaults: Mapping[str, Any]) -> dict[str,
         init_from: str = "",
         init_identity: str = "",
     ) -> None:
-        parameters = (raw, raw_identity, preset, overrides, linear_eval_overrides, init_from, init_identity)
+        parameters = (raw, raw_identity, data_settings, preset, overrides, linear_eval_overrides, init_from, init_identity)
         connect(*parameters, base_output_directory=base_output_directory)
 
     return _compile(cluster, with_custom_jobs if cluster.accelerator else plain, "sogclr", defaults)

@@ -50,7 +50,7 @@ class Job:
         kinds = OUTPUTS[component]
         outputs = {name: kind(name=name, uri=f"{uri}/{name}", metadata={}) for name, kind in kinds.items()}
         arguments = {
-            "build-tfrecords": {"raw": str(self.raw), "raw_identity": "", "beam_args": []},
+            "build-tfrecords": {"raw": str(self.raw), "raw_identity": "", "data_settings": [], "beam_args": []},
             "pretrain": {"preset": "demo", "overrides": self.overrides},
             "linear-eval": {"overrides": EVAL},
         }[component]

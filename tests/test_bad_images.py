@@ -1,5 +1,6 @@
 """Images that are not what they should be: repaired in their own colours, or named, all of them, and left out on demand."""
 
+import collections
 import io
 import itertools
 import json
@@ -22,11 +23,13 @@ from support.raw_data import (
     tar,
     train_images,
     validation_images,
+    without_segments,
 )
 
 from beam_jobs import dry_run, files, images
 from beam_jobs.build_tfrecords import main
 from beam_jobs.job import build, plan_only
+from beam_jobs.jpeg import read_jpeg_header
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
 
@@ -201,17 +204,20 @@ def png_bomb() -> bytes:
     return bytes(data)
 
 
+def with_garbled_table(data: bytes, table: int) -> bytes:
+    """A JPEG with a Huffman table that makes no sense, in the segment at byte `table`."""
+    return data[: table + 5] + b"\x0f" * 16 + data[table + 21 :]
+
+
 def garbled() -> bytes:
-    """Whole by its header and its end, but with a Huffman table that makes no sense."""
-    data = bytearray(jpeg(patches("RGB")))
-    table = data.index(b"\xff\xc4")
-    data[table + 5 : table + 21] = b"\x0f" * 16
-    return bytes(data)
+    """Whole by its header and its end, but the Huffman table of its last scan makes no sense."""
+    data = jpeg(patches("RGB"), progressive=True)
+    return with_garbled_table(data, data.rindex(b"\xff\xc4"))
 
 
 def cut_off(data: bytes) -> bytes:
     """All of the header, and half of the pixels."""
-    scan = images.read_jpeg_header(data).scan
+    scan = read_jpeg_header(data).scan
     return data[: (scan + len(data)) // 2]
 
 
@@ -225,6 +231,14 @@ UNREADABLE = {
         "cannot be decoded (image file is truncated",
     ),
     "truncated PNG": (picture(2, kind="png")[:200], "cannot be decoded"),
+    "no quantization table": (
+        without_segments(jpeg(patches("RGB")), 0xDB),
+        "cannot be decoded (quantization table 0 is missing)",
+    ),
+    "garbled Huffman table": (
+        with_garbled_table(jpeg(patches("RGB")), jpeg(patches("RGB")).index(b"\xff\xc4")),
+        "cannot be decoded (a Huffman table makes no sense)",
+    ),
     "no pixels": (b"\xff\xd8\xff\xd9", "is not an image"),
     "bomb": (bomb(), "claims to be 60000 x 60000 pixels"),
     "PNG bomb": (png_bomb(), "has more than 89,478,485 pixels"),
@@ -247,6 +261,35 @@ def test_decoding_finds_what_headers_do_not_show():
         images.prepare(data, images.Options(decode=True))
 
 
+def test_what_is_kept_with_a_damaged_header_is_decoded_by_tensorflow():
+    """Changes bytes of headers at random. TensorFlow, which trains on what is kept, is the judge."""
+    import tensorflow as tf
+
+    random = np.random.default_rng(0)
+    whole = [jpeg(patches("RGB")), jpeg(patches("RGB"), progressive=True), jpeg(patches("L"), optimize=True), picture(3)]
+    fates = collections.Counter()
+    for number in range(300):
+        data = bytearray(whole[number % len(whole)])
+        for position in random.integers(2, read_jpeg_header(bytes(data)).scan, 2):
+            data[position] = random.integers(256)
+        try:
+            prepared = images.prepare(bytes(data), images.Options())
+        except images.UnreadableImageError:
+            fates["refused"] += 1
+            continue
+        tf.io.decode_jpeg(prepared.encoded, channels=3)
+        fates["kept" if prepared.encoded == data else "repaired"] += 1
+    assert fates["kept"] > 50
+    assert fates["refused"] > 50
+
+
+def test_a_jpeg_that_relies_on_the_usual_huffman_tables_keeps_its_bytes():
+    """As frames of Motion JPEG do: their tables are those of the standard, and decoders know them."""
+    data = without_segments(picture(1), 0xC4)
+    assert read_jpeg_header(data).fault == "Huffman table 0 of DC coefficients is missing"
+    assert images.prepare(data, images.Options()).encoded == data
+
+
 # ---- In a conversion
 
 
@@ -254,7 +297,7 @@ def with_bad(train: dict | None = None) -> dict[str, dict[str, bytes]]:
     """Training images, each kind of unreadable one among them in the second synset."""
     train = train or train_images()
     for number, (data, _) in enumerate(UNREADABLE.values()):
-        train[SYNSETS[1]][f"bad_{number}.JPEG"] = data
+        train[SYNSETS[1]][f"bad_{number:02}.JPEG"] = data
     return train
 
 
@@ -294,7 +337,7 @@ def test_everything_wrong_is_named_at_once_and_nothing_is_published(tmp_path):
     (listed,) = (tmp_path / "output").iterdir()
     lines = listed.read_text().splitlines()
     for number, (_, reason) in enumerate(UNREADABLE.values()):
-        assert any(f"bad_{number}.JPEG {reason}" in line for line in lines)
+        assert any(f"bad_{number:02}.JPEG {reason}" in line for line in lines)
     for expected in (
         "line 1: n09999999 is not a synset",
         f"{VALIDATION} has 23 images and there are 20 labels",
@@ -321,7 +364,7 @@ def test_skipping_leaves_out_what_cannot_be_read_before_ids_are_given(built, tmp
     assert manifest.fingerprint == read_manifest(str(built)).fingerprint
     assert manifest.options == {"on_bad_image": "skip"}
     rejected = manifest.splits["train"].rejected
-    assert [entry["source"].rsplit("/", 1)[1] for entry in rejected] == [f"bad_{n}.JPEG" for n in range(len(UNREADABLE))]
+    assert [entry["source"].rsplit("/", 1)[1] for entry in rejected] == [f"bad_{n:02}.JPEG" for n in range(len(UNREADABLE))]
     assert all(reason in entry["reason"] for entry, (_, reason) in zip(rejected, UNREADABLE.values(), strict=True))
     for path in built.glob("*.tfrecord-*"):
         assert (tmp_path / "output" / path.name).read_bytes() == path.read_bytes()
@@ -404,7 +447,7 @@ def test_the_plan_tells_what_would_be_done_and_writes_nothing(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "train: 151 images" in printed
     assert f"would repair {TRAIN}/n01000001.tar/inks.JPEG: JPEG CMYK to JPEG RGB" in printed
-    assert "would fail: 9 of the images cannot be read: give --on-bad-image=skip" in printed
+    assert f"would fail: {len(UNREADABLE)} of the images cannot be read: give --on-bad-image=skip" in printed
     assert main(["--raw", str(raw), "--output", str(tmp_path / "other"), "--dry-run", "--json", "--on-bad-image=skip"]) == 0
     assert json.loads(capsys.readouterr().out)["splits"]["validation"]["images"] == 20
     assert not (tmp_path / "other").exists()

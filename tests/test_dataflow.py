@@ -70,7 +70,12 @@ def beam_args(url, *more):
 def convert(job, url, *more):
     dataset = dsl.Dataset(name="dataset", uri=f"gs://a-bucket/runs/1/{job}/build-tfrecords_1/dataset", metadata={})
     build_tfrecords.python_func(
-        raw="gs://a-bucket/raw", raw_identity="", beam_args=beam_args(url, *more), code_version="c0de", dataset=dataset
+        raw="gs://a-bucket/raw",
+        raw_identity="",
+        data_settings=[],
+        beam_args=beam_args(url, *more),
+        code_version="c0de",
+        dataset=dataset,
     )
     return dataset
 

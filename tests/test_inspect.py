@@ -180,7 +180,8 @@ def test_the_component_leaves_the_page_in_mlflow(raw, tmp_path, monkeypatch):
     for name, value in {"MLFLOW_TRACKING_URI": uri, "MLFLOW_RUN_ID": run_id}.items():
         monkeypatch.setenv(name, value)
     dataset = dsl.Dataset(name="dataset", uri=str(tmp_path / "job" / "task" / "dataset"), metadata={})
-    steps.build_tfrecords.python_func(raw=str(raw), raw_identity="1", beam_args=[], code_version="1", dataset=dataset)
+    given = {"raw": str(raw), "raw_identity": "1", "data_settings": ["data.images_per_class=40.0"], "beam_args": []}
+    steps.build_tfrecords.python_func(**given, code_version="1", dataset=dataset)
     client = MlflowClient(uri)
     page = client.download_artifacts(dataset.metadata["run_id"], "dataset.html", str(tmp_path))
     assert dataset.metadata["fingerprint"] in Path(page).read_text()

@@ -18,11 +18,12 @@ from trainer.settings import (
     LossSettings,
     OptimizerSettings,
     RunSettings,
-    Setting,
     ViewSettings,
     settings,
 )
+from trainer.shared.data import ALLOW_OTHER_COUNTS, DATA, DataSettings
 from trainer.shared.errors import UserError, nearest
+from trainer.shared.settings import Setting
 
 BOOKKEEPING = ("linear_eval", "log_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "cache")
 """Settings that may change when a run resumes, because they do not affect its state."""
@@ -30,11 +31,12 @@ BOOKKEEPING = ("linear_eval", "log_every_steps", "checkpoint_every_minutes", "ke
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run: those of pretraining, and those of the linear eval of its encoder.
+    """All settings of a run: those of the conversion, of pretraining, and of the linear eval of its encoder.
 
     The result of pretraining depends on its settings, the data and the code, and on nothing else.
     """
 
+    data: DataSettings = field(default_factory=DataSettings)
     views: ViewSettings = field(default_factory=ViewSettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     loss: LossSettings = field(default_factory=LossSettings)
@@ -107,12 +109,39 @@ def require_same_encoder(path: str, before: Config, config: Config, has_head: bo
 
 
 def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Returns (overrides of pretraining, overrides of the linear eval), each in the given order."""
+    """Returns (overrides of pretraining, overrides of the linear eval), each in the given order.
+
+    Those of the conversion are in neither, apart from the one that pretraining has too: `data.allow_other_counts`.
+    """
     items = list(overrides)
     return (
-        [item for item in items if not item.strip().startswith(LINEAR_EVAL)],
+        [item for item in items if not _is_of_conversion(item) and not item.strip().startswith(LINEAR_EVAL)],
         [item for item in items if item.strip().startswith(LINEAR_EVAL)],
     )
+
+
+def refuse_data(overrides: Iterable[str]) -> None:
+    """Raises UserError if an override is of the conversion alone, which is finished before pretraining."""
+    for item in overrides:
+        if _is_of_conversion(item):
+            raise UserError(
+                f"{item} cannot be set here: the dataset is finished; give it to the conversion, "
+                f"python -m beam_jobs.build_tfrecords or sogclr run"
+            )
+
+
+def data_from(overrides: Iterable[str]) -> DataSettings:
+    """Returns the settings of the conversion that `overrides` make of the defaults. Raises UserError for any other setting."""
+    items = list(overrides)
+    for item in items:
+        if not item.strip().startswith(DATA):
+            raise UserError(f"{item} is not a setting of the conversion: they begin with {DATA}")
+    return override(Config(), items).data
+
+
+def _is_of_conversion(item: str) -> bool:
+    key = item.partition("=")[0].strip()
+    return key.startswith(DATA) and key != ALLOW_OTHER_COUNTS
 
 
 def _coerce(setting: Setting, text: str) -> Any:
@@ -156,7 +185,7 @@ def _number(text: str, kind: type) -> int | float:
 
 def pretraining_of(config: Config) -> dict[str, Any]:
     """Returns the value of every setting of pretraining, by key."""
-    return {key: value for key, value in values_of(config).items() if not key.startswith(LINEAR_EVAL)}
+    return {key: value for key, value in values_of(config).items() if not key.startswith((LINEAR_EVAL, DATA))}
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -169,16 +198,14 @@ def config_to_json(config: Config) -> str:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
-    """Returns the config that `config_to_json` wrote, from its parsed JSON. Raises UserError if a setting is missing or unknown.
+    """Returns the config that `config_to_json` wrote, from its parsed JSON. Raises UserError if a setting is unknown.
 
-    A missing setting of the linear eval takes its default, because every evaluation chooses these settings anew. So does a
-    missing one of `BOOKKEEPING`, which changes no result.
+    A missing setting takes its default: the default of a new setting is what versions without it did. The settings of the
+    conversion are not stored: they are those of the dataset.
     """
     flat = {key: value for key, value in values.items() if key != "linear_eval"}
     flat |= {LINEAR_EVAL + key: value for key, value in dict(values.get("linear_eval", {})).items()}
-    known = set(settings())
-    needed = {key for key in known if not key.startswith(LINEAR_EVAL) and key not in BOOKKEEPING}
-    unlike = (set(flat) - known) | (needed - set(flat))
+    unlike = set(flat) - {key for key in settings() if not key.startswith(DATA)}
     if unlike:
         raise UserError(f"another version wrote the stored config: these settings do not match: {', '.join(sorted(unlike))}")
     # Somebody may have edited the file: each value is parsed as an override's is.

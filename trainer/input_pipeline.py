@@ -7,13 +7,14 @@ consists of TensorFlow operations only, so each host of a TPU slice can run its 
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import tensorflow as tf
 
 from trainer.augmentation import NUM_DRAWS, central_crop, one_view, two_views
 from trainer.config import Config
+from trainer.origin import origin
 from trainer.sampler import Sampler
 from trainer.settings import RunSettings, ViewSettings
 from trainer.shared import records
@@ -22,6 +23,7 @@ from trainer.shared.errors import UserError
 from trainer.shared.records import Manifest
 
 Batch = dict[str, tf.Tensor]
+T = TypeVar("T")
 
 _LOCAL_BLOCKS_AT_ONCE, _BLOCKS_AT_ONCE = 4, 16
 """Blocks to read in parallel from a local disk, and from Cloud Storage, where a request takes tens of milliseconds."""
@@ -209,8 +211,8 @@ def make_sampler(batch_size: int, run: RunSettings, manifest: Manifest) -> Sampl
     return Sampler(sizes, batch_size, run.shuffle_window, run.seed)
 
 
-def naming_bad_records(batches: Iterable[Batch], data_dir: str, manifest: Manifest, split_name: str) -> Iterator[Batch]:
-    """Yields the `batches` of a split. If one fails, raises UserError with the file and the number of the bad record."""
+def naming_bad_records(batches: Iterable[T], data_dir: str, manifest: Manifest, split_name: str) -> Iterator[T]:
+    """Yields the batches or records of a split. If one fails, raises UserError that names the bad record and its raw file."""
     coming = iter(batches)
     while True:
         try:
@@ -225,12 +227,17 @@ def naming_bad_records(batches: Iterable[Batch], data_dir: str, manifest: Manife
 
 
 def first_bad_record(data_dir: str, manifest: Manifest, split_name: str) -> UserError | None:
-    """Reads a split from its beginning. Returns an error that names its first bad record by file and number, or None.
+    """Reads a split from its beginning. Returns an error that names its first bad record by file, number and raw file, or None.
 
     The parallel input pipeline cannot tell which record it failed at; this slower reading can.
     """
     split = manifest.splits[split_name]
     seen: dict[int, str] = {}
+    before = 0
+
+    def told(text: str, number: int) -> UserError:
+        return UserError(text + origin(data_dir, manifest, split_name, before + number))
+
     for shard in split.shards:
         path = f"{data_dir.rstrip('/')}/{shard.file}"
         number = -1
@@ -240,13 +247,16 @@ def first_bad_record(data_dir: str, manifest: Manifest, split_name: str) -> User
                 parsed = _parse(serialized, split.records, manifest.num_classes)
                 image_id = int(parsed[records.IMAGE_ID])
                 if image_id in seen:
-                    return UserError(f"{where} has image ID {image_id}, which {seen[image_id]} has too: build the dataset again")
+                    return told(
+                        f"{where} has image ID {image_id}, which {seen[image_id]} has too: build the dataset again", number
+                    )
                 seen[image_id] = where
                 tf.io.decode_jpeg(parsed[records.ENCODED], channels=3)
         except tf.errors.DataLossError:
-            return UserError(f"{path} is torn or altered after record {number}: build the dataset again")
+            return told(f"{path} is torn or altered after record {number}: build the dataset again", number + 1)
         except tf.errors.OpError as error:
-            return UserError(f"record {number} of {path}: {_first_line(error)}")
+            return told(f"record {number} of {path}: {_first_line(error)}", number)
+        before += shard.records
     return None
 
 
@@ -274,7 +284,7 @@ def _stored(data_dir: str, manifest: Manifest, image_ids: np.ndarray) -> tf.Tens
             lambda serialized: tf.gather(wanted, _parse(serialized, split.records, manifest.num_classes)[records.IMAGE_ID])
         )
     )
-    return tf.constant(list(chosen.as_numpy_iterator()))
+    return tf.constant([record.numpy() for record in naming_bad_records(chosen, data_dir, manifest, "train")])
 
 
 def _epoch_key(seed: int, epoch: tf.Tensor) -> tf.Tensor:

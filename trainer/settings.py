@@ -1,48 +1,30 @@
 """The settings: the meaning, the type and the allowed values of each, and the settings that it depends on.
 
 A setting is a field of a group. Its type is annotated with its bounds (annotated-types); choices are a Literal. The key of a
-setting, as `--set` takes it, is the field's name: `depth=18`. Two exceptions: the key of a group's field `name` is the group's
-name, as in `loss=nt_xent`, and keys of the linear eval are `linear_eval.FIELD`. This module does not need TensorFlow.
+setting, as `--set` takes it, is the field's name: `depth=18`. Exceptions: the key of a group's field `name` is the group's name,
+as in `loss=nt_xent`; keys of the linear eval are `linear_eval.FIELD`; keys of the conversion are `data.FIELD`, and their group is
+in `trainer.shared.data`, because the conversion knows nothing else of this package. This module does not need TensorFlow.
 """
 
-import dataclasses
 import functools
-import typing
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
-from trainer.shared.errors import UserError, nearest
-
-
-@dataclass(frozen=True)
-class OnlyWith:
-    """Marks a setting that has an effect only if the setting `key` has one of `values`."""
-
-    key: str
-    values: tuple[str, ...]
-
+from trainer.shared.data import DataSettings
+from trainer.shared.errors import UserError
+from trainer.shared.settings import Group, OnlyWith, Setting, fields_of, out_of_bounds
 
 _WITH_U = OnlyWith("loss", ("global_contrastive",))
 _WITH_OWN_TEMPERATURES = OnlyWith("variant", ("isogclr",))
 
 
 @dataclass(frozen=True)
-class Group:
-    """Settings that belong together. Raises UserError with the name of the setting if a value is out of bounds."""
-
-    def __post_init__(self) -> None:
-        (group,) = (name for name, kind in GROUPS.items() if kind is type(self))
-        for one in _fields_of(group):
-            one.check(getattr(self, one.name))
-
-
-@dataclass(frozen=True)
 class ViewSettings(Group):
     """Cropping and augmentation of an image before the encoder."""
 
+    GROUP: ClassVar[str] = "views"
     image_size: Annotated[int, Ge(8)] = 224
     """Side of a view, pixels."""
     crop_min_area: Annotated[float, Interval(gt=0, le=1)] = 0.08
@@ -60,6 +42,7 @@ class ViewSettings(Group):
 class EncoderSettings(Group):
     """The encoder and the projection head."""
 
+    GROUP: ClassVar[str] = "encoder"
     depth: Literal[10, 18, 34, 50, 101, 152, 200] = 50
     """Number of layers of the ResNet."""
     width_multiplier: Annotated[float, Ge(1 / 64)] = 1.0
@@ -90,6 +73,7 @@ class EncoderSettings(Group):
 class LossSettings(Group):
     """The contrastive loss."""
 
+    GROUP: ClassVar[str] = "loss"
     name: Literal["global_contrastive", "nt_xent", "decoupled"] = "global_contrastive"
     variant: Annotated[Literal["paper", "tf_official", "pt_official", "isogclr"], _WITH_U] = "paper"
     """How u is stored and initialized. With `isogclr` every image also learns its own temperature."""
@@ -110,9 +94,9 @@ class LossSettings(Group):
         if self.name != "global_contrastive":
             return
         if self.temperature < 0.013:
-            raise _out_of_bounds("temperature", self.temperature, "at least 0.013: exp(1 / temperature) is summed in float32")
+            raise out_of_bounds("temperature", self.temperature, "at least 0.013: exp(1 / temperature) is summed in float32")
         if self.temperature_max < self.temperature_min:
-            raise _out_of_bounds("temperature_max", self.temperature_max, f"temperature_min={self.temperature_min} or more")
+            raise out_of_bounds("temperature_max", self.temperature_max, f"temperature_min={self.temperature_min} or more")
         if self.variant == "tf_official" and self.gamma <= 0.5:
             raise UserError(
                 f"gamma={self.gamma} diverges with variant=tf_official, which stores the sum of both views' u: "
@@ -124,6 +108,7 @@ class LossSettings(Group):
 class OptimizerSettings(Group):
     """The length of training, and the size and direction of its steps."""
 
+    GROUP: ClassVar[str] = "optimizer"
     name: Literal["lars", "momentum", "adamw"] = "lars"
     epochs: Annotated[int, Ge(1)] = 800
     global_batch_size: Annotated[int, Ge(2)] = 512
@@ -140,13 +125,14 @@ class OptimizerSettings(Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warmup_epochs > self.epochs:
-            raise _out_of_bounds("warmup_epochs", self.warmup_epochs, f"between 0 and epochs={self.epochs}")
+            raise out_of_bounds("warmup_epochs", self.warmup_epochs, f"between 0 and epochs={self.epochs}")
 
 
 @dataclass(frozen=True)
 class RunSettings(Group):
     """The seed, memory, logging and checkpoints of a run."""
 
+    GROUP: ClassVar[str] = "run"
     seed: Annotated[int, Interval(ge=0, lt=2**31)] = 0
     shuffle_window: Annotated[int, Ge(1)] = 2048
     """Records that are shuffled together in memory. Blocks of records are first shuffled over the whole dataset."""
@@ -160,6 +146,9 @@ class RunSettings(Group):
     """Number of newest checkpoints to keep. As many of those written by epochs are kept beside them."""
 
 
+LINEAR_EVAL = "linear_eval."
+"""Prefix of the keys of the linear eval. All keys without a prefix belong to pretraining."""
+
 ProtocolName = Literal["cached", "knn", "online", "official", "finetune-1", "finetune-10", "finetune-100"]
 """Protocols that measure an encoder; docs/evaluation.md describes them."""
 
@@ -168,6 +157,8 @@ ProtocolName = Literal["cached", "knn", "online", "official", "finetune-1", "fin
 class LinearEvalSettings(Group):
     """The protocols that measure a pretrained encoder."""
 
+    GROUP: ClassVar[str] = "linear_eval"
+    PREFIX: ClassVar[str] = LINEAR_EVAL
     protocols: tuple[ProtocolName, ...] = ("cached", "knn", "online")
     """Protocols to run. `cached` always runs: it also scores the untrained control and saves the classifier."""
     batch_size: Annotated[int, Ge(1)] = 256
@@ -209,117 +200,18 @@ class LinearEvalSettings(Group):
     """Path of a file with the name of every training image, one a line. Needed if a subset lists names, not image IDs."""
 
 
-GROUPS: dict[str, type[Group]] = {
-    "views": ViewSettings,
-    "encoder": EncoderSettings,
-    "loss": LossSettings,
-    "optimizer": OptimizerSettings,
-    "run": RunSettings,
-    "linear_eval": LinearEvalSettings,
-}
-LINEAR_EVAL = "linear_eval."
-"""Prefix of the keys of the linear eval. All other keys belong to pretraining."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting: a field of a group."""
-
-    key: str
-    """Name of the setting in `--set`."""
-    group: str
-    name: str
-    kind: Any
-    """Type of the setting: int, float, bool, str, a Literal, or a tuple of one of them."""
-    bounds: tuple[Any, ...]
-    needs: tuple[OnlyWith, ...]
-    default: Any
-
-    @property
-    def choices(self) -> tuple[Any, ...]:
-        """All allowed values of a setting whose type is a Literal, else nothing."""
-        return _choices_of(self.kind)
-
-    def check(self, value: Any) -> None:
-        """Raises UserError if `value` is not one of the choices, or is out of bounds."""
-        for one, kind, bounds in self._parts(value):
-            choices = _choices_of(kind)
-            if choices and one not in choices:
-                named = ", ".join(map(str, choices))
-                raise UserError(f"{self.key}={one} is not one of {named}{nearest(str(one), map(str, choices))}")
-            for bound in bounds:
-                if not _holds(bound, one):
-                    raise _out_of_bounds(self.key, one, _in_words(bound))
-
-    def _parts(self, value: Any) -> Iterator[tuple[Any, Any, tuple[Any, ...]]]:
-        """Yields `value`, and the elements of a tuple, each with its type and bounds."""
-        yield value, self.kind, self.bounds
-        if typing.get_origin(self.kind) is tuple:
-            kind, markers = _plain(typing.get_args(self.kind)[0])
-            for one in value:
-                yield one, kind, markers
+GROUPS: tuple[type[Group], ...] = (
+    DataSettings,
+    ViewSettings,
+    EncoderSettings,
+    LossSettings,
+    OptimizerSettings,
+    RunSettings,
+    LinearEvalSettings,
+)
 
 
 @functools.cache
 def settings() -> dict[str, Setting]:
     """Returns every setting, by key."""
-    return {one.key: one for group in GROUPS for one in _fields_of(group)}
-
-
-@functools.cache
-def _fields_of(group: str) -> tuple[Setting, ...]:
-    hints = typing.get_type_hints(GROUPS[group], include_extras=True)
-    return tuple(_setting(group, field, hints[field.name]) for field in dataclasses.fields(GROUPS[group]))
-
-
-def _setting(group: str, field: "dataclasses.Field[Any]", hint: Any) -> Setting:
-    key = group if field.name == "name" else f"{LINEAR_EVAL}{field.name}" if group == "linear_eval" else field.name
-    kind, markers = _plain(hint)
-    needs = tuple(marker for marker in markers if isinstance(marker, OnlyWith))
-    bounds = tuple(marker for marker in markers if not isinstance(marker, OnlyWith))
-    return Setting(key, group, field.name, kind, bounds, needs, field.default)
-
-
-def _plain(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Returns (the type without its annotations, the annotations)."""
-    if typing.get_origin(hint) is not Annotated:
-        return hint, ()
-    kind, *markers = typing.get_args(hint)
-    return kind, tuple(markers)
-
-
-def _choices_of(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-
-
-def _holds(bound: Any, value: Any) -> bool:
-    match bound:
-        case Ge(ge):
-            return bool(value >= ge)
-        case Gt(gt):
-            return bool(value > gt)
-        case MinLen(length):
-            return len(value) >= length
-        case Interval(gt=gt, ge=ge, lt=lt, le=le):
-            above = (gt is None or value > gt) and (ge is None or value >= ge)
-            return above and (lt is None or value < lt) and (le is None or value <= le)
-    raise TypeError(f"no check for {bound}")
-
-
-def _in_words(bound: Any) -> str:
-    """Returns the allowed values in words, as in "in (0, 1]"."""
-    match bound:
-        case Ge(ge):
-            return "0 or more" if ge == 0 else f"at least {ge:g}"
-        case Gt(gt):
-            return f"above {gt}"
-        case MinLen(length):
-            return f"a list of at least {length}, separated by commas"
-        case Interval(gt=gt, ge=ge, lt=lt, le=le):
-            left = f"[{ge}" if gt is None else f"({gt}"
-            return f"in {left}, {f'{le}]' if lt is None else f'{lt})'}"
-    raise TypeError(f"no words for {bound}")
-
-
-def _out_of_bounds(key: str, value: Any, allowed: str) -> UserError:
-    return UserError(f"{key}={value} makes no sense: it must be {allowed}")
+    return {one.key: one for group in GROUPS for one in fields_of(group)}

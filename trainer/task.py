@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
-from trainer.presets import resolve
+from trainer.presets import resolve_pretraining
 from trainer.shared.errors import UserError
 from trainer.shared.progress import ProgressBars
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(arguments)
     try:
-        config = resolve(args.preset, args.overrides)
+        config = resolve_pretraining(args.preset, args.overrides)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         from trainer.distribution import claim_devices
         from trainer.train import train

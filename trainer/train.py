@@ -18,6 +18,7 @@ from trainer.input_pipeline import Batch, naming_bad_records, training_batches, 
 from trainer.losses import make_loss
 from trainer.optimizer import peak_learning_rate, total_steps
 from trainer.preemption import PreemptedError
+from trainer.shared.data import require_dataset
 from trainer.shared.errors import UserError
 from trainer.shared.files import write_whole
 from trainer.shared.records import Manifest, read_manifest
@@ -70,6 +71,7 @@ def train(
     strategy = strategy or make_strategy()
     check_divides(config.optimizer.global_batch_size, strategy.num_replicas_in_sync)
     manifest = read_manifest(data_dir)
+    require_dataset(config.data, manifest, data_dir)
     num_images = training_split(config.optimizer.global_batch_size, data_dir, manifest).records
     total = total_steps(config.optimizer, num_images)
     batches = _Batches(config, data_dir, manifest, strategy)

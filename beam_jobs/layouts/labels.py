@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import os
 import sys
 from collections.abc import Set
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from beam_jobs import files
 from beam_jobs.layouts.layout import Archive, Found, and_more
 from trainer.shared.errors import UserError
+from trainer.shared.files import is_local
 
 VALIDATION_LABELS = "validation_labels.txt"
 
@@ -25,7 +27,7 @@ def read_labels(folder: str, found: Found, known: Set[str] | None) -> tuple[tupl
     Without a file of labels, uses ImageNet's own, which tensorflow_datasets ships. A synset that is not in `known` is a problem,
     unless `known` is None. Raises UserError if the file is empty, or if it is missing and tensorflow_datasets is not installed.
     """
-    path = files.join(folder, VALIDATION_LABELS) if found.labels else _imagenets_labels(folder)
+    path = _path_of(folder, found.labels.name) if found.labels else _imagenets_labels(folder)
     # Interned, so that a plan holds each synset once instead of once for each of 50,000 images.
     synsets = tuple(map(sys.intern, files.read(path).decode(errors="replace").split()))
     if not synsets:
@@ -37,6 +39,11 @@ def read_labels(folder: str, found: Found, known: Set[str] | None) -> tuple[tupl
         for line, synset in unknown[:1]
     )
     return synsets, problems
+
+
+def _path_of(folder: str, name: str) -> str:
+    """Returns the path of a file of labels: `name` is relative to the raw folder, or a path of its own."""
+    return name if os.path.isabs(name) or not is_local(name) else files.join(folder, name)
 
 
 def synsets_by_order(archive: Archive, names: list[str]) -> tuple[list[str], tuple[str, ...]]:

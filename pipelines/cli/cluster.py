@@ -3,6 +3,7 @@
 import argparse
 import os
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from components import variables
@@ -13,7 +14,9 @@ from pipelines.vertex import accelerators
 from pipelines.vertex.cluster import LONGEST_HOURS, Cluster
 from pipelines.vertex.images import Images
 from pipelines.vertex.jobs import Place
+from trainer.shared.data import DataSettings
 from trainer.shared.errors import UserError
+from trainer.shared.settings import fields_of
 
 
 def add_cluster(one: argparse.ArgumentParser, what: str, required: bool) -> None:
@@ -150,8 +153,18 @@ def read_cluster(args: Namespace) -> ClusterOptions:
         labels=parse_labels(args.label),
         caching=not args.no_cache,
     )
+    _check_beam(args.dataflow_arg)
     flow = Dataflow(args.dataflow_region, args.dataflow_workers, args.dataflow_machine, tuple(args.dataflow_arg))
     return ClusterOptions(cluster, None if args.no_dataflow else flow)
+
+
+def _check_beam(arguments: Iterable[str]) -> None:
+    """Raises UserError for a setting of the conversion among Beam's options, where it could contradict the setting itself."""
+    known = {one.name: one.key for one in fields_of(DataSettings)}
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0].replace("-", "_")
+        if name in known:
+            raise UserError(f"--dataflow-arg={argument} is not Beam's: say --set {known[name]}=VALUE")
 
 
 def _check_machines(args: Namespace) -> None:

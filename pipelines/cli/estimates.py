@@ -28,7 +28,7 @@ def evaluation(
     return make_evaluation_estimate(
         experiment.config,
         machine,
-        assumptions(experiment.preset, machine),
+        assumptions(experiment.preset, machine, data=experiment.config.data),
         Limits(cluster.disk_gb, cluster.timeout_hours, option, region),
         python=None,
         cache=absolute(root) / "plans",

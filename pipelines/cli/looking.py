@@ -98,8 +98,8 @@ def examine_machine(options: DoctorOptions) -> int:
 
 def list_presets(output: Output) -> int:
     """Prints the presets: as a table on a terminal, else one line each."""
-    titles = ("name", "summary", "published", "source", "cost", "command")
-    described = [(one.name, one.summary, one.published, one.source, one.cost, one.command) for one in PRESETS.values()]
+    titles = ("name", "summary", "published", "source", "cost", "data", "command")
+    described = [(one.name, one.summary, one.published, one.source, one.cost, one.data, one.command) for one in PRESETS.values()]
     if output.json:
         print(json.dumps([dict(zip(titles, one, strict=True)) for one in described]))
         return 0
@@ -109,14 +109,14 @@ def list_presets(output: Output) -> int:
     console = Console()
     if console.is_terminal:
         table = Table(box=None, padding=(0, 2, 1, 0))
-        for title in ("preset", "what", "published", "source", "cost"):
+        for title in ("preset", "what", "published", "source", "cost", "data"):
             table.add_column(title, no_wrap=title == "preset")
         for *shown, _ in described:
             table.add_row(*shown)
         console.print(table)
     else:
-        for name, summary, published, source, cost, command in described:
-            print(f"{name}: {summary} Published: {published}. Source: {source}. Cost: {cost}. {command}")
+        for name, summary, published, source, cost, data, command in described:
+            print(f"{name}: {summary} Published: {published}. Source: {source}. Cost: {cost}. Data: {data}. {command}")
     return 0
 
 

@@ -6,12 +6,14 @@ import sys
 import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TextIO, TypeVar
 
 from pipelines.cli.store import ROOT, absolute
 from trainer.config import Config, split_overrides
 from trainer.presets import resolve
+from trainer.shared.data import DATA, DataSettings, as_overrides
+from trainer.shared.errors import UserError
 from trainer.shared.files import is_local
 
 T = TypeVar("T")
@@ -94,7 +96,12 @@ class Experiment:
     def parameters(self) -> dict[str, Any]:
         """Returns the parameters of the pipeline that define the experiment."""
         pretraining, linear_eval = split_overrides(self.overrides)
-        return {"preset": self.preset, "overrides": pretraining, "linear_eval_overrides": linear_eval}
+        return {
+            "data_settings": as_overrides(self.config.data),
+            "preset": self.preset,
+            "overrides": pretraining,
+            "linear_eval_overrides": linear_eval,
+        }
 
 
 def add_preset(one: argparse.ArgumentParser) -> None:
@@ -109,7 +116,7 @@ def add_set(one: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="change a setting of the preset; settings of the linear eval begin with linear_eval.",
+        help="change a setting of the preset; those of the conversion begin with data., of the linear eval with linear_eval.",
     )
 
 
@@ -149,6 +156,25 @@ def make_experiment(preset: str, overrides: Sequence[str]) -> Experiment:
 
 def read_experiment(args: Namespace) -> Experiment:
     return make_experiment(args.preset, args.overrides)
+
+
+def with_absolute_files(experiment: Experiment) -> Experiment:
+    """Returns an experiment whose files for the conversion have absolute paths, so that equal files have equal cache keys."""
+    return replace(experiment, config=replace(experiment.config, data=absolute_files(experiment.config.data)))
+
+
+def absolute_files(data: DataSettings) -> DataSettings:
+    """Returns settings of the conversion whose files on this machine have absolute paths."""
+    paths: dict[str, Any] = {key.removeprefix(DATA): str(absolute(path)) for key, path in data.files.items() if is_local(path)}
+    return replace(data, **paths)
+
+
+def check_remote_files(data: DataSettings) -> None:
+    """Raises UserError if the conversion would read a file of this machine on Vertex AI."""
+    for key, path in data.files.items():
+        if not path.startswith("gs://"):
+            what = " nor a subset that has a name" if key == "data.subset" else ""
+            raise UserError(f"{key}={path} is not in Cloud Storage{what}: Vertex AI reads gs:// only")
 
 
 # ---- Where

@@ -141,7 +141,8 @@ def _estimate(options: PlanOptions, cache: Path, eval_price: float | None) -> "t
 
     experiment, python = options.experiment, tpu_python(PROJECT)
     manifest = read_manifest(options.data) if options.data else None
-    assumed = assumptions(experiment.preset, options.accelerator, manifest, options.price)
+    data = experiment.config.data
+    assumed = assumptions(experiment.preset, options.accelerator, manifest, options.price, data=data)
     if options.images_per_core:
         assumed = replace(assumed, images_a_core=options.images_per_core)
 
@@ -162,7 +163,7 @@ def _estimate(options: PlanOptions, cache: Path, eval_price: float | None) -> "t
     evaluation = make_evaluation_estimate(
         experiment.config,
         options.eval_accelerator,
-        assumptions(experiment.preset, options.eval_accelerator, manifest, eval_price),
+        assumptions(experiment.preset, options.eval_accelerator, manifest, eval_price, data=data),
         Limits(options.disk_gb, options.timeout_hours),
         python=python,
         cache=cache,

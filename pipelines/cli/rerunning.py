@@ -2,7 +2,7 @@
 
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,14 @@ from pipelines.cli.jobs import connect
 from pipelines.cli.options import (
     Commands,
     Output,
+    absolute_files,
     add_command,
     add_init_from,
     add_json,
     add_place,
     add_root,
     add_set,
+    check_remote_files,
     init_parameters,
     make_experiment,
     read_init_from,
@@ -33,8 +35,9 @@ from pipelines.code import step_version
 from pipelines.vertex import accelerators
 from pipelines.vertex.cluster import Cluster, base_output_directory
 from pipelines.vertex.jobs import Job, JobName, parse_job
-from trainer.config import split_overrides
+from trainer.config import data_from, split_overrides
 from trainer.presets import resolve
+from trainer.shared.data import DATA, DataSettings, as_overrides
 from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -129,7 +132,8 @@ def _check_settings(component: str, overrides: list[str]) -> None:
     """Raises UserError for a setting that the component does not have."""
     for item in overrides:
         pretraining, linear_eval = split_overrides([item])
-        if not {"build-tfrecords": [], "pretrain": pretraining, "linear-eval": linear_eval}[component]:
+        conversion = [item] if item.strip().startswith(DATA) else []
+        if not {"build-tfrecords": conversion, "pretrain": pretraining, "linear-eval": linear_eval}[component]:
             raise UserError(f"--set {item} is not a setting of {component}")
 
 
@@ -192,7 +196,9 @@ def _run_here(
     if component == "build-tfrecords":
         from beam_jobs.raw import raw_identity
 
-        arguments |= {"raw_identity": raw_identity(arguments["raw"]), "beam_args": []}
+        data = absolute_files(_data_again(before, again.overrides))
+        identity = raw_identity(arguments["raw"], data.files.values())
+        arguments |= {"raw_identity": identity, "data_settings": as_overrides(data), "beam_args": []}
     else:
         arguments["overrides"] = [*before["overrides"], *again.overrides]
         config = resolve(arguments.get("preset", "demo"), arguments["overrides"])
@@ -207,6 +213,14 @@ def _run_here(
 def _usual(component: str) -> dict[str, Any]:
     """Returns the arguments that a run may lack because it was recorded without a first checkpoint."""
     return {"init_from": "", "init_identity": ""} if component == "pretrain" else {}
+
+
+def _data_again(before: Mapping[str, Any], overrides: Sequence[str]) -> DataSettings:
+    """Returns the settings of a conversion: those of the earlier arguments, changed by `overrides`.
+
+    The conversions of an earlier version had no settings.
+    """
+    return data_from([*before.get("data_settings", []), *overrides])
 
 
 def _inputs_from(job: Job, component: str) -> dict[str, Artifact]:
@@ -228,7 +242,11 @@ def _rerun_on_vertex(options: OnVertex) -> int:
     check_place(place.project, place.region, root)
     cluster = _cluster_again(options, job, root)
     arguments = {**_usual(component), **job.arguments(component), "code_version": step_version(component)}
-    if component != "build-tfrecords":
+    if component == "build-tfrecords":
+        data = _data_again(arguments, options.again.overrides)
+        check_remote_files(data)
+        arguments["data_settings"] = as_overrides(data)
+    else:
         arguments["overrides"] = [*arguments["overrides"], *options.again.overrides]
     init_from = options.again.init_from
     if init_from:

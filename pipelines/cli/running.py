@@ -18,6 +18,7 @@ from pipelines.cli.options import (
     read_experiment,
     read_init_from,
     read_output,
+    with_absolute_files,
 )
 from pipelines.cli.store import absolute, make_root
 from trainer.shared.errors import UserError
@@ -27,7 +28,7 @@ examples:
   sogclr run --preset demo
   sogclr run --preset demo --set epochs=10 gamma=0.8
   sogclr run --preset sogclr_imagenet_r50_b512 --raw /data/imagenet \\
-      --root /data/runs
+      --root /data/runs --set data.on_bad_image=skip
 
 A second run reuses the steps whose code, settings and input did not change.
 After an interrupt, pretraining resumes from its newest checkpoint.
@@ -58,7 +59,7 @@ class RunOptions:
 
 
 def _read(args: Namespace) -> RunOptions:
-    experiment = read_experiment(args)
+    experiment = with_absolute_files(read_experiment(args))
     if args.raw is None and args.preset != "demo":
         raise UserError(f"--preset {args.preset} needs --raw DIR, the folder of the raw archives; only the demo makes its own")
     raw = args.raw or ""
@@ -77,7 +78,8 @@ def run(options: RunOptions) -> int:
     experiment = options.experiment
     started = init_parameters(options.init_from, experiment.config)
     raw = options.raw or _demo_raw(root)
-    arguments = {"raw": raw, "raw_identity": raw_identity(raw), **experiment.parameters, **started}
+    identity = raw_identity(raw, experiment.config.data.files.values())
+    arguments = {"raw": raw, "raw_identity": identity, **experiment.parameters, **started}
     settings = ("--set", *experiment.overrides) if experiment.overrides else ()
     named = ("--raw", raw) if options.raw else ()
     begun = ("--init-from", started["init_from"]) if started else ()

@@ -17,6 +17,7 @@ from pipelines.cli.options import (
     add_preset,
     add_root,
     add_set,
+    check_remote_files,
     read_experiment,
     read_init_from,
     read_output,
@@ -107,6 +108,7 @@ def _read_compile(args: Namespace) -> CompileOptions:
     cluster = read_cluster(args).at(Place(args.project, args.region), args.pipeline_root)
     if cluster.accelerator:
         accelerators.check(cluster.accelerator, experiment.config)
+        check_remote_files(experiment.config.data)
     return CompileOptions(experiment, cluster, args.region, raw, init_from, args.pipeline_root, args.root, args.output)
 
 
@@ -154,6 +156,7 @@ def _read_submit(args: Namespace) -> SubmitOptions:
         if not getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} is empty; sogclr submit --help explains it")
     experiment = read_experiment(args)
+    check_remote_files(experiment.config.data)
     check_place(args.project, args.region, args.pipeline_root, args.raw)
     check_options({"--schedule": args.schedule, "--init-from": args.init_from})
     if args.max_runs and not args.schedule:

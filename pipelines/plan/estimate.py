@@ -15,18 +15,14 @@ from pipelines.plan.compiler import cache_file, compile_program, read_cache, use
 from pipelines.plan.machines import Device, device_of, dollars_per_hour, host_of
 from pipelines.vertex.accelerators import Accelerator, check
 from trainer.config import Config, pretraining_of
+from trainer.presets import find
+from trainer.shared.data import DataSettings, KnownDataset
 
 _SECONDS_A_COLLECTIVE = 10e-6
 _IMAGES_A_CORE = 453.0
 """Images a second on one core, each from a 500x375 JPEG to two views of 224 px: 906 on two cores, docs/trainer.md, 2026-11-24."""
 
-_SIZES = {
-    "imagenet": (1_281_167, 50_000, 1000),
-    "imagenet_s": (129_395, 5_000, 100),
-    "cifar10": (50_000, 10_000, 10),
-    "demo": (1_995, 570, 19),
-}
-"""Numbers of training images, validation images and classes, by the dataset in a preset's name."""
+_DEMO = KnownDataset("the demo's photographs", 19, {"train": 1_995, "validation": 570})
 
 _SIZE_OF = {"float32": 4, "int64": 8, "int32": 4, "uint8": 1, "bfloat16": 2}
 """Bytes per number, by dtype."""
@@ -81,15 +77,28 @@ class Assumptions:
 
 
 def assumptions(
-    preset: str, accelerator: Accelerator, manifest: Any = None, price: float | None = None, **known: Any
+    preset: str,
+    accelerator: Accelerator,
+    manifest: Any = None,
+    price: float | None = None,
+    *,
+    data: DataSettings | None = None,
+    **known: Any,
 ) -> Assumptions:
-    """Returns the assumptions for a preset on an accelerator. The counts are those of `manifest`, if it is given."""
+    """Returns the assumptions for a preset on an accelerator.
+
+    The counts are those of `manifest`, if it is given, else those of the dataset that the conversion makes with the settings
+    `data`, by default the preset's. If `data` allows any dataset, the counts are those of the preset's own.
+    """
     if manifest is not None:
         counts = {name: split.records for name, split in manifest.splits.items()}
         images, validation, classes = counts["train"], counts.get("validation", 0), manifest.num_classes
     else:
-        dataset = next((name for name in sorted(_SIZES, key=len, reverse=True) if f"_{name}_" in f"_{preset}_"), "imagenet")
-        images, validation, classes = _SIZES[dataset]
+        usual = find(preset).config.data
+        dataset = (data and data.dataset) or usual.dataset or _DEMO
+        images, validation, classes = dataset.images["train"], dataset.images["validation"], dataset.classes
+        if data and data.images_per_class:
+            images = min(images, classes * data.images_per_class)
     dollars = dollars_per_hour(accelerator) if price is None else price
     return Assumptions(images, validation, classes, dollars, host_cores=host_of(accelerator).cpus, **known)
 
@@ -128,7 +137,7 @@ def cached_estimate(preset: str, config: Config, accelerator: Accelerator, *, ca
 
     The counts are those of the preset's dataset.
     """
-    assumed = assumptions(preset, accelerator)
+    assumed = assumptions(preset, accelerator, data=config.data)
     known = read_cache(_train_step_cache(cache, config, accelerator, assumed, version))
     if "compiled" not in known:
         return None

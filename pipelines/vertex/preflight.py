@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from pipelines.vertex.accelerators import check_region
-from trainer.config import config_from_dict, require_same_encoder
+from trainer.config import config_from_dict, data_from, require_same_encoder
 from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -176,7 +176,8 @@ def _check_images(submission: "Submission", who: "Credentials") -> tuple[str, "I
 def _check_raw(submission: "Submission", who: "Credentials") -> tuple[str, str]:
     from pipelines.vertex.storage import raw_identity
 
-    identity = raw_identity(submission.raw)
+    data = data_from(submission.parameters.get("data_settings", []))
+    identity = raw_identity(submission.raw, data.files.values())
     return f"{submission.raw} can be read, identity {identity}", identity
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +47,11 @@ def check_bucket(uri: str, place: Place, credentials: "Credentials", *, writes: 
     return what
 
 
-def raw_identity(raw: str) -> str:
-    """Returns a digest that identifies the raw archives in a folder. Raises UserError if they are missing or not readable."""
+def raw_identity(raw: str, beside: Iterable[str] = ()) -> str:
+    """Returns a digest that identifies the raw archives in a folder and the files `beside`, which the conversion reads too.
+
+    Raises UserError if they are missing or not readable.
+    """
     from apache_beam.io.filesystem import BeamIOError
 
     from beam_jobs import raw as raw_data
@@ -56,7 +59,7 @@ def raw_identity(raw: str) -> str:
     bucket = _bucket_of(raw)
     with _as_user_errors(bucket, "roles/storage.objectViewer and roles/storage.legacyBucketReader on it allow it"):
         try:
-            return raw_data.raw_identity(raw)
+            return raw_data.raw_identity(raw, beside)
         except BeamIOError as error:
             if "NotFound" in str(error):
                 raise UserError(f"there is no bucket gs://{bucket}: --raw must name the folder of the raw archives") from error

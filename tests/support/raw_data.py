@@ -93,8 +93,18 @@ def expected(split: str) -> list[tuple[str, bytes]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Returns the files of a dataset, without the one that depends on the times of the raw files."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != CONVERSION}
+    """Returns the files of a dataset, without those that depend on the times and paths of the raw files."""
+    files = [path for path in folder.iterdir() if path.name != CONVERSION and not path.name.endswith("-sources.jsonl.gz")]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def without_segments(jpeg: bytes, marker: int) -> bytes:
+    """A JPEG without its segments of a kind, whole from its first byte to its last."""
+    start = jpeg.find(bytes((0xFF, marker)))
+    if start < 0:
+        return jpeg
+    end = start + 2 + int.from_bytes(jpeg[start + 2 : start + 4])
+    return without_segments(jpeg[:start] + jpeg[end:], marker)
 
 
 def parse(record: bytes) -> tuple[int, int, bytes]:

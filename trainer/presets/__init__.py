@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 
-from trainer.config import Config, override
+from trainer.config import Config, override, refuse_data
 from trainer.presets import cifar10, demo, imagenet
 from trainer.presets.preset import Preset
 from trainer.shared.errors import UserError, nearest
 
-__all__ = ["PRESETS", "Preset", "find", "resolve"]
+__all__ = ["PRESETS", "Preset", "find", "resolve", "resolve_pretraining"]
 
 PRESETS: dict[str, Preset] = {one.name: one for one in (*demo.PRESETS, *imagenet.PRESETS, *cifar10.PRESETS)}
 
@@ -25,3 +25,14 @@ def resolve(preset: str, overrides: Iterable[str] = ()) -> Config:
     Raises UserError for an unknown preset or an invalid override.
     """
     return override(find(preset).config, overrides)
+
+
+def resolve_pretraining(preset: str, overrides: Iterable[str] = ()) -> Config:
+    """Returns the config of `preset` with `overrides` applied, for pretraining on a finished dataset.
+
+    Raises UserError as `resolve` does, and for a setting that only the conversion has.
+    """
+    items = list(overrides)
+    config = resolve(preset, items)
+    refuse_data(items)
+    return config

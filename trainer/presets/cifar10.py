@@ -2,11 +2,12 @@
 
 from trainer.config import Config, replace
 from trainer.presets.preset import Preset
+from trainer.shared.data import DataSettings
 
 _BRANCH = "README of the official code, CIFAR branch"
 
 CIFAR10 = replace(
-    Config(),
+    Config(data=DataSettings(expect="cifar10")),
     # Views: jitter at half strength, without blur (Chen et al. 2020, appendix B.9)
     image_size=32,
     color_jitter_strength=0.5,

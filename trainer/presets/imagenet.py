@@ -3,15 +3,18 @@
 The settings are those of the official TensorFlow code. Convolutions compute in bfloat16, TPUs' fastest type; the rest is float32.
 """
 
+import dataclasses
+
 from trainer.config import Config, replace
 from trainer.presets.preset import Preset
+from trainer.shared.data import DataSettings
 
 _PAPER = "Yuan et al. 2022 (arXiv 2202.12387)"
 _FIGURE = f"{_PAPER}; figure in the README of the official code, read to +-0.1"
 _README = f"{_PAPER} and the README of the official code"
 
 IMAGENET = replace(
-    Config(),
+    Config(data=DataSettings(expect="imagenet")),
     # Views
     image_size=224,
     crop_min_area=0.08,
@@ -38,7 +41,7 @@ IMAGENET = replace(
 )
 """SogCLR on ImageNet-1K at a global batch of 512."""
 
-IMAGENET_S = replace(IMAGENET, epochs=400, global_batch_size=256)
+IMAGENET_S = replace(dataclasses.replace(IMAGENET, data=DataSettings(subset="imagenet_s")), epochs=400, global_batch_size=256)
 """SogCLR on ImageNet-S."""
 
 PRESETS = (
