@@ -11,7 +11,7 @@ import numpy as np
 
 from beam_jobs import files, images, subsets
 from beam_jobs.raw import SPLITS, Raw, open_raw
-from trainer.shared.errors import UserError
+from trainer.shared.errors import UserError, first_few
 
 VERIFY = ("headers", "decode")
 ON_BAD_IMAGE = ("fail", "skip")
@@ -112,6 +112,12 @@ def make_plan(
         raise UserError(f"name={name} cannot name a dataset: use small letters, digits and underscores, a letter first")
     synsets = subsets.synsets_of(subset) if subset else None
     opened = open_raw(raw, synsets=synsets, images_per_class=images_per_class)
+    expected = None if allow_other_counts else subsets.known_counts(opened.synsets)
+    if synsets and opened.without_validation and not allow_other_counts and not expected:
+        raise UserError(
+            f"{raw} has no validation images of {first_few(opened.without_validation, ', ')}, which the subset has: get them, or "
+            "allow this with --allow-other-counts"
+        )
     sizes = {split: sum(opened.archives[number].size for number in opened.of_split(split)) for split in SPLITS}
     options = {
         "subset": subset if subset in subsets.SUBSETS else subset and os.path.basename(subset),
@@ -129,7 +135,7 @@ def make_plan(
         num_shards={split: num_shards or shards_for(sizes[split]) for split in SPLITS},
         images=images.Options(decode=verify == "decode", max_side=max_side),
         check_first=on_bad_image == "skip",
-        expected=None if allow_other_counts else subsets.known_counts(opened.synsets),
+        expected=expected,
         options={option: value for option, value in options.items() if value is not None},
         tool_version=_tool_version(),
     )
