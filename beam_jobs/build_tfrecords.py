@@ -31,7 +31,7 @@ from beam_jobs.job import build, describe, plan_only
 from beam_jobs.plan import ON_BAD_IMAGE, VERIFY
 from beam_jobs.runners import only_describes
 from beam_jobs.verify import LostRecordsError
-from trainer.shared.errors import UserError
+from trainer.shared.errors import UserError, print_in_any_locale
 from trainer.shared.progress import ProgressBars
 from trainer.shared.records import Manifest
 
@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    print_in_any_locale()
     args, beam_args = _parser().parse_known_args(argv)
     given = vars(args)
     dry_run, as_json, debug = (given.pop(option) for option in ("dry_run", "json", "debug"))

@@ -24,7 +24,7 @@ from beam_jobs import files
 from beam_jobs.images import read_jpeg_header
 from beam_jobs.shards import FINGERPRINTS, file_crc32c, fingerprint_term, frame
 from trainer.shared.blocks import block_extent, framed_records, locate
-from trainer.shared.errors import UserError
+from trainer.shared.errors import UserError, print_in_any_locale
 from trainer.shared.page import Picture, Section, data_uri, render
 from trainer.shared.records import (
     MANIFEST,
@@ -306,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="dataset.html", metavar="FILE", help="file for the page (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    print_in_any_locale()
     args = parser.parse_args(argv)
     logging.getLogger().setLevel(logging.CRITICAL)
     if not args.debug:

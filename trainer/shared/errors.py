@@ -4,7 +4,9 @@ Every command prints the message as one line, without a traceback, and exits wit
 """
 
 import difflib
+import io
 import re
+import sys
 from collections.abc import Iterable, Sequence
 
 LISTED_IN_A_LINE = 3
@@ -39,6 +41,13 @@ def printable(text: str) -> str:
     Python keeps such a byte of a file's name as a lone surrogate (PEP 383). It is written as in a bytes literal: caf\\xe9.
     """
     return _UNPRINTABLE.sub(_escape, text)
+
+
+def print_in_any_locale() -> None:
+    """Makes stdout and stderr print escapes for characters that the locale's encoding does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _escape(found: re.Match[str]) -> str:
