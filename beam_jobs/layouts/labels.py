@@ -1,8 +1,9 @@
 """The labels of validation images without synset folders: a file with one label a line.
 
-A line is a synset, in the order of the images' names, or NAME and SYNSET with a tab, a comma or the last space between them.
+A line is a synset, in the order of the images' names, or NAME and SYNSET with a tab, a comma or a space between them.
 """
 
+import functools
 import importlib.util
 import itertools
 import re
@@ -70,7 +71,8 @@ def parse_labels(lines: Sequence[str], known: Set[str] | None) -> Labels:
     """
     # Interned, so that a plan holds each synset once instead of once for each of 50,000 images.
     plain = Labels(tuple(sys.intern(canonical(line)) for line in lines))
-    ways = [plain, *(pairs for split in (_by_tab, _by_comma, _by_last_space) if (pairs := _pairs(lines, split)))]
+    by_space = functools.partial(_by_space, known=known or frozenset())
+    ways = [plain, *(pairs for split in (_by_tab, _by_comma, by_space) if (pairs := _pairs(lines, split)))]
     if known is None:
         return next((one for one in ways if one.names and all(name.lower().endswith(IMAGES) for name in one.names)), plain)
     return min(ways, key=lambda one: sum(synset not in known for synset in one.synsets))
@@ -151,9 +153,11 @@ def _by_comma(line: str) -> tuple[str, str] | None:
     return (fields[0], re.sub("( -?[0-9.]+)+$", "", fields[1])) if len(fields) > 1 else None
 
 
-def _by_last_space(line: str) -> tuple[str, str] | None:
-    name, space, label = line.rpartition(" ")
-    return (name.strip(), label) if space else None
+def _by_space(line: str, known: Set[str]) -> tuple[str, str] | None:
+    """Returns name and label, divided by the last space that leaves a label in `known`; by the last space if none does."""
+    words = line.split(" ")
+    splits = [(" ".join(words[:place]).strip(), " ".join(words[place:])) for place in range(len(words) - 1, 0, -1)]
+    return next((one for one in splits if canonical(one[1]) in known), splits[0] if splits else None)
 
 
 def _imagenets_labels(folder: str) -> str:
