@@ -112,7 +112,7 @@ def open_raw(folder: str, *, synsets: Sequence[str] | None = None, images_per_cl
         _identity([found for _, found in by_split.values()]),
         {"train": (*train.passed_over, *not_chosen), "validation": validation.passed_over},
         tuple(absent),
-        _notes([found for _, found in by_split.values()]),
+        _notes(folder, by_split),
     )
 
 
@@ -202,15 +202,20 @@ def _no_validation(absent: Sequence[str], validation: Contents) -> str:
     )
 
 
-def _notes(found: Sequence[Found]) -> tuple[str, ...]:
-    names = [info.name for one in found for info in one.files if not info.name.isascii()]
-    decomposed = [name for name in names if canonical(name) != name]
-    if not decomposed:
-        return ()
-    return (
-        f"{len(decomposed):,} names are decomposed (NFD), the first is {decomposed[0]}: they are taken as the same names "
-        "composed (NFC)",
-    )
+def _notes(folder: str, by_split: Mapping[str, tuple[Layout, Found]]) -> tuple[str, ...]:
+    notes = [
+        f"{split}: {found.why}, and {layout.expects(split)} is there too, which is not read"
+        for split, (taken, found) in by_split.items()
+        for layout in LAYOUTS[LAYOUTS.index(taken) + 1 :]
+        if layout.recognise(folder, split)
+    ]
+    names = [info.name for _, found in by_split.values() for info in found.files if not info.name.isascii()]
+    if decomposed := [name for name in names if canonical(name) != name]:
+        notes.append(
+            f"{len(decomposed):,} names are decomposed (NFD), the first is {decomposed[0]}: they are taken as the same names "
+            "composed (NFC)"
+        )
+    return tuple(notes)
 
 
 def _identity(found: Sequence[Found]) -> str:

@@ -146,6 +146,17 @@ def test_the_dry_run_and_the_command_say_what_is_passed_over(tmp_path, capsys):
         assert f"passed over in train: 1 left by a file manager: train/{SYNSETS[0]}/Thumbs.db" in capsys.readouterr().out
 
 
+def test_a_second_layout_that_is_not_read_is_named(tmp_path, capsys):
+    raw = folders(raw_as_usual(tmp_path / "raw"))
+    planned = plan_only(str(raw), str(tmp_path / "output"))
+    assert planned.notes == (
+        f"train: {TRAIN} is there, and train/ with images is there too, which is not read",
+        f"validation: {VALIDATION} is there, and val/ with images is there too, which is not read",
+    )
+    build(str(raw), str(tmp_path / "output"))
+    assert f"note: train: {TRAIN} is there" in capsys.readouterr().err
+
+
 def test_a_manifest_without_an_account_is_read(built, tmp_path):
     content = json.loads((built / "manifest.json").read_text())
     for split in content["splits"].values():

@@ -17,7 +17,7 @@ LATIN_1 = os.fsdecode("é".encode("latin-1"))
 CLASSES = ("n01440764", "n02", "great white", "café", "cafe\u0301s", f"caf{LATIN_1}", "1", "B")
 STEMS = ("img", "IMG_", "a b", "é", "e\u0301x", LATIN_1, "n01_", "")
 ENDINGS = (".JPEG", ".JPEG", ".jpg", ".png", "")
-FOLDERS = ("more", "a b", "x.y", "É", "0")
+FOLDERS = ("more", "a b", "x.y", "É", "F0")
 JUNK = (
     ".DS_Store",
     "._x.JPEG",
