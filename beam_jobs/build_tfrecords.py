@@ -26,12 +26,12 @@ from functools import partial
 from typing import Any
 
 from beam_jobs import subsets
-from beam_jobs.dry_run import to_dict, to_text
+from beam_jobs.dry_run import passed_over_lines, to_dict, to_text
 from beam_jobs.job import build, describe, plan_only
 from beam_jobs.plan import EXPECT, ON_BAD_IMAGE, VERIFY
 from beam_jobs.runners import only_describes
 from beam_jobs.verify import LostRecordsError
-from trainer.shared.errors import UserError
+from trainer.shared.errors import UserError, print_in_any_locale
 from trainer.shared.progress import ProgressBars
 from trainer.shared.records import Manifest
 
@@ -56,12 +56,14 @@ def _summary(output: str, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _print_summary(summary: Mapping[str, Any]) -> None:
+def _print_summary(summary: Mapping[str, Any], manifest: Manifest) -> None:
     for name, split in summary["splits"].items():
         more = "".join(
             f", {split[what]} {text}" for what, text in (("rejected", "left out"), ("resized", "resized")) if split[what]
         )
         print(f"{name}: {split['images']} images, {split['repaired']} of them repaired{more}, in {split['shards']} shards")
+    for text in passed_over_lines({name: split.seen for name, split in manifest.splits.items()}):
+        print(f"passed over in {text}")
     print(f"classes: {summary['classes']}")
     print(f"fingerprint: {summary['fingerprint']}")
     print(f"look at it: python -m beam_jobs.inspect_dataset {summary['output']}")
@@ -112,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    print_in_any_locale()
     args, beam_args = _parser().parse_known_args(argv)
     given = vars(args)
     dry_run, as_json, debug = (given.pop(option) for option in ("dry_run", "json", "debug"))
@@ -146,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if as_json:
         print(json.dumps(summary))
     else:
-        _print_summary(summary)
+        _print_summary(summary, manifest)
     return 0
 
 

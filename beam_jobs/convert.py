@@ -244,14 +244,17 @@ def _check_images(plan: Plan, split: str, found: raw.Index) -> tuple[raw.Index, 
             return image, "", str(error)
 
     readable, rejected, repaired = [], list(found.rejected), []
+    rejected_bytes = found.account["rejected_bytes"]
     for image, done, reason in _threaded(plan, found.images, check):
         if reason:
             rejected.append({"source": image.source, "reason": reason})
+            rejected_bytes += image.size
             continue
         readable.append(image)
         if done:
             repaired.append({"source": image.source, "done": done})
-    return replace(found, images=readable, rejected=rejected), repaired
+    account = {**found.account, "rejected_bytes": rejected_bytes}
+    return replace(found, images=readable, rejected=rejected, account=account), repaired
 
 
 def _read(plan: Plan, split: str, image: RawImage) -> bytes:

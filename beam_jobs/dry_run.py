@@ -1,15 +1,17 @@
 """The dry run of a conversion: what it would do, without doing it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from beam_jobs import images, verify
+from beam_jobs.account import seen_of
 from beam_jobs.plan import Plan, plan_split
 from beam_jobs.raw import SPLITS, index
 from beam_jobs.shards import make_record
-from trainer.shared.errors import UserError
+from trainer.shared.errors import UserError, first_few, printable
+from trainer.shared.records import Seen
 
 _SAMPLE = 256
 """Number of images that are prepared to measure the time of one."""
@@ -26,6 +28,8 @@ class SplitDryRun:
     """Source of each image that would be repaired, and what would be done."""
     rejected: tuple[dict[str, Any], ...]
     """Source of each image that cannot be read, and why."""
+    seen: Seen
+    """All that is in the raw data, and what is passed over."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class DryRun:
     """Estimated duration of the conversion on this machine in one process."""
     problems: tuple[str, ...]
     """Reasons why the conversion would fail."""
+    notes: tuple[str, ...]
+    """What the user should know, although it stops nothing."""
 
 
 def check_only_plan(plan: Plan, work: str) -> Plan:
@@ -63,9 +69,10 @@ def summarise(plan: Plan, of_archives: Sequence[Any]) -> DryRun:
             shards=len(of_split.shard_files),
             repaired=tuple(image for number in numbers for image in of_archives[number]["repaired"]),
             rejected=tuple(image for number in numbers for image in of_archives[number]["rejected"]),
+            seen=seen_of(plan.raw.passed_over[split], (of_archives[number]["account"] for number in numbers)),
         )
     seconds = _seconds_an_image(plan) * sum(split.images for split in splits.values())
-    return DryRun(plan.output, plan.name, len(plan.raw.synsets), splits, seconds, tuple(problems))
+    return DryRun(plan.output, plan.name, len(plan.raw.synsets), splits, seconds, tuple(problems), plan.raw.notes)
 
 
 def to_dict(found: DryRun) -> dict[str, Any]:
@@ -86,8 +93,21 @@ def to_text(found: DryRun) -> str:
     lines += listed[:_SHOWN]
     if len(listed) > _SHOWN:
         lines.append(f"and {len(listed) - _SHOWN} more; --json lists them all")
-    lines += [f"would fail: {problem}" for problem in found.problems]
-    return "\n".join(lines)
+    lines += [f"passed over in {text}" for text in passed_over_lines({name: split.seen for name, split in found.splits.items()})]
+    lines += [f"note: {note}" for note in found.notes]
+    lines += [f"would fail: {problem}" for problem in found.problems[:_SHOWN]]
+    if len(found.problems) > _SHOWN:
+        lines.append(f"would fail: and {len(found.problems) - _SHOWN} more; --json lists them all")
+    return "\n".join(map(printable, lines))
+
+
+def passed_over_lines(seen: Mapping[str, Seen | None]) -> list[str]:
+    """Returns a line for each reason for which something of a split was passed over."""
+    return [
+        f"{name}: {one.entries:,} {one.reason}: {first_few(one.names, ', ')}"
+        for name, account in seen.items()
+        for one in (account.passed_over if account else ())
+    ]
 
 
 def _clock(seconds: float) -> str:

@@ -1,5 +1,7 @@
 """Files by path, local or gs://. No other module of this package depends on the file system."""
 
+import bisect
+import codecs
 import functools
 import os
 import re
@@ -28,15 +30,27 @@ class FileInfo(NamedTuple):
     """What is known of a file without opening it."""
 
     name: str
-    """Path relative to the listed folder."""
+    """Path relative to the listed folder. Its bytes are UTF-8 in every locale; others are lone surrogates (PEP 383)."""
     size: int
     """Size in bytes."""
     changed: float
     """Time of the last change, in seconds since 1970."""
 
 
+class Tree(NamedTuple):
+    """All that lies in a folder, at any depth."""
+
+    files: list[FileInfo]
+    """Sorted by name."""
+    empty_folders: list[str]
+    """Paths relative to the listed folder, sorted."""
+
+
 def join(folder: str, name: str) -> str:
-    return os.path.join(folder, name) if is_local(folder) else FileSystems.join(folder, name)
+    """Returns the path of the `name` of a `FileInfo` in a folder."""
+    if is_local(folder):
+        return os.path.join(folder, name if name.isascii() else os.fsdecode(name.encode(errors="surrogateescape")))
+    return FileSystems.join(folder, name)
 
 
 def find(path: str) -> FileInfo | None:
@@ -54,7 +68,35 @@ def tree(folder: str, depth: int) -> list[FileInfo]:
 
     Skips names that begin with a dot, because file managers leave such files anywhere. Returns none if there is no such folder.
     """
-    return sorted(_walk(folder, "", depth) if is_local(folder) else _match(folder, depth))
+    found = walk(folder, depth).files
+    return [info for info in found if not any(part.startswith(".") for part in info.name.split("/"))]
+
+
+def walk(folder: str, depth: int | None = None) -> Tree:
+    """Returns all that lies in `folder` and in its subfolders, down to `depth` levels if that is given. Follows links.
+
+    Returns nothing if there is no such folder. Raises UserError if a folder cannot be read, or if a link leads to a folder that
+    holds it.
+    """
+    if not is_local(folder):
+        return _match(folder, depth)
+    found = Tree([], [])
+    if os.path.isdir(folder):
+        _walk(folder, "", depth, {_inode(folder)}, found)
+    return Tree(sorted(found.files), sorted(found.empty_folders))
+
+
+def read_lines(path: str) -> list[str]:
+    """Returns the lines of a text file that are not empty, without the space around them.
+
+    Reads UTF-8 and, with a byte order mark, UTF-16. Bytes that are neither become lone surrogates, as in `FileInfo.name`.
+    """
+    data = read(path)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = data.decode("utf-16", errors="replace")
+    else:
+        text = data.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
+    return [line.strip() for line in re.split("\r\n|\r|\n", text) if line.strip()]
 
 
 def names(folder: str) -> list[str]:
@@ -161,29 +203,51 @@ def _info(name: str, path: str) -> FileInfo:
     return FileInfo(name, status.st_size, status.st_mtime)
 
 
-def _walk(folder: str, prefix: str, depth: int) -> Iterator[FileInfo]:
+def _walk(folder: str, prefix: str, depth: int | None, above: set[tuple[int, int]], found: Tree) -> None:
+    """Adds what lies in `folder` to `found`. `above` has the folder and those that hold it."""
     try:
         entries = list(os.scandir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+    if not entries and prefix:
+        found.empty_folders.append(prefix.rstrip("/"))
     for entry in entries:
-        if entry.name.startswith("."):
-            continue
+        name = prefix + os.fsencode(entry.name).decode(errors="surrogateescape")
         if entry.is_dir():
-            if depth:
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", depth - 1)
+            inode = _inode(entry.path)
+            if inode in above:
+                raise UserError(f"{entry.path} is a link to a folder that holds it: remove the link")
+            if depth is None or depth:
+                _walk(entry.path, f"{name}/", None if depth is None else depth - 1, above | {inode}, found)
         elif entry.is_file():
-            yield _info(prefix + entry.name, entry.path)
+            found.files.append(_info(name, entry.path))
         else:  # a broken link counts as an empty file, which is reported when it is read
-            yield FileInfo(prefix + entry.name, 0, 0.0)
+            found.files.append(FileInfo(name, 0, 0.0))
 
 
-def _match(folder: str, depth: int) -> Iterator[FileInfo]:
-    (found,) = FileSystems.match([join(_literal(folder), "**")])
-    for metadata in found.metadata_list:
+def _inode(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _match(folder: str, depth: int | None) -> Tree:
+    (matched,) = FileSystems.match([join(_literal(folder), "**")])
+    found, empty = [], []
+    for metadata in matched.metadata_list:
         name = metadata.path[len(folder.rstrip("/")) + 1 :]
-        if name.count("/") <= depth and not any(part.startswith(".") for part in name.split("/")):
-            yield FileInfo(name, metadata.size_in_bytes, metadata.last_updated_in_seconds)
+        if depth is not None and name.rstrip("/").count("/") > depth:
+            continue
+        if name.endswith("/"):  # Cloud Storage's console stands for a folder by such an object
+            empty.append(name.rstrip("/"))
+        elif name:
+            found.append(FileInfo(name, metadata.size_in_bytes, metadata.last_updated_in_seconds))
+    names_of_files = sorted(info.name for info in found)
+    return Tree(sorted(found), [name for name in sorted(empty) if not _has_below(names_of_files, f"{name}/")])
+
+
+def _has_below(sorted_names: list[str], prefix: str) -> bool:
+    place = bisect.bisect_left(sorted_names, prefix)
+    return place < len(sorted_names) and sorted_names[place].startswith(prefix)
 
 
 def _literal(path: str) -> str:

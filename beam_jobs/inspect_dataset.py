@@ -26,7 +26,7 @@ from beam_jobs import files, sources
 from beam_jobs.jpeg import read_jpeg_header
 from beam_jobs.shards import FINGERPRINTS, file_crc32c, fingerprint_term, frame
 from trainer.shared.blocks import block_extent, framed_records, locate
-from trainer.shared.errors import UserError
+from trainer.shared.errors import UserError, first_few, print_in_any_locale
 from trainer.shared.page import Picture, Section, data_uri, render
 from trainer.shared.records import (
     MANIFEST,
@@ -182,6 +182,11 @@ def to_html(found: Report) -> str:
     shown = f"{_SHOWN_CLASSES} of the {manifest.num_classes:,} classes" if manifest.num_classes > _SHOWN_CLASSES else "each class"
     repaired = [(image["source"], image["done"]) for split in splits.values() for image in split.repaired]
     left_out = [(image["source"], image["reason"]) for split in splits.values() for image in split.rejected]
+    passed_over = [
+        (first_few(one.names, ", "), f"{one.entries:,} {one.reason}")
+        for split in splits.values()
+        for one in (split.seen.passed_over if split.seen else ())
+    ]
     options = ", ".join(f"{name}={value}" for name, value in manifest.options.items()) or "none"
     facts = [("fingerprint", (manifest.fingerprint,)), ("options", options), ("made by", f"sogclr {manifest.tool_version}")]
     bars = {"splits": [_bars(name, split.records_per_class, manifest.synsets) for name, split in splits.items()]}
@@ -199,6 +204,7 @@ def to_html(found: Report) -> str:
             Section("images", "Images", f"At most {_SHOWN_IMAGES} training images of {shown}.", pictures),
             Section("repaired", "Repaired", "", _listed(repaired)),
             Section("left-out", "Left out", "", _listed(left_out)),
+            Section("passed-over", "Passed over", "What is no image, or was not chosen.", _listed(passed_over)),
             Section("provenance", "Where it comes from", "", {"facts": facts}),
         ],
     )
@@ -346,6 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="dataset.html", metavar="FILE", help="file for the page (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    print_in_any_locale()
     args = parser.parse_args(argv)
     logging.getLogger().setLevel(logging.CRITICAL)
     if not args.debug:

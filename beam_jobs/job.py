@@ -15,7 +15,7 @@ from beam_jobs.ending import ends_on_sigterm
 from beam_jobs.plan import Plan, make_plan
 from beam_jobs.publish import publish, was_made_by
 from beam_jobs.runners import make_pipeline, names_runner, run
-from trainer.shared.errors import UserError
+from trainer.shared.errors import UserError, printable
 from trainer.shared.files import is_local
 from trainer.shared.records import MANIFEST, Manifest, manifest_from_json
 
@@ -55,6 +55,8 @@ def build(
     on a full disk, `output` keeps the finished shards, and the same call goes on from them.
     """
     plan = make_plan(raw, output, **options)
+    for note in plan.raw.notes:
+        print(printable(f"note: {note}"), file=sys.stderr, flush=True)
     pipeline = make_pipeline(beam_args, processes)
     job = dataflow.Conversion(pipeline, plan) if dataflow.is_dataflow(pipeline) else None
     running = job.running() if job else None

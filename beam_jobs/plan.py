@@ -13,7 +13,7 @@ import numpy as np
 from beam_jobs import files, images, subsets
 from beam_jobs.raw import SPLITS, Raw, open_raw
 from trainer.shared.data import ALLOWING, DATASETS, DataSettings, Expect, OnBadImage, Verify, other_classes
-from trainer.shared.errors import UserError
+from trainer.shared.errors import UserError, first_few
 
 EXPECT, VERIFY, ON_BAD_IMAGE = get_args(Expect), get_args(Verify), get_args(OnBadImage)
 WORK = ".building"
@@ -123,6 +123,12 @@ def make_plan(
     known = None if subset or allow_other_counts else DATASETS.get(expect)
     if known and (wrong := other_classes(known, opened.synsets)):
         raise UserError(f"{raw} has {wrong}: give {known.title}, or allow any dataset with {ALLOWING}")
+    expected = known.images if known else None if allow_other_counts else subsets.known_counts(opened.synsets)
+    if synsets and opened.without_validation and not allow_other_counts and not expected:
+        raise UserError(
+            f"{raw} has no validation images of {first_few(opened.without_validation, ', ')}, which the subset has: get them, or "
+            f"allow this with {ALLOWING}"
+        )
     sizes = {split: sum(opened.archives[number].size for number in opened.of_split(split)) for split in SPLITS}
     options = {
         "subset": subset if subset in subsets.SUBSETS else subset and os.path.basename(subset),
@@ -141,7 +147,7 @@ def make_plan(
         num_shards={split: num_shards or shards_for(sizes[split]) for split in SPLITS},
         images=images.Options(decode=verify == "decode", max_side=max_side),
         check_first=on_bad_image == "skip",
-        expected=known.images if known else None if allow_other_counts else subsets.known_counts(opened.synsets),
+        expected=expected,
         options={option: value for option, value in options.items() if value is not None},
         tool_version=_tool_version(),
         expected_of=known.source if known else "ImageNet",

@@ -6,17 +6,21 @@ Image IDs are the same in every layout: training images are ordered by (synset, 
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 from beam_jobs import files
+from beam_jobs.account import tally
 from beam_jobs.layouts import LAYOUTS
-from beam_jobs.layouts.layout import Archive, Found, Layout, RawImage
-from trainer.shared.errors import UserError
+from beam_jobs.layouts.layout import Archive, Contents, Found, Layout, PassedOver, RawImage
+from beam_jobs.layouts.names import canonical
+from trainer.shared.errors import UserError, first_few, printable
 from trainer.shared.files import is_local
 
 SPLITS = ("train", "validation")
+NOT_CHOSEN = "its class is not in the subset"
+"""Reason of a `PassedOver`."""
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +42,12 @@ class Raw:
     """Faults that stop the conversion."""
     identity: str
     """Digest of the raw files. Changes when a file changes."""
+    passed_over: Mapping[str, tuple[PassedOver, ...]]
+    """What each split has outside of `archives`."""
+    without_validation: tuple[str, ...]
+    """Chosen synsets of which no validation image is known to be there."""
+    notes: tuple[str, ...]
+    """What the user should know, although it stops nothing."""
 
     def of_split(self, split: str) -> list[int]:
         """Returns the numbers of a split's archives."""
@@ -60,6 +70,8 @@ class Index:
     """Images that are not plain files, in the form of `trainer.shared.records.Split`."""
     problems: list[str]
     """Faults of the archive as a whole."""
+    account: dict[str, Any]
+    """What was seen in the archive, in the form that `account.seen_of` takes."""
 
 
 def open_raw(
@@ -84,18 +96,25 @@ def open_raw(
     layout, found = by_split["train"]
     train = layout.training_archives(folder, found)
     if not train.archives:
-        raise UserError("; ".join(train.problems))
+        raise UserError(first_few(train.problems))
     classes = {archive.synset for archive in train.archives}
     chosen = set(synsets or classes)
     if missing := sorted(chosen - classes):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{folder} has no training images of {', '.join(missing[:3])}{more}, which the subset has")
+    _refuse_same_printable(classes)
     # If the training images are exactly the subset's, validation images may have any synset. Only the subset's are used.
     known = None if synsets and len(chosen) == len(classes) else classes
     layout, found = by_split["validation"]
     validation = layout.validation_archives(folder, found, known)
     if validation_labels and not any(archive.synsets for archive in validation.archives):
         raise UserError(f"validation_labels={validation_labels} has no effect: the folders of validation images are their labels")
+    absent = sorted(chosen - validation.synsets) if validation.synsets is not None else []
+    if len(absent) == len(chosen) and not (train.problems or validation.problems):
+        raise UserError(_no_validation(absent, validation))
+    not_chosen = (
+        PassedOver(archive.name, NOT_CHOSEN, archive.size) for archive in train.archives if archive.synset not in chosen
+    )
     return Raw(
         folder,
         {split: layout for split, (layout, _) in by_split.items()},
@@ -104,6 +123,9 @@ def open_raw(
         (*(archive for archive in train.archives if archive.synset in chosen), *validation.archives),
         train.problems + validation.problems,
         _identity([found for _, found in by_split.values()]),
+        {"train": (*train.passed_over, *not_chosen), "validation": validation.passed_over},
+        tuple(absent),
+        _notes(folder, by_split),
     )
 
 
@@ -119,20 +141,31 @@ def index(raw: Raw, archive: Archive) -> Index:
     listing = raw.layouts[archive.split].list_images(raw.folder, archive)
     ranks = {synset: label for label, synset in enumerate(raw.synsets)}
     images, rejected = [], []
-    found = 0
+    passed_over = list(listing.passed_over)
+    seen = len(listing.images) + len(passed_over)
+    seen_bytes = sum(image.size for image in listing.images) + sum(one.size for one in passed_over)
+    if listing.seen not in (None, seen):
+        raise UserError(f"{archive.name} has {listing.seen} entries, of which {seen} were listed: it changed meanwhile")
+    found = rejected_bytes = 0
     for name, file, offset, size, synset, fault in listing.images:
         # A missing label stops the conversion. Until then any label will do: the image is still checked.
         label = ranks.get(synset) if synset else 0
+        image = RawImage(name, label or 0, file, offset, size)
         if label is None:
+            passed_over.append(PassedOver(image.source, NOT_CHOSEN, size))
             continue
         found += 1
-        image = RawImage(name, label, file, offset, size)
         if fault:
             rejected.append({"source": image.source, "reason": fault})
+            rejected_bytes += size
         else:
             images.append(image)
-    limit = raw.images_per_class if archive.split == "train" else None
-    return Index(images[:limit], found, rejected, list(listing.problems))
+    if archive.split == "train" and raw.images_per_class:
+        beyond = images[raw.images_per_class :]
+        passed_over += (PassedOver(image.source, "beyond the number of images per class", image.size) for image in beyond)
+        images = images[: raw.images_per_class]
+    account = {"entries": seen, "bytes": seen_bytes, "rejected_bytes": rejected_bytes, "passed_over": tally(passed_over)}
+    return Index(images, found, rejected, list(listing.problems), account)
 
 
 def raw_identity(raw: str, beside: Iterable[str] = ()) -> str:
@@ -161,8 +194,54 @@ def _recognise(folder: str) -> dict[str, tuple[Layout, Found]]:
             first, *others = (layout.expects(split) for layout in LAYOUTS)
             missing.append(f"{first} (or {', '.join(others)})")
     if missing:
-        raise UserError(f"{folder} holds no raw ImageNet: it lacks {' and '.join(missing)}")
+        raise UserError(f"{folder} holds no raw ImageNet: it lacks {' and '.join(missing)}{_where_else(folder)}")
     return by_split
+
+
+def _where_else(folder: str) -> str:
+    """Returns the end of a message that names a folder above or below `folder` that holds raw data; "" if there is none."""
+    if not is_local(folder):
+        return ""
+    try:
+        below = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        below = []
+    for other in (*below, os.path.dirname(os.path.abspath(folder))):
+        if all(any(layout.recognise(other, split) for layout in LAYOUTS) for split in SPLITS):
+            return f"; {other} has them: give --raw {other}"
+    return ""
+
+
+def _refuse_same_printable(classes: Set[str]) -> None:
+    """Raises UserError if two classes would have the same name in the dataset."""
+    by_name: dict[str, str] = {}
+    for synset in sorted(classes):
+        if by_name.setdefault(printable(synset), synset) != synset:
+            raise UserError(f"two classes are written as {printable(synset)}, one by bytes that are not UTF-8: rename one")
+
+
+def _no_validation(absent: Sequence[str], validation: Contents) -> str:
+    there = sorted(validation.synsets or ())
+    return (
+        f"no validation image has one of the chosen classes {first_few(absent, ', ')}: the validation images have the classes "
+        f"{first_few(there, ', ')}; name them as the training images' folders or archives are named"
+    )
+
+
+def _notes(folder: str, by_split: Mapping[str, tuple[Layout, Found]]) -> tuple[str, ...]:
+    notes = [
+        f"{split}: {found.why}, and {layout.expects(split)} is there too, which is not read"
+        for split, (taken, found) in by_split.items()
+        for layout in LAYOUTS[LAYOUTS.index(taken) + 1 :]
+        if layout.recognise(folder, split)
+    ]
+    names = [info.name for _, found in by_split.values() for info in found.files if not info.name.isascii()]
+    if decomposed := [name for name in names if canonical(name) != name]:
+        notes.append(
+            f"{len(decomposed):,} names are decomposed (NFD), the first is {decomposed[0]}: they are taken as the same names "
+            "composed (NFC)"
+        )
+    return tuple(notes)
 
 
 def _identity(found: Sequence[Found]) -> str:

@@ -1,7 +1,8 @@
 """References to images. Workers exchange these, never the bytes of images.
 
 They are sent as plain tuples, which Beam and the processes that write shards encode many times faster than named tuples, even if
-those have a coder of their own. Only the functions here know the order of the fields of such a tuple.
+those have a coder of their own. Names are sent as bytes, because not all are UTF-8, and Beam encodes no other text. Only the
+functions here know the order of the fields of such a tuple.
 """
 
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ class Reference(NamedTuple):
 
 
 def pack_images(images: Iterable[RawImage]) -> list[PackedImage]:
-    return list(map(tuple, images))
+    return [(_encoded(name), label, _encoded(file), offset, size) for name, label, file, offset, size in images]
 
 
 def pack_reference(place: int, image_id: int, image: PackedImage) -> PackedReference:
@@ -30,4 +31,15 @@ def pack_reference(place: int, image_id: int, image: PackedImage) -> PackedRefer
 
 
 def unpack_references(packed: Iterable[PackedReference]) -> list[Reference]:
-    return [Reference(place, image_id, RawImage(*image)) for place, image_id, *image in packed]
+    return [
+        Reference(place, image_id, RawImage(_decoded(name), label, _decoded(file), offset, size))
+        for place, image_id, name, label, file, offset, size in packed
+    ]
+
+
+def _encoded(name: str) -> bytes:
+    return name.encode(errors="surrogateescape")
+
+
+def _decoded(name: bytes) -> str:
+    return name.decode(errors="surrogateescape")

@@ -1,8 +1,10 @@
 """The subsets of ImageNet that papers use: their names, synsets and numbers of images."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from beam_jobs import files
+from beam_jobs.layouts.names import canonical
 from trainer.shared.data import DATASETS, digest_of
 from trainer.shared.errors import UserError
 
@@ -52,12 +54,12 @@ def synsets_of(subset: str) -> tuple[str, ...]:
         return tuple(sorted(SUBSETS[subset]))
     if not files.find(subset):
         raise UserError(f"subset={subset} is neither {' nor '.join(SUBSETS)}, nor a file with a synset a line")
-    named = files.read(subset).decode(errors="replace").split()
+    named = sorted(map(canonical, files.read_lines(subset)))
     if not named:
         raise UserError(f"{subset} is empty: it must have a synset a line")
-    if twice := next((synset for place, synset in enumerate(named) if synset in named[:place]), None):
+    if twice := next((synset for synset, following in itertools.pairwise(named) if synset == following), None):
         raise UserError(f"{subset} has {twice} twice: each synset must be there once")
-    return tuple(sorted(named))
+    return tuple(named)
 
 
 def known_counts(synsets: Sequence[str]) -> Mapping[str, int] | None:

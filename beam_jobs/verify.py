@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 
 from beam_jobs import files
+from beam_jobs.account import seen_of
 from beam_jobs.plan import Plan, SplitPlan, plan_split
 from beam_jobs.raw import SPLITS, Index
 from beam_jobs.shards import FINGERPRINTS, WrittenShard, contents_digest, file_crc32c
 from trainer.shared.data import ALLOWING
-from trainer.shared.errors import UserError
-from trainer.shared.records import Manifest, Shard, Split, reading_positions
+from trainer.shared.errors import LISTED_IN_A_LINE, UserError, first_few, printable
+from trainer.shared.records import Manifest, Seen, Shard, Split, reading_positions
 
-_SHOWN = 3
-"""Number of problems that a one-line error lists."""
 _ADVICE = "; nothing was published, run the job again"
 
 Listed = list[dict[str, Any]]
@@ -46,6 +45,7 @@ def report_archive(plan: Plan, number: int, index: Index, repaired: Listed) -> N
         "problems": index.problems,
         "rejected": index.rejected,
         "repaired": repaired,
+        "account": index.account,
     }
     _report(plan, _archive_report(number), content)
 
@@ -92,11 +92,37 @@ def verify_dataset(plan: Plan) -> Manifest:
         for split, of_split in of_splits.items()
     }
     for split in SPLITS:
-        rejected = [image for number in plan.raw.of_split(split) for image in of_archives[number]["rejected"]]
-        splits[split] = replace(splits[split], rejected=tuple(sorted(rejected, key=lambda image: image["source"])))
+        numbers = plan.raw.of_split(split)
+        rejected = _printable_sources(image for number in numbers for image in of_archives[number]["rejected"])
+        splits[split] = replace(
+            splits[split],
+            rejected=tuple(sorted(rejected, key=lambda image: image["source"])),
+            seen=_account(plan, split, of_archives),
+        )
     fingerprint = sum(reports[file]["fingerprint"] for of_split in of_splits.values() for file in of_split.shard_files)
     fingerprint_hex = f"{fingerprint % FINGERPRINTS:064x}"
-    return Manifest(plan.name, fingerprint_hex, plan.raw.synsets, splits, plan.tool_version, plan.options)
+    synsets = tuple(map(printable, plan.raw.synsets))
+    return Manifest(plan.name, fingerprint_hex, synsets, splits, plan.tool_version, plan.options)
+
+
+def _account(plan: Plan, split: str, of_archives: list[Any]) -> Seen:
+    """Returns the account of a split. Raises LostRecordsError if an archive's does not add up."""
+    for number in plan.raw.of_split(split):
+        report = of_archives[number]
+        account = report["account"]
+        passed_over = account["passed_over"].values()
+        entries = len(labels_of(report)) + len(report["rejected"]) + sum(one["entries"] for one in passed_over)
+        size = report["bytes"] + account["rejected_bytes"] + sum(one["bytes"] for one in passed_over)
+        if (entries, size) != (account["entries"], account["bytes"]):
+            raise LostRecordsError(
+                f"{plan.raw.archives[number].name} has {account['entries']} entries of {account['bytes']} bytes, and {entries} "
+                f"of {size} bytes are accounted for{_ADVICE}"
+            )
+    return seen_of(plan.raw.passed_over[split], (of_archives[number]["account"] for number in plan.raw.of_split(split)))
+
+
+def _printable_sources(listed: Iterable[Mapping[str, Any]]) -> Listed:
+    return [{**image, "source": printable(image["source"])} for image in listed]
 
 
 def archive_reports(plan: Plan, reports: Mapping[str, Any] | None = None) -> list[Any]:
@@ -126,6 +152,8 @@ def faults(plan: Plan, of_archives: list[Any]) -> tuple[list[str], Listed]:
                 f"{split} has {found:,} images where {plan.expected_of} has {plan.expected[split]:,} of these "
                 f"{len(plan.raw.synsets)} classes: get the missing images, or allow this with {ALLOWING}"
             )
+        if not found and not problems:
+            problems.append(f"no {split} image has one of the chosen classes, the first of which is {plan.raw.synsets[0]}")
     if not problems and plan.check_first:
         counts = np.bincount(
             np.array([label for number in plan.raw.of_split("train") for label in labels_of(of_archives[number])], int),
@@ -145,12 +173,12 @@ def refuse_faults(plan: Plan, of_archives: list[Any], reports: Mapping[str, Any]
     rejected += [image for report in reports.values() if "shard" in report for image in report["rejected"]]
     if not problems and not rejected:
         return
-    lines = sorted(f"{image['source']} {image['reason']}" for image in rejected)
-    parts = [_some(problems)] if problems else []
+    lines = sorted(printable(f"{image['source']} {image['reason']}") for image in rejected)
+    parts = [first_few(problems)] if problems else []
     if rejected:
-        parts.append(f"{len(lines)} of the images cannot be read: {_some(lines)}")
-    if rejected or len(problems) > _SHOWN:
-        files.write(plan.rejected, "".join(f"{line}\n" for line in (*problems, *lines)).encode())
+        parts.append(f"{len(lines)} of the images cannot be read: {first_few(lines)}")
+    if rejected or len(problems) > LISTED_IN_A_LINE:
+        files.write(plan.rejected, "".join(f"{line}\n" for line in (*map(printable, problems), *lines)).encode())
         parts.append(f"{plan.rejected} lists them all")
     raise FaultsError("; ".join(parts))
 
@@ -177,7 +205,7 @@ def _verify_split(plan: Plan, of_split: SplitPlan, labels_by_archive: list[list[
         repaired += report["repaired"]
         resized += report["resized"]
     per_class = np.bincount(labels, minlength=len(plan.raw.synsets)).tolist()
-    in_order = tuple(sorted(repaired, key=lambda image: image["id"]))
+    in_order = tuple(sorted(_printable_sources(repaired), key=lambda image: image["id"]))
     return Split(of_split.num_images, tuple(per_class), tuple(shards), in_order, resized=resized)
 
 
@@ -200,8 +228,3 @@ def _read_reports(plan: Plan) -> dict[str, Any]:
 
 def _report_names(plan: Plan) -> list[str]:
     return [name for name in files.names(plan.work) if name.endswith(".json")]
-
-
-def _some(problems: list[str]) -> str:
-    more = len(problems) - _SHOWN
-    return "; ".join(problems[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")

@@ -38,7 +38,7 @@ from beam_jobs.build_tfrecords import main
 from beam_jobs.job import build
 from beam_jobs.publish import CONVERSION
 from beam_jobs.raw import open_raw, raw_identity
-from beam_jobs.references import pack_reference, unpack_references
+from beam_jobs.references import pack_images, pack_reference, unpack_references
 from beam_jobs.verify import LostRecordsError
 from trainer.shared.errors import UserError
 from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, RECORDS_PER_BLOCK, read_manifest, reading_positions
@@ -160,7 +160,8 @@ def test_there_are_no_empty_shards(raw, tmp_path):
 
 
 def pack(references):
-    return [pack_reference(place, image_id, tuple(image)) for place, image_id, image in references]
+    packed = pack_images(image for _, _, image in references)
+    return [pack_reference(place, image_id, image) for (place, image_id, _), image in zip(references, packed, strict=True)]
 
 
 def lose_one(assigned):

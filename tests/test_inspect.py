@@ -78,11 +78,12 @@ def test_repaired_and_left_out_images_are_listed(tmp_path):
     train = train_images(5)
     out = io.BytesIO()
     Image.new("RGB", (9, 9)).save(out, "png")
-    train[SYNSETS[0]] |= {"other.JPEG": out.getvalue(), "<gone>.JPEG": b""}
+    train[SYNSETS[0]] |= {"other.JPEG": out.getvalue(), "<gone>.JPEG": b"", "Thumbs.db": b"x"}
     build(str(raw_as_usual(tmp_path / "raw", train=train)), str(tmp_path / "output"), on_bad_image="skip")
     page = inspect_dataset.page(str(tmp_path / "output"))
     assert "n01000001.tar/other.JPEG</td><td>PNG RGB to JPEG RGB" in page
     assert "n01000001.tar/&lt;gone&gt;.JPEG</td><td>is empty" in page
+    assert "n01000001.tar/Thumbs.db</td><td>1 left by a file manager" in page
 
 
 def flip(path, offset):

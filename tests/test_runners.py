@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from apache_beam.portability.api import beam_runner_api_pb2
-from support.raw_data import OF_VALIDATION, TRAIN, contents
+from support.raw_data import OF_VALIDATION, TRAIN, contents, picture
 
 from beam_jobs import build_tfrecords, convert, files
 from beam_jobs.job import build
@@ -341,6 +341,24 @@ def test_gs_to_gs_gives_the_same_bytes_by_ranged_reads(raw, references, bucket, 
     assert build("gs://bucket/raw", "gs://bucket/out/1.0.0", name="images", num_shards=8).fingerprint == fingerprint(written)
     with pytest.raises(UserError, match="a finished dataset"):
         build("gs://bucket/raw", "gs://bucket/out/1.0.0", name="images", num_shards=5)
+
+
+@pytest.mark.thorough
+def test_a_folder_in_cloud_storage_is_counted_as_one_here(bucket, tmp_path):
+    names = ["train/a/1.JPEG", "train/a/more/2.JPEG", "train/b/3.JPEG", "train/b/Thumbs.db", "train/.git/x", "val/a/4.JPEG"]
+    for number, name in enumerate(names):
+        (tmp_path / "raw" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "raw" / name).write_bytes(picture(number))
+        bucket.blob(f"raw/{name}").upload_from_filename(str(tmp_path / "raw" / name))
+    for folder in ("train/a/", "train/b/nothing/"):  # as Cloud Storage's console makes folders
+        bucket.blob(f"raw/{folder}").upload_from_string(b"")
+    (tmp_path / "raw" / "train" / "b" / "nothing").mkdir()
+    manifest = build("gs://bucket/raw", str(tmp_path / "of bucket"))
+    assert manifest == build(str(tmp_path / "raw"), str(tmp_path / "output"))
+    assert manifest.splits["train"].seen.entries == 6
+    bucket.blob("raw/train/empty/").upload_from_string(b"")
+    with pytest.raises(UserError, match="train/empty is empty"):
+        build("gs://bucket/raw", str(tmp_path / "other"))
 
 
 def dataflow(*more: str) -> list[str]:

@@ -7,8 +7,20 @@ ILSVRC2012_img_val.tar      a flat tar of images, whose labels are in validation
 from collections.abc import Set
 
 from beam_jobs import files, tars
-from beam_jobs.layouts.labels import find_labels, read_labels, synsets_by_order
-from beam_jobs.layouts.layout import Archive, Contents, Found, Layout, ListedImage, Listing, name_problems
+from beam_jobs.layouts.labels import find_labels, read_labels, synsets_of
+from beam_jobs.layouts.layout import (
+    EMPTY_FOLDER,
+    Archive,
+    Contents,
+    Found,
+    Layout,
+    ListedImage,
+    Listing,
+    PassedOver,
+    name_problems,
+)
+from beam_jobs.layouts.names import base_name, base_name_first, canonical, why_passed_over
+from trainer.shared.errors import first_few
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VALIDATION_ARCHIVE = "ILSVRC2012_img_val.tar"
@@ -30,45 +42,81 @@ class Archives(Layout):
 
     def training_archives(self, folder: str, found: Found) -> Contents:
         with files.open_to_read(files.join(folder, TRAIN_ARCHIVE), files.SPARSE) as file:
-            members, problems = tars.members(file, TRAIN_ARCHIVE, 0, found.files[0].size)
-        problems += name_problems(TRAIN_ARCHIVE, [member.name for member in members])
+            members = tars.members(file, TRAIN_ARCHIVE, 0, found.files[0].size)
+        outer, passed_over = _sorted_out(TRAIN_ARCHIVE, members)
+        names = [base_name(member.name) for member in outer]
+        problems = members.problems or list(name_problems(TRAIN_ARCHIVE, names, seen=len(passed_over)))
         archives = {}
-        for member in members:
-            synset = member.name.removesuffix(".tar")
+        others = []
+        for member in outer:
+            base = base_name(member.name)
+            synset = canonical(base.removesuffix(".tar"))
             if member.fault:
                 problems.append(f"{TRAIN_ARCHIVE}/{member.name} {member.fault}")
-            elif not synset or synset == member.name:
-                problems.append(
-                    f"{TRAIN_ARCHIVE} holds {member.name}: it must hold one SYNSET.tar for each synset and nothing else"
-                )
+            elif not synset or synset == canonical(base):
+                others.append(member.name)
             else:
-                name, end = f"{TRAIN_ARCHIVE}/{member.name}", member.offset + member.size
+                name, end = f"{TRAIN_ARCHIVE}/{base}", member.offset + member.size
                 archives[synset] = Archive("train", name, TRAIN_ARCHIVE, member.offset, end, synset)
-        return Contents(tuple(archives[synset] for synset in sorted(archives)), tuple(problems))
+        if others:
+            problems.append(
+                f"{TRAIN_ARCHIVE} holds {first_few(others, ', ')}: it must hold one SYNSET.tar for each synset and nothing else; "
+                + _remedy(folder, others)
+            )
+        return Contents(tuple(archives[synset] for synset in sorted(archives)), tuple(problems), tuple(passed_over))
 
     def validation_archives(self, folder: str, found: Found, known: Set[str] | None) -> Contents:
-        synsets, problems = read_labels(folder, found, known)
-        archive = Archive("validation", VALIDATION_ARCHIVE, VALIDATION_ARCHIVE, 0, found.files[0].size, synsets=synsets)
-        return Contents((archive,), problems)
+        labels, problems = read_labels(folder, found, known)
+        size = found.files[0].size
+        archive = Archive(
+            "validation", VALIDATION_ARCHIVE, VALIDATION_ARCHIVE, 0, size, synsets=labels.synsets, names=labels.names
+        )
+        return Contents((archive,), problems, synsets=frozenset(labels.synsets))
 
     def list_images(self, folder: str, archive: Archive) -> Listing:
         return list_tar(folder, archive)
 
 
 def list_tar(folder: str, archive: Archive) -> Listing:
-    """Returns the images of a tar, sorted by name without folders."""
+    """Returns the images of a tar: of one synset sorted by path, of several sorted by name without folders."""
     with files.open_to_read(files.join(folder, archive.file)) as file:
-        members, problems = tars.members(file, archive.name, archive.start, archive.end)
+        found = tars.members(file, archive.name, archive.start, archive.end)
+    members, passed_over = _sorted_out(archive.name, found)
+    members.sort(key=lambda member: canonical(member.name) if archive.synset else base_name_first(member.name))
     names = [member.name for member in members]
-    synsets, of_labels = ([archive.synset] * len(names), ()) if archive.synset else synsets_by_order(archive, names)
+    synsets, of_labels = ([archive.synset] * len(names), ()) if archive.synset else synsets_of(archive, names)
     # posixpath.join would take a tenth of the time of indexing.
     within = archive.name.removeprefix(archive.file + "/") + "/" if archive.name != archive.file else ""
     images = (
         ListedImage(within + member.name, archive.file, member.offset, member.size, synset, member.fault)
         for member, synset in zip(members, synsets, strict=True)
     )
+    unique = names if archive.synset or archive.names else [base_name(name) for name in names]
     # A truncated tar lacks names and labels. Reporting that too would not help.
-    return Listing(tuple(images), tuple(problems) or name_problems(archive.name, names) + of_labels)
+    problems = tuple(found.problems) or name_problems(archive.name, unique, seen=len(passed_over)) + of_labels
+    return Listing(tuple(images), problems, tuple(passed_over), len(found.files) + len(found.empty_folders))
+
+
+def _sorted_out(archive: str, found: tars.Members) -> tuple[list[tars.Member], list[PassedOver]]:
+    """Returns the members that may be images, and what is none."""
+    passed_over = [PassedOver(f"{archive}/{name}", EMPTY_FOLDER, 0) for name in found.empty_folders]
+    members = []
+    for member in found.files:
+        if reason := why_passed_over(member.name):
+            passed_over.append(PassedOver(f"{archive}/{member.name}", reason, member.size))
+        else:
+            members.append(member)
+    return members, passed_over
+
+
+def _remedy(folder: str, others: list[str]) -> str:
+    """Returns what to do with a training archive that holds `others` and no tars."""
+    path = files.join(folder, TRAIN_ARCHIVE)
+    depth = others[0].count("/")
+    if not depth:
+        return "put its images in folders, train/SYNSET/*, and move the archive away"
+    train = files.join(folder, "train")
+    return f"mkdir -p {train} && tar -xf {path} -C {train} --strip-components={depth - 1}, and move the archive away"
 
 
 LAYOUT = Archives()

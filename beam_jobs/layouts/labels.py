@@ -1,18 +1,35 @@
-"""The labels of validation images without synset folders: a file with one synset a line, in the order of the images' names."""
+"""The labels of validation images without synset folders: a file with one label a line.
 
+A line is a synset, in the order of the images' names, or NAME and SYNSET with a tab, a comma or a space between them.
+"""
+
+import functools
 import importlib.util
 import itertools
 import os
+import re
 import sys
-from collections.abc import Set
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 
 from beam_jobs import files
 from beam_jobs.layouts.layout import Archive, Found, and_more
-from trainer.shared.errors import UserError
+from beam_jobs.layouts.names import IMAGES, base_name, canonical, out_of_order
+from trainer.shared.errors import UserError, first_few
 from trainer.shared.files import is_local
 
 VALIDATION_LABELS = "validation_labels.txt"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a split's images."""
+
+    synsets: tuple[str, ...]
+    """Synset of each image."""
+    names: tuple[str, ...] = ()
+    """Name of each image without folders; empty if the labels are in the order of the images' names."""
 
 
 def find_labels(folder: str) -> files.FileInfo | None:
@@ -21,24 +38,31 @@ def find_labels(folder: str) -> files.FileInfo | None:
     return found._replace(name=VALIDATION_LABELS) if found else None
 
 
-def read_labels(folder: str, found: Found, known: Set[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the synset of each validation image in the order of names, and the problems of the labels.
+def read_labels(folder: str, found: Found, known: Set[str] | None) -> tuple[Labels, tuple[str, ...]]:
+    """Returns the labels of the validation images, and the problems of the labels.
 
     Without a file of labels, uses ImageNet's own, which tensorflow_datasets ships. A synset that is not in `known` is a problem,
     unless `known` is None. Raises UserError if the file is empty, or if it is missing and tensorflow_datasets is not installed.
     """
     path = _path_of(folder, found.labels.name) if found.labels else _imagenets_labels(folder)
-    # Interned, so that a plan holds each synset once instead of once for each of 50,000 images.
-    synsets = tuple(map(sys.intern, files.read(path).decode(errors="replace").split()))
-    if not synsets:
+    lines = files.read_lines(path)
+    if not lines:
         raise UserError(f"{path} is empty: it must have a synset a line, in the order of the validation images' names")
-    unknown = [(line, synset) for line, synset in enumerate(synsets, start=1) if known is not None and synset not in known]
+    labels = parse_labels(lines, known)
+    skipped = len(lines) - len(labels.synsets)
+    unknown = [
+        (line, synset)
+        for line, synset in enumerate(labels.synsets, start=1 + skipped)
+        if known is not None and synset not in known
+    ]
+    remedy = f"put the right {VALIDATION_LABELS} in {folder}"
+    if unknown and known and known <= set(labels.synsets):
+        remedy = "get the training images of all classes, or give the classes that are there with --subset FILE"
     problems = tuple(
-        f"{path} line {line}: {synset} is not a synset of the training images{and_more(unknown)}; "
-        f"put the right {VALIDATION_LABELS} in {folder}"
+        f"{path} line {line}: {synset} is not a synset of the training images{and_more(unknown)}; {remedy}"
         for line, synset in unknown[:1]
     )
-    return synsets, problems
+    return labels, problems
 
 
 def _path_of(folder: str, name: str) -> str:
@@ -46,15 +70,101 @@ def _path_of(folder: str, name: str) -> str:
     return name if os.path.isabs(name) or not is_local(name) else files.join(folder, name)
 
 
-def synsets_by_order(archive: Archive, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Returns the synset of each image of an archive, in the order of `names`, and problems. A missing label is ""."""
-    if len(names) in (0, len(archive.synsets)):
-        return list(archive.synsets[: len(names)]), ()
-    problem = (
-        f"{archive.name} has {len(names)} images and there are {len(archive.synsets)} labels for them: "
-        f"give {VALIDATION_LABELS} one line for each image"
-    )
-    return list(itertools.islice(itertools.chain(archive.synsets, itertools.repeat("")), len(names))), (problem,)
+def parse_labels(lines: Sequence[str], known: Set[str] | None) -> Labels:
+    """Returns the labels of a file's lines.
+
+    The lines are read in the way that gives the fewest labels that are not in `known`. If `known` is None, lines that all begin
+    with the name of an image file have names, and others do not.
+    """
+    # Interned, so that a plan holds each synset once instead of once for each of 50,000 images.
+    plain = Labels(tuple(sys.intern(canonical(line)) for line in lines))
+    by_space = functools.partial(_by_space, known=known or frozenset())
+    ways = [plain, *(pairs for split in (_by_tab, _by_comma, by_space) if (pairs := _pairs(lines, split)))]
+    if known is None:
+        return next((one for one in ways if one.names and all(name.lower().endswith(IMAGES) for name in one.names)), plain)
+    return min(ways, key=lambda one: sum(synset not in known for synset in one.synsets))
+
+
+def synsets_of(archive: Archive, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Returns the synset of each image of an archive, and problems. A missing label is "".
+
+    names: the images' paths, in the order of `names.base_name_first`
+    """
+    if not names:
+        return [], ()
+    return _by_name(archive, names) if archive.names else _by_order(archive, names)
+
+
+def _by_order(archive: Archive, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    pairs = f"give {VALIDATION_LABELS} the lines NAME SYNSET"
+    bases = [canonical(base_name(name)) for name in names]
+    problems = []
+    if swapped := out_of_order(bases):
+        problems.append(
+            f"{archive.name} has {swapped[0]}, which comes before {swapped[1]} by name and after it by number, so labels without "
+            f"names may be in either order: {pairs}"
+        )
+    if len(names) != len(archive.synsets):
+        problems.append(
+            f"{archive.name} has {len(names)} images and there are {len(archive.synsets)} labels for them: "
+            f"give {VALIDATION_LABELS} one line for each image"
+        )
+    missing = [""] * (len(names) - len(archive.synsets))
+    return [*archive.synsets[: len(names)], *missing], tuple(problems)
+
+
+def _by_name(archive: Archive, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    labels = dict(zip(archive.names, archive.synsets, strict=True))
+    problems = []
+    if len(labels) < len(archive.names):
+        ordered = sorted(archive.names)
+        twice = [name for name, following in itertools.pairwise(ordered) if name == following]
+        problems.append(f"{VALIDATION_LABELS} has {first_few(twice, ', ')} twice: give each image one line")
+    keys = [_key(name, labels) for name in names]
+    if unlabelled := [name for name, key in zip(names, keys, strict=True) if key not in labels]:
+        problems.append(f"{VALIDATION_LABELS} has no line for {first_few(unlabelled, ', ')} of {archive.name}")
+    if missing := sorted(labels.keys() - set(keys)):
+        problems.append(f"{VALIDATION_LABELS} has {first_few(missing, ', ')}, of which {archive.name} has no image")
+    bases = [canonical(base_name(name)) for name in names]
+    if twice := [name for name, following in itertools.pairwise(bases) if name == following]:
+        problems.append(f"{archive.name} has {first_few(twice, ', ')} in two folders, so a name does not say which label it has")
+    return [labels.get(key, "") for key in keys], tuple(problems)
+
+
+def _key(name: str, labels: dict[str, str]) -> str:
+    """Returns the name that `labels` may have for an image: with its ending, or without."""
+    base = canonical(base_name(name))
+    return base if base in labels else base.rpartition(".")[0] or base
+
+
+def _pairs(lines: Sequence[str], split: Callable[[str], tuple[str, str] | None]) -> Labels | None:
+    """Returns the labels of lines NAME SYNSET, or None if not all lines are. A header, which names no image, is left out."""
+    pairs = [split(line) for line in lines]
+    if len(pairs) > 1 and pairs[0] and not re.search("[0-9.]", pairs[0][0]):
+        del pairs[0]
+    if not all(pair and all(pair) for pair in pairs):
+        return None
+    names = tuple(canonical(base_name(pair[0])) for pair in pairs if pair)
+    return Labels(tuple(sys.intern(canonical(pair[1])) for pair in pairs if pair), names)
+
+
+def _by_tab(line: str) -> tuple[str, str] | None:
+    """Returns name and label. More columns, such as the box in Tiny-ImageNet's file, are ignored."""
+    fields = [field.strip() for field in line.split("\t")]
+    return (fields[0], fields[1]) if len(fields) > 1 else None
+
+
+def _by_comma(line: str) -> tuple[str, str] | None:
+    """Returns name and label. More columns are ignored, and the boxes after the label in Kaggle's file."""
+    fields = [field.strip() for field in line.split(",")]
+    return (fields[0], re.sub("( -?[0-9.]+)+$", "", fields[1])) if len(fields) > 1 else None
+
+
+def _by_space(line: str, known: Set[str]) -> tuple[str, str] | None:
+    """Returns name and label, divided by the last space that leaves a label in `known`; by the last space if none does."""
+    words = line.split(" ")
+    splits = [(" ".join(words[:place]).strip(), " ".join(words[place:])) for place in range(len(words) - 1, 0, -1)]
+    return next((one for one in splits if canonical(one[1]) in known), splits[0] if splits else None)
 
 
 def _imagenets_labels(folder: str) -> str:

@@ -9,6 +9,10 @@ from typing import NamedTuple
 
 from beam_jobs import files
 from beam_jobs.files import FileInfo
+from beam_jobs.layouts.names import canonical
+
+EMPTY_FOLDER = "an empty folder"
+"""Reason of a `PassedOver`."""
 
 
 class RawImage(NamedTuple):
@@ -28,6 +32,17 @@ class RawImage(NamedTuple):
     def source(self) -> str:
         """The image's path for people. An archive's member is written as if the archive were a folder."""
         return posixpath.join(self.file, self.name) if self.name else self.file
+
+
+class PassedOver(NamedTuple):
+    """A file, a member of a tar or an empty folder that is no image to take."""
+
+    name: str
+    """Path for people, relative to the raw folder. An archive's member is written as if the archive were a folder."""
+    reason: str
+    """Why it is passed over. The same words for the same kind, because the manifest counts them by reason."""
+    size: int
+    """Size in bytes."""
 
 
 class ListedImage(NamedTuple):
@@ -57,9 +72,11 @@ class Archive:
     end: int
     """Range of the archive's bytes in `file`. For a folder: 0 and the total size of its images."""
     synset: str = ""
-    """Synset of all images; "" if there are several synsets, as among validation images."""
+    """Synset of all images, in `names.canonical` form; "" if there are several synsets, as among validation images."""
     synsets: tuple[str, ...] = ()
-    """Synset of each image in the order of names; empty if the labels do not come from a file."""
+    """Synset of each image, in canonical form; empty if the labels do not come from a file."""
+    names: tuple[str, ...] = ()
+    """Name of the image of each of `synsets`; empty if they are in the order of the images' names."""
 
     @property
     def size(self) -> int:
@@ -77,6 +94,8 @@ class Found:
     """Why the layout was recognised, for the log."""
     labels: FileInfo | None = None
     """The file of labels, or None if there is none."""
+    others: tuple[PassedOver, ...] = ()
+    """Files and empty folders of the split that hold no images. They do not count in the identity of the raw data."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,10 @@ class Contents:
     """Archives in the order of image IDs: all IDs of one archive come before those of the next."""
     problems: tuple[str, ...]
     """Faults that stop the conversion."""
+    passed_over: tuple[PassedOver, ...] = ()
+    """What is in the split, but in none of the archives, and no image."""
+    synsets: frozenset[str] | None = None
+    """Synsets of validation images, in canonical form, if they are known before the images are listed."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +120,19 @@ class Listing:
     """Images in the order of their IDs."""
     problems: tuple[str, ...]
     """Faults of the archive as a whole; they stop the conversion."""
+    passed_over: tuple[PassedOver, ...] = ()
+    """What is in the archive and no image."""
+    seen: int | None = None
+    """Number of files or members, and of empty folders, in the archive. None if the layout lists nothing but images."""
 
 
 class Layout(ABC):
-    """One layout of a split's images in a raw folder. Stateless, because the plan takes it to the workers."""
+    """One layout of a split's images in a raw folder. Stateless, because the plan takes it to the workers.
+
+    A layout accounts for all that it sees: every file, member of a tar and empty folder of a split is either an image of a
+    `Listing`, or in `passed_over` of a `Listing` or of the `Contents`, or the reason of a problem. `names.why_passed_over` knows
+    what people leave among images. The job refuses a `Listing` whose `seen` is not the number of its images and `passed_over`.
+    """
 
     @abstractmethod
     def expects(self, split: str) -> str:
@@ -130,14 +162,22 @@ class Layout(ABC):
         return files.read_range(files.join(folder, image.file), image.offset + start, size)
 
 
-def name_problems(archive: str, names: list[str]) -> tuple[str, ...]:
-    """Returns the problems of the names of an archive's images: there are none, or a name occurs twice."""
+def name_problems(archive: str, names: list[str], *, seen: int = 0) -> tuple[str, ...]:
+    """Returns the problems of the names of an archive's images: there are none, or a name occurs twice.
+
+    seen: number of files, members and empty folders in the archive
+    """
     if not names:
-        return (f"{archive} is empty; get it again",)
+        if seen:
+            return (f"{archive} holds no image, only {seen:,} other entries: get its images, or remove it",)
+        return (f"{archive} is empty: get its images, or remove it",)
+    ordered = sorted(names, key=canonical)
     return tuple(
         f"{archive} has {name} twice: each name must occur once"
-        for name, following in itertools.pairwise(sorted(names))
         if name == following
+        else f"{archive} has {name} twice, composed (NFC) and decomposed (NFD), which is the same name: remove one"
+        for name, following in itertools.pairwise(ordered)
+        if canonical(name) == canonical(following)
     )
 
 

@@ -119,7 +119,7 @@ def as_overrides(data: DataSettings) -> list[str]:
 
 def digest_of(synsets: Iterable[str]) -> str:
     """Returns a hex digest of a set of synsets."""
-    return hashlib.sha256(" ".join(sorted(synsets)).encode()).hexdigest()
+    return hashlib.sha256(" ".join(sorted(synsets)).encode(errors="surrogateescape")).hexdigest()
 
 
 def other_classes(known: KnownDataset, synsets: Iterable[str]) -> str:

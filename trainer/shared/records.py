@@ -46,6 +46,32 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class PassedOverFor:
+    """What was passed over in the raw data for one reason."""
+
+    reason: str
+    entries: int
+    """Number of files, members of tars, empty folders, and folders or tars of classes that were not opened."""
+    bytes: int
+    names: tuple[str, ...]
+    """The first of their paths relative to the raw folder, at most 1,000."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All that a conversion saw of a split in the raw folder: the records, the rejected images and `passed_over`."""
+
+    entries: int
+    """Number of files, members of tars, and empty folders."""
+    bytes: int
+    """Size of all entries."""
+    rejected_bytes: int
+    """Size of the rejected images."""
+    passed_over: tuple[PassedOverFor, ...]
+    """What is no image, or was not chosen, sorted by reason."""
+
+
+@dataclass(frozen=True)
 class Split:
     """The images of `train` or `validation`. IDs are exactly 0..records-1, each once."""
 
@@ -59,11 +85,16 @@ class Split:
     """For each image that was left out: its source and the reason."""
     resized: int = 0
     """Number of images that were larger than the conversion's `max_side`."""
+    seen: Seen | None = None
+    """All that was seen in the raw data; None if the dataset was made before this was counted."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The description of a dataset: its classes, splits and shards, and the options of the conversion."""
+    """The description of a dataset: its classes, splits and shards, and the options of the conversion.
+
+    Names of raw files and classes are in the form of `trainer.shared.errors.printable`.
+    """
 
     name: str
     fingerprint: str
@@ -110,6 +141,7 @@ def manifest_from_json(text: str) -> Manifest:
             repaired=tuple(split["repaired"]),
             rejected=tuple(split["rejected"]),
             resized=split["resized"],
+            seen=_seen_from_json(split.get("seen")),
         )
         for name, split in raw["splits"].items()
     }
@@ -121,6 +153,13 @@ def manifest_from_json(text: str) -> Manifest:
         tool_version=raw["tool_version"],
         options=raw["options"],
     )
+
+
+def _seen_from_json(seen: Mapping[str, Any] | None) -> Seen | None:
+    if seen is None:
+        return None
+    reasons = (PassedOverFor(**{**one, "names": tuple(one["names"])}) for one in seen["passed_over"])
+    return Seen(**{**seen, "passed_over": tuple(reasons)})
 
 
 def read_manifest(data_dir: str) -> Manifest:
