@@ -82,11 +82,15 @@ def _require_effect(config: Config) -> None:
     for key, one in settings().items():
         for need in one.needs:
             if values[key] != one.default and values[need.key] not in need.values:
-                users = " or ".join(f"{need.key}={value}" for value in need.values)
+                users = " or ".join(f"{need.key}={_text(value)}" for value in need.values)
                 raise UserError(
-                    f"{key}={values[key]} has no effect with {need.key}={values[need.key]}: only {users} uses it; "
+                    f"{key}={values[key]} has no effect with {need.key}={_text(values[need.key])}: only {users} uses it; "
                     f"leave {key} at {one.default}, or set {users}"
                 )
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -152,14 +156,13 @@ def config_to_json(config: Config) -> str:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
-    """Returns the config that `config_to_json` wrote, from its parsed JSON. Raises UserError if a setting is missing or unknown.
+    """Returns the config that `config_to_json` wrote, from its parsed JSON. Raises UserError if a setting is unknown.
 
-    A missing setting of the linear eval takes its default, because every evaluation chooses these settings anew.
+    A missing setting takes its default: the default of a new setting is what versions without it did.
     """
     flat = {key: value for key, value in values.items() if key != "linear_eval"}
     flat |= {LINEAR_EVAL + key: value for key, value in dict(values.get("linear_eval", {})).items()}
-    known = set(settings())
-    unlike = (set(flat) - known) | {key for key in known - set(flat) if not key.startswith(LINEAR_EVAL)}
+    unlike = set(flat) - set(settings())
     if unlike:
         raise UserError(f"another version wrote the stored config: these settings do not match: {', '.join(sorted(unlike))}")
     # Somebody may have edited the file: each value is parsed as an override's is.

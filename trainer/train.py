@@ -137,6 +137,8 @@ def _claim_folder(checkpoint_dir: str, config: Config, origin: Mapping[str, Any]
         for name, value in (as_dict(before) | {name: stored[name] for name in origin}).items():
             if name not in BOOKKEEPING and value != now[name]:
                 raise UserError(f"{checkpoint_dir} holds a run with {name}={value}, not {now[name]}: use another folder")
+        # A setting that the version lacked that began the run is no part of its digest.
+        now = {name: value for name, value in now.items() if name in {**stored["config"], **origin}}
     else:
         tf.io.gfile.makedirs(checkpoint_dir)
         text = json.dumps({"config": as_dict(config), **origin, **about}, indent=1, sort_keys=True) + "\n"
