@@ -42,12 +42,13 @@ def model_card(encoder: keras.Model, pretraining: str, step: int, *, data_dir: s
     method = _METHODS["isogclr" if loss.variant == "isogclr" and loss.name == "global_contrastive" else loss.name]
     preset = about["preset"] if about["preset"] in PRESETS else ""
     side = f"{size}x{size}"
-    pretrained = f"imported from a checkpoint of {about['imported']['format']}" if "imported" in about else ""
+    of_others = f"imported from a checkpoint of {about['imported']['format']}" if "imported" in about else ""
+    origin = of_others or f"pretrained without labels by {method}"
     sections = [
         f"# Image encoder{f' {preset}' if preset else ''}",
         f"Turns a photograph into {features:,} features (numbers) for a linear classifier, nearest-neighbour search or "
         f"clustering. A ResNet-{shape.depth} of {shape.width_multiplier:g} times the usual width, {parameters:,} parameters, "
-        f"{pretrained or f'pretrained without labels by {method}'}. Its input is the central square of a picture at {side} pixels.",
+        f"{origin}. Its input is the central square of a picture at {side} pixels.",
         "## Results",
         _results(step, about, preset, evaluation),
         "## Data",
