@@ -66,7 +66,13 @@ def build_tfrecords(
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def pretrain(
-    preset: str, overrides: list[str], code_version: str, dataset: dsl.Input[dsl.Dataset], model: dsl.Output[dsl.Model]
+    preset: str,
+    overrides: list[str],
+    init_from: str,
+    init_identity: str,
+    code_version: str,
+    dataset: dsl.Input[dsl.Dataset],
+    model: dsl.Output[dsl.Model],
 ) -> None:
     """Pretrains an encoder without labels.
 
@@ -74,6 +80,8 @@ def pretrain(
         preset: Name of the experiment.
         overrides: key=value for each pretraining setting that differs from the preset. Settings of the linear eval are not
             allowed.
+        init_from: Checkpoint of another run, whose encoder, heads and u this run starts with; empty for none.
+        init_identity: Part of the cache key. Changes when that checkpoint changes.
         code_version: Part of the cache key. Changes when the code changes.
         dataset: The output of build-tfrecords.
         model: A folder with checkpoints, config.json, result.json, and the exported encoder in export/. If AIP_CHECKPOINT_DIR is
@@ -86,14 +94,18 @@ def pretrain(
     from components import tracking, variables, workspace
     from eval.export.encoder import export
     from eval.show.figures import curves
-    from trainer.config import pretraining_of
+    from trainer.checkpoint import sha256_of
+    from trainer.config import BOOKKEEPING, pretraining_of
     from trainer.distribution import claim_devices, describe_run
+    from trainer.initial import open_source
     from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
     from trainer.presets import resolve
     from trainer.shared.progress import ProgressBars
     from trainer.train import train
 
     arguments = {"preset": preset, "overrides": overrides, "code_version": code_version}
+    if init_from:
+        arguments |= {"init_from": init_from, "init_identity": init_identity}
     if tracking.recorded_before("pretrain", arguments, {"model": model}):
         return
     with ProgressBars() as bars, tracking.step("pretrain", arguments, {"model": model}, {"dataset": dataset}) as run:
@@ -105,8 +117,13 @@ def pretrain(
         run.log_params(settings)
         run.datasets.log(dataset, "training")
         claim = workspace.Claim(model.uri)
+        lasting = {key: value for key, value in settings.items() if key not in BOOKKEEPING}
+        about = {"settings": lasting, "dataset": dataset.metadata["fingerprint"]}
+        if init_from:
+            source, _ = open_source(init_from, config)
+            about["init_from"] = sha256_of(source.arrays)
+            run.encoders.start_from(source.path, about["init_from"])
         if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):
-            about = {"settings": settings, "dataset": dataset.metadata["fingerprint"]}
             claim = workspace.claim(checkpoints, run.job, **about, code_version=code_version)
             run.at_end(claim.release)
         model.uri = claim.folder
@@ -117,6 +134,7 @@ def pretrain(
                     config,
                     dataset.uri,
                     model.uri,
+                    init_from=init_from,
                     preset=preset,
                     code_version=code_version,
                     strategy=strategy,
@@ -124,6 +142,7 @@ def pretrain(
                     on_progress=lambda done, total, text: bars("pretrain", done, total, text),
                     before_checkpoint=run.metrics.settle,
                     should_stop=claim.stopping(should_stop),
+                    say=lambda line: bars.note("pretrain", line),
                 )
         except PreemptedError as preempted:
             print(f"preempted: {preempted}", file=sys.stderr)

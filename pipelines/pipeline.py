@@ -41,6 +41,8 @@ def _connect(
     preset: Any,
     overrides: Any,
     linear_eval_overrides: Any,
+    init_from: Any,
+    init_identity: Any,
 ) -> Outputs:
     """Connects the three steps and returns their outputs.
 
@@ -55,7 +57,15 @@ def _connect(
         code_version=step_version("build-tfrecords"),
     )
     dataset = built.outputs["dataset"]
-    pretrained = make_task("pretrain", preset=preset, overrides=overrides, code_version=step_version("pretrain"), dataset=dataset)
+    pretrained = make_task(
+        "pretrain",
+        preset=preset,
+        overrides=overrides,
+        code_version=step_version("pretrain"),
+        dataset=dataset,
+        init_from=init_from,
+        init_identity=init_identity,
+    )
     model = pretrained.outputs["model"]
     evaluated = make_task(
         "linear-eval",
@@ -85,7 +95,15 @@ def _local_task(component: str, **arguments: Any) -> Any:
 
 
 @dsl.pipeline(name="sogclr", description=_DESCRIPTION)
-def sogclr(raw: str, raw_identity: str, preset: str, overrides: list[str], linear_eval_overrides: list[str]) -> Outputs:
+def sogclr(
+    raw: str,
+    raw_identity: str,
+    preset: str,
+    overrides: list[str],
+    linear_eval_overrides: list[str],
+    init_from: str = "",
+    init_identity: str = "",
+) -> Outputs:
     """The whole pipeline on this machine.
 
     Args:
@@ -94,8 +112,10 @@ def sogclr(raw: str, raw_identity: str, preset: str, overrides: list[str], linea
         preset: Name of the experiment.
         overrides: key=value for each changed setting of pretraining.
         linear_eval_overrides: key=value for each changed setting of the linear eval, for example linear_eval.seed=1.
+        init_from: Checkpoint of another run, which pretraining starts from; empty for none.
+        init_identity: Part of the cache key. Changes when that checkpoint changes.
     """
-    return _connect(_local_task, (), raw, raw_identity, preset, overrides, linear_eval_overrides)
+    return _connect(_local_task, (), raw, raw_identity, preset, overrides, linear_eval_overrides, init_from, init_identity)
 
 
 def one_step(component: str, arguments: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> dsl.base_component.BaseComponent:
@@ -124,8 +144,16 @@ def compile_pipeline(cluster: Cluster, defaults: Mapping[str, Any]) -> dict[str,
             _with_environment(cluster, "record-lineage", join).set_caching_options(False)
 
     # KFP takes the parameters from a function's signature.
-    def plain(raw: str, raw_identity: str, preset: str, overrides: list[str], linear_eval_overrides: list[str]) -> None:
-        connect(raw, raw_identity, preset, overrides, linear_eval_overrides)
+    def plain(
+        raw: str,
+        raw_identity: str,
+        preset: str,
+        overrides: list[str],
+        linear_eval_overrides: list[str],
+        init_from: str = "",
+        init_identity: str = "",
+    ) -> None:
+        connect(raw, raw_identity, preset, overrides, linear_eval_overrides, init_from, init_identity)
 
     def with_custom_jobs(
         raw: str,
@@ -134,8 +162,11 @@ def compile_pipeline(cluster: Cluster, defaults: Mapping[str, Any]) -> dict[str,
         overrides: list[str],
         linear_eval_overrides: list[str],
         base_output_directory: str,
+        init_from: str = "",
+        init_identity: str = "",
     ) -> None:
-        connect(raw, raw_identity, preset, overrides, linear_eval_overrides, base_output_directory=base_output_directory)
+        parameters = (raw, raw_identity, preset, overrides, linear_eval_overrides, init_from, init_identity)
+        connect(*parameters, base_output_directory=base_output_directory)
 
     return _compile(cluster, with_custom_jobs if cluster.accelerator else plain, "sogclr", defaults)
 

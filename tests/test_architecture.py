@@ -90,3 +90,15 @@ os._exit(2)
 """
     environ = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
     assert subprocess.run([sys.executable, "-c", script], env=environ, cwd=ROOT).returncode == 0
+
+
+@pytest.mark.thorough
+def test_each_job_runs_this_project_where_the_current_folder_has_a_trainer_of_its_own(tmp_path):
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__init__.py").write_text("raise SystemExit('not ours')\n")
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    jobs = (("-m", "eval.task"), ("-m", "beam_jobs.build_tfrecords"), ("-P", "-m", "trainer.task"))
+    for job in jobs:
+        done = subprocess.run([sys.executable, *job, "--help"], cwd=tmp_path, env=environ, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), job
+        assert done.stdout.startswith("usage: ")

@@ -1,10 +1,23 @@
 """Checkpoints: whole or passed over, of this architecture or refused."""
 
+from itertools import chain, repeat
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.checkpoint import Checkpoint, load, load_latest, open_checkpoint, paths, restore, run_folder, save, sha256_of
+from trainer.checkpoint import (
+    Checkpoint,
+    Schedule,
+    load,
+    load_latest,
+    open_checkpoint,
+    paths,
+    restore,
+    run_folder,
+    save,
+    sha256_of,
+)
 from trainer.shared.errors import UserError
 from trainer.shared.files import write_whole
 
@@ -24,6 +37,43 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (9, 10, 100000000):
         save(str(tmp_path), checkpoint(step), keep=2)
     assert [path.rpartition("-")[2] for path in paths(str(tmp_path))] == ["00000010.npz", "100000000.npz"]
+
+
+def test_checkpoints_of_epochs_are_kept_beside_the_newest(tmp_path):
+    for step in (4, 5, 8, 9, 10, 12, 13):
+        save(str(tmp_path), checkpoint(step), keep=2, every=4)
+    assert [int(path[-12:-4]) for path in paths(str(tmp_path))] == [8, 12, 13]
+    for step in (14, 15):
+        save(str(tmp_path), checkpoint(step), keep=2, every=4)
+    assert [int(path[-12:-4]) for path in paths(str(tmp_path))] == [8, 12, 14, 15]
+
+
+def simulated(minutes, seconds_a_write, hours=24):
+    """Returns (the longest time without a checkpoint, the fraction of the time that went into writing) of steps of 2 s."""
+    now = 0.0
+    schedule = Schedule(minutes, lambda: now)
+    writes, last, longest, spent = iter(seconds_a_write), 0.0, 0.0, 0.0
+    while now < hours * 3600:
+        now += 2
+        if schedule.is_due():
+            longest = max(longest, now - last)
+            with schedule.writing():
+                spent += (took := next(writes))
+                now += took
+            last = now
+    return max(longest, now - last), spent / now
+
+
+def test_at_most_ten_minutes_are_lost_and_at_most_one_percent_of_the_time_goes_into_writing():
+    longest, share = simulated(10, repeat(5))
+    assert longest <= 602
+    assert share <= 0.01
+    slow, share = simulated(10, repeat(60))
+    assert 5900 <= slow <= 12_002, "where both are not possible, writing keeps to its share"
+    assert share <= 0.01
+    after_a_hitch, share = simulated(10, chain(repeat(1, 60), [120], repeat(1)))
+    assert after_a_hitch <= 602, "a slow write among fast ones is paid for by what they left"
+    assert share <= 0.01
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "a byte changed"])

@@ -38,13 +38,14 @@ from trainer import checkpoint as checkpoints
 from trainer.augmentation import as_floats, central_crop
 from trainer.config import as_dict, replace
 from trainer.encoder import make_encoder
+from trainer.folder import read_config
 from trainer.importing.importer import import_checkpoint
 from trainer.presets import resolve
 from trainer.settings import EncoderSettings
 from trainer.shared.errors import UserError
 from trainer.shared.records import decode_example, read_manifest
 from trainer.state import model_variables
-from trainer.train import read_config, train
+from trainer.train import train
 
 EXPORT = ["README.md", "encoder.keras", "encoder.py", "encoder.safetensors", "saved_model"]
 TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=24", "epochs=1", "warmup_epochs=0", "base_learning_rate=1"]

@@ -11,6 +11,7 @@ import pytest
 
 from trainer import checkpoint as checkpoints
 from trainer.encoder import make_encoder
+from trainer.folder import read_config
 from trainer.heads import make_projection
 from trainer.importing import __main__ as command
 from trainer.importing import importer
@@ -18,7 +19,6 @@ from trainer.importing.importer import import_checkpoint
 from trainer.importing.source import open_source
 from trainer.shared.errors import UserError
 from trainer.state import model_variables
-from trainer.train import read_config
 
 THEIRS = Path(__file__).parent / "goldens" / "checkpoints"
 FILES = {

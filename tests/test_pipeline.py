@@ -320,6 +320,41 @@ def test_a_rerun_nests_under_a_run_that_points_back_even_where_steps_came_from_t
     assert step(rerun, "linear-eval")["outputs"] != step(first, "linear-eval")["outputs"]
 
 
+@pytest.mark.thorough
+def test_pretraining_starts_from_an_earlier_runs_encoder_and_mlflow_leads_back_to_it(folder, first):
+    model = step(first, "pretrain")["outputs"]["model"]
+    given = ("--init-from", model["uri"], "--set", "epochs=1", "--json")
+    done = sogclr("rerun", "pretrain", "--run", first["run_id"], *given, cwd=folder)
+    rerun = answer(done)
+    (checkpoint,) = Path(model["uri"]).glob("checkpoint-00000025.npz")
+    assert f"[pretrain] starts with encoder, projection, classifier, u of {checkpoint}" in done.stderr
+    client, source = client_of(folder), step(first, "pretrain")["run_id"]
+    run = client.get_run(step(rerun, "pretrain")["run_id"])
+    assert run.data.params["init_from"] == run.data.tags["sogclr.init_from"] == str(checkpoint)
+    assert run.data.tags["sogclr.init_from.state_sha256"] == model["metadata"]["state_sha256"]
+    assert run.data.tags["sogclr.init_from.run_id"] == source
+    assert [one.model_id for one in run.inputs.model_inputs] == [model["metadata"]["model_id"]]
+    assert f"Started from: [{source[:8]}]" in run.data.tags["mlflow.note.content"]
+    assert f"--init-from {checkpoint}" in client.get_run(rerun["run_id"]).data.tags["sogclr.command"].replace("'", "")
+
+    # What it starts from is part of what a step is reused by, and of the folder that it works in.
+    two = {Path(step(one, "pretrain")["outputs"]["model"]["uri"]).parent.name for one in (first, rerun)}
+    assert len(two) == 1
+    assert step(rerun, "pretrain")["outputs"]["model"]["uri"] != model["uri"]
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_converted(folder, raw, first, tmp_path):
+    model = step(first, "pretrain")["outputs"]["model"]["uri"]
+    for given, named in (
+        (("--init-from", model, "--set", *TINY, "depth=18"), "has depth=10, not 18"),
+        (("--init-from", tmp_path, "--set", *TINY), "holds no pretraining run"),
+    ):
+        done = sogclr("run", "--preset", "demo", "--raw", raw, "--root", tmp_path / "runs", *given, cwd=folder)
+        assert named in one_line_and_exit_code_2(done)
+    done = sogclr("rerun", "linear-eval", "--run", first["run_id"], "--init-from", model, cwd=folder)
+    assert "is for pretrain" in one_line_and_exit_code_2(done)
+
+
 @contextmanager
 def gone(path):
     aside = path.with_name(path.name + ".aside")
@@ -368,7 +403,7 @@ def test_a_step_of_a_job_on_vertex_is_done_again_on_this_machine(folder, first, 
         done = sogclr("submit", "--preset", "demo", *place, *job, "--set", "linear_eval.l2_penalties=1e-2", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         sent = Vertex(Place("my-project", "europe-west4", google.url), find_credentials()[0]).get("mine")
-        assert set(sent.arguments("pretrain")) == {"preset", "overrides", "code_version"}
+        assert set(sent.arguments("pretrain")) == {"preset", "overrides", "code_version", "init_from", "init_identity"}
         left = {name: step(first, name)["outputs"] for name in COMPONENTS[:2]}
         google.vertex.leave("mine", left)
         arguments = ("linear-eval", "--run", "vertex:mine", *place, "--set", "linear_eval.seed=3", "--json")

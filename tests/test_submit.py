@@ -1,5 +1,6 @@
 """Jobs on Vertex AI: checked and submitted, with Google's real clients against a loopback Google."""
 
+import json
 import re
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from pipelines import cli
 from pipelines.plan import compiler, estimate
 from pipelines.vertex import client
 from pipelines.vertex import storage as cloud_storage
+from trainer.config import as_dict
+from trainer.presets import resolve
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +300,34 @@ def test_a_submitted_job_is_what_was_asked_for(google, bucket, capsys):
     )
     (image,) = (one for one in beam if one.startswith("--sdk_container_image="))
     assert image.endswith(DIGEST["cpu"])
+
+
+def test_a_job_starts_from_the_newest_checkpoint_of_a_folder_that_fits(google, bucket, capsys):
+    """The job has the file's name, so that a later checkpoint in the folder changes nothing when a step is tried again."""
+    config = as_dict(resolve("sogclr_imagenet_r50_b512", ["epochs=1"]))
+    about = {"config": config, "dataset_fingerprint": "f" * 64}
+    bucket.blob("encoder/config.json").upload_from_string(json.dumps(about))
+    for number in (5, 40, 100000000):
+        bucket.blob(f"encoder/checkpoint-{number:08}.npz").upload_from_string(str(number))
+    given = ["--init-from", "gs://a-bucket/encoder/"]
+    assert cli.main([*google.submit, *given, "--job-id", "mine"]) == 0
+    newest = "gs://a-bucket/encoder/checkpoint-100000000.npz"
+    assert f"init-from: {newest} fits" in capsys.readouterr().out
+    values = the_job(google)["runtimeConfig"]["parameterValues"]
+    assert values["init_from"] == newest
+    assert values["init_identity"]
+    tasks = the_job(google)["pipelineSpec"]["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    assert "init_from" in json.dumps(tasks["pretrain"]["inputs"]["parameters"]["init_from"])
+
+    for wrong, said in (
+        (["--set", "depth=18", *given], "has depth=50, not 18: set depth=50"),
+        (["--init-from", "gs://a-bucket/raw"], "holds no checkpoint of a pretraining run"),
+        (["--init-from", "gs://a-bucket/encoder/checkpoint-00000007.npz"], "holds no checkpoint"),
+    ):
+        assert cli.main([*google.submit, "--dry-run", *wrong]) == 2
+        assert said in capsys.readouterr().out
+    assert cli.main([*google.submit, "--init-from", "runs/checkpoints"]) == 2
+    assert "--init-from runs/checkpoints is not valid: it must be a checkpoint" in one_error_line(capsys)
 
 
 @pytest.mark.parametrize("account", ["", "s@my-project.iam.gserviceaccount.com"])

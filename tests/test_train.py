@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,51 @@ def test_a_run_that_is_preempted_again_and_again_logs_what_an_undisturbed_run_lo
     undisturbed = logged("undisturbed", ())
     assert {step for step, _, _ in undisturbed} == {2, 3, 4, 6, 8}
     assert logged("preempted", (1, 2, 2)) == undisturbed
+
+
+class Clock:
+    """Time as a test tells it."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.thorough
+def test_a_run_killed_within_an_epoch_goes_on_from_a_checkpoint_by_time_to_the_same_bits_and_logs(dataset, tmp_path):
+    """Of 13 steps; an epoch has 2.4, a log 5. A step takes 4 minutes, so that every third one has a checkpoint."""
+    settings = ["epochs=5", "checkpoint_every_epochs=5", "log_every_steps=5"]
+
+    def trained(name, killed_at=0, *more):
+        """Trains, but kills the run after a step if one is given. Returns its result, what it logged and its checkpoints."""
+        clock, steps, points, folder = Clock(), [], {}, tmp_path / name
+
+        def step_ends() -> bool:
+            clock.now += 240
+            steps.append(clock.now)
+            if len(steps) == killed_at:
+                raise KeyboardInterrupt
+            return False
+
+        def log(metrics, step):
+            points[step] = {name: value for name, value in metrics.items() if not re.search("second|wait", name)}
+
+        result = None
+        with suppress(KeyboardInterrupt):
+            result = train(tiny(*settings, *more), str(dataset), str(folder), log_metrics=log, should_stop=step_ends, clock=clock)
+        return result, points, [int(path.stem[-8:]) for path in sorted(folder.glob("checkpoint-*.npz"))]
+
+    alone, logged, _ = trained("alone", 0, "checkpoint_every_minutes=1e9")
+    _, before, kept = trained("killed", 8)
+    assert kept == [3, 6]
+    _, again, kept = trained("killed", 5)
+    assert kept == [6, 9]
+    result, rest, kept = trained("killed", 0, "checkpoint_every_minutes=1e9")
+    assert kept == [12, 13]
+    assert result.state_sha256 == alone.state_sha256
+    assert before | again | rest == logged
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(dataset, tmp_path):

@@ -10,9 +10,10 @@ import json
 import os
 import re
 import sys
+import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,8 @@ from trainer.shared.files import names_in, write_arrays
 
 _NAME = re.compile(r"checkpoint-(\d{8,})\.npz")
 _ABOUT = "about.json"
+_SHARE = 0.01
+"""Largest fraction of a run's time that goes into writing checkpoints that are due by time."""
 _MAY_PASS = (
     tf.errors.AbortedError,
     tf.errors.DeadlineExceededError,
@@ -49,24 +52,56 @@ class Checkpoint:
     """Metrics of each step since the last log. The next log includes them in its means."""
 
 
-def save(folder: str, checkpoint: Checkpoint, keep: int) -> str:
-    """Writes `checkpoint` into `folder` and removes all but the newest `keep` checkpoints. Returns the path of the new one."""
+class Schedule:
+    """Tells when a checkpoint is due by time: `minutes` after the last one, unless writing takes over 1% of the time then."""
+
+    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._clock = 60 * minutes, clock
+        self._begun = self._last = clock()
+        self._spent = self._next = 0.0
+
+    def is_due(self) -> bool:
+        now = self._clock()
+        return now - self._last >= self._seconds and self._spent + self._next <= _SHARE * (now - self._begun)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Measures the block, which writes a checkpoint."""
+        before = self._clock()
+        yield
+        self._last = self._clock()
+        self._next = self._last - before
+        self._spent += self._next
+
+
+def save(folder: str, checkpoint: Checkpoint, keep: int, every: int = 1) -> str:
+    """Writes `checkpoint` into `folder` and returns its path. Removes older checkpoints.
+
+    Keeps the newest `keep`, and of those whose step is a multiple of `every` also the newest `keep`.
+    """
     tf.io.gfile.makedirs(folder)
     path = f"{folder}/checkpoint-{checkpoint.step:08}.npz"
     metrics = {"metrics": dict(checkpoint.metrics), "pending": [dict(one) for one in checkpoint.pending]}
     about = json.dumps({**metrics, "run": checkpoint.run}, sort_keys=True)
     write_arrays(path, {**checkpoint.arrays, _ABOUT: np.array(about)})
-    for old in paths(folder)[:-keep]:
+    steps = _steps(folder)
+    regular = [step for step in steps if step % every == 0]
+    for old in (steps[step] for step in steps if step not in [*list(steps)[-keep:], *regular[-keep:]]):
         # If the answer to a deletion is lost, TensorFlow repeats it, and Cloud Storage no longer finds the file.
         with suppress(tf.errors.NotFoundError):
-            tf.io.gfile.remove(old)
+            tf.io.gfile.remove(f"{folder}/{old}")
     return path
 
 
 def paths(folder: str) -> list[str]:
     """Returns the paths of the checkpoints in `folder`, oldest first."""
+    return [f"{folder}/{name}" for name in _steps(folder).values()]
+
+
+def _steps(folder: str) -> dict[int, str]:
+    """Returns the names of the checkpoints in `folder` by their steps, oldest first."""
     steps = {int(match[1]): match[0] for match in map(_NAME.fullmatch, names_in(folder)) if match}
-    return [f"{folder}/{steps[step]}" for step in sorted(steps)]
+    return dict(sorted(steps.items()))
 
 
 def load(path: str) -> Checkpoint:

@@ -24,6 +24,9 @@ from trainer.settings import (
 )
 from trainer.shared.errors import UserError, nearest
 
+BOOKKEEPING = ("linear_eval", "log_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "cache")
+"""Settings that may change when a run resumes, because they do not affect its state."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -91,6 +94,20 @@ def _require_effect(config: Config) -> None:
 
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def require_same_encoder(path: str, before: Config, config: Config, has_head: bool) -> None:
+    """Raises UserError if `config` has another encoder than `before`, the config of the checkpoint `path`.
+
+    Compares the projection head too if the checkpoint has one.
+    """
+    then, now = values_of(before), values_of(config)
+    of_the_head = () if has_head else ("projection_layers", "projection_hidden_dim", "projection_dim")
+    for key, one in settings().items():
+        if one.group == "encoder" and key not in ("precision", *of_the_head) and then[key] != now[key]:
+            raise UserError(
+                f"{path} has {key}={then[key]}, not {now[key]}: set {key}={then[key]}, or start from another checkpoint"
+            )
 
 
 def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:

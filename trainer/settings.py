@@ -160,7 +160,10 @@ class RunSettings(Group):
     """Whether the encoded images stay in memory after the first epoch, for datasets that fit."""
     log_every_steps: Annotated[int, Ge(1)] = 100
     checkpoint_every_epochs: Annotated[int, Ge(1)] = 10
+    checkpoint_every_minutes: Annotated[float, Gt(0)] = 10.0
+    """Longest time between two checkpoints, within an epoch too. Longer if writing them would take over 1% of a run's time."""
     keep_checkpoints: Annotated[int, Ge(1)] = 2
+    """Number of newest checkpoints to keep. As many of those written by epochs are kept beside them."""
 
 
 ProtocolName = Literal["cached", "knn", "online", "official", "finetune-1", "finetune-10", "finetune-100"]

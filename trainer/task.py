@@ -27,6 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="change a setting"
     )
+    parser.add_argument(
+        "--init-from",
+        default="",
+        metavar="CHECKPOINT",
+        help="start from the encoder, heads and u of another run: a checkpoint file, or a folder for its newest one",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(arguments)
@@ -42,10 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 config,
                 args.data,
                 args.checkpoint_dir,
+                init_from=args.init_from,
                 preset=args.preset,
                 strategy=strategy,
                 on_progress=lambda done, total, text: bars("pretrain", done, total, text),
                 should_stop=should_stop,
+                say=lambda line: bars.note("pretrain", line),
             )
     except PreemptedError as preempted:
         parser.exit(EXIT_CODE, f"preempted: {preempted}\n")

@@ -1,19 +1,19 @@
 """The pretraining loop: runs train steps over a dataset, starting from the newest checkpoint."""
 
-import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from trainer import checkpoint as checkpoints
-from trainer.config import Config, as_dict, config_from_dict
+from trainer.config import Config
 from trainer.distribution import check_divides, jit_compile, make_strategy
+from trainer.folder import CONFIG, RESULT, claim_folder, recorded_source
+from trainer.initial import find_source, initialise
 from trainer.input_pipeline import Batch, naming_bad_records, training_batches, training_split
 from trainer.losses import make_loss
 from trainer.optimizer import peak_learning_rate, total_steps
@@ -23,11 +23,6 @@ from trainer.shared.files import write_whole
 from trainer.shared.records import Manifest, read_manifest
 from trainer.state import create_train_state
 from trainer.step import make_train_step
-
-CONFIG = "config.json"
-RESULT = "result.json"
-BOOKKEEPING = ("linear_eval", "log_every_steps", "keep_checkpoints", "cache")
-"""Settings that may change when a run resumes, because they do not affect its state."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,7 @@ def train(
     data_dir: str,
     checkpoint_dir: str,
     *,
+    init_from: str = "",
     preset: str = "",
     code_version: str = "",
     strategy: tf.distribute.Strategy | None = None,
@@ -53,17 +49,22 @@ def train(
     on_progress: Callable[[int, int, str], None] = lambda done, total, text: None,
     before_checkpoint: Callable[[], None] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda line: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> TrainResult:
     """Pretrains on the dataset in `data_dir`, from the newest checkpoint in `checkpoint_dir` if there is one.
 
-    Runs on the replicas of `strategy`, by default all devices of the machine. Writes config.json, checkpoints and result.json. A
-    run that is killed and started again ends with the same bits as an undisturbed one.
+    A run that begins starts from the encoder, heads and u of the checkpoint `init_from`, a file or a folder, if one is given:
+    `trainer.initial` says how. Runs on the replicas of `strategy`, by default all devices of the machine. Writes config.json,
+    checkpoints and result.json. A run that is killed and started again ends with the same bits as an undisturbed one.
 
     Calls `log_metrics(metrics, step)` and `on_progress(finished steps, total steps, text)` every `log_every_steps` steps and at
     the end. Calls `should_stop()` after every step: if it returns True, saves the state and raises PreemptedError. Calls
     `before_checkpoint()` before each checkpoint, so that the caller can deliver its logs: a resumed run does not repeat them.
+    Calls `say(line)` for the user. `clock()`, in seconds, tells when a checkpoint is due by time.
 
-    Raises UserError if the dataset cannot be used, the checkpoint folder belongs to another run, or a loss is not finite.
+    Raises UserError if the dataset cannot be used, `init_from` does not fit, the checkpoint folder belongs to another run, or a
+    loss is not finite.
     """
     tf.config.experimental.enable_op_determinism()
     strategy = strategy or make_strategy()
@@ -76,7 +77,8 @@ def train(
         state = create_train_state(config, num_images, manifest.num_classes)
     origin = {"dataset_fingerprint": manifest.fingerprint, "num_images": num_images, "num_classes": manifest.num_classes}
     about = {"preset": preset, "code_version": code_version, "synsets": manifest.synsets}
-    run = _claim_folder(checkpoint_dir, config, origin, about)
+    source = find_source(init_from, recorded_source(checkpoint_dir), config, manifest, state) if init_from else None
+    run = claim_folder(checkpoint_dir, config, origin, about, source.as_json() if source else None)
 
     def require_this_run(checkpoint: checkpoints.Checkpoint) -> None:
         if checkpoint.run != run:
@@ -86,6 +88,8 @@ def train(
     latest = checkpoints.load_latest(checkpoint_dir, require_this_run)
     if latest is not None:
         checkpoints.restore(state.variables(), latest)
+    elif source is not None:
+        initialise(state, source, say)
 
     every = max(1, config.run.checkpoint_every_epochs * num_images // config.optimizer.global_batch_size)
     loss = make_loss(config.loss)
@@ -93,6 +97,7 @@ def train(
     begun = int(state.step.numpy())
     path, metrics = (latest.path, dict(latest.metrics)) if latest else ("", {})
     pending = _Pending(config.optimizer.global_batch_size, latest.pending if latest else ())
+    schedule = checkpoints.Schedule(config.run.checkpoint_every_minutes, clock)
     on_progress(begun, total, "")
     for step, batch in zip(range(begun + 1, total + 1), pending.timed(batches.from_step(begun)), strict=False):
         pending.add(train_step(batch))
@@ -103,47 +108,17 @@ def train(
             metrics = pending.metrics() | loss.metrics({name: state.by_image[name].numpy() for name in loss.vectors})
             log_metrics(metrics, step)
             on_progress(step, total, f"loss {metrics['train/contrastive_loss']:.3f}, {_rate(metrics)}")
-        if saves or stopping:
+        if saves or stopping or schedule.is_due():
             pending.require_finite(step, path, metrics, config)
-            before_checkpoint()
-            saved = checkpoints.Checkpoint(step, state.arrays(), metrics, run, pending=pending.as_numbers())
-            path = checkpoints.save(checkpoint_dir, saved, config.run.keep_checkpoints)
+            with schedule.writing():
+                before_checkpoint()
+                saved = checkpoints.Checkpoint(step, state.arrays(), metrics, run, pending=pending.as_numbers())
+                path = checkpoints.save(checkpoint_dir, saved, config.run.keep_checkpoints, every)
         if stopping:
             raise PreemptedError(f"stopped at step {step} of {total}, saved {path}: start the same command again to continue")
     result = TrainResult(metrics, total, checkpoints.sha256_of(state.arrays()), path)
     write_whole(f"{checkpoint_dir}/{RESULT}", (json.dumps(asdict(result), indent=1, sort_keys=True) + "\n").encode())
     return result
-
-
-def read_config(checkpoint_dir: str) -> tuple[Config, dict[str, Any]]:
-    """Returns (config of the run in `checkpoint_dir`, whole content of its config.json). Raises UserError if there is none."""
-    path = f"{checkpoint_dir}/{CONFIG}"
-    if not tf.io.gfile.exists(path):
-        raise UserError(f"{checkpoint_dir} holds no pretraining run: {CONFIG} is missing")
-    with tf.io.gfile.GFile(path) as file:
-        stored = json.loads(file.read())
-    return config_from_dict(stored["config"]), stored
-
-
-def _claim_folder(checkpoint_dir: str, config: Config, origin: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    """Writes config.json into `checkpoint_dir` and returns the run's digest.
-
-    Raises UserError if the folder already holds a run with other settings or data.
-    """
-    path = f"{checkpoint_dir}/{CONFIG}"
-    now = {name: value for name, value in {**as_dict(config), **origin}.items() if name not in BOOKKEEPING}
-    if tf.io.gfile.exists(path):
-        before, stored = read_config(checkpoint_dir)
-        for name, value in (as_dict(before) | {name: stored[name] for name in origin}).items():
-            if name not in BOOKKEEPING and value != now[name]:
-                raise UserError(f"{checkpoint_dir} holds a run with {name}={value}, not {now[name]}: use another folder")
-        # A setting that the version lacked that began the run is no part of its digest.
-        now = {name: value for name, value in now.items() if name in {**stored["config"], **origin}}
-    else:
-        tf.io.gfile.makedirs(checkpoint_dir)
-        text = json.dumps({"config": as_dict(config), **origin, **about}, indent=1, sort_keys=True) + "\n"
-        write_whole(path, text.encode())
-    return hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

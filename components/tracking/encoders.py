@@ -9,7 +9,7 @@ import mlflow
 from mlflow.entities import LoggedModelInput, LoggedModelOutput
 from mlflow.exceptions import MlflowException
 
-from components.tracking import names, registry
+from components.tracking import names, registry, runs
 from components.tracking.metrics import Metrics
 from components.tracking.servable import save_servable
 from components.tracking.step_file import KfpArtifact
@@ -64,6 +64,14 @@ class Encoders:
             self._store.client.log_inputs(self._run_id, models=[LoggedModelInput(model.metadata["model_id"])])
         else:
             self._store.client.set_tag(self._run_id, names.ENCODER_URI, model.uri)
+
+    def start_from(self, checkpoint: str, state_sha256: str) -> None:
+        """Records the checkpoint that this run starts from; if this store has its run, that run and its logged model too."""
+        tags = {names.INIT_FROM: checkpoint, names.INIT_STATE: state_sha256}
+        if source := registry.model_of_state(self._store, state_sha256):
+            tags |= {names.INIT_RUN: str(source.source_run_id)}
+            self._store.client.log_inputs(self._run_id, models=[LoggedModelInput(source.model_id)])
+        runs.set_tags(self._store, self._run_id, tags)
 
     def rate(self, model: KfpArtifact, dataset: KfpArtifact, card: str, top_1: float) -> None:
         """Records this run's accuracy on a registered encoder, and moves the aliases. Does nothing if this store lacks it."""

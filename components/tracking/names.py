@@ -22,6 +22,13 @@ RERUN_OF = "sogclr.rerun_of"
 RESUMED_FROM = "sogclr.resumed_from"
 """The run whose checkpoints and metrics this run resumed from."""
 
+INIT_FROM = "sogclr.init_from"
+"""The checkpoint that this run started from."""
+INIT_STATE = "sogclr.init_from.state_sha256"
+"""Digest of the state in that checkpoint."""
+INIT_RUN = "sogclr.init_from.run_id"
+"""The run that made that checkpoint. Absent if this store has no encoder of that state."""
+
 JOB = "sogclr.job"
 """Name of the pipeline job."""
 JOB_FOLDER = "sogclr.job_folder"

@@ -53,6 +53,9 @@ def _step_note(store: Store, one: Step) -> str:
         lines.append(f"- From: `{one.arguments['raw']}`")
     for source in (read_step(store, run_id) for run_id in sources if runs.find(store, run_id)):
         lines.append(f"- From: {_link(store, source.run_id, source.component)}, {_made(source)}")
+    if names.INIT_FROM in tags:
+        by = f"{_link(store, made, short(made))}, " if runs.find(store, made := tags.get(names.INIT_RUN, "")) else ""
+        lines.append(f"- Started from: {by}`{tags[names.INIT_FROM]}`, state `{tags[names.INIT_STATE][:16]}`")
     lines.append(f"- Made: {_made(one)}")
     if names.DEVICE in tags:
         lines.append(f"- Ran on: {tags[names.DEVICE]}, TensorFlow {tags[names.TENSORFLOW]}, replicas: {tags[names.REPLICAS]}")

@@ -48,6 +48,12 @@ def logged_model(store: Store, run_id: str, params: Mapping[str, str]) -> Logged
     return _logged_models(store, run_id, params.get(names.STATE))[0]
 
 
+def model_of_state(store: Store, state_sha256: str) -> LoggedModel | None:
+    """Returns the first logged model of a state, of whatever run, or None if this store has none."""
+    found = store.client.search_logged_models([store.experiment_id], f"params.{names.STATE} = '{state_sha256}'")
+    return min(found, key=lambda model: (model.creation_timestamp, model.model_id), default=None)
+
+
 def register(store: Store, run_id: str, model: LoggedModel, card: str, tags: Mapping[str, str]) -> str:
     """Returns the version of `ENCODER` that a logged model is, and creates a new version if it is none yet.
 

@@ -11,14 +11,14 @@ import keras
 import tensorflow as tf
 
 from eval.export.pytorch import exact_in_torchvision
-from trainer.config import Config, as_dict
+from trainer.config import BOOKKEEPING, Config, as_dict
 from trainer.encoder import make_encoder
+from trainer.folder import RESULT, read_config
 from trainer.optimizer import total_steps
 from trainer.presets import PRESETS
 from trainer.settings import EncoderSettings
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
-from trainer.train import RESULT, read_config
 
 _METHODS = {
     "nt_xent": "SimCLR (Chen et al. 2020, arXiv 2002.05709)",
@@ -26,7 +26,7 @@ _METHODS = {
     "global_contrastive": "SogCLR (Yuan et al. 2022, arXiv 2202.12387)",
     "isogclr": "iSogCLR (Qiu et al. 2023, arXiv 2305.11965)",
 }
-_NOT_IN_RECIPE = ("linear_eval", "log_every_steps", "keep_checkpoints", "checkpoint_every_epochs", "cache", "shuffle_window")
+_NOT_IN_RECIPE = (*BOOKKEEPING, "checkpoint_every_epochs", "shuffle_window")
 """Settings that are not part of the recipe."""
 
 

@@ -27,11 +27,11 @@ from trainer import checkpoint as checkpoints
 from trainer.augmentation import as_floats, central_crop
 from trainer.config import Config
 from trainer.encoder import make_encoder
+from trainer.folder import read_config
 from trainer.importing.check import Comparison
 from trainer.shared.errors import UserError
 from trainer.shared.files import names_in, whole_folder, write_whole
 from trainer.state import model_variables
-from trainer.train import read_config
 
 SAVED_MODEL = "saved_model"
 KERAS = "encoder.keras"

@@ -24,11 +24,11 @@ from trainer import checkpoint as checkpoints
 from trainer.config import Config, override
 from trainer.distribution import make_strategy
 from trainer.encoder_cost import forward_cost
+from trainer.folder import read_config
 from trainer.settings import LINEAR_EVAL, LinearEvalSettings
 from trainer.shared.errors import UserError
 from trainer.shared.files import write_arrays
 from trainer.shared.records import Manifest, read_manifest
-from trainer.train import read_config
 
 SPLITS = ("train", "validation")
 

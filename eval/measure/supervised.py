@@ -106,9 +106,9 @@ def train_classifier(
 
     The classifier maps features, [B, F] float32, to logits, [B, C] float32. Uses the labels of the training images `image_ids`,
     [n] int64, or of all. `encoder` must be made in the scope of `strategy`, by default TensorFlow's current one. If `folder` is
-    given, saves the state in it every epoch; a later call with the same arguments resumes from there and ends with the same bits.
-    Calls `on_progress(finished images)` and `should_stop()` after each step. If the latter returns True, saves the state and
-    raises PreemptedError. Raises UserError if the loss is not finite.
+    given, saves the state in it every epoch and by time; a later call with the same arguments resumes from there and ends with
+    the same bits. Calls `on_progress(finished images)` and `should_stop()` after each step. If the latter returns True, saves the
+    state and raises PreemptedError. Raises UserError if the loss is not finite.
     """
     tf.config.experimental.enable_op_determinism()
     strategy = strategy or tf.distribute.get_strategy()
@@ -149,15 +149,17 @@ def train_classifier(
     epoch = max(1, recipe.num_images // recipe.batch_size)
     batches = naming_bad_records(strategy.distribute_datasets_from_function(of_host), data_dir, manifest, "train")
     loss = tf.constant(0.0)
+    schedule = checkpoints.Schedule(config.run.checkpoint_every_minutes)
     on_progress(done * recipe.batch_size)
     for number, batch in zip(range(done, total), batches, strict=False):
         loss = step(batch, tf.constant(number, tf.int64))
         steps = number + 1
         stopping = steps < total and should_stop()
-        if folder and (stopping or steps % epoch == 0 or steps == total):
+        if folder and (stopping or steps % epoch == 0 or steps == total or schedule.is_due()):
             if not math.isfinite(float(loss)):
                 break
-            path = save(steps)
+            with schedule.writing():
+                path = save(steps)
         if stopping:
             kept = f", saved {path}" if folder else ""
             raise PreemptedError(

@@ -13,9 +13,9 @@ from eval.show import figures
 from eval.show.figures import SERIES, History, Interval
 from trainer.checkpoint import run_folder
 from trainer.config import pretraining_of
+from trainer.folder import read_config
 from trainer.shared.errors import UserError
 from trainer.shared.page import Section, between, percent, render
-from trainer.train import read_config
 
 _NAMED_SETTINGS = 2
 """Maximum number of different settings in the name of a run."""

@@ -14,9 +14,9 @@ from eval.show.figures import History
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
+from trainer.folder import read_config
 from trainer.shared.errors import UserError
 from trainer.shared.records import Manifest, read_manifest
-from trainer.train import read_config
 
 SIDE = 96
 """Maximum side of a picture, pixels."""

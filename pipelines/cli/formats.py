@@ -10,6 +10,10 @@ _PATTERNS = {
     "--region": (r"[a-z]+-[a-z]+\d+", "a region, as in europe-west4"),
     "--pipeline-root": (r"gs://[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9](/.*)?", "a folder in Cloud Storage, as in gs://BUCKET/sogclr"),
     "--raw": (r"gs://[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9](/.*)?", "a folder in Cloud Storage, as in gs://BUCKET/imagenet"),
+    "--init-from": (
+        r"gs://[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9](/.*)?",
+        "a checkpoint or a folder of checkpoints in Cloud Storage, as in gs://BUCKET/sogclr/checkpoints/RUN",
+    ),
     "--job-id": (r"[a-z][-a-z0-9]{0,127}", "at most 128 lower-case letters, digits and hyphens, a letter first"),
     "--service-account": (r"[^@\s]+@[^@\s]+\.gserviceaccount\.com", "as in NAME@PROJECT.iam.gserviceaccount.com"),
     "--network": (r"projects/\d+/global/networks/[a-z][-a-z0-9]*", "as in projects/PROJECT_NUMBER/global/networks/NAME"),

@@ -1,6 +1,7 @@
 """Options that several commands share, and the frozen settings made from them."""
 
 import argparse
+import os
 import sys
 import textwrap
 from argparse import Namespace
@@ -8,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TextIO, TypeVar
 
-from pipelines.cli.store import ROOT
+from pipelines.cli.store import ROOT, absolute
 from trainer.config import Config, split_overrides
 from trainer.presets import resolve
+from trainer.shared.files import is_local
 
 T = TypeVar("T")
 Commands = argparse._SubParsersAction
@@ -109,6 +111,35 @@ def add_set(one: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="change a setting of the preset; settings of the linear eval begin with linear_eval.",
     )
+
+
+def add_init_from(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "--init-from",
+        default="",
+        metavar="CHECKPOINT",
+        help="start pretraining from another run's encoder, heads and u: a checkpoint file, or a folder for its newest one",
+    )
+
+
+def read_init_from(args: Namespace) -> str:
+    """Returns the checkpoint or folder of --init-from, as an absolute path or a URI; empty if none is given."""
+    return str(absolute(args.init_from)) if args.init_from and is_local(args.init_from) else args.init_from
+
+
+def init_parameters(init_from: str, config: Config) -> dict[str, str]:
+    """Returns the parameters of pretraining that name the checkpoint `init_from`; none if it is empty.
+
+    Raises UserError if there is no such checkpoint, or if it does not fit `config`.
+    """
+    if not init_from:
+        return {}
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from trainer.checkpoint import sha256_of
+    from trainer.initial import open_source
+
+    found, _ = open_source(init_from, config)
+    return {"init_from": found.path, "init_identity": sha256_of(found.arrays)}
 
 
 def make_experiment(preset: str, overrides: Sequence[str]) -> Experiment:

@@ -16,11 +16,14 @@ from pipelines.cli.options import (
     Commands,
     Output,
     add_command,
+    add_init_from,
     add_json,
     add_place,
     add_root,
     add_set,
+    init_parameters,
     make_experiment,
+    read_init_from,
     read_output,
 )
 from pipelines.cli.sending import Sending, add_sending, job_id_of, read_sending, send
@@ -60,6 +63,7 @@ def add_to(commands: Commands) -> None:
     )
     add_root(one)
     add_set(one)
+    add_init_from(one)
     add_json(one)
     add_place(one, "of vertex:JOB")
     add_cluster(one, "machine on Vertex AI (default: run on this machine)", required=False)
@@ -72,6 +76,8 @@ class Rerun:
 
     component: str
     overrides: tuple[str, ...]
+    init_from: str
+    """Checkpoint that pretraining starts from; empty for that of the earlier run, if it had one."""
     root: str
     output: Output
 
@@ -106,14 +112,16 @@ class OnVertex:
 
 def _read(args: Namespace) -> FromRun | FromJob | OnVertex:
     _check_settings(args.component, args.overrides)
-    again = Rerun(args.component, tuple(args.overrides), args.root, read_output(args))
+    if args.init_from and args.component != "pretrain":
+        raise UserError(f"--init-from {args.init_from} is for pretrain, not {args.component}")
+    again = Rerun(args.component, tuple(args.overrides), read_init_from(args), args.root, read_output(args))
     if not args.run.startswith("vertex:"):
         _check_here(args)
         return FromRun(again, args.run)
     name = parse_job(args.run, args.project, args.region, args.endpoint)
     if not args.accelerator:
         return FromJob(again, name)
-    check_options({"--pipeline-root": args.pipeline_root})
+    check_options({"--pipeline-root": args.pipeline_root, "--init-from": args.init_from})
     return OnVertex(again, name, read_cluster(args), args.pipeline_root, read_sending(args))
 
 
@@ -180,18 +188,25 @@ def _run_here(
     from pipelines.local import Request
 
     component = again.component
-    arguments = {**before, "code_version": step_version(component)}
+    arguments = {**_usual(component), **before, "code_version": step_version(component)}
     if component == "build-tfrecords":
         from beam_jobs.raw import raw_identity
 
         arguments |= {"raw_identity": raw_identity(arguments["raw"]), "beam_args": []}
     else:
         arguments["overrides"] = [*before["overrides"], *again.overrides]
-        resolve(arguments.get("preset", "demo"), arguments["overrides"])
+        config = resolve(arguments.get("preset", "demo"), arguments["overrides"])
+        arguments |= init_parameters(again.init_from or arguments.get("init_from", ""), config)
     settings = ("--set", *again.overrides) if again.overrides else ()
-    command = ("sogclr", "rerun", component, "--run", run, *settings)
+    begun = ("--init-from", arguments["init_from"]) if again.init_from else ()
+    command = ("sogclr", "rerun", component, "--run", run, *settings, *begun)
     record = Record(f"rerun {component}", command, again.root, rerun_of)
     return execute(Request(str(root), arguments, component, inputs), record, again.output)
+
+
+def _usual(component: str) -> dict[str, Any]:
+    """Returns the arguments that a run may lack because it was recorded without a first checkpoint."""
+    return {"init_from": "", "init_identity": ""} if component == "pretrain" else {}
 
 
 def _inputs_from(job: Job, component: str) -> dict[str, Artifact]:
@@ -212,9 +227,12 @@ def _rerun_on_vertex(options: OnVertex) -> int:
     root = (options.pipeline_root or job.pipeline_root).rstrip("/")
     check_place(place.project, place.region, root)
     cluster = _cluster_again(options, job, root)
-    arguments = {**job.arguments(component), "code_version": step_version(component)}
+    arguments = {**_usual(component), **job.arguments(component), "code_version": step_version(component)}
     if component != "build-tfrecords":
         arguments["overrides"] = [*arguments["overrides"], *options.again.overrides]
+    init_from = options.again.init_from
+    if init_from:
+        arguments |= {"init_from": init_from, "init_identity": ""}
 
     def compiled(cluster: Cluster) -> dict[str, Any]:
         beam = {"beam_args": list(cluster.beam_args)} if component == "build-tfrecords" else {}
@@ -230,6 +248,8 @@ def _rerun_on_vertex(options: OnVertex) -> int:
         compile=compiled,
         parameters={},
         components=(component,),
+        init_from=init_from,
+        config=resolve(arguments["preset"], arguments["overrides"]) if init_from else None,
     )
     return send(submission, _estimates(options, job, cluster, arguments), sending, options.again.output)
 

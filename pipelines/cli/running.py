@@ -9,11 +9,14 @@ from pipelines.cli.options import (
     Experiment,
     Output,
     add_command,
+    add_init_from,
     add_json,
     add_preset,
     add_root,
     add_set,
+    init_parameters,
     read_experiment,
+    read_init_from,
     read_output,
 )
 from pipelines.cli.store import absolute, make_root
@@ -39,6 +42,7 @@ def add_to(commands: Commands) -> None:
     one.add_argument("--raw", metavar="DIR", help="folder of the raw archives, here or gs://; the demo makes its own")
     add_root(one)
     add_set(one)
+    add_init_from(one)
     add_json(one)
 
 
@@ -47,6 +51,8 @@ class RunOptions:
     experiment: Experiment
     raw: str
     """Folder of the raw archives; empty for the demo's own archives."""
+    init_from: str
+    """Checkpoint that pretraining starts from; empty for none."""
     root: str
     output: Output
 
@@ -56,7 +62,8 @@ def _read(args: Namespace) -> RunOptions:
     if args.raw is None and args.preset != "demo":
         raise UserError(f"--preset {args.preset} needs --raw DIR, the folder of the raw archives; only the demo makes its own")
     raw = args.raw or ""
-    return RunOptions(experiment, raw if "://" in raw or not raw else str(absolute(raw)), args.root, read_output(args))
+    raw = raw if "://" in raw or not raw else str(absolute(raw))
+    return RunOptions(experiment, raw, read_init_from(args), args.root, read_output(args))
 
 
 def run(options: RunOptions) -> int:
@@ -68,11 +75,13 @@ def run(options: RunOptions) -> int:
     from pipelines.local import Request
 
     experiment = options.experiment
+    started = init_parameters(options.init_from, experiment.config)
     raw = options.raw or _demo_raw(root)
-    arguments = {"raw": raw, "raw_identity": raw_identity(raw), **experiment.parameters}
+    arguments = {"raw": raw, "raw_identity": raw_identity(raw), **experiment.parameters, **started}
     settings = ("--set", *experiment.overrides) if experiment.overrides else ()
     named = ("--raw", raw) if options.raw else ()
-    command = ("sogclr", "run", "--preset", experiment.preset, *named, *settings)
+    begun = ("--init-from", started["init_from"]) if started else ()
+    command = ("sogclr", "run", "--preset", experiment.preset, *named, *settings, *begun)
     record = Record(experiment.preset, command, options.root)
     return execute(Request(str(root), arguments), record, options.output)
 

@@ -11,12 +11,14 @@ from pipelines.cli.options import (
     Experiment,
     Output,
     add_command,
+    add_init_from,
     add_json,
     add_place,
     add_preset,
     add_root,
     add_set,
     read_experiment,
+    read_init_from,
     read_output,
 )
 from pipelines.cli.sending import Sending, add_sending, job_id_of, read_sending, send
@@ -56,6 +58,7 @@ def add_to(commands: Commands) -> None:
     one.add_argument("--project", default="", metavar="P", help="project of the Dataflow job")
     one.add_argument("--region", default="", metavar="R", help="region of the Dataflow job")
     add_set(one)
+    add_init_from(one)
     add_root(one)
     what = "machine of pretraining on Vertex AI (default: plain containers for any cluster)"
     add_cluster(one, what, required=False)
@@ -65,6 +68,7 @@ def add_to(commands: Commands) -> None:
     add_place(one, "to run in", required=True)
     one.add_argument("--raw", required=True, metavar="gs://...", help="folder of the raw archives")
     add_set(one)
+    add_init_from(one)
     add_root(one)
     add_cluster(one, "machine of pretraining; sogclr accelerators lists them", required=True)
     add_sending(one)
@@ -83,6 +87,8 @@ class CompileOptions:
     region: str
     raw: str
     """Default of the pipeline's parameter raw; empty for none."""
+    init_from: str
+    """Default of the pipeline's parameter init_from; empty for none."""
     pipeline_root: str
     root: str
     output: str
@@ -96,10 +102,12 @@ def _read_compile(args: Namespace) -> CompileOptions:
         raise UserError(f"--output {args.output} cannot be written: name a file in a folder that exists")
     raw = args.raw or ""
     check_place(args.project, args.region, args.pipeline_root, raw if args.accelerator else "")
+    init_from = read_init_from(args)
+    check_options({"--init-from": init_from if args.accelerator else ""})
     cluster = read_cluster(args).at(Place(args.project, args.region), args.pipeline_root)
     if cluster.accelerator:
         accelerators.check(cluster.accelerator, experiment.config)
-    return CompileOptions(experiment, cluster, args.region, raw, args.pipeline_root, args.root, args.output)
+    return CompileOptions(experiment, cluster, args.region, raw, init_from, args.pipeline_root, args.root, args.output)
 
 
 def compile_(options: CompileOptions) -> int:
@@ -109,6 +117,7 @@ def compile_(options: CompileOptions) -> int:
 
     experiment, cluster = options.experiment, options.cluster
     defaults = {**experiment.parameters, "raw_identity": ""} | ({"raw": options.raw} if options.raw else {})
+    defaults |= {"init_from": options.init_from} if options.init_from else {}
     if cluster.accelerator:
         memory = estimates.pretraining(experiment, cluster.accelerator, options.root)
         if memory and not memory.values["fits"]:
@@ -131,6 +140,7 @@ class SubmitOptions:
     place: Place
     cluster: Cluster
     raw: str
+    init_from: str
     pipeline_root: str
     root: str
     schedule: str
@@ -145,7 +155,7 @@ def _read_submit(args: Namespace) -> SubmitOptions:
             raise UserError(f"--{name.replace('_', '-')} is empty; sogclr submit --help explains it")
     experiment = read_experiment(args)
     check_place(args.project, args.region, args.pipeline_root, args.raw)
-    check_options({"--schedule": args.schedule})
+    check_options({"--schedule": args.schedule, "--init-from": args.init_from})
     if args.max_runs and not args.schedule:
         raise UserError(f"--max-runs {args.max_runs} needs --schedule")
     place = Place(args.project, args.region, args.endpoint)
@@ -156,6 +166,7 @@ def _read_submit(args: Namespace) -> SubmitOptions:
         place=place,
         cluster=options.at(place, args.pipeline_root),
         raw=args.raw.rstrip("/"),
+        init_from=args.init_from.rstrip("/"),
         pipeline_root=args.pipeline_root.rstrip("/"),
         root=args.root,
         schedule=args.schedule,
@@ -186,8 +197,12 @@ def submit(options: SubmitOptions) -> int:
             "raw": options.raw,
             "raw_identity": "",
             **experiment.parameters,
+            "init_from": options.init_from,
+            "init_identity": "",
             "base_output_directory": base_output_directory(options.pipeline_root),
         },
+        init_from=options.init_from,
+        config=experiment.config,
         schedule=options.schedule,
         max_runs=options.max_runs,
     )

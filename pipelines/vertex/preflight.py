@@ -3,12 +3,13 @@
 Each check imports Google's libraries itself, so that the command line can list the checks in its help without them.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from pipelines.vertex.accelerators import check_region
+from trainer.config import config_from_dict, require_same_encoder
 from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CHECKS = ("options", "region", "memory", "evaluation", "mlflow", "vertex", "bucket", "images", "raw")
+CHECKS = ("options", "region", "memory", "evaluation", "mlflow", "vertex", "bucket", "images", "raw", "init-from")
 """The checks that can be skipped: all but the check for credentials, because nothing can be sent without them."""
 
 
@@ -41,7 +42,7 @@ class PreflightReport:
     """A submission and the results of its checks."""
 
     submission: "Submission"
-    """The submission, completed with the images' digests and the identity of the raw data if the checks found them."""
+    """The submission, completed with what the checks found: images' digests, identities of raw data and first checkpoint."""
     findings: tuple[Finding, ...]
     credentials: "Credentials | None" = None
 
@@ -79,22 +80,30 @@ def run_preflight(submission: "Submission", estimates: Iterable[Finding] = (), s
     bucket, _ = check_with_credentials("bucket", _check_bucket)
     images, resolved = check_with_credentials("images", _check_images)
     raw, identity = check_with_credentials("raw", _check_raw) if submission.raw else (None, None)
-    findings = (options, region, *estimated, mlflow, access, vertex, bucket, images, *([raw] if raw else []))
-    return PreflightReport(_completed(submission, resolved, identity), findings, who)
+    begun, started = check_with_credentials("init-from", _check_init_from) if submission.init_from else (None, None)
+    findings = (options, region, *estimated, mlflow, access, vertex, bucket, images, *filter(None, (raw, begun)))
+    return PreflightReport(_completed(submission, resolved, identity, started or {}), findings, who)
 
 
 def _skipped(name: str) -> Finding:
     return Finding(name, True, "skipped", looked=False)
 
 
-def _completed(submission: "Submission", images: "Images | None", identity: str | None) -> "Submission":
-    """Returns a submission with these images and this identity of the raw data. None leaves the submission's own."""
+def _completed(
+    submission: "Submission", images: "Images | None", identity: str | None, started: Mapping[str, str]
+) -> "Submission":
+    """Returns a submission with these images, this identity of the raw data and these parameters of its first checkpoint.
+
+    None and empty leave the submission's own.
+    """
     if images is not None:
         cluster = submission.cluster
         cluster = replace(cluster, images=images, beam_args=_with_image(cluster, images))
         submission = replace(submission, cluster=cluster)
     if identity and "raw_identity" in submission.parameters:
         submission = replace(submission, parameters={**submission.parameters, "raw_identity": identity})
+    if "init_from" in submission.parameters:
+        submission = replace(submission, parameters={**submission.parameters, **started})
     return submission
 
 
@@ -169,3 +178,14 @@ def _check_raw(submission: "Submission", who: "Credentials") -> tuple[str, str]:
 
     identity = raw_identity(submission.raw)
     return f"{submission.raw} can be read, identity {identity}", identity
+
+
+def _check_init_from(submission: "Submission", who: "Credentials") -> tuple[str, Mapping[str, str]]:
+    from pipelines.vertex.storage import find_checkpoint
+
+    path, identity, about = find_checkpoint(submission.init_from, submission.place, who)
+    if submission.config is not None:
+        # A run's own checkpoint has its heads. An imported encoder, which has no dataset, may lack them.
+        has_head = "dataset_fingerprint" in about
+        require_same_encoder(path, config_from_dict(about["config"]), submission.config, has_head)
+    return f"{path} fits", {"init_from": path, "init_identity": identity}

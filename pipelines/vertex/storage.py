@@ -1,8 +1,10 @@
-"""Checks of Cloud Storage for a job: its bucket must be writable, its raw archives readable."""
+"""Checks of Cloud Storage for a job: its bucket must be writable, its raw archives and its first checkpoint readable."""
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import requests
 from google.api_core import exceptions
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = 120.0
 """Seconds for which a call to Cloud Storage is repeated after a transient error."""
+_CHECKPOINT = re.compile(r"checkpoint-(\d{8,})\.npz")
 _TO_READ = ["storage.objects.get", "storage.objects.list"]
 _TO_WRITE = ["storage.objects.create", "storage.objects.delete", *_TO_READ]
 
@@ -58,6 +61,27 @@ def raw_identity(raw: str) -> str:
             if "NotFound" in str(error):
                 raise UserError(f"there is no bucket gs://{bucket}: --raw must name the folder of the raw archives") from error
             raise UserError(f"{raw} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def find_checkpoint(uri: str, place: Place, credentials: "Credentials") -> tuple[str, str, dict[str, Any]]:
+    """Returns (path of the checkpoint `uri`, a digest of its bytes, the content of the config.json beside it).
+
+    `uri` is a file, or a folder for its newest checkpoint. Raises UserError if there is none.
+    """
+    name = _bucket_of(uri)
+    path = uri.removeprefix(f"gs://{name}").strip("/")
+    folder, _, file = path.rpartition("/") if path.endswith(".npz") else (path, "", "")
+    with _as_user_errors(name, "roles/storage.objectViewer on it allows it"):
+        patience = DEFAULT_RETRY.with_timeout(_PATIENCE)
+        client = storage.Client(project=place.project, credentials=credentials)
+        blobs = client.list_blobs(name, prefix=f"{folder}/", delimiter="/", retry=patience)
+        found = {blob.name.rpartition("/")[2]: blob for blob in blobs}
+        steps = {int(match[1]): match[0] for match in map(_CHECKPOINT.fullmatch, found) if match}
+        newest = file or (steps[max(steps)] if steps else "")
+        if newest not in found or "config.json" not in found:
+            raise UserError(f"{uri} holds no checkpoint of a pretraining run")
+        about = json.loads(found["config.json"].download_as_bytes(retry=patience))
+    return f"gs://{name}/{folder}/{newest}", str(found[newest].md5_hash or found[newest].crc32c), about
 
 
 def _bucket_of(uri: str) -> str:

@@ -13,6 +13,7 @@ from components.lineage import COMPONENTS
 from pipelines.vertex.client import Vertex
 from pipelines.vertex.cluster import Cluster, base_output_directory
 from pipelines.vertex.jobs import REQUEST_LABEL, Job, Place
+from trainer.config import Config
 from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ class Submission:
     parameters: Mapping[str, Any]
     components: tuple[str, ...] = COMPONENTS
     """Components that the job runs."""
+    init_from: str = ""
+    """Checkpoint, or folder of checkpoints, that pretraining starts from; empty for none."""
+    config: Config | None = None
+    """Config of pretraining, which that checkpoint must fit."""
     schedule: str = ""
     """Cron expression of five fields for a recurring job; empty for a single job."""
     max_runs: int = 0
@@ -69,6 +74,8 @@ class Submission:
         for build in cluster.builds:
             yield f"image, {build}", cluster.images.reference(build)
         yield "reads", self.raw or "what an earlier job left"
+        if self.init_from:
+            yield "starts from", self.init_from
         yield "writes", self.pipeline_root
         if "pretrain" in self.components:
             yield (

@@ -35,6 +35,7 @@ from eval.measure.features import load_encoder
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import augment
 from trainer.config import Config
+from trainer.folder import read_config
 from trainer.heads import make_projection
 from trainer.input_pipeline import training_batches
 from trainer.losses.global_contrastive import VARIANTS, gamma_of_visit, global_contrastive
@@ -42,7 +43,6 @@ from trainer.losses.nt_xent import nt_xent
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
 from trainer.state import model_variables
-from trainer.train import read_config
 
 DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = "gradient_bias.json"

@@ -18,9 +18,9 @@ from eval.measure.supervised import Recipe, train_classifier
 from support.lifted import raise_offsets
 from trainer import checkpoint as checkpoints
 from trainer.config import override
+from trainer.folder import read_config
 from trainer.shared.records import read_manifest
 from trainer.state import model_variables
-from trainer.train import read_config
 
 
 def evaluate(data: str, checkpoint: str, output: Path, replicas: int, overrides: list[str]) -> None:

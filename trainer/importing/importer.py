@@ -12,6 +12,7 @@ from trainer import checkpoint as checkpoints
 from trainer.config import Config, as_dict
 from trainer.config import replace as with_settings
 from trainer.encoder import make_encoder
+from trainer.folder import CONFIG
 from trainer.importing import check
 from trainer.importing.check import Comparison, compare, features_by_torch, plain_features, seeded_images, torch_is_there
 from trainer.importing.format import Format
@@ -23,7 +24,6 @@ from trainer.presets import PRESETS
 from trainer.shared.errors import UserError, nearest
 from trainer.shared.files import names_in, write_whole
 from trainer.state import model_variables
-from trainer.train import CONFIG
 
 
 @dataclass(frozen=True)
