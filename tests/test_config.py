@@ -116,7 +116,7 @@ def test_a_config_comes_back_from_json_as_it_was():
 def test_a_config_of_another_version_is_refused():
     stored = json.loads(config_to_json(Config()))
     stored["gone"] = stored.pop("gamma")
-    with pytest.raises(UserError, match="do not match: gone$"):
+    with pytest.raises(UserError, match=r"do not match: gone$"):
         config_from_dict(stored)
 
 

@@ -17,8 +17,10 @@ from trainer.importing import __main__ as command
 from trainer.importing import importer
 from trainer.importing.importer import import_checkpoint
 from trainer.importing.source import open_source
+from trainer.presets import resolve
 from trainer.shared.errors import UserError
 from trainer.state import model_variables
+from trainer.train import train
 
 THEIRS = Path(__file__).parent / "goldens" / "checkpoints"
 FILES = {
@@ -181,6 +183,15 @@ def test_u_comes_along_with_the_dataset_that_it_belongs_to_and_not_without(tmp_p
     without = import_checkpoint(path, str(tmp_path / "without"), image_size=32)
     assert "u" not in checkpoints.open_checkpoint(str(tmp_path / "without")).arrays
     assert without.translation.left_out["u, because the dataset that it belongs to was not named"] == 1
+
+
+def test_pretraining_starts_from_an_imported_encoder_and_its_head(dataset, tmp_path):
+    import_checkpoint(str(THEIRS / "simclr_tf2_r18" / "ckpt-2"), str(tmp_path / "theirs"), image_size=32)
+    settings = ["depth=18", "width_multiplier=0.03125", "cifar_stem=false", "projection_layers=3", "projection_dim=16"]
+    config = resolve("demo", [*settings, "image_size=32", "epochs=1", "warmup_epochs=0", "global_batch_size=24"])
+    said = []
+    train(config, str(dataset), str(tmp_path / "ours"), init_from=str(tmp_path / "theirs"), say=said.append)
+    assert said[0].startswith(f"starts with encoder, projection of {tmp_path / 'theirs'}/checkpoint-00000002.npz")
 
 
 # ---- What is refused, in one line
