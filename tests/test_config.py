@@ -116,7 +116,7 @@ def test_a_config_comes_back_from_json_as_it_was():
 def test_a_config_of_another_version_is_refused():
     stored = json.loads(config_to_json(Config()))
     stored["gone"] = stored.pop("gamma")
-    with pytest.raises(UserError, match="gamma, gone"):
+    with pytest.raises(UserError, match=r"do not match: gone$"):
         config_from_dict(stored)
 
 
@@ -127,9 +127,9 @@ def test_a_stored_config_that_somebody_spoilt_is_refused_in_one_line(key, value)
         config_from_dict(stored)
 
 
-def test_a_config_from_before_a_setting_of_the_linear_eval_is_read():
+def test_a_config_from_before_a_setting_is_read():
     stored = json.loads(config_to_json(Config()))
-    del stored["linear_eval"]["knn_k"]
+    del stored["linear_eval"]["knn_k"], stored["pool_padding"]
     assert config_from_dict(stored) == Config()
 
 

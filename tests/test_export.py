@@ -30,6 +30,7 @@ from components import tracking
 from eval.export.__main__ import main
 from eval.export.card import evaluated_card, model_card
 from eval.export.encoder import export
+from eval.export.pytorch import exact_in_torchvision
 from eval.measure.features import extract, load_encoder
 from eval.measure.linear_eval import linear_eval
 from eval.serving import Encoder
@@ -38,12 +39,15 @@ from trainer.augmentation import as_floats, central_crop
 from trainer.config import as_dict, replace
 from trainer.encoder import make_encoder
 from trainer.folder import read_config
+from trainer.importing.importer import import_checkpoint
 from trainer.presets import resolve
+from trainer.settings import EncoderSettings
 from trainer.shared.errors import UserError
 from trainer.shared.records import decode_example, read_manifest
 from trainer.state import model_variables
 from trainer.train import train
 
+EXPORT = ["README.md", "encoder.keras", "encoder.py", "encoder.safetensors", "saved_model"]
 TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=24", "epochs=1", "warmup_epochs=0", "base_learning_rate=1"]
 
 
@@ -112,7 +116,7 @@ def test_from_bytes_to_features_is_what_evaluation_computes(exported, own, pictu
 
 @pytest.mark.thorough
 def test_the_card_s_own_lines_load_it_without_the_project_and_the_keras_file_with_it(exported, own, pictures, tmp_path):
-    alone, with_project = blocks((exported / "README.md").read_text(), "python")
+    alone, with_project, _ = blocks((exported / "README.md").read_text(), "python")
     script = f"""
 import sys
 
@@ -137,6 +141,60 @@ numpy.savez("answers.npz", alone=features, keras=encoder(numpy.load("images.npy"
     with np.load(tmp_path / "answers.npz") as answers:
         np.testing.assert_allclose(answers["alone"], own[1][3:4], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(answers["keras"], own[0](images, training=False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.thorough
+def test_the_card_s_lines_for_pytorch_need_pytorch_alone(exported, own, pictures, tmp_path):
+    pytest.importorskip("torch")
+    *_, lines = blocks((exported / "README.md").read_text(), "python")
+    for name in ("encoder.py", "encoder.safetensors"):
+        (tmp_path / name).write_bytes((exported / name).read_bytes())
+    images = as_floats(np.stack([central_crop(picture, 32, 0.875) for picture in pictures]))
+    np.save(tmp_path / "images.npy", np.asarray(images).transpose(0, 3, 1, 2))
+    script = f"""
+import sys
+sys.modules |= dict.fromkeys(("trainer", "eval", "tensorflow", "safetensors", "torchvision"))
+import numpy, torch
+images = torch.from_numpy(numpy.load("images.npy"))
+{lines}
+numpy.save("features.npy", features.detach())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "features.npy"), own[1], rtol=0, atol=1e-4)
+
+
+def test_an_imported_encoder_comes_out_of_an_export_as_it_went_in(tmp_path):
+    theirs = Path(__file__).parent / "goldens" / "checkpoints" / "simclr_tf2_r50_sk" / "ckpt-2"
+    first = import_checkpoint(str(theirs), str(tmp_path / "in"), image_size=57)
+    exported = export(str(tmp_path / "in"), str(tmp_path / "out"))
+    assert exported.comparison.difference < 1e-5
+    again = import_checkpoint(str(tmp_path / "out" / "encoder.safetensors"))
+    assert again.config.encoder == replace(first.config, projection_layers=2, projection_dim=128).encoder
+    assert again.config.views.image_size == 57
+    for name, array in again.translation.arrays.items():
+        np.testing.assert_array_equal(array, first.translation.arrays[name])
+    assert (
+        "Data" not in (tmp_path / "out" / "README.md").read_text() or "imported" in (tmp_path / "out" / "README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "side", "exact"),
+    [
+        ({"depth": 50}, 224, False),
+        ({"depth": 50}, 225, True),
+        ({"depth": 50}, 226, True),
+        ({"depth": 101}, 57, True),
+        ({"depth": 50, "pool_padding": "torch"}, 224, True),
+        ({"depth": 50, "width_multiplier": 2}, 225, False),
+        ({"depth": 50, "selective_kernel_ratio": 0.0625}, 225, False),
+        ({"depth": 18, "pool_padding": "torch"}, 225, False),
+        ({"depth": 200, "pool_padding": "torch"}, 225, False),
+    ],
+)
+def test_an_encoder_is_called_torchvision_s_only_where_that_is_exact(settings, side, exact):
+    assert exact_in_torchvision(EncoderSettings(**settings), side) is exact
 
 
 def test_grey_and_cmyk_and_png_are_pictures_too(exported):
@@ -246,8 +304,10 @@ def test_the_command_line_replaces_an_earlier_export_and_nothing_else(checkpoint
     copytree(exported, tmp_path / "out")
     (tmp_path / "out" / "stale").touch()
     main([*given, str(tmp_path / "out"), "--data", str(dataset), "--evaluation", str(evaluated)])
-    assert capsys.readouterr().out.endswith("out: encoder of step 3, 32 features per image\n")
-    assert sorted(file.name for file in tmp_path.rglob("out*/*")) == ["README.md", "encoder.keras", "saved_model"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].endswith("out: encoder of step 3, 32 features per image")
+    assert said[-1].startswith("in PyTorch, features of 16 seeded images of 32 px differ from the source's")
+    assert sorted(file.name for file in tmp_path.rglob("out*/*")) == EXPORT
     (tmp_path / "mine").mkdir()
     for arguments, said in (
         ([*given, str(tmp_path / "mine")], "exists and is not an earlier export"),
@@ -292,7 +352,7 @@ def test_an_export_to_an_object_store_that_failed_in_the_middle_is_made_again(ch
     assert not tf.io.gfile.exists(f"{output}/README.md"), "what decides is not there before all else is"
     for _ in range(2):
         assert export(str(checkpoint), output).features == 32
-        assert sorted(name.rstrip("/") for name in tf.io.gfile.listdir(output)) == ["README.md", "encoder.keras", "saved_model"]
+        assert sorted(name.rstrip("/") for name in tf.io.gfile.listdir(output)) == EXPORT
         model = tf.saved_model.load(f"{output}/saved_model")
         assert model.signatures["images"](images=tf.zeros([1, 32, 32, 3]))["features"].shape == (1, 32)
     tf.io.gfile.makedirs(f"{output}-theirs")

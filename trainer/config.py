@@ -87,11 +87,15 @@ def _require_effect(config: Config) -> None:
     for key, one in settings().items():
         for need in one.needs:
             if values[key] != one.default and values[need.key] not in need.values:
-                users = " or ".join(f"{need.key}={value}" for value in need.values)
+                users = " or ".join(f"{need.key}={_text(value)}" for value in need.values)
                 raise UserError(
-                    f"{key}={values[key]} has no effect with {need.key}={values[need.key]}: only {users} uses it; "
+                    f"{key}={values[key]} has no effect with {need.key}={_text(values[need.key])}: only {users} uses it; "
                     f"leave {key} at {one.default}, or set {users}"
                 )
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def require_same_encoder(path: str, before: Config, config: Config, has_head: bool) -> None:
@@ -100,7 +104,7 @@ def require_same_encoder(path: str, before: Config, config: Config, has_head: bo
     Compares the projection head too if the checkpoint has one.
     """
     then, now = values_of(before), values_of(config)
-    of_the_head = () if has_head else ("projection_layers", "projection_dim")
+    of_the_head = () if has_head else ("projection_layers", "projection_hidden_dim", "projection_dim")
     for key, one in settings().items():
         if one.group == "encoder" and key not in ("precision", *of_the_head) and then[key] != now[key]:
             raise UserError(

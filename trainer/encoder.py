@@ -10,6 +10,9 @@ from trainer.encoder_cost import BLOCKS, SMALLEST_SQUEEZE
 from trainer.layers import BatchNorm, PointwiseNorm, initializer
 from trainer.settings import EncoderSettings
 
+IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of ImageNet's pixels, R, G and B in [0, 1], as torchvision has them."""
+
 
 def make_encoder(settings: EncoderSettings, image_size: int, seed: int = 0, replicas: Replicas | None = None) -> keras.Model:
     """Returns a model from images, [B, S, S, 3] float32 in [0, 1] with S = `image_size`, to features, [B, F] float32.
@@ -21,7 +24,10 @@ def make_encoder(settings: EncoderSettings, image_size: int, seed: int = 0, repl
     build = _Builder(seed, settings.selective_kernel_ratio, dtype, replicas)
     images = keras.Input((image_size, image_size, 3), name="images")
     width = int(64 * settings.width_multiplier)
-    x = build.stem(images, width, settings.cifar_stem)
+    x = images if settings.input_normalization == "none" else build.normalized(images)
+    x = build.stem(x, width, settings.cifar_stem)
+    if not settings.cifar_stem:
+        x = build.stem_pool(x, settings.pool_padding)
     for group, blocks in enumerate(BLOCKS[settings.depth]):
         for block in range(blocks):
             stride = 2 if group > 0 and block == 0 else 1
@@ -41,8 +47,12 @@ class _Builder:
     """Name of Keras's dtype policy."""
     replicas: Replicas | None
 
+    def normalized(self, images: tf.Tensor) -> tf.Tensor:
+        variance = [deviation**2 for deviation in IMAGENET_DEVIATION]
+        return keras.layers.Normalization(mean=IMAGENET_MEAN, variance=variance, name="normalized", dtype="float32")(images)
+
     def stem(self, images: tf.Tensor, width: int, small: bool) -> tf.Tensor:
-        """Adds the stem. It divides the side of the image by 4, or keeps it if `small`."""
+        """Adds the stem's convolutions. They halve the side of the image, or keep it if `small`."""
         if small or self.selective_kernel_ratio == 0:
             x = self.conv(images, width, 3 if small else 7, 1 if small else 2, "stem_conv")
             x = self.norm(x, "stem_norm", relu=True)
@@ -51,9 +61,14 @@ class _Builder:
             for number, filters in enumerate((width // 2, width // 2, width), 1):
                 x = self.conv(x, filters, 3, 2 if number == 1 else 1, f"stem_conv{number}")
                 x = self.norm(x, f"stem_norm{number}", relu=True)
-        if small:
-            return x
-        return keras.layers.MaxPooling2D(3, strides=2, padding="same", name="stem_pool", dtype=self.dtype)(x)
+        return x
+
+    def stem_pool(self, x: tf.Tensor, padding: str) -> tf.Tensor:
+        """Adds the pool after the stem, which halves the side. What it gets is not negative, so zeros pad it as PyTorch does."""
+        if padding == "torch":
+            x = keras.layers.ZeroPadding2D(1, name="stem_pool_pad", dtype=self.dtype)(x)
+        same = "same" if padding == "tensorflow" else "valid"
+        return keras.layers.MaxPooling2D(3, strides=2, padding=same, name="stem_pool", dtype=self.dtype)(x)
 
     def basic_block(self, x: tf.Tensor, width: int, stride: int, projected: bool, name: str) -> tf.Tensor:
         """Adds two 3x3 convolutions. The first has the stride."""

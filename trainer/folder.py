@@ -55,6 +55,8 @@ def claim_folder(
                 )
         if _identity(stored.get("init_from")) != _identity(source):
             raise UserError(f"{checkpoint_dir} holds a run that {_beginning(stored.get('init_from'))}: use another folder")
+        # A setting that was unknown to the version that began the run is not part of its digest.
+        now = {name: value for name, value in now.items() if name in {**stored["config"], **origin}}
     else:
         tf.io.gfile.makedirs(checkpoint_dir)
         begun = {"init_from": source} if source else {}

@@ -6,11 +6,13 @@ from trainer.distribution import Replicas
 from trainer.layers import BatchNorm, initializer
 
 
-def make_projection(feature_dim: int, layers: int, out_dim: int, seed: int = 0, replicas: Replicas | None = None) -> keras.Model:
+def make_projection(
+    feature_dim: int, layers: int, out_dim: int, seed: int = 0, replicas: Replicas | None = None, hidden_dim: int = 0
+) -> keras.Model:
     """Returns SimCLR's projection head, from features, [B, F] float32, to projections, [B, out_dim] float32, not normalised.
 
-    Hidden layers have F units. BN follows every layer, ReLU every layer but the last; the last BN has no offset. BN takes its
-    statistics over `replicas`, by default those of tf.distribute.
+    Hidden layers have `hidden_dim` units, by default F. BN follows every layer, ReLU every layer but the last; the last BN has no
+    offset. BN takes its statistics over `replicas`, by default those of tf.distribute.
     """
     features = keras.Input((feature_dim,), name="features")
     x = features
@@ -18,7 +20,7 @@ def make_projection(feature_dim: int, layers: int, out_dim: int, seed: int = 0, 
         last = layer == layers
         name = f"dense{layer}"
         x = keras.layers.Dense(
-            out_dim if last else feature_dim,
+            out_dim if last else hidden_dim or feature_dim,
             use_bias=False,
             kernel_initializer=initializer("head", seed, f"projection/{name}"),
             name=name,

@@ -51,7 +51,13 @@ class EncoderSettings(Group):
     """Reduction of selective kernels (Li et al. 2019). Above 0 also adds ResNet-D's stem and shortcuts; SimCLRv2 has 0.0625."""
     cifar_stem: bool = False
     """Whether the stem is a 3x3 convolution at stride 1 without pooling, for images of 32 px."""
+    pool_padding: Annotated[Literal["tensorflow", "torch"], OnlyWith("cifar_stem", (False,))] = "tensorflow"
+    """Padding of the pool after the stem. The official TensorFlow code pads below and on the right, PyTorch on all sides."""
+    input_normalization: Literal["none", "imagenet"] = "none"
+    """Whether the encoder first normalises its input, RGB in [0, 1], by the mean and deviation of ImageNet's pixels."""
     projection_layers: Annotated[int, Ge(1)] = 2
+    projection_hidden_dim: Annotated[int, Ge(0)] = 0
+    """Width of the projection head's hidden layers; 0 for the number of features."""
     projection_dim: Annotated[int, Ge(1)] = 128
     precision: Literal["float32", "bfloat16"] = "float32"
     """Data type of the convolutions. Variables, BN's statistics, u, the loss and the optimizer are always float32."""

@@ -68,7 +68,9 @@ def create_train_state(config: Config, num_images: int, num_classes: int, replic
     encoder = make_encoder(config.encoder, config.views.image_size, seed, replicas)
     features = encoder.output_shape[-1]
     heads = config.encoder
-    projection = make_projection(features, heads.projection_layers, heads.projection_dim, seed, replicas)
+    projection = make_projection(
+        features, heads.projection_layers, heads.projection_dim, seed, replicas, heads.projection_hidden_dim
+    )
     classifier = make_classifier(features, num_classes, seed)
     contrastive = [v.value for v in (*encoder.trainable_variables, *projection.trainable_variables)]
     supervised = [v.value for v in classifier.trainable_variables]

@@ -47,7 +47,8 @@ class Encoders:
             card = (source / "README.md").read_text()
             if not registry.is_ready(logged):
                 save_servable(made, source / "saved_model", logged.model_id, self._run_id)
-                for file in (*files, str(source / "encoder.keras"), str(source / "README.md")):
+                own = [str(file) for file in sorted(source.iterdir()) if file.is_file()]
+                for file in (*files, *own):
                     mlflow.artifacts.download_artifacts(artifact_uri=file, dst_path=made)
                 client.log_model_artifacts(logged.model_id, made)
                 client.finalize_logged_model(logged.model_id, "READY")

@@ -16,7 +16,7 @@ from trainer.shared.errors import UserError
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.export", description="Export a pretrained encoder.", allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint, or a folder: its newest checkpoint")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the SavedModel, the Keras file and the card")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the encoder and the card")
     parser.add_argument("--data", default="", metavar="DIR", help="dataset of pretraining, to describe in the card")
     parser.add_argument("--evaluation", default="", metavar="DIR", help="output of eval.task for this checkpoint, for the card")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         parser.exit(2, f"error: {error}\n")
     print(f"{exported.folder}: encoder of step {exported.step}, {exported.features} features per image")
+    print(f"in PyTorch, {exported.comparison}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from eval.export.pytorch import exact_in_torchvision
 from trainer.config import BOOKKEEPING, Config, as_dict
 from trainer.encoder import make_encoder
 from trainer.folder import RESULT, read_config
 from trainer.optimizer import total_steps
 from trainer.presets import PRESETS
+from trainer.settings import EncoderSettings
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
 
@@ -40,11 +42,13 @@ def model_card(encoder: keras.Model, pretraining: str, step: int, *, data_dir: s
     method = _METHODS["isogclr" if loss.variant == "isogclr" and loss.name == "global_contrastive" else loss.name]
     preset = about["preset"] if about["preset"] in PRESETS else ""
     side = f"{size}x{size}"
+    of_others = f"imported from a checkpoint of {about['imported']['format']}" if "imported" in about else ""
+    origin = of_others or f"pretrained without labels by {method}"
     sections = [
         f"# Image encoder{f' {preset}' if preset else ''}",
         f"Turns a photograph into {features:,} features (numbers) for a linear classifier, nearest-neighbour search or "
         f"clustering. A ResNet-{shape.depth} of {shape.width_multiplier:g} times the usual width, {parameters:,} parameters, "
-        f"pretrained without labels by {method}. Its input is the central square of a picture at {side} pixels.",
+        f"{origin}. Its input is the central square of a picture at {side} pixels.",
         "## Results",
         _results(step, about, preset, evaluation),
         "## Data",
@@ -62,9 +66,19 @@ def model_card(encoder: keras.Model, pretraining: str, step: int, *, data_dir: s
         "The code is under the Apache License 2.0. The weights are also subject to the terms of the photographs of pretraining: "
         "ImageNet's allow research that is not commercial, and no other use.",
         "## Load and serve",
-        _USE.format(size=size, features=features).strip(),
+        _USE.format(size=size, features=features, torchvision=_in_torchvision(shape, size)).strip(),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _in_torchvision(shape: EncoderSettings, size: int) -> str:
+    name = f"torchvision's and timm's ResNet-{shape.depth}"
+    if not exact_in_torchvision(shape, size):
+        return f"{name} would compute other features from these weights at {size} pixels: use `encoder.py`."
+    given = (
+        "normalised as ImageNet's usually are" if shape.input_normalization == "imagenet" else "between 0 and 1, not normalised"
+    )
+    return f"{name} without its last layer computes the same features at {size} pixels from images {given}."
 
 
 def evaluated_card(pretraining: str, evaluation: str) -> str:
@@ -116,6 +130,8 @@ def _row(row: Mapping[str, Any]) -> Sequence[str]:
 
 def _data(about: Mapping[str, Any], data_dir: str) -> str:
     fingerprint = about["dataset_fingerprint"]
+    if "imported" in about and not fingerprint:
+        return "Not known here: the encoder was imported from the checkpoint of another project. See its documentation."
     text = f"{about['num_images']:,} training images of {about['num_classes']:,} classes. Pretraining did not use the labels."
     if data_dir:
         manifest = read_manifest(data_dir)
@@ -128,6 +144,8 @@ def _data(about: Mapping[str, Any], data_dir: str) -> str:
 
 
 def _recipe(config: Config, about: Mapping[str, Any], preset: str, step: int, state: str) -> str:
+    if "imported" in about:
+        return _source(about["imported"])
     usual = as_dict(PRESETS[preset].config if preset else Config())
     changed = [
         f"{name}={_text(value)}" for name, value in as_dict(config).items() if value != usual[name] and name != "linear_eval"
@@ -149,6 +167,17 @@ def _recipe(config: Config, about: Mapping[str, Any], preset: str, step: int, st
         lines.append(f"- Code: `{about['code_version']}`")
     if state:
         lines.append(f"- State: sha256 `{state}`")
+    return "\n".join(lines)
+
+
+def _source(imported: Mapping[str, Any]) -> str:
+    left_out = ", ".join(f"{what} ({count})" for what, count in imported["left_out"].items())
+    lines = [
+        f"- Weights imported from `{imported['path']}`, sha256 `{imported['sha256']}`",
+        f"- Format: {imported['format']}; {imported['mapped']} arrays taken; left out: {left_out or 'nothing'}",
+        f"- Largest difference to the source's features: {imported['comparison']['difference']:.1e}, "
+        f"the largest feature is {imported['comparison']['largest']:.2f}",
+    ]
     return "\n".join(lines)
 
 
@@ -193,6 +222,17 @@ import trainer.layers  # its batch normalisation
 
 encoder = keras.saving.load_model("encoder.keras")
 ```
+
+In PyTorch, with `encoder.py` and `encoder.safetensors` in the same folder; PyTorch is all they need. Images are
+[n, 3, {size}, {size}] between 0 and 1; the encoder normalises them itself if it was trained so.
+
+```python
+from encoder import load
+
+features = load("encoder.safetensors")(images)  # [n, {features}]
+```
+
+{torchvision}
 
 On a server, from MLflow's model registry:
 

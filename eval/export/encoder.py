@@ -1,4 +1,4 @@
-"""Exports an encoder: a SavedModel that takes the bytes of pictures, a Keras file, and a model card.
+"""Exports an encoder: a SavedModel that takes the bytes of pictures, a Keras file, files for PyTorch, and a model card.
 
 An export is a folder, written atomically. On object stores the card is written last: a folder without it is not an export.
 
@@ -6,6 +6,7 @@ An export is a folder, written atomically. On object stores the card is written 
                       serving_default    image_bytes, [n] string, to features, [n, F] float32
                       images             images, [n, S, S, 3] float32 in [0, 1], to features, [n, F] float32
     encoder.keras   from images to features, to continue training; needs this project, for its layers
+    encoder.safetensors, encoder.py    the same encoder in PyTorch: see `eval.export.pytorch`
     README.md       the model card
 
 A picture is a JPEG, a PNG or a still GIF. Grey becomes three channels, CMYK becomes RGB, transparency is dropped. If a picture
@@ -21,11 +22,13 @@ import keras
 import tensorflow as tf
 
 from eval.export.card import model_card
+from eval.export.pytorch import MODULE, WEIGHTS, write_pytorch
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import as_floats, central_crop
 from trainer.config import Config
 from trainer.encoder import make_encoder
 from trainer.folder import read_config
+from trainer.importing.check import Comparison
 from trainer.shared.errors import UserError
 from trainer.shared.files import names_in, whole_folder, write_whole
 from trainer.state import model_variables
@@ -42,6 +45,8 @@ class Exported:
     """Train step of the checkpoint."""
     features: int
     """F, the number of features of an image."""
+    comparison: Comparison
+    """How far the features that PyTorch's files give are from the encoder's."""
 
 
 def export(checkpoint: str, output: str, *, data_dir: str = "", evaluation: str = "") -> Exported:
@@ -63,12 +68,12 @@ def export(checkpoint: str, output: str, *, data_dir: str = "", evaluation: str 
 
     if "://" in output:
         with tempfile.TemporaryDirectory(prefix="export-") as made:
-            _write(encoder, config, card, made)
+            comparison = _write(encoder, config, card, made)
             _upload(made, output)
     else:
         with whole_folder(output, replaces=True) as partial:
-            _write(encoder, config, card, partial)
-    return Exported(output, stored.step, encoder.output_shape[-1])
+            comparison = _write(encoder, config, card, partial)
+    return Exported(output, stored.step, encoder.output_shape[-1], comparison)
 
 
 def _is_export(folder: str) -> bool:
@@ -77,14 +82,16 @@ def _is_export(folder: str) -> bool:
         names = set(names_in(folder))
     except tf.errors.NotFoundError:  # a file
         return False
-    return SAVED_MODEL in names or ("://" in folder and names <= {SAVED_MODEL, KERAS, CARD})
+    return SAVED_MODEL in names or ("://" in folder and names <= {SAVED_MODEL, KERAS, WEIGHTS, MODULE, CARD})
 
 
-def _write(encoder: keras.Model, config: Config, card: str, folder: str) -> None:
+def _write(encoder: keras.Model, config: Config, card: str, folder: str) -> Comparison:
     """Writes an export into a local folder."""
+    comparison = write_pytorch(encoder, config, folder)
     _save(encoder, config, f"{folder}/{SAVED_MODEL}")
     encoder.save(f"{folder}/{KERAS}")
     write_whole(f"{folder}/{CARD}", card.encode())
+    return comparison
 
 
 def _upload(made: str, output: str) -> None:

@@ -44,6 +44,8 @@ _SETTINGS = (
     "selective_kernel_ratio",
     "cifar_stem",
     "precision",
+    "pool_padding",
+    "input_normalization",
 )
 """Settings that determine the features, together with weights and images."""
 

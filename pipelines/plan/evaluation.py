@@ -27,7 +27,10 @@ A_DAY = 24.0
 """The longest allowed evaluation, in hours."""
 _PASSES_A_TRAINED_IMAGE = 3
 """One forward pass and a backward pass, which costs about two: the gradients of each convolution's input and kernel."""
-_SHAPES = ("image_size", "depth", "width_multiplier", "selective_kernel_ratio", "cifar_stem", "precision")
+_SHAPES = (
+    *("image_size", "depth", "width_multiplier", "selective_kernel_ratio", "cifar_stem", "precision"),
+    *("pool_padding", "input_normalization"),
+)
 """The settings that determine the compiled forward pass, besides the batch size."""
 
 

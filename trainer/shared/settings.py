@@ -19,7 +19,7 @@ class OnlyWith:
     """Marks a setting that has an effect only if the setting `key` has one of `values`."""
 
     key: str
-    values: tuple[str, ...]
+    values: tuple[str | bool, ...]
 
 
 @dataclass(frozen=True)
