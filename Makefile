@@ -14,7 +14,7 @@ COMMIT = $(shell git rev-parse --short=12 HEAD)
 IN := . $(VENV)/bin/activate &&
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tpu-check demo test test-pythons test-slow check rehearse images format lock clean
+.PHONY: help setup tpu-check torch demo test test-pythons test-slow check rehearse images format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,10 @@ tpu-check: .venv-tpu/.ready ## the TPU's compiler, for sogclr plan, in an enviro
 	$(PYTHON) -m venv --clear --without-pip .venv-tpu
 	$(IN) uv pip install --quiet --python .venv-tpu/bin/python --no-deps --compile-bytecode --require-hashes --requirement $<
 	@touch $@
+
+# Without it, tests of what PyTorch computes skip, and imports and exports are compared by TensorFlow.
+torch: setup ## PyTorch, for the tests and for sogclr import; a build for CPUs is enough
+	$(IN) python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 
 demo: setup ## the whole pipeline on photographs, about five minutes on two cores
 	$(IN) sogclr run --preset demo --root $(ROOT)
