@@ -111,7 +111,6 @@ def pretrain(
             and data.
     """
     import os
-    import sys
 
     from components import tracking, variables, workspace
     from eval.export.encoder import export
@@ -120,7 +119,7 @@ def pretrain(
     from trainer.config import BOOKKEEPING, pretraining_of
     from trainer.distribution import claim_devices, describe_run
     from trainer.initial import open_source
-    from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
+    from trainer.preemption import exits_if_preempted, sigterm_noted
     from trainer.presets import resolve_pretraining
     from trainer.shared.progress import ProgressBars
     from trainer.train import train
@@ -130,7 +129,11 @@ def pretrain(
         arguments |= {"init_from": init_from, "init_identity": init_identity}
     if tracking.recorded_before("pretrain", arguments, {"model": model}):
         return
-    with ProgressBars() as bars, tracking.step("pretrain", arguments, {"model": model}, {"dataset": dataset}) as run:
+    with (
+        exits_if_preempted(),
+        ProgressBars() as bars,
+        tracking.step("pretrain", arguments, {"model": model}, {"dataset": dataset}) as run,
+    ):
         given = os.environ.get(variables.ACCELERATOR, "")
         strategy = claim_devices(given, say=lambda line: bars.note("pretrain", line))
         run.log_devices(describe_run(strategy))
@@ -150,25 +153,21 @@ def pretrain(
             run.at_end(claim.release)
         model.uri = claim.folder
         run.metrics.keep_in(claim.folder)
-        try:
-            with sigterm_noted() as should_stop:
-                result = train(
-                    config,
-                    dataset.uri,
-                    model.uri,
-                    init_from=init_from,
-                    preset=preset,
-                    code_version=code_version,
-                    strategy=strategy,
-                    log_metrics=run.metrics.log,
-                    on_progress=lambda done, total, text: bars("pretrain", done, total, text),
-                    before_checkpoint=run.metrics.settle,
-                    should_stop=claim.stopping(should_stop),
-                    say=lambda line: bars.note("pretrain", line),
-                )
-        except PreemptedError as preempted:
-            print(f"preempted: {preempted}", file=sys.stderr)
-            sys.exit(EXIT_CODE)
+        with sigterm_noted() as should_stop:
+            result = train(
+                config,
+                dataset.uri,
+                model.uri,
+                init_from=init_from,
+                preset=preset,
+                code_version=code_version,
+                strategy=strategy,
+                log_metrics=run.metrics.log,
+                on_progress=lambda done, total, text: bars("pretrain", done, total, text),
+                before_checkpoint=run.metrics.settle,
+                should_stop=claim.stopping(should_stop),
+                say=lambda line: bars.note("pretrain", line),
+            )
         claim.require()
         if drawn := curves({"": run.metrics.history()}):
             run.log_figure(drawn, tracking.CURVES)
@@ -205,21 +204,20 @@ def linear_eval(
         report: A page with the results and the images they were measured on.
     """
     import os
-    import sys
 
     from components import tracking, variables, workspace
     from eval.export.card import evaluated_card
     from eval.measure.linear_eval import linear_eval as evaluate
     from eval.show.report import write_report
     from trainer.distribution import claim_devices, describe_run
-    from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
+    from trainer.preemption import exits_if_preempted, sigterm_noted
     from trainer.shared.progress import ProgressBars
 
     arguments = {"overrides": overrides, "code_version": code_version}
     inputs, outputs = {"model": model, "dataset": dataset}, {"metrics": metrics, "report": report}
     if tracking.recorded_before("linear-eval", arguments, outputs):
         return
-    with ProgressBars() as bars, tracking.step("linear-eval", arguments, outputs, inputs) as run:
+    with exits_if_preempted(), ProgressBars() as bars, tracking.step("linear-eval", arguments, outputs, inputs) as run:
         given = os.environ.get(variables.ACCELERATOR, "")
         strategy = claim_devices(given, say=lambda line: bars.note("linear-eval", line))
         run.log_devices(describe_run(strategy))
@@ -231,22 +229,18 @@ def linear_eval(
             claim = workspace.claim(checkpoints, run.job, linear_eval=overrides, **about, code_version=code_version)
             run.at_end(claim.release)
         run.metrics.keep_in(claim.folder)
-        try:
-            with sigterm_noted() as should_stop:
-                result = evaluate(
-                    dataset.uri,
-                    model.uri,
-                    metrics.uri,
-                    overrides,
-                    workspace=claim.folder,
-                    strategy=strategy,
-                    log_metrics=run.metrics.log,
-                    on_progress=lambda done, total, text: bars("linear-eval", done, total, text),
-                    should_stop=claim.stopping(should_stop),
-                )
-        except PreemptedError as preempted:
-            print(f"preempted: {preempted}", file=sys.stderr)
-            sys.exit(EXIT_CODE)
+        with sigterm_noted() as should_stop:
+            result = evaluate(
+                dataset.uri,
+                model.uri,
+                metrics.uri,
+                overrides,
+                workspace=claim.folder,
+                strategy=strategy,
+                log_metrics=run.metrics.log,
+                on_progress=lambda done, total, text: bars("linear-eval", done, total, text),
+                should_stop=claim.stopping(should_stop),
+            )
         claim.require()
         run.metrics.log_final(result.metrics, model.metadata["model_id"], dataset, int(model.metadata["steps"]))
         run.encoders.rate(model, dataset, evaluated_card(model.uri, metrics.uri), result.metrics["eval/top_1_accuracy"])

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 
-from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
+from trainer.preemption import exits_if_preempted, sigterm_noted
 from trainer.shared.errors import UserError
 from trainer.shared.progress import ProgressBars
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from eval.measure.linear_eval import linear_eval
         from trainer.distribution import claim_devices
 
-        with ProgressBars() as bars, sigterm_noted() as should_stop:
+        with exits_if_preempted(), ProgressBars() as bars, sigterm_noted() as should_stop:
             strategy = claim_devices(say=lambda line: bars.note("linear-eval", line))
             result = linear_eval(
                 args.data,
@@ -46,8 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 on_progress=lambda done, total, text: bars("linear-eval", done, total, text),
                 should_stop=should_stop,
             )
-    except PreemptedError as preempted:
-        parser.exit(EXIT_CODE, f"preempted: {preempted}\n")
     except UserError as error:
         if args.debug:
             raise

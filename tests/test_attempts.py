@@ -51,7 +51,7 @@ class Job:
         outputs = {name: kind(name=name, uri=f"{uri}/{name}", metadata={}) for name, kind in kinds.items()}
         arguments = {
             "build-tfrecords": {"raw": str(self.raw), "raw_identity": "", "data_settings": [], "beam_args": []},
-            "pretrain": {"preset": "demo", "overrides": self.overrides},
+            "pretrain": {"preset": "demo", "overrides": self.overrides, "init_from": "", "init_identity": ""},
             "linear-eval": {"overrides": EVAL},
         }[component]
         inputs = {

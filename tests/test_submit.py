@@ -304,7 +304,7 @@ def test_a_submitted_job_is_what_was_asked_for(google, bucket, capsys):
 
 def test_a_job_starts_from_the_newest_checkpoint_of_a_folder_that_fits(google, bucket, capsys):
     """The job has the file's name, so that a later checkpoint in the folder changes nothing when a step is tried again."""
-    config = as_dict(resolve("sogclr_imagenet_r50_b512", ["epochs=1"]))
+    config = as_dict(resolve("sogclr_imagenet_r50_b512", ["epochs=10"]))
     about = {"config": config, "dataset_fingerprint": "f" * 64}
     bucket.blob("encoder/config.json").upload_from_string(json.dumps(about))
     for number in (5, 40, 100000000):

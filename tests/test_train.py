@@ -364,6 +364,21 @@ def test_two_hosts_feed_what_one_step_needs(dataset):
     assert set(np.concatenate(ids[:3]).tolist()) == set(range(48))
 
 
+def test_a_preempted_process_ends_though_its_threads_do_not(tmp_path):
+    """As those do that read from storage which does not answer."""
+    code = """
+import threading
+from trainer.preemption import PreemptedError, exits_if_preempted
+with exits_if_preempted():
+    threading.Thread(target=threading.Event().wait).start()
+    print("said before")
+    raise PreemptedError("stopped at step 7, saved it")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    said = (EXIT_CODE, "said before\n", "preempted: stopped at step 7, saved it\n")
+    assert (done.returncode, done.stdout, done.stderr) == said
+
+
 def test_no_pipeline_is_tuned_by_a_thread_that_its_iterator_waits_for(dataset):
     """Up to a minute, in which a preempted run would not end: seen in the native stack of such a process."""
     data, manifest, config = str(dataset), read_manifest(str(dataset)), tiny()

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
+from trainer.preemption import exits_if_preempted, sigterm_noted
 from trainer.presets import resolve_pretraining
 from trainer.shared.errors import UserError
 from trainer.shared.progress import ProgressBars
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from trainer.distribution import claim_devices
         from trainer.train import train
 
-        with ProgressBars() as bars, sigterm_noted() as should_stop:
+        with exits_if_preempted(), ProgressBars() as bars, sigterm_noted() as should_stop:
             strategy = claim_devices(say=lambda line: bars.note("pretrain", line))
             result = train(
                 config,
@@ -55,8 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 should_stop=should_stop,
                 say=lambda line: bars.note("pretrain", line),
             )
-    except PreemptedError as preempted:
-        parser.exit(EXIT_CODE, f"preempted: {preempted}\n")
     except UserError as error:
         if args.debug:
             raise
