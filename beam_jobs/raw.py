@@ -101,7 +101,10 @@ def open_raw(
     chosen = set(synsets or classes)
     if missing := sorted(chosen - classes):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"{folder} has no training images of {', '.join(missing[:3])}{more}, which the subset has")
+        raise UserError(
+            f"{folder} has no training images of {', '.join(missing[:3])}{more}, which the subset has; "
+            "to take all classes, omit --subset, or say --set data.subset= in sogclr"
+        )
     _refuse_same_printable(classes)
     # If the training images are exactly the subset's, validation images may have any synset. Only the subset's are used.
     known = None if synsets and len(chosen) == len(classes) else classes

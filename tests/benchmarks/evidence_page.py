@@ -250,7 +250,7 @@ def _runs(lines: Sequence[Line]) -> list[str]:
     return [
         "### Every run",
         "Each run is this command, on one core:",
-        f"    {command} --set SETTINGS",
+        f"    {command} --set data.allow_other_counts=true SETTINGS",
         f"Dataset fingerprint: {datasets}.",
         f"<details><summary>{len(lines)} runs</summary>\n\n{table(header, rows)}\n\n</details>",
     ]
