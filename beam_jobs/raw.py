@@ -236,7 +236,7 @@ def _notes(folder: str, by_split: Mapping[str, tuple[Layout, Found]]) -> tuple[s
         f"{split}: {found.why}, and {layout.expects(split)} is there too, which is not read"
         for split, (taken, found) in by_split.items()
         for layout in LAYOUTS[LAYOUTS.index(taken) + 1 :]
-        if layout.recognise(folder, split)
+        if (other := layout.recognise(folder, split)) and not {*other.files} & {*found.files}
     ]
     names = [info.name for _, found in by_split.values() for info in found.files if not info.name.isascii()]
     if decomposed := [name for name in names if canonical(name) != name]:

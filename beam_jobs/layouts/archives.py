@@ -94,7 +94,8 @@ def list_tar(folder: str, archive: Archive) -> Listing:
     unique = names if archive.synset or archive.names else [base_name(name) for name in names]
     # A truncated tar lacks names and labels. Reporting that too would not help.
     problems = tuple(found.problems) or name_problems(archive.name, unique, seen=len(passed_over)) + of_labels
-    return Listing(tuple(images), problems, tuple(passed_over), len(found.files) + len(found.empty_folders))
+    seen = len(found.files) + len(found.empty_folders)
+    return Listing(tuple(images), problems, passed_over=tuple(passed_over), seen=seen)
 
 
 def _sorted_out(archive: str, found: tars.Members) -> tuple[list[tars.Member], list[PassedOver]]:

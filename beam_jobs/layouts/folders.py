@@ -129,7 +129,8 @@ class Folders(Layout):
             for info, synset in zip(infos, synsets, strict=True)
         )
         problems = name_problems(archive.name, names, seen=len(passed_over)) + of_labels
-        return Listing(tuple(images), problems, tuple(passed_over), len(tree.files) + len(tree.empty_folders))
+        seen = len(tree.files) + len(tree.empty_folders)
+        return Listing(tuple(images), problems, passed_over=tuple(passed_over), seen=seen)
 
 
 def _sorted_out(folder: str, tree: files.Tree) -> tuple[list[files.FileInfo], list[PassedOver]]:
