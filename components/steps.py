@@ -88,7 +88,7 @@ def pretrain(
     from eval.show.figures import curves
     from trainer.config import pretraining_of
     from trainer.distribution import claim_devices, describe_run
-    from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
+    from trainer.preemption import EXIT_CODE, PreemptedError, ending_noted
     from trainer.presets import resolve
     from trainer.shared.progress import ProgressBars
     from trainer.train import train
@@ -107,12 +107,13 @@ def pretrain(
         claim = workspace.Claim(model.uri)
         if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):
             about = {"settings": settings, "dataset": dataset.metadata["fingerprint"]}
-            claim = workspace.claim(checkpoints, run.job, **about, code_version=code_version)
+            reuses = bool(os.environ.get(variables.REUSE))
+            claim = workspace.claim(checkpoints, run.job, reuses, **about, code_version=code_version)
             run.at_end(claim.release)
         model.uri = claim.folder
-        run.metrics.keep_in(claim.folder)
+        run.metrics.keep_in(claim.folder, run.run_in(claim.finished_by))
         try:
-            with sigterm_noted() as should_stop:
+            with ending_noted() as should_stop:
                 result = train(
                     config,
                     dataset.uri,
@@ -171,7 +172,7 @@ def linear_eval(
     from eval.measure.linear_eval import linear_eval as evaluate
     from eval.show.report import write_report
     from trainer.distribution import claim_devices, describe_run
-    from trainer.preemption import EXIT_CODE, PreemptedError, sigterm_noted
+    from trainer.preemption import EXIT_CODE, PreemptedError, ending_noted
     from trainer.shared.progress import ProgressBars
 
     arguments = {"overrides": overrides, "code_version": code_version}
@@ -187,11 +188,12 @@ def linear_eval(
         claim = workspace.Claim(metrics.uri)
         if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):
             about = {"model": model.metadata["state_sha256"], "dataset": dataset.metadata["fingerprint"]}
-            claim = workspace.claim(checkpoints, run.job, linear_eval=overrides, **about, code_version=code_version)
+            reuses = bool(os.environ.get(variables.REUSE))
+            claim = workspace.claim(checkpoints, run.job, reuses, linear_eval=overrides, **about, code_version=code_version)
             run.at_end(claim.release)
-        run.metrics.keep_in(claim.folder)
+        run.metrics.keep_in(claim.folder, run.run_in(claim.finished_by))
         try:
-            with sigterm_noted() as should_stop:
+            with ending_noted() as should_stop:
                 result = evaluate(
                     dataset.uri,
                     model.uri,

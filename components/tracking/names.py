@@ -22,6 +22,9 @@ RERUN_OF = "sogclr.rerun_of"
 RESUMED_FROM = "sogclr.resumed_from"
 """The run whose checkpoints and metrics this run resumed from."""
 
+STARTING = "sogclr.starting"
+"""Name of a pipeline run's log until the log has the run's ID. Removed then."""
+
 JOB = "sogclr.job"
 """Name of the pipeline job."""
 JOB_FOLDER = "sogclr.job_folder"

@@ -26,7 +26,8 @@ examples:
   sogclr run --preset sogclr_imagenet_r50_b512 --raw /data/imagenet \\
       --root /data/runs
 
-A second run reuses the steps whose code, settings and input did not change.
+A second run reuses the steps whose code, settings and input did not change,
+unless --no-cache is given.
 After an interrupt, pretraining resumes from its newest checkpoint.
 If MLFLOW_TRACKING_URI is set, the runs are recorded in that MLflow store.
 """
@@ -39,6 +40,7 @@ def add_to(commands: Commands) -> None:
     one.add_argument("--raw", metavar="DIR", help="folder of the raw archives, here or gs://; the demo makes its own")
     add_root(one)
     add_set(one)
+    one.add_argument("--no-cache", action="store_true", help="run every step again, from its beginning")
     add_json(one)
 
 
@@ -48,6 +50,8 @@ class RunOptions:
     raw: str
     """Folder of the raw archives; empty for the demo's own archives."""
     root: str
+    reuses: bool
+    """Whether finished steps are reused."""
     output: Output
 
 
@@ -56,7 +60,9 @@ def _read(args: Namespace) -> RunOptions:
     if args.raw is None and args.preset != "demo":
         raise UserError(f"--preset {args.preset} needs --raw DIR, the folder of the raw archives; only the demo makes its own")
     raw = args.raw or ""
-    return RunOptions(experiment, raw if "://" in raw or not raw else str(absolute(raw)), args.root, read_output(args))
+    return RunOptions(
+        experiment, raw if "://" in raw or not raw else str(absolute(raw)), args.root, not args.no_cache, read_output(args)
+    )
 
 
 def run(options: RunOptions) -> int:
@@ -72,9 +78,10 @@ def run(options: RunOptions) -> int:
     arguments = {"raw": raw, "raw_identity": raw_identity(raw), **experiment.parameters}
     settings = ("--set", *experiment.overrides) if experiment.overrides else ()
     named = ("--raw", raw) if options.raw else ()
-    command = ("sogclr", "run", "--preset", experiment.preset, *named, *settings)
+    again = () if options.reuses else ("--no-cache",)
+    command = ("sogclr", "run", "--preset", experiment.preset, *named, *settings, *again)
     record = Record(experiment.preset, command, options.root)
-    return execute(Request(str(root), arguments), record, options.output)
+    return execute(Request(str(root), arguments, reuses=options.reuses), record, options.output)
 
 
 def _demo_raw(root: Path) -> str:
