@@ -34,7 +34,7 @@ def drop_unusable(root: Path, why_lost: Callable[[str], str]) -> Iterator[str]:
             fault = "it is torn" if entry.stat().st_size else "it is empty"
         if fault:
             entry.unlink(missing_ok=True)
-            yield f"{entry.name[:8]} drops out of the cache: {fault}"
+            yield f"{entry.stem[:8]} drops out of the cache: {fault}"
 
 
 def fault_of(output: Mapping[str, Any], root: str) -> str:

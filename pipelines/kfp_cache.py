@@ -46,8 +46,8 @@ class StepCache(LocalCache):
 
     def put(self, key: str, outputs: dict[str, Any]) -> None:
         stored = self._serialize_outputs(outputs)
-        relative = {name: {**one, "uri": relative(one["uri"], self._root)} for name, one in stored.items()}
-        write_whole(self._entry_path(key), json.dumps(relative).encode())
+        inside = {name: {**one, "uri": relative(one["uri"], self._root)} for name, one in stored.items()}
+        write_whole(self._entry_path(key), json.dumps(inside).encode())
 
     def _identity(self, name: str, value: Any) -> Any:
         if isinstance(value, dsl.Artifact):
