@@ -24,6 +24,11 @@ DATABASE, ARTIFACTS = "mlflow.db", "artifacts"
 _PREFIX = "sqlite:///"
 _HALF_MIGRATED = "_alembic_tmp_"
 """Prefix of the tables that exist only during a migration."""
+_FILES_WITH_PATHS = (
+    *(f"{ARTIFACTS}/*/artifacts/{name}" for name in (names.STEP_FILE, names.ARGUMENTS_FILE)),
+    *("kfp/*/*/metrics/result.json", "checkpoints/*/result.json"),
+)
+"""Files in a root that name other files in it."""
 _COMPANIONS = ("-journal", "-wal", "-shm")
 """Suffixes of the files that SQLite keeps beside a database."""
 
@@ -86,9 +91,8 @@ def follow_root(root: Path, kind: str) -> None:
         for before in _former_roots(database, root, kind):
             say(f"{root} was {before}: its records follow")
             # The database is last, because it tells whether there is something to do.
-            for name in (names.STEP_FILE, names.ARGUMENTS_FILE):
-                for file in (root / ARTIFACTS).glob(f"*/artifacts/{name}"):
-                    _change_file(file, before, str(root))
+            for file in (file for pattern in _FILES_WITH_PATHS for file in root.glob(pattern)):
+                _change_file(file, before, str(root))
             _change_database(database, before, str(root))
 
 
@@ -109,7 +113,7 @@ def _tables(path: Path) -> set[str]:
 
 
 def _ask(path: Path, question: str) -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", timeout=0, uri=True)) as connection:
         return connection.execute(question).fetchall()
 
 
