@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from components.lineage import COMPONENTS, Artifact
 from pipelines.cache import folder_of
-from pipelines.logs import lock_as_runner
+from pipelines.logs import Log, lock_as_runner
 from trainer.shared.processes import end_with
 from trainer.shared.progress import parse_line
 
@@ -50,13 +50,13 @@ class Request:
 def run(
     request: Request,
     environment: Mapping[str, str],
-    log: IO[str],
+    log: Log,
     on_progress: Callable[[str, int, int, str], None],
     echo: Callable[[str], None] | None = None,
 ) -> list[str] | None:
     """Runs a pipeline and returns the IDs of the MLflow runs that it made or reused, or None if it failed.
 
-    The steps get the variables of `environment`. Their output goes to the file `log` and line by line to `echo`; progress lines
+    The steps get the variables of `environment`. Their output goes to `log` and line by line to `echo`; progress lines
     go to `on_progress`, notes to stderr. If this process dies, the steps die with it.
     """
     project = str(Path(__file__).absolute().parents[1])
@@ -65,7 +65,7 @@ def run(
         request_file, answer_file = Path(scratch, "request.json"), Path(scratch, "answer.json")
         request_file.write_text(json.dumps(asdict(request)))
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "pipelines.local", str(request_file), str(answer_file), log.name, str(os.getpid())],
+            [sys.executable, "-u", "-m", "pipelines.local", str(request_file), str(answer_file), str(log.path), str(os.getpid())],
             # Steps must find the project's packages before the current folder's, and must leave no temporary files behind.
             env={
                 **os.environ,
@@ -85,7 +85,7 @@ def run(
         try:
             for line in process.stdout or ():
                 text = _COLOUR.sub("", line)
-                log.write(text)
+                log.file.write(text)
                 if echo:
                     echo(text)
                 # KFP indents what a step prints.

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -17,13 +18,22 @@ _STARTING = ".starting"
 _SECONDS_BETWEEN_LOOKS = 0.1
 
 
+@dataclass(frozen=True)
+class Log:
+    """The log of a command that runs."""
+
+    path: Path
+    file: IO[str]
+    """Must stay open, and must be the only opened file of this path in its process: closing another would end the lock."""
+
+
 def log_of(root: Path, run_id: str) -> Path:
     """Returns the log of the command whose pipeline run is `run_id`."""
     return root / "logs" / f"{run_id}.log"
 
 
 @contextmanager
-def log_of_new_run(root: Path, start: Callable[[str], str], started: Callable[[str], object]) -> Iterator[tuple[str, IO[str]]]:
+def log_of_new_run(root: Path, start: Callable[[str], str], started: Callable[[str], object]) -> Iterator[tuple[str, Log]]:
     """Yields a new pipeline run's ID and its open log, which this process locks while the block runs.
 
     `start(token)` opens the run, and lets `runs_without_log` find it by `token` until the log has the run's name. Then calls
@@ -41,7 +51,7 @@ def log_of_new_run(root: Path, start: Callable[[str], str], started: Callable[[s
             raise
         beginning.rename(log_of(root, run_id))
         started(run_id)
-        yield run_id, file
+        yield run_id, Log(log_of(root, run_id), file)
 
 
 def lock_as_runner(log: Path) -> IO[str]:

@@ -118,7 +118,8 @@ def kill(raw: Path, undisturbed: tuple[str, float], folder: Path, kills: int, se
     while done < kills:
         number += 1
         root = Root(folder / str(number), raw)
-        while done < kills and root.killed_after(chosen.uniform(0, seconds)):
+        # Half of the kills hit the first seconds, in which the store is made, the run is opened and the runner starts.
+        while done < kills and root.killed_after(chosen.uniform(0, seconds / chosen.choice((1, 8)))):
             done += 1
             # What it had started ends by itself.
             until = time.monotonic() + 30

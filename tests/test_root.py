@@ -324,7 +324,8 @@ def test_a_command_is_known_to_be_dead_once_its_process_and_its_runner_are(tmp_p
         return logs.is_dead(tmp_path, "run", "", lambda: waited.append(os.waitpid(runner, 0)))
 
     def command():
-        with logs.log_of_new_run(tmp_path, lambda token: "run", lambda run: None):
+        with logs.log_of_new_run(tmp_path, lambda token: "run", lambda run: None) as (_, log):
+            assert log.path == logs.log_of(tmp_path, "run")
             os.write(ready, b".")
             signal.pause()
 

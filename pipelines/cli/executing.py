@@ -63,7 +63,7 @@ def execute(request: local.Request, record: Record, output: Output) -> int:
         status = "KILLED"
         made: list[str] | None = None
         try:
-            for line in drop_unusable(root, partial(tracking.why_lost, store)):
+            for line in () if request.component else drop_unusable(root, partial(tracking.why_lost, store)):
                 print(line, file=sys.stderr, flush=True)
             with ProgressBars() as bars:
                 made = local.run(request, _environment(root, pipeline_id, request), log, bars, _echo(output))
