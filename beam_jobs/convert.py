@@ -11,9 +11,8 @@ A runner may do any step twice, even at the same time: the files are the same, a
 
 import multiprocessing
 import os
+import signal
 import sys
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -30,6 +29,7 @@ from beam_jobs.publish import publish
 from beam_jobs.references import PackedImage, PackedReference, Reference, pack_images, pack_reference, unpack_references
 from beam_jobs.shards import Record, make_record, write_shard
 from trainer.shared.files import is_local
+from trainer.shared.processes import end_with
 from trainer.shared.records import reading_positions
 
 _BATCH = 32
@@ -139,7 +139,7 @@ class WriteShards(beam.DoFn):
         if self.writers.processes > 1:
             # Forked processes start at once and share memory. Forking is safe on Linux only.
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            self._pool = ProcessPoolExecutor(self.writers.processes, context, _end_with, (os.getpid(),))
+            self._pool = ProcessPoolExecutor(self.writers.processes, context, _begin_worker, (os.getpid(),))
         elif self.writers.threads > 1:
             self._pool = ThreadPoolExecutor(self.writers.threads)
 
@@ -166,15 +166,12 @@ class WriteShards(beam.DoFn):
             self._pool.shutdown(cancel_futures=True)
 
 
-def _end_with(parent: int) -> None:
-    """Exits this process shortly after `parent` dies, even by SIGKILL."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _begin_worker(parent: int) -> None:
+    """Prepares a worker process: it ends with `parent`, which alone answers what a terminal sends to both."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with(parent, lambda: os._exit(1))
 
 
 def write_references(plan: Plan, split: str, shard_file: str, packed: list[PackedReference]) -> dict[str, int]:

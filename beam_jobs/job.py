@@ -11,7 +11,7 @@ from typing import Any
 
 from beam_jobs import dataflow, dry_run, files, verify
 from beam_jobs.convert import Convert, Index, Writers, local_writers
-from beam_jobs.ending import ends_on_sigterm
+from beam_jobs.ending import ends_when_asked
 from beam_jobs.plan import Plan, make_plan
 from beam_jobs.publish import publish, was_made_by
 from beam_jobs.runners import make_pipeline, names_runner, run
@@ -30,7 +30,7 @@ def ignore(*_: object) -> None:
     """Does nothing."""
 
 
-@ends_on_sigterm()
+@ends_when_asked()
 def build(
     raw: str,
     output: str,
@@ -48,7 +48,7 @@ def build(
     options: the arguments of `make_plan`
 
     Leaves a dataset as it is if the same conversion finished it before. On Dataflow, waits for an earlier attempt's job of the
-    same conversion if that still runs. SIGTERM and Ctrl-C cancel the job.
+    same conversion if that still runs. SIGTERM, SIGHUP and Ctrl-C cancel the job.
 
     Raises UserError if `output` holds another dataset. Raises UserError for faulty input, after reading all of it, and
     `verify.LostRecordsError` if the runner is at fault; `output` then has neither manifest nor shards. After an interruption or

@@ -72,16 +72,19 @@ class Outbox:
         for work in (self._deliver_until_closed, self._write_until_closed):
             threading.Thread(target=work, daemon=True).start()
 
-    def keep_in(self, folder: str, owner: str, inherit: Callable[[str], Sequence[Point]] = lambda run: ()) -> str:
+    def keep_in(
+        self, folder: str, owner: str, inherit: Callable[[str], Sequence[Point]] = lambda run: (), finished_by: str = ""
+    ) -> str:
         """Keeps the undelivered points of the run `owner` in `folder` from now on, and delivers the points found there.
 
-        If the folder belonged to another run, `inherit` gets the ID of that run and returns the points that `owner` takes over.
-        The write that stores these points also makes `owner` the folder's owner. Waits for storage up to `patience`. Returns the
-        previous owner, or "" if there was none. Raises UserError if the file cannot be read or written.
+        If the folder belonged to another run, as its file says, or else to the run `finished_by`, `inherit` gets the ID of that
+        run and returns the points that `owner` takes over. The write that stores these points also makes `owner` the folder's
+        owner. Waits for storage up to `patience`. Returns the previous owner, or "" if there was none. Raises UserError if the
+        file cannot be read or written.
         """
         file = f"{folder}/{FILE}"
         stored = json.loads(self._from_storage(file, lambda: _read(file)) or "{}")
-        before = str(stored.get("run_id", ""))
+        before = str(stored.get("run_id") or finished_by)
         earlier = [_point(one) for one in stored.get("metrics", ())]
         earlier += inherit(before) if before and before != owner else ()
         with self._changed:

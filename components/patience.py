@@ -46,6 +46,8 @@ def is_transient(error: BaseException) -> bool:
             return True
         if module.startswith("tensorflow."):
             return type(cause).__name__ in _TRANSIENT_IN_STORAGE
+        if _is_locked(cause):
+            return True
     # Only the exceptions of MLflow's REST client come from a server. Its other exceptions are errors of this process.
     return _rest_status(error) in _TRANSIENT
 
@@ -73,6 +75,8 @@ def answer(error: BaseException) -> str:
         return f"answers HTTP {statuses[0]}{where}"
     if any(isinstance(one, TimeoutError) or "Timeout" in type(one).__name__ for one in causes):
         return f"does not answer{where} (timeout)"
+    if any(map(_is_locked, causes)):
+        return "is locked by another process"
     reasons = [one.strerror for one in causes if isinstance(one, OSError) and one.strerror]
     if is_transient(error) and (reasons or urls):
         return f"does not answer{where} ({reasons[-1].lower() if reasons else one_line(causes[-1])})"
@@ -95,6 +99,11 @@ def _causes(error: BaseException) -> Iterator[Any]:
     while cause is not None:
         yield cause
         cause = cause.__cause__ or cause.__context__
+
+
+def _is_locked(error: BaseException) -> bool:
+    """Returns whether another process holds the lock of a SQLite database."""
+    return getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
 
 
 def _rest_status(error: BaseException) -> int | None:

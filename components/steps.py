@@ -119,7 +119,7 @@ def pretrain(
     from trainer.config import BOOKKEEPING, pretraining_of
     from trainer.distribution import claim_devices, describe_run
     from trainer.initial import open_source
-    from trainer.preemption import exits_if_preempted, sigterm_noted
+    from trainer.preemption import ending_noted, exits_if_preempted
     from trainer.presets import resolve_pretraining
     from trainer.shared.progress import ProgressBars
     from trainer.train import train
@@ -149,11 +149,12 @@ def pretrain(
             about["init_from"] = sha256_of(source.arrays)
             run.encoders.start_from(source.path, about["init_from"])
         if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):
-            claim = workspace.claim(checkpoints, run.job, **about, code_version=code_version)
+            reuses = bool(os.environ.get(variables.REUSE))
+            claim = workspace.claim(checkpoints, run.job, reuses, **about, code_version=code_version)
             run.at_end(claim.release)
         model.uri = claim.folder
-        run.metrics.keep_in(claim.folder)
-        with sigterm_noted() as should_stop:
+        run.metrics.keep_in(claim.folder, run.run_in(claim.finished_by))
+        with ending_noted() as should_stop:
             result = train(
                 config,
                 dataset.uri,
@@ -210,7 +211,7 @@ def linear_eval(
     from eval.measure.linear_eval import linear_eval as evaluate
     from eval.show.report import write_report
     from trainer.distribution import claim_devices, describe_run
-    from trainer.preemption import exits_if_preempted, sigterm_noted
+    from trainer.preemption import ending_noted, exits_if_preempted
     from trainer.shared.progress import ProgressBars
 
     arguments = {"overrides": overrides, "code_version": code_version}
@@ -226,10 +227,11 @@ def linear_eval(
         claim = workspace.Claim(metrics.uri)
         if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):
             about = {"model": model.metadata["state_sha256"], "dataset": dataset.metadata["fingerprint"]}
-            claim = workspace.claim(checkpoints, run.job, linear_eval=overrides, **about, code_version=code_version)
+            reuses = bool(os.environ.get(variables.REUSE))
+            claim = workspace.claim(checkpoints, run.job, reuses, linear_eval=overrides, **about, code_version=code_version)
             run.at_end(claim.release)
-        run.metrics.keep_in(claim.folder)
-        with sigterm_noted() as should_stop:
+        run.metrics.keep_in(claim.folder, run.run_in(claim.finished_by))
+        with ending_noted() as should_stop:
             result = evaluate(
                 dataset.uri,
                 model.uri,

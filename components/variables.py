@@ -17,3 +17,6 @@ RERUN_OF = "SOGCLR_RERUN_OF"
 
 ACCELERATOR = "SOGCLR_ACCELERATOR"
 """The accelerator that a step must use: its name, TensorFlow build and replicas, for example "v5e-8 tpu 8"."""
+
+REUSE = "SOGCLR_REUSE"
+"""Set if a step goes on from work with the same settings and data that another job on this machine has finished."""

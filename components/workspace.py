@@ -32,6 +32,8 @@ class Claim:
 
     folder: str
     hold: Hold | None = None
+    finished_by: str = ""
+    """The other job that finished the work in this folder before; empty if none did."""
 
     def release(self, finished: bool) -> None:
         if self.hold:
@@ -51,12 +53,13 @@ class Claim:
         return checked
 
 
-def claim(root: str, job: str, /, **depends_on: Any) -> Claim:
+def claim(root: str, job: str, reuses: bool = False, /, **depends_on: Any) -> Claim:
     """Returns a folder under `root` for work of `job` whose result depends on `depends_on` alone.
 
     Returns the folder of an earlier attempt of the same job, finished or not; else a folder that another job left unfinished;
-    else a new one. A folder that another job finished is never touched. Two processes never hold the same folder: a lock ensures
-    it on this machine, a lease on gs://. On other remote storage nothing does.
+    else a new one. A folder that another job finished is touched only if the job `reuses` such work, on this machine. Two
+    processes never hold the same folder: a lock ensures it on this machine, a lease on gs://. On other remote storage nothing
+    does.
     """
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()[:16]
     for number in itertools.count(1):
@@ -66,9 +69,9 @@ def claim(root: str, job: str, /, **depends_on: Any) -> Claim:
         elif "://" in folder:
             hold = _Open() if _is_unfinished(folder) else None
         else:
-            hold = _lock(folder, job)
+            hold = _lock(folder, job, reuses)
         if hold:
-            return Claim(folder, hold)
+            return Claim(folder, hold, hold.finished_by if isinstance(hold, _Lock) else "")
     raise AssertionError("there is always a next number")
 
 
@@ -93,8 +96,8 @@ class _Open:
 class _Lock:
     """A locked file beside the folder. It records which job works in the folder and whether that job has finished."""
 
-    def __init__(self, file: IO[str], job: str) -> None:
-        self._file, self._job = file, job
+    def __init__(self, file: IO[str], job: str, finished_by: str = "") -> None:
+        self._file, self._job, self.finished_by = file, job, finished_by
         self._write(lease.WORKING)
 
     def require(self) -> None:
@@ -112,7 +115,7 @@ class _Lock:
         self._file.flush()
 
 
-def _lock(folder: str, job: str) -> _Lock | None:
+def _lock(folder: str, job: str, reuses: bool) -> _Lock | None:
     parent, name = os.path.split(folder)
     os.makedirs(parent, exist_ok=True)
     file = open(f"{parent}/.{name}.lock", "a+")  # noqa: SIM115  stays open until the work or the process ends
@@ -128,8 +131,10 @@ def _lock(folder: str, job: str) -> _Lock | None:
     except ValueError:
         # An earlier version wrote the file, or its writer was killed halfway.
         found = {}
-    if found.get("job") != job and (found.get("state") == lease.FINISHED or not (found or _is_unfinished(folder))):
+    finished = found.get("state") == lease.FINISHED or not (found or _is_unfinished(folder))
+    by_another = finished and found.get("job") != job
+    if by_another and not reuses:
         file.close()
         return None
     _held.append(file)
-    return _Lock(file, job)
+    return _Lock(file, job, found.get("job", "") if by_another else "")

@@ -2,8 +2,8 @@
 
     python -m eval.task --data DATA --checkpoint CHECKPOINTS --output OUTPUT [--set linear_eval.key=value ...]
 
-The same command resumes from the features, the finished protocols and the finished epochs in OUTPUT. On SIGTERM it saves its
-state and exits with 75, "temporary failure": run it again.
+The same command resumes from the features, the finished protocols and the finished epochs in OUTPUT. On SIGTERM, and on SIGHUP
+of a closed terminal, it saves its state and exits with 75, "temporary failure": run it again.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 
-from trainer.preemption import exits_if_preempted, sigterm_noted
+from trainer.preemption import ending_noted, exits_if_preempted
 from trainer.shared.errors import UserError
 from trainer.shared.progress import ProgressBars
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from eval.measure.linear_eval import linear_eval
         from trainer.distribution import claim_devices
 
-        with exits_if_preempted(), ProgressBars() as bars, sigterm_noted() as should_stop:
+        with exits_if_preempted(), ProgressBars() as bars, ending_noted() as should_stop:
             strategy = claim_devices(say=lambda line: bars.note("linear-eval", line))
             result = linear_eval(
                 args.data,
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 on_progress=lambda done, total, text: bars("linear-eval", done, total, text),
                 should_stop=should_stop,
             )
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted: the same command goes on from the finished features and protocols\n")
     except UserError as error:
         if args.debug:
             raise

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from components.lineage import COMPONENTS, Artifact
+from pipelines.cache import folder_of
+from pipelines.logs import Log, lock_as_runner
+from trainer.shared.processes import end_with
 from trainer.shared.progress import parse_line
 
 _COLOUR = re.compile(r"\x1b\[\d*m")
@@ -39,28 +43,29 @@ class Request:
     component: str = ""
     """Empty for the whole pipeline."""
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
+    reuses: bool = True
+    """Whether finished steps are reused. Has no effect on a single component, which always runs."""
 
 
 def run(
     request: Request,
     environment: Mapping[str, str],
-    log: Path,
+    log: Log,
     on_progress: Callable[[str, int, int, str], None],
     echo: Callable[[str], None] | None = None,
 ) -> list[str] | None:
     """Runs a pipeline and returns the IDs of the MLflow runs that it made or reused, or None if it failed.
 
-    The steps get the variables of `environment`. Their output goes to the file `log` and line by line to `echo`; progress lines
-    go to `on_progress`, notes to stderr.
+    The steps get the variables of `environment`. Their output goes to `log` and line by line to `echo`; progress lines
+    go to `on_progress`, notes to stderr. If this process dies, the steps die with it.
     """
     project = str(Path(__file__).absolute().parents[1])
     search = os.pathsep.join(filter(None, (project, os.environ.get("PYTHONPATH"))))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch, log.open("w") as file:
+    with tempfile.TemporaryDirectory() as scratch:
         request_file, answer_file = Path(scratch, "request.json"), Path(scratch, "answer.json")
         request_file.write_text(json.dumps(asdict(request)))
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "pipelines.local", str(request_file), str(answer_file)],
+            [sys.executable, "-u", "-m", "pipelines.local", str(request_file), str(answer_file), str(log.path), str(os.getpid())],
             # Steps must find the project's packages before the current folder's, and must leave no temporary files behind.
             env={
                 **os.environ,
@@ -80,7 +85,7 @@ def run(
         try:
             for line in process.stdout or ():
                 text = _COLOUR.sub("", line)
-                file.write(text)
+                log.file.write(text)
                 if echo:
                     echo(text)
                 # KFP indents what a step prints.
@@ -110,22 +115,15 @@ def _end(process: subprocess.Popen) -> None:
             return
 
 
-def forget_lost(cache: Path, known: Callable[[str], bool]) -> None:
-    """Removes the entries of KFP's cache whose runs MLflow does not have (any more)."""
-    for entry in cache.glob("*.json"):
-        made_by = {str(output["metadata"].get("run_id")) for output in json.loads(entry.read_text()).values()}
-        if not all(map(known, made_by)):
-            entry.unlink()
+def main(request_file: str, answer_file: str, log: str, command: str) -> None:
+    locked = lock_as_runner(Path(log))
+    end_with(int(command), _die)
 
-
-def cache_of(root: Path) -> Path:
-    return root / "cache"
-
-
-def main(request_file: str, answer_file: str) -> None:
     from kfp import local
+    from kfp.local import cache
 
     from pipelines import pipeline
+    from pipelines.kfp_cache import StepCache, WriteOnlyCache
 
     # A command started in the background ignores SIGINT, and so would every step. `_end` needs SIGINT to interrupt them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -135,11 +133,12 @@ def main(request_file: str, answer_file: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # KFP puts the interpreter's path into a shell command without quoting it.
     sys.executable = shlex.quote(sys.executable)
+    cache.LocalCache = StepCache if request["reuses"] else WriteOnlyCache
     local.init(
         local.SubprocessRunner(use_venv=False),
         pipeline_root=str(Path(request["root"], "kfp")),
         enable_caching=not request["component"],
-        cache_root=str(cache_of(Path(request["root"]))),
+        cache_root=str(folder_of(Path(request["root"]))),
     )
     if request["component"]:
         pipeline.one_step(request["component"], request["arguments"], inputs)()
@@ -147,6 +146,13 @@ def main(request_file: str, answer_file: str) -> None:
     else:
         made = [artifact.metadata["run_id"] for artifact in pipeline.sogclr(**request["arguments"]).outputs.values()]
     Path(answer_file).write_text(json.dumps(made))
+    locked.close()
+
+
+def _die() -> None:
+    """Ends this process and its steps at once, and removes their temporary files."""
+    shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

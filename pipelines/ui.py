@@ -26,6 +26,8 @@ def serve(uri: str, artifacts: str, port: int, log: Path, ready: Callable[[str],
             probe.bind((_HOST, port))
         except (OSError, OverflowError) as error:
             raise UserError(f"--port {port} is not available ({error}): take another") from error
+        # Of --port 0, the system chooses the port.
+        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", _HOST, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--default-artifact-root", artifacts, "--no-serve-artifacts"]
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from support.processes import started
 
 from components import tracking
 from components.lineage import COMPONENTS, Artifact, Lineage, Step
-from pipelines import cli, code, local
+from pipelines import cli, code
+from pipelines.cache import drop_unusable
 from pipelines.cli import executing, looking, store
 from pipelines.cli.parser import make_parser
 from trainer.presets import PRESETS
@@ -367,10 +369,15 @@ def test_mlflow_is_under_the_root_unless_the_environment_says_otherwise(here, mo
 def test_the_cache_forgets_what_mlflow_does_not_know(here):
     opened = tracking.open_store(f"sqlite:///{here}/mlflow.db", artifacts=str(here))
     known = opened.client.create_run(opened.experiment_id).info.run_id
+    opened.client.log_dict(known, {}, "step.json")
+    (here / "cache").mkdir()
+    (here / "x").touch()
     for name, run_id in {"kept": known, "lost": "0" * 32}.items():
-        (here / f"{name}.json").write_text(json.dumps({"dataset": {"uri": "x", "metadata": {"run_id": run_id}}}))
-    local.forget_lost(here, lambda run_id: tracking.knows(opened, run_id))
-    assert [path.name for path in here.glob("*.json")] == ["kept.json"]
+        (here / "cache" / f"{name}.json").write_text(json.dumps({"dataset": {"uri": "x", "metadata": {"run_id": run_id}}}))
+    assert list(drop_unusable(here, partial(tracking.why_lost, opened))) == [
+        "lost drops out of the cache: run 00000000 is not in MLflow any more"
+    ]
+    assert [path.name for path in here.glob("cache/*.json")] == ["kept.json"]
 
 
 @pytest.mark.thorough

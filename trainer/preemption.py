@@ -1,4 +1,4 @@
-"""Preemption: a machine sends SIGTERM before it is taken away. A run then saves its state and exits."""
+"""Preemption: a machine that is taken away sends SIGTERM, a closed terminal SIGHUP. A run then saves its state and exits."""
 
 import os
 import signal
@@ -6,6 +6,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from trainer.shared.processes import endings
 
 EXIT_CODE = 75
 """Exit status of a preempted run: "temporary failure, try again" (EX_TEMPFAIL of sysexits.h)."""
@@ -35,11 +37,15 @@ def exits_if_preempted() -> Iterator[None]:
 
 
 @contextmanager
-def sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """Keeps SIGTERM from ending the process, and yields a callable that tells whether it arrived. For the main thread only."""
+def ending_noted() -> Iterator[Callable[[], bool]]:
+    """Keeps SIGTERM and SIGHUP from ending the process, and yields a callable that tells whether one arrived.
+
+    For the main thread only. A SIGHUP that is ignored, as under nohup, stays ignored.
+    """
     arrived = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda number, frame: arrived.set())
+    before = {number: signal.signal(number, lambda number, frame: arrived.set()) for number in endings()}
     try:
         yield arrived.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,8 +2,8 @@
 
     python -m trainer.task --preset demo --data DATA --checkpoint-dir CHECKPOINTS [--set key=value ...]
 
-The same command resumes from the newest checkpoint. On SIGTERM it saves its state and exits with 75, "temporary failure": run it
-again.
+The same command resumes from the newest checkpoint. On SIGTERM, and on SIGHUP of a closed terminal, it saves its state and exits
+with 75, "temporary failure": run it again.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from trainer.preemption import exits_if_preempted, sigterm_noted
+from trainer.preemption import ending_noted, exits_if_preempted
 from trainer.presets import resolve_pretraining
 from trainer.shared.errors import UserError
 from trainer.shared.progress import ProgressBars
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from trainer.distribution import claim_devices
         from trainer.train import train
 
-        with exits_if_preempted(), ProgressBars() as bars, sigterm_noted() as should_stop:
+        with exits_if_preempted(), ProgressBars() as bars, ending_noted() as should_stop:
             strategy = claim_devices(say=lambda line: bars.note("pretrain", line))
             result = train(
                 config,
@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 should_stop=should_stop,
                 say=lambda line: bars.note("pretrain", line),
             )
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted: the same command goes on from the newest checkpoint\n")
     except UserError as error:
         if args.debug:
             raise

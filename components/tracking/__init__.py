@@ -16,13 +16,15 @@ from components.tracking.pipeline_runs import (
     job_of,
     join,
     log_estimate,
+    note_started,
     pipeline_of_job,
+    running,
     start_pipeline,
 )
-from components.tracking.recorded import find_run, find_step, history_behind, knows, picture_uri
+from components.tracking.recorded import find_run, find_step, history_behind, knows, picture_uri, why_lost
 from components.tracking.registry import ENCODER
 from components.tracking.step_runs import StepRun, recorded_before, step
-from components.tracking.store import EXPERIMENT, Store, describe_store, open_job_store, open_store, patient
+from components.tracking.store import EXPERIMENT, Store, describe_store, open_job_store, open_root, open_store, patient
 
 __all__ = [
     "CURVES",
@@ -44,14 +46,18 @@ __all__ = [
     "knows",
     "log_estimate",
     "move_credentials",
+    "note_started",
     "open_job_store",
+    "open_root",
     "open_store",
     "patient",
     "picture_uri",
     "pipeline_of_job",
     "read_secret",
     "recorded_before",
+    "running",
     "start_pipeline",
     "step",
+    "why_lost",
     "without_credentials",
 ]

@@ -50,10 +50,11 @@ class Metrics:
         for name, points in runs.metric_histories(self._store, self._run_id).items():
             self._recorded |= {(name, point.step) for point in points}
 
-    def keep_in(self, folder: str) -> None:
+    def keep_in(self, folder: str, finished_by: str = "") -> None:
         """Keeps undelivered metrics in `folder`, and delivers those that an earlier attempt left there.
 
-        If the earlier attempt had another run, copies that run's history into this one and tags this one with its ID.
+        If the earlier attempt had another run, or if the run `finished_by` finished the work in the folder, copies that run's
+        history into this one and tags this one with its ID.
         """
 
         def inherit(before: str) -> list[Point]:
@@ -63,7 +64,7 @@ class Metrics:
             found = runs.metric_histories(self._store, before)
             return [(name, one.value, one.timestamp, one.step) for name, points in found.items() for one in points]
 
-        self._outbox.keep_in(folder, self._run_id, inherit)
+        self._outbox.keep_in(folder, self._run_id, inherit, finished_by)
         self._recorded |= {(name, step) for name, _, _, step in self._outbox.taken_over}
 
     def history(self) -> History:

@@ -28,6 +28,8 @@ INIT_STATE = "sogclr.init_from.state_sha256"
 """Digest of the state in that checkpoint."""
 INIT_RUN = "sogclr.init_from.run_id"
 """The run that made that checkpoint. Absent if this store has no encoder of that state."""
+STARTING = "sogclr.starting"
+"""Name of a pipeline run's log until the log has the run's ID. Removed then."""
 
 JOB = "sogclr.job"
 """Name of the pipeline job."""

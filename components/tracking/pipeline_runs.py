@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mlflow.entities import Run
+
 from components import console, variables
 from components.lineage import Lineage
 from components.tracking import names, runs
@@ -23,11 +25,12 @@ def start_pipeline(
     git_commit: str = "",
     params: Mapping[str, Any],
     rerun_of: str = "",
+    token: str = "",
 ) -> str:
     """Opens a pipeline's run and returns its ID.
 
     `root` is the --root that a later command needs; empty for the default. `rerun_of` is the ID of the step's run that is
-    repeated.
+    repeated. `running` returns the `token` until `note_started`.
     """
     tags = {
         names.COMPONENT: names.PIPELINE,
@@ -36,22 +39,34 @@ def start_pipeline(
         names.CODE: code_version,
         names.COMMIT: git_commit,
         names.RERUN_OF: rerun_of,
+        names.STARTING: token,
     }
     run = store.client.create_run(store.experiment_id, run_name=name, tags={key: value for key, value in tags.items() if value})
     runs.log_params(store, run.info.run_id, params)
     return run.info.run_id
 
 
+def note_started(store: Store, pipeline_id: str) -> None:
+    """Removes the token of a pipeline's run."""
+    store.client.delete_tag(pipeline_id, names.STARTING)
+
+
+def running(store: Store) -> dict[str, str]:
+    """Returns the token, or "", of every pipeline run that is recorded as running, by the run's ID."""
+    chosen = f"attributes.status = 'RUNNING' and tags.`{names.COMPONENT}` = '{names.PIPELINE}'"
+    found = store.client.search_runs([store.experiment_id], chosen)
+    return {run.info.run_id: run.data.tags.get(names.STARTING, "") for run in found}
+
+
 def end_pipeline(store: Store, pipeline_id: str, status: str, run_ids: Iterable[str] = ()) -> Lineage:
     """Closes a pipeline's run, which consists of `run_ids` and of the runs nested in it. Returns its lineage.
 
-    Marks a step that is still recorded as running as killed.
+    Marks a step that is still recorded as running as killed, even if it died before it was joined to the pipeline's run.
     """
-    for run_id in run_ids:
-        runs.set_tags(store, pipeline_id, runs.named_by(store.client.get_run(run_id)))
-    for one in lineage(store, pipeline_id).steps:
-        if one.status == "RUNNING" and one.pipeline_id == pipeline_id:
-            store.client.set_terminated(one.run_id, "KILLED")
+    _join(store, pipeline_id, [store.client.get_run(run_id) for run_id in run_ids])
+    for run in runs.search(store, names.PARENT, pipeline_id):
+        if run.info.status == "RUNNING":
+            store.client.set_terminated(run.info.run_id, "KILLED")
     chain = lineage(store, pipeline_id)
     result = chain.output("metrics")
     if status == "FINISHED" and result is not None:
@@ -112,9 +127,17 @@ def _job_link(folder: str, job: str) -> str:
 def join(store: Store, job: str, run_ids: Iterable[str]) -> None:
     """Records that a pipeline job consists of the runs `run_ids`, including those that it took from the cache."""
     pipeline_id = pipeline_of_job(store, job)
-    for run in filter(None, (runs.find(store, run_id) for run_id in run_ids)):
-        runs.set_tags(store, pipeline_id, runs.named_by(run))
+    _join(store, pipeline_id, list(filter(None, (runs.find(store, run_id) for run_id in run_ids))))
     redraw(store, pipeline_id)
+
+
+def _join(store: Store, pipeline_id: str, steps: Sequence[Run]) -> None:
+    """Tags a pipeline's run with its steps' runs, and with the runs whose outputs the steps used."""
+    tags = {key: run_id for run in steps for key, run_id in runs.named_by(run).items()}
+    # A step that was reused by the content of its inputs may name another run than the one that made this pipeline's input.
+    tags |= {names.RUN_OF + run.data.tags[names.COMPONENT]: run.info.run_id for run in steps}
+    if tags:
+        runs.set_tags(store, pipeline_id, tags)
 
 
 def end_job(store: Store, job: str, state: str) -> None:

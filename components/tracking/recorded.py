@@ -17,6 +17,17 @@ def knows(store: Store, run_id: str) -> bool:
     return run is not None and run.info.lifecycle_stage == "active"
 
 
+def why_lost(store: Store, run_id: str) -> str:
+    """Returns why the record of a finished step cannot be used any more, or "" if it can."""
+    if not knows(store, run_id):
+        return "is not in MLflow any more"
+    return "" if step_file.is_complete(store, run_id) else _gone(store, run_id)
+
+
+def _gone(store: Store, run_id: str) -> str:
+    return f"is lost: its artifacts are gone from {store.client.get_run(run_id).info.artifact_uri}"
+
+
 def find_run(store: Store, prefix: str) -> str:
     """Returns the ID of the run whose ID begins with `prefix`. Raises UserError if there is none, or more than one."""
     if len(prefix) < 8:
@@ -46,7 +57,10 @@ def find_step(store: Store, run_id: str, component: str) -> Step:
         raise UserError(
             f"run {short(run_id)} has no {component}, only {', '.join(there) or 'nothing'}; sogclr run goes on from there"
         )
-    return read_step(store, found)
+    step = read_step(store, found)
+    if step.status == "FINISHED" and not step.outputs:
+        raise UserError(f"the {component} {short(found)} {_gone(store, found)}; sogclr run makes it again")
+    return step
 
 
 def read_step(store: Store, run_id: str) -> Step:

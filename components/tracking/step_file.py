@@ -35,6 +35,11 @@ def complete(store: Store, run_id: str, arguments: Mapping[str, Any], outputs: M
     store.client.log_dict(run_id, {"arguments": dict(arguments), "outputs": artifacts}, names.STEP_FILE)
 
 
+def is_complete(store: Store, run_id: str) -> bool:
+    """Returns whether a step has recorded its outputs and the record is still there."""
+    return any(file.path == names.STEP_FILE for file in store.client.list_artifacts(run_id))
+
+
 def read(store: Store, run_id: str) -> dict[str, Any]:
     """Returns the `arguments` and `outputs` of a step. Outputs are empty before it is complete, both before it began."""
     recorded: dict[str, Any] = {"arguments": {}, "outputs": {}}

@@ -23,12 +23,16 @@ from components.tracking.step_file import KfpArtifact
 from components.tracking.store import Store, impatient, open_job_store
 from trainer.shared.errors import UserError
 
+_LOCAL_JOB = "pipeline run "
+"""Prefix of the name of a pipeline job on this machine, before the ID of its run."""
+
 
 class StepRun:
     """The run of a step that is running. `metrics`, `datasets` and `encoders` record the things of their names."""
 
-    def __init__(self, store: Store, run_id: str, job: str = "") -> None:
+    def __init__(self, store: Store, run_id: str, job: str = "", component: str = "") -> None:
         self.run_id = run_id
+        self._component = component
         self.job = job
         """The pipeline job of this step; on Vertex AI, its resource name."""
         self.metrics = Metrics(store, run_id)
@@ -62,6 +66,11 @@ class StepRun:
     def history_behind(self, component: str) -> recorded.History:
         """Returns every metric of the run of `component` whose output this one used; empty if the store lacks that run."""
         return recorded.history_behind(self._store, self.run_id, component)
+
+    def run_in(self, job: str) -> str:
+        """Returns the ID of this component's run in another `job` of this machine, or "" if the store has none."""
+        found = _attempts(self._store, self._component, job.removeprefix(_LOCAL_JOB)) if job.startswith(_LOCAL_JOB) else []
+        return found[-1].info.run_id if found else ""
 
     def at_end(self, end: Callable[[bool], None]) -> None:
         """Registers `end(finished)`, which `close` calls after the metrics are delivered or stored."""
@@ -128,7 +137,7 @@ def step(
         artifact.metadata["run_id"] = run_id
 
     folder = environ.get(variables.JOB_FOLDER, "")
-    run = StepRun(store, run_id, f"{folder}/pipelineJobs/{job_of(first.uri)}" if folder else f"pipeline run {pipeline_id}")
+    run = StepRun(store, run_id, f"{folder}/pipelineJobs/{job_of(first.uri)}" if folder else _LOCAL_JOB + pipeline_id, component)
     if earlier:
         run.metrics.skip_recorded()
     run.log_params(arguments)

@@ -1,25 +1,42 @@
 """Opens and describes the MLflow store. While a store is down, its client repeats every call."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from components.patience import PATIENCE_OF_STEPS, PatientClient, answer, is_transient, one_line, without_credentials
+from components.patience import (
+    PATIENCE_OF_STEPS,
+    PatientClient,
+    answer,
+    is_transient,
+    one_line,
+    patiently,
+    without_credentials,
+)
+from components.tracking import database
 from components.tracking.credentials import move_credentials, read_secret
 from trainer.shared.errors import UserError
 
 EXPERIMENT = "sogclr"
 """Default name of the experiment."""
 
-_MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+_KIND = "custom_model_development"
+_PATIENCE_WITH_A_DATABASE = 300.0
+"""Seconds that a call waits for another process to unlock a database. A server that is down is an error at once."""
 _INVALID_HOST = "Invalid Host header"
 """The answer of an MLflow server whose --allowed-hosts lacks the host in the client's request."""
+
+
+# MLflow would print the traceback of an error that this project puts into one line.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -33,12 +50,43 @@ class Store:
 def open_store(uri: str, experiment: str = EXPERIMENT, artifacts: str | None = None, patience: float = 0.0) -> Store:
     """Returns the store at `uri`. Creates its experiment if there is none, with the folder `artifacts` for artifacts.
 
-    While the store is down, its client repeats each call for `patience` seconds. Raises UserError if the store cannot be used.
+    Makes the database of a local store if there is none. While the store is down, its client repeats each call for `patience`
+    seconds. Raises UserError if the store cannot be used.
     """
+    file = database.file_of(uri)
+    if file:
+        patience = max(patience, _PATIENCE_WITH_A_DATABASE)
+        patiently(lambda: database.require_whole(file), patience)
     with _refused_in_one_line(uri):
-        client = cast(MlflowClient, PatientClient(MlflowClient(uri), patience))
-        found = client.get_experiment_by_name(experiment)
-        return Store(client, found.experiment_id if found else client.create_experiment(experiment, artifacts, _MODEL_TRAINING))
+        client = cast(MlflowClient, PatientClient(patiently(lambda: MlflowClient(uri), patience), patience))
+        return Store(client, _experiment(client, experiment, artifacts))
+
+
+def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    """Returns the ID of an experiment, and creates it if there is none. Raises UserError if it is deleted."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifacts, {"mlflow.experimentKind": _KIND})
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            # Another process made it meanwhile, or the answer to the first call was lost.
+            return _experiment(client, name, artifacts)
+    if found.lifecycle_stage != "active":
+        raise UserError(
+            f"the experiment {name} is deleted in MLflow: mlflow experiments restore --experiment-id {found.experiment_id} "
+            "brings it back with its runs, MLFLOW_EXPERIMENT_NAME=NAME starts another"
+        )
+    return found.experiment_id
+
+
+def open_root(root: Path, experiment: str = EXPERIMENT) -> Store:
+    """Returns the store in a root, and makes it if there is none. If the root has moved, its records follow."""
+    file = root / database.DATABASE
+    patiently(lambda: database.require_whole(file), _PATIENCE_WITH_A_DATABASE)
+    patiently(lambda: database.follow_root(root, _KIND), _PATIENCE_WITH_A_DATABASE)
+    return open_store(f"sqlite:///{file}", experiment, str(root / database.ARTIFACTS))
 
 
 def open_job_store(environ: Mapping[str, str] = os.environ) -> Store:
@@ -53,6 +101,9 @@ def open_job_store(environ: Mapping[str, str] = os.environ) -> Store:
 
 def describe_store(uri: str, experiment: str = EXPERIMENT) -> str:
     """Returns in words whether the store at `uri` has the experiment. Changes nothing. Raises UserError if it cannot be used."""
+    file = database.file_of(uri)
+    if file and not database.is_whole(file):
+        raise UserError(f"{file} is half made: sogclr run makes it again if it holds no runs")
     with _refused_in_one_line(uri):
         found = MlflowClient(uri).get_experiment_by_name(experiment)
         return f"has the experiment {experiment}" if found else f"answers; sogclr run makes the experiment {experiment}"

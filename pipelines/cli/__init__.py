@@ -9,9 +9,11 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from pipelines.cli.parser import make_parser
 from trainer.shared.errors import UserError
+from trainer.shared.processes import endings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,14 +23,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     has closed it.
     """
     args = make_parser().parse_args(arguments)
-    # Treat SIGTERM like an interrupt, so that child processes are ended too.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Treat SIGTERM, and SIGHUP of a closed terminal, like an interrupt, so that child processes are ended too.
+    before = {number: signal.signal(number, signal.default_int_handler) for number in endings()}
     try:
         code: int = args.command(args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        with suppress(OSError):  # a closed terminal takes no more lines
+            print("interrupted", file=sys.stderr, flush=True)
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
@@ -38,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {_in_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from components.lineage import short
 from pipelines.cli.options import Commands, Output, add_command, add_json, add_root, read_output
-from pipelines.cli.store import absolute, check_runs, open_store, shown
+from pipelines.cli.store import check_runs, open_store, root_of, shown
 from trainer.shared.errors import UserError
 
 _EXAMPLES = """
@@ -39,7 +39,7 @@ class CompareOptions:
 
 
 def _read(args: Namespace) -> CompareOptions:
-    return CompareOptions(tuple(args.runs), absolute(args.root), args.output, read_output(args))
+    return CompareOptions(tuple(args.runs), root_of(args.root), args.output, read_output(args))
 
 
 def print_comparison(options: CompareOptions) -> int:

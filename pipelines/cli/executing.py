@@ -3,17 +3,24 @@
 import json
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from components import variables
 from components.lineage import Lineage, short
 from pipelines import local
+from pipelines.cache import drop_unusable
 from pipelines.cli.options import Output
 from pipelines.cli.store import ROOT, mlflow_names, open_store, shown
 from pipelines.code import code_version, git_commit
+from pipelines.logs import abandoned, is_dead, log_of, log_of_new_run
 from trainer.shared.progress import ProgressBars
+
+if TYPE_CHECKING:
+    from components.tracking import Store
 
 
 @dataclass(frozen=True)
@@ -37,38 +44,64 @@ def execute(request: local.Request, record: Record, output: Output) -> int:
     # A run must be closed even if the server is down when it ends, so its store waits.
     store = open_store(root)
     store = replace(store, client=tracking.patient(store.client))
-    pipeline_id = tracking.start_pipeline(
-        store,
-        record.name,
-        command=record.command,
-        root="" if record.root == ROOT else record.root,
-        code_version=code_version(),
-        git_commit=git_commit(),
-        params=request.arguments,
-        rerun_of=record.rerun_of,
-    )
-    log = root / "logs" / f"{pipeline_id}.log"
-    local.forget_lost(local.cache_of(root), lambda run_id: tracking.knows(store, run_id))
-    environment = {
+    close_dead(store, root)
+
+    def start(token: str) -> str:
+        return tracking.start_pipeline(
+            store,
+            record.name,
+            command=record.command,
+            root="" if record.root == ROOT else record.root,
+            code_version=code_version(),
+            git_commit=git_commit(),
+            params=request.arguments,
+            rerun_of=record.rerun_of,
+            token=token,
+        )
+
+    with log_of_new_run(root, start, partial(tracking.note_started, store)) as (pipeline_id, log):
+        status = "KILLED"
+        made: list[str] | None = None
+        try:
+            for line in () if request.component else drop_unusable(root, partial(tracking.why_lost, store)):
+                print(line, file=sys.stderr, flush=True)
+            with ProgressBars() as bars:
+                made = local.run(request, _environment(root, pipeline_id, request), log, bars, _echo(output))
+            status = "FAILED" if made is None else "FINISHED"
+        finally:
+            chain = tracking.end_pipeline(store, pipeline_id, status, made or [])
+    if made is None:
+        return _print_failure(chain, log_of(root, pipeline_id))
+    picture = tracking.picture_uri(store, pipeline_id)
+    print(json.dumps(_as_json(chain, picture)) if output.json else "\n".join(summary(chain, picture, root)))
+    return 0
+
+
+def close_dead(store: "Store", root: Path) -> None:
+    """Closes the runs of commands that died without closing them. They are recorded as killed."""
+    from components import tracking
+
+    left = abandoned(root)
+    for run_id, token in tracking.running(store).items():
+        if is_dead(root, run_id, token, lambda: print("waiting for the steps of a killed command to end", file=sys.stderr)):
+            tracking.end_pipeline(store, run_id, "KILLED")
+    for beginning in left:
+        beginning.unlink(missing_ok=True)
+
+
+def _environment(root: Path, pipeline_id: str, request: local.Request) -> dict[str, str]:
+    """Returns the variables of a run's steps."""
+    return {
         **mlflow_names(root),
         "MLFLOW_RUN_ID": pipeline_id,
         # Vertex AI sets the same variable. An interrupted step resumes from this folder.
         "AIP_CHECKPOINT_DIR": str(root / "checkpoints"),
+        **({variables.REUSE: "true"} if request.reuses and not request.component else {}),
     }
-    echo = (lambda line: print(line, end="", file=sys.stderr)) if output.debug else None
-    status = "KILLED"
-    made: list[str] | None = None
-    try:
-        with ProgressBars() as bars:
-            made = local.run(request, environment, log, bars, echo)
-        status = "FAILED" if made is None else "FINISHED"
-    finally:
-        chain = tracking.end_pipeline(store, pipeline_id, status, made or [])
-    if made is None:
-        return _print_failure(chain, log)
-    picture = tracking.picture_uri(store, pipeline_id)
-    print(json.dumps(_as_json(chain, picture)) if output.json else "\n".join(summary(chain, picture, root)))
-    return 0
+
+
+def _echo(output: Output) -> Callable[[str], None] | None:
+    return (lambda line: print(line, end="", file=sys.stderr)) if output.debug else None
 
 
 def _print_failure(chain: Lineage, log: Path) -> int:

@@ -1,12 +1,13 @@
 """The commands that only show things: ui, doctor, presets, accelerators."""
 
 import json
+import os
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipelines.cli.options import Commands, Output, add_command, add_json, add_root, read_output
-from pipelines.cli.store import absolute, check_runs, mlflow_names, shown
+from pipelines.cli.store import check_runs, mlflow_names, open_store, root_of, shown
 from pipelines.vertex.accelerators import ACCELERATORS
 from trainer.presets import PRESETS
 from trainer.shared.errors import UserError
@@ -16,7 +17,7 @@ def add_to(commands: Commands) -> None:
     """Adds the commands of this module."""
     ui = add_command(commands, "ui", _read_ui, open_ui, "Open the MLflow UI on a root.")
     add_root(ui)
-    ui.add_argument("--port", type=int, default=5000, help="port on this machine (default: 5000)")
+    ui.add_argument("--port", type=int, default=5000, help="port on this machine (default: 5000); 0 for any")
 
     summary = "Show what a bug report needs to know about this machine, with advice on each problem."
     doctor = add_command(commands, "doctor", _read_doctor, examine_machine, summary)
@@ -38,7 +39,7 @@ class UiOptions:
 
 
 def _read_ui(args: Namespace) -> UiOptions:
-    return UiOptions(absolute(args.root), args.port)
+    return UiOptions(root_of(args.root), args.port)
 
 
 def open_ui(options: UiOptions) -> int:
@@ -52,6 +53,9 @@ def open_ui(options: UiOptions) -> int:
         from components.tracking import without_credentials
 
         raise UserError(f"the runs are on a server, as MLFLOW_TRACKING_URI says: open {without_credentials(uri)}")
+    # If the root has moved, its records follow before they are shown.
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        open_store(root)
     log = root / "logs" / "ui.log"
     try:
         serve(uri, str(root / "artifacts"), options.port, log, lambda url: print(f"MLflow: {url} (Ctrl-C ends it)", flush=True))
@@ -70,7 +74,7 @@ class DoctorOptions:
 
 
 def _read_doctor(args: Namespace) -> DoctorOptions:
-    return DoctorOptions(absolute(args.root), read_output(args))
+    return DoctorOptions(root_of(args.root), read_output(args))
 
 
 def examine_machine(options: DoctorOptions) -> int:

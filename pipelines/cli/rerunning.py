@@ -29,7 +29,7 @@ from pipelines.cli.options import (
     read_output,
 )
 from pipelines.cli.sending import Sending, add_sending, job_id_of, read_sending, send
-from pipelines.cli.store import absolute, check_runs, make_root, open_store
+from pipelines.cli.store import check_runs, make_root, open_store, root_of
 from pipelines.cli.submitting import check_place
 from pipelines.code import step_version
 from pipelines.vertex import accelerators
@@ -164,7 +164,7 @@ def _rerun_run(options: FromRun) -> int:
     from components import tracking
 
     again, component = options.again, options.again.component
-    root = absolute(again.root)
+    root = root_of(again.root)
     check_runs(root)
     store = open_store(root)
     run_id = tracking.find_run(store, options.run)

@@ -30,7 +30,8 @@ examples:
   sogclr run --preset sogclr_imagenet_r50_b512 --raw /data/imagenet \\
       --root /data/runs --set data.on_bad_image=skip
 
-A second run reuses the steps whose code, settings and input did not change.
+A second run reuses the steps whose code, settings and input did not change,
+unless --no-cache is given.
 After an interrupt, pretraining resumes from its newest checkpoint.
 If MLFLOW_TRACKING_URI is set, the runs are recorded in that MLflow store.
 """
@@ -44,6 +45,7 @@ def add_to(commands: Commands) -> None:
     add_root(one)
     add_set(one)
     add_init_from(one)
+    one.add_argument("--no-cache", action="store_true", help="run every step again, from its beginning")
     add_json(one)
 
 
@@ -55,6 +57,8 @@ class RunOptions:
     init_from: str
     """Checkpoint that pretraining starts from; empty for none."""
     root: str
+    reuses: bool
+    """Whether finished steps are reused."""
     output: Output
 
 
@@ -64,7 +68,7 @@ def _read(args: Namespace) -> RunOptions:
         raise UserError(f"--preset {args.preset} needs --raw DIR, the folder of the raw archives; only the demo makes its own")
     raw = args.raw or ""
     raw = raw if "://" in raw or not raw else str(absolute(raw))
-    return RunOptions(experiment, raw, read_init_from(args), args.root, read_output(args))
+    return RunOptions(experiment, raw, read_init_from(args), args.root, not args.no_cache, read_output(args))
 
 
 def run(options: RunOptions) -> int:
@@ -83,9 +87,10 @@ def run(options: RunOptions) -> int:
     settings = ("--set", *experiment.overrides) if experiment.overrides else ()
     named = ("--raw", raw) if options.raw else ()
     begun = ("--init-from", started["init_from"]) if started else ()
-    command = ("sogclr", "run", "--preset", experiment.preset, *named, *settings, *begun)
+    again = () if options.reuses else ("--no-cache",)
+    command = ("sogclr", "run", "--preset", experiment.preset, *named, *settings, *begun, *again)
     record = Record(experiment.preset, command, options.root)
-    return execute(Request(str(root), arguments), record, options.output)
+    return execute(Request(str(root), arguments, reuses=options.reuses), record, options.output)
 
 
 def _demo_raw(root: Path) -> str:

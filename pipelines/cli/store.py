@@ -1,6 +1,7 @@
 """The root, a folder for all local files, and the MLflow store in it or in the environment."""
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,15 +12,29 @@ if TYPE_CHECKING:
 
 ROOT = "runs"
 """The default root."""
+_UNUSABLE = re.compile(r"://|[?#]|%[0-9A-Fa-f]{2}")
+"""What MLflow takes for a part of a URL in the path of a file."""
 
 
 def make_root(name: str) -> Path:
     """Creates the root folder `name` if needed and returns it. Raises UserError if it cannot be a folder."""
-    root = absolute(name)
+    root = root_of(name)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--root {name} cannot be a folder: {error.strerror}") from error
+    return root
+
+
+def root_of(name: str) -> Path:
+    """Returns the absolute path of the root `name`. Raises UserError if MLflow cannot use a folder of that name."""
+    root = absolute(name)
+    if "://" in name:
+        raise UserError(f"--root {name} is not a folder of this machine; sogclr submit keeps what it makes in Cloud Storage")
+    if found := _UNUSABLE.search(str(root)):
+        raise UserError(
+            f"--root {name} cannot be used: MLflow takes {found[0]} in {root} for a part of a URL; take another folder"
+        )
     return root
 
 
@@ -43,12 +58,14 @@ def mlflow_names(root: Path) -> dict[str, str]:
 
 
 def open_store(root: Path) -> "Store":
-    """Returns the store of a root, and creates it if there is none."""
+    """Returns the store of a root, and creates it if there is none. If the root has moved, its records follow."""
     from components import tracking
 
     tracking.move_credentials()
     names = mlflow_names(root)
     uri = names["MLFLOW_TRACKING_URI"]
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        return tracking.open_root(root, names["MLFLOW_EXPERIMENT_NAME"])
     # A server chooses itself where it keeps artifacts.
     artifacts = None if uri.startswith("http") else str(root / "artifacts")
     return tracking.open_store(uri, names["MLFLOW_EXPERIMENT_NAME"], artifacts)
