@@ -96,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-side", type=int, metavar="PIXELS", help="resize larger images to this length of the longer side")
     parser.add_argument("--allow-other-counts", action="store_true", help="accept other numbers of images than ImageNet's")
+    parser.add_argument(
+        "--no-validation",
+        dest="validation",
+        action="store_false",
+        help="convert training images only: enough for pretraining, not for linear eval",
+    )
     parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="check every image and print the plan; convert nothing")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")

@@ -4,19 +4,21 @@ import hashlib
 import importlib.metadata
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from beam_jobs import files, images, subsets
-from beam_jobs.raw import SPLITS, Raw, open_raw
+from beam_jobs.raw import Raw, open_raw
 from trainer.shared.errors import UserError
 
 VERIFY = ("headers", "decode")
 ON_BAD_IMAGE = ("fail", "skip")
 WORK = ".building"
 """Folder within the output; it exists until the dataset is finished."""
+UNPACKED = ".unpacked"
+"""Folder within the output for images that `beam_jobs.unpack` writes; it exists until the dataset is finished."""
 SHARD_BYTES = 128 * 2**20
 """Approximate size of a shard if the number of shards is not given."""
 
@@ -85,6 +87,8 @@ def make_plan(
     verify: str = "headers",
     max_side: int | None = None,
     allow_other_counts: bool = False,
+    validation: bool = True,
+    unpack: Callable[[Sequence[str] | None], str] | None = None,
 ) -> Plan:
     """Returns the plan of converting the raw images in the folder `raw` to a dataset in the folder `output`.
 
@@ -96,6 +100,8 @@ def make_plan(
     verify: how deep to look for damage: headers, or decode to decode every image
     max_side: pixels of the longer side; larger images are resized to it
     allow_other_counts: whether ImageNet's synsets may have other numbers of images than ImageNet
+    validation: whether there is a validation split; linear eval needs one, pretraining does not
+    unpack: called with the chosen synsets once the other arguments are known to be valid; returns the folder of unpacked images
 
     Raises UserError for invalid arguments, and if there are no raw images.
     """
@@ -111,8 +117,9 @@ def make_plan(
     if not _NAME.fullmatch(name):
         raise UserError(f"name={name} cannot name a dataset: use small letters, digits and underscores, a letter first")
     synsets = subsets.synsets_of(subset) if subset else None
-    opened = open_raw(raw, synsets=synsets, images_per_class=images_per_class)
-    sizes = {split: sum(opened.archives[number].size for number in opened.of_split(split)) for split in SPLITS}
+    unpacked = unpack(synsets) if unpack else files.join(output, UNPACKED)
+    opened = open_raw(raw, synsets=synsets, images_per_class=images_per_class, unpacked=unpacked, validation=validation)
+    sizes = {split: sum(opened.archives[number].size for number in opened.of_split(split)) for split in opened.splits}
     options = {
         "subset": subset if subset in subsets.SUBSETS else subset and os.path.basename(subset),
         "images_per_class": images_per_class,
@@ -126,7 +133,7 @@ def make_plan(
         work=files.join(output, WORK),
         name=name,
         version=parts[-1] if versioned else "1.0.0",
-        num_shards={split: num_shards or shards_for(sizes[split]) for split in SPLITS},
+        num_shards={split: num_shards or shards_for(size) for split, size in sizes.items()},
         images=images.Options(decode=verify == "decode", max_side=max_side),
         check_first=on_bad_image == "skip",
         expected=None if allow_other_counts else subsets.known_counts(opened.synsets),

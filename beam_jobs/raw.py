@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from beam_jobs.layouts import LAYOUTS
-from beam_jobs.layouts.layout import Archive, Found, Layout, RawImage
+from beam_jobs.catalogue import Unpacked, read_summary
+from beam_jobs.layouts import LAYOUTS, name_of
+from beam_jobs.layouts.layout import Archive, Contents, Found, Layout, RawImage, Reader, Stream
 from trainer.shared.errors import UserError
 
 SPLITS = ("train", "validation")
@@ -23,8 +24,10 @@ class Raw:
     """A folder of raw data, known from outer headers, file names and labels."""
 
     folder: str
-    layouts: Mapping[str, Layout]
-    """The layout of each split."""
+    layouts: Mapping[str, Reader]
+    """What reads the images of each split."""
+    why: Mapping[str, str]
+    """The layout of each split, and why it was recognised."""
     synsets: tuple[str, ...]
     """The chosen synsets, in label order."""
     images_per_class: int | None
@@ -35,6 +38,10 @@ class Raw:
     """Faults that stop the conversion."""
     identity: str
     """Digest of the raw files. Changes when a file changes."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.layouts)
 
     def of_split(self, split: str) -> list[int]:
         """Returns the numbers of a split's archives."""
@@ -57,19 +64,36 @@ class Index:
     """Images that are not plain files, in the form of `trainer.shared.records.Split`."""
     problems: list[str]
     """Faults of the archive as a whole."""
+    repaired: list[dict[str, Any]] | None = None
+    """Source and repair of each image that will be repaired; None if the images were not checked yet."""
 
 
-def open_raw(folder: str, *, synsets: Sequence[str] | None = None, images_per_class: int | None = None) -> Raw:
+def open_raw(
+    folder: str,
+    *,
+    synsets: Sequence[str] | None = None,
+    images_per_class: int | None = None,
+    unpacked: str = "",
+    validation: bool = True,
+) -> Raw:
     """Returns the raw data in `folder` of the given synsets, or of all. Reads outer headers, file names and labels, but no image.
+
+    unpacked: the folder to which `beam_jobs.unpack` wrote the images of a `Stream`
+    validation: whether there are validation images
 
     Raises UserError if training images, validation images, labels or one of `synsets` are missing. Other faults are in
     `problems`, so that a user sees all of them at once.
     """
-    by_split = _recognise(folder)
+    by_split = recognise(folder, validation=validation)
     for split, (_, found) in by_split.items():
         _log.info("%s: %s", split, found.why)
-    layout, found = by_split["train"]
-    train = layout.training_archives(folder, found)
+    readers = {
+        split: Unpacked(unpacked, split, read_summary(unpacked).identity, layout.in_place)
+        if isinstance(layout, Stream)
+        else layout
+        for split, (layout, _) in by_split.items()
+    }
+    train = readers["train"].training_archives(folder, by_split["train"][1])
     if not train.archives:
         raise UserError("; ".join(train.problems))
     classes = {archive.synset for archive in train.archives}
@@ -79,15 +103,17 @@ def open_raw(folder: str, *, synsets: Sequence[str] | None = None, images_per_cl
         raise UserError(f"{folder} has no training images of {', '.join(missing[:3])}{more}, which the subset has")
     # If the training images are exactly the subset's, validation images may have any synset. Only the subset's are used.
     known = None if synsets and len(chosen) == len(classes) else classes
-    layout, found = by_split["validation"]
-    validation = layout.validation_archives(folder, found, known)
+    contents = [Contents(tuple(archive for archive in train.archives if archive.synset in chosen), train.problems)]
+    if validation:
+        contents.append(readers["validation"].validation_archives(folder, by_split["validation"][1], known))
     return Raw(
         folder,
-        {split: layout for split, (layout, _) in by_split.items()},
+        readers,
+        {split: f"{name_of(layout)}: {found.why}" for split, (layout, found) in by_split.items()},
         tuple(sorted(chosen)),
         images_per_class,
-        (*(archive for archive in train.archives if archive.synset in chosen), *validation.archives),
-        train.problems + validation.problems,
+        tuple(archive for one in contents for archive in one.archives),
+        tuple(problem for one in contents for problem in one.problems),
         _identity([found for _, found in by_split.values()]),
     )
 
@@ -110,21 +136,27 @@ def index(raw: Raw, archive: Archive) -> Index:
         else:
             images.append(image)
     limit = raw.images_per_class if archive.split == "train" else None
-    return Index(images[:limit], found, rejected, list(listing.problems))
+    images = images[:limit]
+    repaired = None
+    if listing.repaired is not None:
+        taken = {image.source for image in images}
+        repaired = [one for one in listing.repaired if one["source"] in taken]
+    return Index(images, found, rejected, list(listing.problems), repaired)
 
 
-def raw_identity(raw: str) -> str:
+def raw_identity(raw: str, *, validation: bool = True) -> str:
     """Returns a short hex digest of the names, sizes and times of the raw files in the folder `raw`.
 
     Raises UserError naming what is missing if the folder holds no raw data.
     """
-    return _identity([found for _, found in _recognise(raw).values()])
+    return _identity([found for _, found in recognise(raw, validation=validation).values()])
 
 
-def _recognise(folder: str) -> dict[str, tuple[Layout, Found]]:
+def recognise(folder: str, *, validation: bool = True) -> dict[str, tuple[Layout | Stream, Found]]:
     """Returns the layout of each split with its files. Raises UserError if no layout recognises a split."""
-    by_split, missing = {}, []
-    for split in SPLITS:
+    by_split: dict[str, tuple[Layout | Stream, Found]] = {}
+    missing = []
+    for split in SPLITS if validation else SPLITS[:1]:
         for layout in LAYOUTS:
             if found := layout.recognise(folder, split):
                 by_split[split] = layout, found
@@ -133,7 +165,8 @@ def _recognise(folder: str) -> dict[str, tuple[Layout, Found]]:
             first, *others = (layout.expects(split) for layout in LAYOUTS)
             missing.append(f"{first} (or {', '.join(others)})")
     if missing:
-        raise UserError(f"{folder} holds no raw ImageNet: it lacks {' and '.join(missing)}")
+        advice = "; give --no-validation for pretraining without linear eval" if by_split.keys() == {"train"} else ""
+        raise UserError(f"{folder} holds no raw ImageNet: it lacks {' and '.join(missing)}{advice}")
     return by_split
 
 

@@ -1,7 +1,7 @@
 """ImageNet extracted:
 
     train/SYNSET/*      or train/SYNSET.tar, a tar of images
-    val/SYNSET/*        or val/*, whose labels are in validation_labels.txt
+    val/SYNSET/*        or val/*, whose labels are in validation_labels.txt; the folder may be valid/ or validation/, too
 
 Links are followed. Names that begin with a dot are skipped, because file managers leave such files anywhere.
 """
@@ -16,22 +16,22 @@ from beam_jobs.layouts.layout import Archive, Contents, Found, Layout, ListedIma
 
 TRAIN_FOLDER = "train"
 VALIDATION_FOLDER = "val"
-_FOLDERS = {"train": TRAIN_FOLDER, "validation": VALIDATION_FOLDER}
+_FOLDERS = {"train": (TRAIN_FOLDER,), "validation": (VALIDATION_FOLDER, "valid", "validation")}
 
 
 class Folders(Layout):
     """A folder for each split. It has images, or a folder or tar for each synset."""
 
     def expects(self, split: str) -> str:
-        return f"{_FOLDERS[split]}/ with images"
+        return f"{_FOLDERS[split][0]}/ with images"
 
     def recognise(self, folder: str, split: str) -> Found | None:
-        name = _FOLDERS[split]
-        infos = files.tree(files.join(folder, name), depth=1)
-        if not infos:
-            return None
-        found = tuple(info._replace(name=posixpath.join(name, info.name)) for info in infos)
-        return Found(found, f"{name}/ holds {len(found):,} files", find_labels(folder) if split == "validation" else None)
+        for name in _FOLDERS[split]:
+            if infos := files.tree(files.join(folder, name), depth=1):
+                found = tuple(info._replace(name=posixpath.join(name, info.name)) for info in infos)
+                labels = find_labels(folder) if split == "validation" else None
+                return Found(found, f"{name}/ holds {len(found):,} files", labels)
+        return None
 
     def training_archives(self, folder: str, found: Found) -> Contents:
         archives: dict[str, Archive] = {}
@@ -56,17 +56,18 @@ class Folders(Layout):
 
     def validation_archives(self, folder: str, found: Found, known: Set[str] | None) -> Contents:
         size = sum(info.size for info in found.files)
+        name = found.files[0].name.partition("/")[0]
         synsets = [info.name.split("/")[1] for info in found.files if info.name.count("/") > 1]
         if not synsets:
             labels, wrong = read_labels(folder, found, known)
-            return Contents((Archive("validation", VALIDATION_FOLDER, "", 0, size, synsets=labels),), wrong)
+            return Contents((Archive("validation", name, "", 0, size, synsets=labels),), wrong)
         problems = []
         if len(synsets) < len(found.files):
             flat = next(info.name for info in found.files if info.name.count("/") == 1)
             problems.append(f"{flat} is beside folders of synsets: all validation images must be in such folders, or none")
         if known is not None and (unknown := sorted(set(synsets) - known)):
-            problems.append(f"{VALIDATION_FOLDER}/{unknown[0]} is not a synset of the training images{and_more(unknown)}")
-        return Contents((Archive("validation", VALIDATION_FOLDER, "", 0, size),), tuple(problems))
+            problems.append(f"{name}/{unknown[0]} is not a synset of the training images{and_more(unknown)}")
+        return Contents((Archive("validation", name, "", 0, size),), tuple(problems))
 
     def list_images(self, folder: str, archive: Archive) -> Listing:
         if archive.file:

@@ -1,4 +1,7 @@
-"""The labels of validation images without synset folders: a file with one synset a line, in the order of the images' names."""
+"""The labels of validation images without synset folders: a file with one synset a line, in the order of the images' names.
+
+Without such a file, the ground truth of the devkit has them.
+"""
 
 import importlib.util
 import itertools
@@ -7,6 +10,7 @@ from collections.abc import Set
 from pathlib import Path
 
 from beam_jobs import files
+from beam_jobs.layouts import devkit
 from beam_jobs.layouts.layout import Archive, Found, and_more
 from trainer.shared.errors import UserError
 
@@ -16,7 +20,7 @@ VALIDATION_LABELS = "validation_labels.txt"
 def find_labels(folder: str) -> files.FileInfo | None:
     """Returns the file of labels in a raw folder, or None if there is none."""
     found = files.find(files.join(folder, VALIDATION_LABELS))
-    return found._replace(name=VALIDATION_LABELS) if found else None
+    return found._replace(name=VALIDATION_LABELS) if found else devkit.find(folder)
 
 
 def read_labels(folder: str, found: Found, known: Set[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -25,9 +29,13 @@ def read_labels(folder: str, found: Found, known: Set[str] | None) -> tuple[tupl
     Without a file of labels, uses ImageNet's own, which tensorflow_datasets ships. A synset that is not in `known` is a problem,
     unless `known` is None. Raises UserError if the file is empty, or if it is missing and tensorflow_datasets is not installed.
     """
-    path = files.join(folder, VALIDATION_LABELS) if found.labels else _imagenets_labels(folder)
+    path = files.join(folder, found.labels.name) if found.labels else _imagenets_labels(folder)
     # Interned, so that a plan holds each synset once instead of once for each of 50,000 images.
-    synsets = tuple(map(sys.intern, files.read(path).decode(errors="replace").split()))
+    if found.labels and found.labels.name != VALIDATION_LABELS:
+        named = devkit.read(folder, found.labels.name)
+    else:
+        named = files.read(path).decode(errors="replace").split()
+    synsets = tuple(map(sys.intern, named))
     if not synsets:
         raise UserError(f"{path} is empty: it must have a synset a line, in the order of the validation images' names")
     unknown = [(line, synset) for line, synset in enumerate(synsets, start=1) if known is not None and synset not in known]

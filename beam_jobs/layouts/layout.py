@@ -3,9 +3,9 @@
 import itertools
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from beam_jobs import files
 from beam_jobs.files import FileInfo
@@ -97,10 +97,12 @@ class Listing:
     """Images in the order of their IDs."""
     problems: tuple[str, ...]
     """Faults of the archive as a whole; they stop the conversion."""
+    repaired: tuple[dict[str, Any], ...] | None = None
+    """Source and repair of each image that will be repaired; None if the images were not checked yet."""
 
 
-class Layout(ABC):
-    """One layout of a split's images in a raw folder. Stateless, because the plan takes it to the workers."""
+class Recogniser(ABC):
+    """Recognises one layout of a split's images in a raw folder."""
 
     @abstractmethod
     def expects(self, split: str) -> str:
@@ -109,6 +111,10 @@ class Layout(ABC):
     @abstractmethod
     def recognise(self, folder: str, split: str) -> Found | None:
         """Returns the files of a split if they have this layout, else None. Opens no file."""
+
+
+class Reader(ABC):
+    """Groups the images of a split into archives, lists them and reads them. The plan takes it to the workers."""
 
     @abstractmethod
     def training_archives(self, folder: str, found: Found) -> Contents:
@@ -128,6 +134,45 @@ class Layout(ABC):
     def read(self, folder: str, image: RawImage, start: int, size: int) -> bytes:
         """Returns `size` bytes of an image from byte `start`; fewer if the file ends before. Thread-safe."""
         return files.read_range(files.join(folder, image.file), image.offset + start, size)
+
+
+class Layout(Recogniser, Reader):
+    """A layout whose images can be listed and read in any order. Stateless."""
+
+
+class StreamedImage(NamedTuple):
+    """An image of a `Stream`."""
+
+    name: str
+    """The image's official name, for example n01440764_18.JPEG."""
+    synset: str
+    data: bytes
+    """The image's bytes; b"" if the stream is read in place."""
+    offset: int = 0
+    """Start of the image in its file, in bytes, if the stream is read in place."""
+    size: int = 0
+    """Size in bytes, if the stream is read in place."""
+
+
+class StreamError(Exception):
+    """The rest of a stream's file cannot be read. The message says why in a few words."""
+
+
+class Stream(Recogniser):
+    """A layout whose files must be read from beginning to end before any image can be found. Stateless.
+
+    `beam_jobs.unpack` reads each file once and writes its images to a file that can be read in any order.
+    """
+
+    in_place: ClassVar[bool] = False
+    """Whether an image's bytes can be read where they are once their place is known. Then only their places are written."""
+
+    @abstractmethod
+    def images(self, folder: str, name: str) -> Iterator[StreamedImage]:
+        """Yields the images of one of `Found.files`, in any order. Holds few of them in memory.
+
+        Raises StreamError if the rest of the file cannot be read.
+        """
 
 
 def name_problems(archive: str, names: list[str]) -> tuple[str, ...]:

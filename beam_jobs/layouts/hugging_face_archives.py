@@ -1,0 +1,60 @@
+"""ImageNet as Hugging Face had it at first (imagenet-1k), in data/ or in the raw folder itself:
+
+train_images_N.tar.gz    training images, as n01440764_18_n01440764.JPEG
+val_images.tar.gz        validation images, as ILSVRC2012_val_00000293_n01440764.JPEG
+"""
+
+import gzip
+import posixpath
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+
+from beam_jobs import files
+from beam_jobs.layouts.hugging_face import official_name
+from beam_jobs.layouts.layout import Found, Stream, StreamedImage, StreamError
+
+_FILES = {"train": re.compile(r"train_images_\d+\.tar\.gz"), "validation": re.compile(r"val_images\.tar\.gz")}
+_PIECE = 2**20
+
+
+class HuggingFaceArchives(Stream):
+    """Compressed tars, which have to be read from beginning to end."""
+
+    def expects(self, split: str) -> str:
+        return "data/train_images_0.tar.gz" if split == "train" else "data/val_images.tar.gz"
+
+    def recognise(self, folder: str, split: str) -> Found | None:
+        for within in ("data", ""):
+            infos = files.tree(files.join(folder, within) if within else folder, depth=0)
+            found = [info for info in infos if _FILES[split].fullmatch(info.name)]
+            if found:
+                named = tuple(info._replace(name=posixpath.join(within, info.name)) for info in found)
+                return Found(named, f"{named[0].name} is there" + (f" and {len(named) - 1} more" if len(named) > 1 else ""))
+        return None
+
+    def images(self, folder: str, name: str) -> Iterator[StreamedImage]:
+        with files.open_to_read(files.join(folder, name)) as file, gzip.GzipFile(fileobj=file) as unzipped:
+            try:
+                yield from _images(unzipped)
+                while unzipped.read(_PIECE):  # to the checksum at the end
+                    pass
+            except (tarfile.ReadError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise StreamError(f"cannot be read to its end ({error}); get it again") from error
+
+
+def _images(unzipped: gzip.GzipFile) -> Iterator[StreamedImage]:
+    with tarfile.open(fileobj=unzipped, mode="r|", bufsize=_PIECE) as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+            base = posixpath.basename(member.name)
+            if member.isdir() or base.startswith("."):
+                continue
+            content = archive.extractfile(member) if member.isreg() else None
+            if content is None:
+                raise StreamError(f"holds {member.name}, which is a link or a device, not a file")
+            yield StreamedImage(*official_name(member.name), content.read())
+
+
+LAYOUT = HuggingFaceArchives()
