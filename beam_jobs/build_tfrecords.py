@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Raw images to TFRecords with image IDs. Options that are not listed here are Beam's.",
         allow_abbrev=False,
     )
-    parser.add_argument("--raw", required=True, metavar="DIR", help="the raw images, archives or extracted, local or gs://")
+    parser.add_argument(
+        "--raw", required=True, metavar="DIR", help="the raw images as docs/conversion.md lists them, local or gs://"
+    )
     parser.add_argument(
         "--output",
         required=True,

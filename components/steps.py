@@ -30,6 +30,7 @@ def build_tfrecords(
     from components import tracking
     from components.dataflow import JOB_LABEL, label_of
     from trainer.shared.progress import ProgressBars
+    from trainer.shared.records import Split
 
     arguments = {"raw": raw, "raw_identity": raw_identity, "beam_args": beam_args, "code_version": code_version}
     if tracking.recorded_before("build-tfrecords", arguments, {"dataset": dataset}):
@@ -43,7 +44,7 @@ def build_tfrecords(
         manifest = build(
             raw, dataset.uri, beam_args=beam_args, on_progress=lambda done, total: bars("build-tfrecords", done, total)
         )
-        train, validation = manifest.splits["train"], manifest.splits["validation"]
+        train, validation = manifest.splits["train"], manifest.splits.get("validation", Split(0, (), ()))
         dataset.metadata.update(
             name=manifest.name,
             fingerprint=manifest.fingerprint,
