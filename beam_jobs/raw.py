@@ -162,11 +162,18 @@ def recognise(folder: str, *, validation: bool = True) -> dict[str, tuple[Layout
                 by_split[split] = layout, found
                 break
         else:
-            first, *others = (layout.expects(split) for layout in LAYOUTS)
-            missing.append(f"{first} (or {', '.join(others)})")
+            missing.append(split)
     if missing:
         advice = "; give --no-validation for pretraining without linear eval" if by_split.keys() == {"train"} else ""
-        raise UserError(f"{folder} holds no raw ImageNet: it lacks {' and '.join(missing)}{advice}")
+        # The layout of the other split comes first. Without one, the two that most people have stand for all.
+        likely = dict.fromkeys((*(layout for layout, _ in by_split.values()), LAYOUTS[0], LAYOUTS[-1]))
+        lacks = []
+        for split in missing:
+            first, *others = (layout.expects(split) for layout in likely)
+            lacks.append(f"{first} (or {', '.join(others)})")
+        raise UserError(
+            f"{folder} holds no raw ImageNet: it lacks {' and '.join(lacks)}; docs/conversion.md lists every layout{advice}"
+        )
     return by_split
 
 
