@@ -33,7 +33,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def add(copy: Path, new: str, source: str, elsewhere: str, before: str, after: str) -> None:
-    """Writes the `new` file, changes one line `elsewhere`, and holds the whole addition to just that."""
+    """Writes the `new` file, changes or adds one line `elsewhere`, and holds the whole addition to just that."""
     (copy / new).write_text(source)
     text = (copy / elsewhere).read_text()
     assert text.count(before) == 1
@@ -42,7 +42,8 @@ def add(copy: Path, new: str, source: str, elsewhere: str, before: str, after: s
     touched = git(copy, "diff", "--cached", "--numstat").splitlines()
     print(*touched, sep="\n")
     lines = len(source.splitlines())
-    assert sorted(touched) == sorted([f"{lines}\t0\t{new}", f"1\t1\t{elsewhere}"])
+    removed = 1 - (after.count("\n") - before.count("\n"))
+    assert sorted(touched) == sorted([f"{lines}\t0\t{new}", f"1\t{removed}\t{elsewhere}"])
 
 
 def python(copy: Path, code: str) -> str:
@@ -128,7 +129,7 @@ class Renamed(Archives):
 LAYOUT = Renamed()
 '''
     where = ("beam_jobs/layouts/renamed.py", source, "beam_jobs/layouts/__init__.py")
-    add(copy, *where, 'ORDER = ("archives",', 'ORDER = ("renamed", "archives",')
+    add(copy, *where, '    "archives",\n', '    "renamed",\n    "archives",\n')
     code = f"""
 from beam_jobs.raw import raw_identity
 from beam_jobs.layouts import LAYOUTS
@@ -139,7 +140,7 @@ print(*(type(one).__name__ for one in LAYOUTS))
 print(LAYOUTS[0].recognise("raw", "train").why)
 """
     names, why = python(copy, code).splitlines()
-    assert names == "Renamed Archives HuggingFaceParquet HuggingFaceArchives Tfds Kaggle TinyImageNet Folders"
+    assert names == "Renamed Archives GzipArchives HuggingFaceParquet HuggingFaceArchives Tfds Kaggle TinyImageNet Folders"
     assert why.endswith("is there")
 
 
@@ -168,7 +169,7 @@ class Lines(Stream):
 LAYOUT = Lines()
 '''
     where = ("beam_jobs/layouts/lines.py", source, "beam_jobs/layouts/__init__.py")
-    add(copy, *where, 'ORDER = ("archives",', 'ORDER = ("lines", "archives",')
+    add(copy, *where, '    "archives",\n', '    "lines",\n    "archives",\n')
     (copy / "raw").mkdir()
     lines = [f"{synset} {name} {one.hex()}" for synset, images in train_images().items() for name, one in images.items()]
     (copy / "raw" / "train.lines").write_text("\n".join(reversed(lines)))

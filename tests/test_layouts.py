@@ -11,6 +11,7 @@ import scipy.io
 from support.layouts import LAYOUTS, STREAMED, VALIDATING, write_all, write_training, zipped
 from support.raw_data import LABELS, SYNSETS, TRAIN, VALIDATION, picture
 
+from beam_jobs import inspect_dataset
 from beam_jobs.build_tfrecords import main
 from beam_jobs.job import build, plan_only
 from trainer.shared.errors import UserError
@@ -47,6 +48,16 @@ def cut(path: Path, size: int) -> None:
 @pytest.mark.parametrize(
     ("layout", "spoil", "says"),
     [
+        (
+            "gzip archives",
+            lambda raw: cut(raw / f"{TRAIN}.gz", -2_000),
+            f"{TRAIN}.gz cannot be read to its end",
+        ),
+        (
+            "gzip archives",
+            lambda raw: (raw / "validation_labels.txt").write_text("\n".join(LABELS[1:])),
+            f"{VALIDATION}.gz has 20 images and there are 19 labels for them",
+        ),
         (
             "hugging face archives",
             lambda raw: cut(raw / "data/train_images_0.tar.gz", -2_000),
@@ -176,3 +187,10 @@ def test_training_images_alone_are_converted_when_asked_for(as_layout, built, tm
     assert json.loads(capsys.readouterr().out)["splits"].keys() == {"train"}
     manifest, whole = read_manifest(str(tmp_path / "output")), read_manifest(str(built))
     assert manifest.splits == {"train": whole.splits["train"]}
+
+
+def test_a_dataset_of_training_images_alone_is_inspected(tmp_path):
+    write_training(tmp_path / "raw" / "train")
+    build(str(tmp_path / "raw"), str(tmp_path / "output"), validation=False)
+    assert inspect_dataset.inspect(str(tmp_path / "output"), full=True).problems == ()
+    assert "train" in inspect_dataset.page(str(tmp_path / "output"))

@@ -8,7 +8,16 @@ import pkgutil
 
 from beam_jobs.layouts.layout import Layout, Stream
 
-ORDER = ("archives", "hugging_face_parquet", "hugging_face_archives", "tfds", "kaggle", "tiny_imagenet", "folders")
+ORDER = (
+    "archives",
+    "gzip_archives",
+    "hugging_face_parquet",
+    "hugging_face_archives",
+    "tfds",
+    "kaggle",
+    "tiny_imagenet",
+    "folders",
+)
 _MODULES = {one.name: importlib.import_module(f"{__name__}.{one.name}") for one in pkgutil.iter_modules(__path__)}
 LAYOUTS: tuple[Layout | Stream, ...] = tuple(_MODULES[name].LAYOUT for name in ORDER)
 

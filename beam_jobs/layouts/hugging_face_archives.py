@@ -4,19 +4,16 @@ train_images_N.tar.gz    training images, as n01440764_18_n01440764.JPEG
 val_images.tar.gz        validation images, as ILSVRC2012_val_00000293_n01440764.JPEG
 """
 
-import gzip
 import posixpath
 import re
-import tarfile
-import zlib
 from collections.abc import Iterator
 
 from beam_jobs import files
+from beam_jobs.layouts.gzip_archives import gzip_members
 from beam_jobs.layouts.hugging_face import official_name
-from beam_jobs.layouts.layout import Found, Stream, StreamedImage, StreamError
+from beam_jobs.layouts.layout import Found, Stream, StreamedImage
 
 _FILES = {"train": re.compile(r"train_images_\d+\.tar\.gz"), "validation": re.compile(r"val_images\.tar\.gz")}
-_PIECE = 2**20
 
 
 class HuggingFaceArchives(Stream):
@@ -35,26 +32,9 @@ class HuggingFaceArchives(Stream):
         return None
 
     def images(self, folder: str, name: str) -> Iterator[StreamedImage]:
-        with files.open_to_read(files.join(folder, name)) as file, gzip.GzipFile(fileobj=file) as unzipped:
-            try:
-                yield from _images(unzipped)
-                while unzipped.read(_PIECE):  # to the checksum at the end
-                    pass
-            except (tarfile.ReadError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise StreamError(f"cannot be read to its end ({error}); get it again") from error
-
-
-def _images(unzipped: gzip.GzipFile) -> Iterator[StreamedImage]:
-    with tarfile.open(fileobj=unzipped, mode="r|", bufsize=_PIECE) as archive:
-        while (member := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-            base = posixpath.basename(member.name)
-            if member.isdir() or base.startswith("."):
-                continue
-            content = archive.extractfile(member) if member.isreg() else None
-            if content is None:
-                raise StreamError(f"holds {member.name}, which is a link or a device, not a file")
-            yield StreamedImage(*official_name(member.name), content.read())
+        for member, content in gzip_members(folder, name):
+            image, synset = official_name(member)
+            yield StreamedImage(image, synset, content.read())
 
 
 LAYOUT = HuggingFaceArchives()

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beam_jobs.layouts import kaggle
-from support.raw_data import LABELS, SYNSETS, picture, tar, train_images, validation_images
+from support.raw_data import LABELS, SYNSETS, TRAIN, VALIDATION, picture, tar, train_images, validation_images, write_raw
 
 TRAINING = train_images()
 VALIDATING = dict(zip(validation_images(), zip(LABELS, validation_images().values(), strict=True), strict=True))
@@ -123,11 +123,20 @@ def as_tfds(folder: Path) -> Path:
     return Path(builder.data_dir)
 
 
+def as_gzip_archives(folder: Path) -> Path:
+    write_raw(folder, TRAINING, {name: one for name, (_, one) in reversed(VALIDATING.items())}, LABELS)
+    for name in (TRAIN, VALIDATION):
+        (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes(), 1))
+        (folder / name).unlink()
+    return folder
+
+
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
+    "gzip archives": as_gzip_archives,
     "kaggle": as_kaggle,
     "tiny imagenet": as_tiny_imagenet,
     "hugging face parquet": as_parquet,
     "hugging face archives": as_hugging_face_archives,
     "tfds": as_tfds,
 }
-STREAMED = ("hugging face parquet", "hugging face archives", "tfds")
+STREAMED = ("gzip archives", "hugging face parquet", "hugging face archives", "tfds")
