@@ -50,11 +50,6 @@ def cut(path: Path, size: int) -> None:
     [
         (
             "gzip archives",
-            lambda raw: cut(raw / f"{TRAIN}.gz", -2_000),
-            f"{TRAIN}.gz cannot be read to its end",
-        ),
-        (
-            "gzip archives",
             lambda raw: (raw / "validation_labels.txt").write_text("\n".join(LABELS[1:])),
             f"{VALIDATION}.gz has 20 images and there are 19 labels for them",
         ),
@@ -118,6 +113,14 @@ def test_what_is_missing_or_cut_off_is_named(layout, spoil, says, as_layout, tmp
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "output").glob("*.tfrecord-*"))
+
+
+def test_an_archive_of_which_nothing_can_be_read_is_named(as_layout, tmp_path):
+    raw = Path(shutil.copytree(as_layout("gzip archives"), tmp_path / "raw"))
+    cut(raw / f"{TRAIN}.gz", -2_000)
+    for convert in (plan_only, build):
+        with pytest.raises(UserError, match=f"{TRAIN}.gz cannot be read to its end"):
+            convert(str(raw), str(tmp_path / "output"))
 
 
 @pytest.mark.parametrize("within", ["ILSVRC", "ILSVRC/Data", "ILSVRC/Data/CLS-LOC"])
