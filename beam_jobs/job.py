@@ -16,6 +16,7 @@ from beam_jobs.ending import ends_on_sigterm
 from beam_jobs.plan import UNPACKED, Plan, make_plan
 from beam_jobs.pooled import Writers, local_writers
 from beam_jobs.publish import publish, was_made_by
+from beam_jobs.raw import Recognised
 from beam_jobs.runners import make_pipeline, names_runner, run
 from trainer.shared.errors import UserError
 from trainer.shared.files import is_local
@@ -59,9 +60,9 @@ def build(
     on a full disk, `output` keeps the finished shards, and the same call goes on from them.
     """
 
-    def unpacked(synsets: Sequence[str] | None) -> str:
+    def unpacked(recognised: Recognised, synsets: Sequence[str] | None) -> str:
         folder = files.join(output, UNPACKED)
-        work = unpack.make_work(raw, folder, synsets, validation=options.get("validation", True))
+        work = unpack.make_work(raw, recognised, folder, synsets)
         if work.sources and not _is_unpacked(work, output):
             _unpack(work, output, processes, beam_args, on_progress)
         return folder
@@ -98,9 +99,13 @@ def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any)
 
     A job from the template checks and publishes the dataset by itself. It is for these raw images and this output only.
     """
-    if unpack.make_work(raw, "", None, validation=options.get("validation", True)).sources:
-        raise UserError(f"{raw} has a layout that must be unpacked first, which no template does: run the job itself")
-    plan = make_plan(raw, output, **options)
+
+    def refused(recognised: Recognised, synsets: Sequence[str] | None) -> str:
+        if unpack.make_work(raw, recognised, "", synsets).sources:
+            raise UserError(f"{raw} has a layout that must be unpacked first, which no template does: run the job itself")
+        return ""
+
+    plan = make_plan(raw, output, **options, unpack=refused)
     pipeline = make_pipeline(beam_args, None)
     pipeline | Convert(plan, Writers())
     pipeline.run()
@@ -115,8 +120,8 @@ def plan_only(
     folder = files.join(work, "unpacked")
     to_check = images.Options(decode=options.get("verify") == "decode", max_side=options.get("max_side"))
 
-    def catalogued(synsets: Sequence[str] | None) -> str:
-        needed = unpack.make_work(raw, folder, synsets, validation=options.get("validation", True), check=to_check)
+    def catalogued(recognised: Recognised, synsets: Sequence[str] | None) -> str:
+        needed = unpack.make_work(raw, recognised, folder, synsets, to_check)
         if needed.sources:
             _unpack(needed, output, processes, beam_args, ignore)
         return folder

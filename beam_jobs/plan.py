@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from beam_jobs import files, images, subsets
-from beam_jobs.raw import Raw, open_raw
+from beam_jobs.raw import Raw, Recognised, open_raw, recognise
 from trainer.shared.errors import UserError
 
 VERIFY = ("headers", "decode")
@@ -88,7 +88,7 @@ def make_plan(
     max_side: int | None = None,
     allow_other_counts: bool = False,
     validation: bool = True,
-    unpack: Callable[[Sequence[str] | None], str] | None = None,
+    unpack: Callable[[Recognised, Sequence[str] | None], str] | None = None,
 ) -> Plan:
     """Returns the plan of converting the raw images in the folder `raw` to a dataset in the folder `output`.
 
@@ -101,7 +101,8 @@ def make_plan(
     max_side: pixels of the longer side; larger images are resized to it
     allow_other_counts: whether ImageNet's synsets may have other numbers of images than ImageNet
     validation: whether there is a validation split; linear eval needs one, pretraining does not
-    unpack: called with the chosen synsets once the other arguments are known to be valid; returns the folder of unpacked images
+    unpack: called with the layouts and the chosen synsets once the other arguments are known to be valid; returns the folder of
+        unpacked images
 
     Raises UserError for invalid arguments, and if there are no raw images.
     """
@@ -117,8 +118,9 @@ def make_plan(
     if not _NAME.fullmatch(name):
         raise UserError(f"name={name} cannot name a dataset: use small letters, digits and underscores, a letter first")
     synsets = subsets.synsets_of(subset) if subset else None
-    unpacked = unpack(synsets) if unpack else files.join(output, UNPACKED)
-    opened = open_raw(raw, synsets=synsets, images_per_class=images_per_class, unpacked=unpacked, validation=validation)
+    recognised = recognise(raw, validation=validation)
+    unpacked = unpack(recognised, synsets) if unpack else files.join(output, UNPACKED)
+    opened = open_raw(raw, synsets=synsets, images_per_class=images_per_class, unpacked=unpacked, recognised=recognised)
     sizes = {split: sum(opened.archives[number].size for number in opened.of_split(split)) for split in opened.splits}
     options = {
         "subset": subset if subset in subsets.SUBSETS else subset and os.path.basename(subset),

@@ -15,6 +15,8 @@ from beam_jobs.layouts.layout import Archive, Contents, Found, Layout, RawImage,
 from trainer.shared.errors import UserError
 
 SPLITS = ("train", "validation")
+Recognised = dict[str, tuple[Layout | Stream, Found]]
+"""The layout of each split, with its files."""
 
 _log = logging.getLogger(__name__)
 
@@ -74,17 +76,17 @@ def open_raw(
     synsets: Sequence[str] | None = None,
     images_per_class: int | None = None,
     unpacked: str = "",
-    validation: bool = True,
+    recognised: Recognised | None = None,
 ) -> Raw:
     """Returns the raw data in `folder` of the given synsets, or of all. Reads outer headers, file names and labels, but no image.
 
     unpacked: the folder to which `beam_jobs.unpack` wrote the images of a `Stream`
-    validation: whether there are validation images
+    recognised: the layout of each split, if it is known already
 
     Raises UserError if training images, validation images, labels or one of `synsets` are missing. Other faults are in
     `problems`, so that a user sees all of them at once.
     """
-    by_split = recognise(folder, validation=validation)
+    by_split = recognised or recognise(folder)
     for split, (_, found) in by_split.items():
         _log.info("%s: %s", split, found.why)
     readers = {
@@ -104,7 +106,7 @@ def open_raw(
     # If the training images are exactly the subset's, validation images may have any synset. Only the subset's are used.
     known = None if synsets and len(chosen) == len(classes) else classes
     contents = [Contents(tuple(archive for archive in train.archives if archive.synset in chosen), train.problems)]
-    if validation:
+    if "validation" in by_split:
         contents.append(readers["validation"].validation_archives(folder, by_split["validation"][1], known))
     return Raw(
         folder,
@@ -152,9 +154,9 @@ def raw_identity(raw: str, *, validation: bool = True) -> str:
     return _identity([found for _, found in recognise(raw, validation=validation).values()])
 
 
-def recognise(folder: str, *, validation: bool = True) -> dict[str, tuple[Layout | Stream, Found]]:
+def recognise(folder: str, *, validation: bool = True) -> Recognised:
     """Returns the layout of each split with its files. Raises UserError if no layout recognises a split."""
-    by_split: dict[str, tuple[Layout | Stream, Found]] = {}
+    by_split: Recognised = {}
     missing = []
     for split in SPLITS if validation else SPLITS[:1]:
         for layout in LAYOUTS:

@@ -22,7 +22,7 @@ from beam_jobs import catalogue, files, images
 from beam_jobs.catalogue import SourceIndex, Summary
 from beam_jobs.layouts.layout import Stream, StreamedImage, StreamError
 from beam_jobs.pooled import Pooled, Writers
-from beam_jobs.raw import recognise
+from beam_jobs.raw import Recognised
 
 _FORMAT = 1
 """Changes when the unpacked files change, so that those of an earlier version are not used."""
@@ -62,12 +62,12 @@ class Work:
 
 
 def make_work(
-    raw: str, unpacked: str, synsets: Sequence[str] | None, *, validation: bool = True, check: images.Options | None = None
+    raw: str, recognised: Recognised, unpacked: str, synsets: Sequence[str] | None, check: images.Options | None = None
 ) -> Work:
-    """Returns what has to be unpacked of the raw data in the folder `raw`. Raises UserError if there is no raw data."""
+    """Returns what has to be unpacked of the raw data in the folder `raw`."""
     chosen = frozenset(synsets) if synsets else None
     sources = []
-    for split, (layout, found) in recognise(raw, validation=validation).items():
+    for split, (layout, found) in recognised.items():
         if isinstance(layout, Stream):
             for number, info in enumerate(found.files):
                 about = repr((_FORMAT, tuple(info), found.labels and tuple(found.labels), sorted(chosen or ())))

@@ -13,6 +13,7 @@ from support.raw_data import LABELS, SYNSETS, picture, write_raw
 from beam_jobs import unpack
 from beam_jobs.build_tfrecords import main
 from beam_jobs.job import build, plan_only
+from beam_jobs.layouts.hugging_face_parquet import HuggingFaceParquet
 from beam_jobs.pooled import Writers
 from trainer.shared.errors import UserError
 
@@ -40,7 +41,7 @@ def test_a_dry_run_checks_the_images_of_a_stream(tmp_path):
 def test_a_killed_job_unpacks_only_the_files_that_are_left(as_layout, fingerprint, tmp_path, monkeypatch):
     raw, output = as_layout("hugging face parquet"), tmp_path / "output"
     unpacked: list[str] = []
-    images = type(unpack.make_work(str(raw), "", None).sources[0].stream).images
+    images = HuggingFaceParquet.images
 
     def dies_in(last):
         def dying(self, folder, name):

@@ -13,6 +13,7 @@ from beam_jobs.layouts.gzip_archives import gzip_members
 from beam_jobs.layouts.hugging_face import official_name
 from beam_jobs.layouts.layout import Found, Stream, StreamedImage
 
+_PREFIXES = {"train": "train_images_", "validation": "val_images."}
 _FILES = {"train": re.compile(r"train_images_\d+\.tar\.gz"), "validation": re.compile(r"val_images\.tar\.gz")}
 
 
@@ -24,7 +25,7 @@ class HuggingFaceArchives(Stream):
 
     def recognise(self, folder: str, split: str) -> Found | None:
         for within in ("data", ""):
-            infos = files.tree(files.join(folder, within) if within else folder, depth=0)
+            infos = files.starting_with(files.join(folder, within) if within else folder, _PREFIXES[split])
             found = [info for info in infos if _FILES[split].fullmatch(info.name)]
             if found:
                 named = tuple(info._replace(name=posixpath.join(within, info.name)) for info in found)

@@ -27,8 +27,8 @@ class HuggingFaceParquet(Stream):
 
     def recognise(self, folder: str, split: str) -> Found | None:
         for within in ("data", ""):
-            infos = files.tree(files.join(folder, within) if within else folder, depth=0)
-            found = [info for info in infos if (match := _FILE.fullmatch(info.name)) and match[1] == split]
+            infos = files.starting_with(files.join(folder, within) if within else folder, f"{split}-")
+            found = [info for info in infos if _FILE.fullmatch(info.name)]
             if found:
                 named = tuple(info._replace(name=posixpath.join(within, info.name)) for info in found)
                 return Found(named, f"{named[0].name} is there" + (f" and {len(named) - 1} more" if len(named) > 1 else ""))
