@@ -163,11 +163,13 @@ def _refuse_unused_labels(layout: Layout | Stream, found: Found, validation: Con
     given = found.labels.name if found.labels else ""
     if is_local(given) and not os.path.isabs(given):
         return
-    uses = layout.takes_labels if isinstance(layout, Stream) else any(archive.synsets for archive in validation.archives)
+    if isinstance(layout, Stream):
+        uses, why = layout.takes_labels, "the validation images have labels of their own"
+    else:
+        uses = any(archive.synsets for archive in validation.archives)
+        why = "the folders of validation images are their labels"
     if not uses:
-        raise UserError(
-            f"validation_labels={given} has no effect: {found.why}, whose folders, records or names have the labels of their own"
-        )
+        raise UserError(f"validation_labels={given} has no effect: {why}")
 
 
 def index(raw: Raw, archive: Archive) -> Index:
