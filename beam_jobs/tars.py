@@ -185,7 +185,7 @@ def _plain_member(header: bytes, position: int) -> tuple[tarfile.TarInfo, int] |
 def _any_member(file: BinaryIO, position: int) -> tuple[tarfile.TarInfo, int]:
     file.seek(position)
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-        member = tar.next()
+        member = tar.firstmember  # type: ignore[attr-defined]  # next() would seek back if it is None
         if member is None:
             raise tarfile.ReadError("it ends too early")
         return member, tar.offset

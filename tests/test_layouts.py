@@ -1,5 +1,6 @@
 """ImageNet as people have it: every layout gives the dataset that the official archives of the same images give."""
 
+import gzip
 import json
 import shutil
 import tarfile
@@ -9,13 +10,38 @@ import numpy as np
 import pytest
 import scipy.io
 from support.layouts import LAYOUTS, STREAMED, VALIDATING, write_all, write_training, zipped
-from support.raw_data import LABELS, SYNSETS, TRAIN, VALIDATION, picture
+from support.raw_data import (
+    LABELS,
+    SYNSETS,
+    TRAIN,
+    VALIDATION,
+    picture,
+    raw_as_usual,
+    tar,
+    train_images,
+    validation_images,
+)
 
 from beam_jobs import inspect_dataset
 from beam_jobs.build_tfrecords import main
 from beam_jobs.job import build, plan_only
+from beam_jobs.layouts.hugging_face_archives import HuggingFaceArchives
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
+
+TEST = "test images, which have no labels"
+PASSED_OVER = {
+    "kaggle": {
+        TEST: ("ILSVRC/Data/CLS-LOC/test/ILSVRC2012_test_00000001.JPEG",),
+        "not an image by its name": ("LOC_synset_mapping.txt",),
+    },
+    "tiny imagenet": {
+        TEST: ("test/images/test_0.JPEG",),
+        "an annotation": tuple(f"train/{synset}/{synset}_boxes.txt" for synset in SYNSETS),
+    },
+    "hugging face parquet": {TEST: ("data/test-00000-of-00001.parquet",)},
+    "hugging face archives": {TEST: ("data/test_images.tar.gz",)},
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -27,6 +53,10 @@ def test_every_layout_gives_the_fingerprint_of_the_archives(layout, as_layout, f
     assert manifest.synsets == SYNSETS
     assert manifest == read_manifest(str(output))
     assert not (output / ".unpacked").exists()
+    for split, one in manifest.splits.items():
+        passed_over = {passed.reason: passed.names for passed in one.seen.passed_over}
+        assert passed_over == (PASSED_OVER.get(layout, {}) if split == "train" else {})
+        assert one.seen.entries == one.records + sum(map(len, passed_over.values()))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -197,3 +227,95 @@ def test_a_dataset_of_training_images_alone_is_inspected(tmp_path):
     build(str(tmp_path / "raw"), str(tmp_path / "output"), validation=False)
     assert inspect_dataset.inspect(str(tmp_path / "output"), full=True).problems == ()
     assert "train" in inspect_dataset.page(str(tmp_path / "output"))
+
+
+@pytest.mark.parametrize("layout", ["kaggle", "tiny imagenet"])
+def test_labels_have_names_where_the_subset_is_all_there_is(layout, as_layout, tmp_path):
+    """Then validation images may have any synset, so the synsets do not tell how a line is divided."""
+    (tmp_path / "subset.txt").write_text("\n".join(SYNSETS))
+    manifest = build(str(as_layout(layout)), str(tmp_path / "output"), subset=str(tmp_path / "subset.txt"))
+    assert manifest.splits["validation"].records_per_class == tuple(map(LABELS.count, SYNSETS))
+
+
+def small(folder: Path, lines: list[str], **changed: dict[str, bytes]) -> Path:
+    """The official archives, compressed, with 4 training images a class."""
+    tars = {f"{synset}.tar": tar(images) for synset, images in train_images(4).items()}
+    validation = changed.get("validation", validation_images())
+    write_all(
+        {
+            folder / f"{TRAIN}.gz": zipped(tars | changed.get("train", {})),
+            folder / f"{VALIDATION}.gz": zipped(validation),
+            folder / "validation_labels.txt": "\n".join(lines).encode(),
+        }
+    )
+    return folder
+
+
+def test_what_is_no_image_is_passed_over_in_compressed_archives(tmp_path):
+    junk = {"._n01000001.tar": b"of macOS", ".DS_Store": b"x"}
+    images = {f"deeper/{name}": one for name, one in train_images(4)[SYNSETS[1]].items()}
+    junk[f"{SYNSETS[1]}.tar"] = tar(images | {"n_boxes.txt": b"x", "deeper/Thumbs.db": b"x"})
+    raw = small(tmp_path / "raw", LABELS, train=junk, validation=validation_images() | {"./._v.JPEG": b"x"})
+    manifest = build(str(raw), str(tmp_path / "output"))
+    plain = raw_as_usual(tmp_path / "plain", train=train_images(4))
+    assert manifest.fingerprint == build(str(plain), str(tmp_path / "of plain")).fingerprint
+    train, validation = (manifest.splits[split].seen for split in ("train", "validation"))
+    within = f"{TRAIN}.gz/{SYNSETS[1]}.tar"
+    assert {one.reason: one.names for one in train.passed_over} == {
+        "an annotation": (f"{within}/n_boxes.txt",),
+        "left by a file manager": (f"{within}/deeper/Thumbs.db", f"{TRAIN}.gz/.DS_Store"),
+        "metadata of macOS": (f"{TRAIN}.gz/._n01000001.tar",),
+    }
+    assert train.entries == 12 + 4
+    assert [one.names for one in validation.passed_over] == [(f"{VALIDATION}.gz/._v.JPEG",)]
+
+
+def test_labels_by_name_and_labels_from_elsewhere_fit_compressed_archives(tmp_path):
+    pairs = [f"{name} {label}" for name, label in zip(validation_images(), LABELS, strict=True)]
+    fingerprint = build(str(small(tmp_path / "plain", LABELS)), str(tmp_path / "of plain")).fingerprint
+    assert build(str(small(tmp_path / "pairs", pairs[::-1])), str(tmp_path / "of pairs")).fingerprint == fingerprint
+    (tmp_path / "labels.txt").write_text("\n".join(LABELS))
+    given = {"validation_labels": str(tmp_path / "labels.txt")}
+    assert build(str(small(tmp_path / "wrong", ["x"])), str(tmp_path / "of given"), **given).fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("layout", ["hugging face parquet", "tfds"])
+def test_labels_that_a_layout_does_not_take_are_refused(layout, as_layout, tmp_path):
+    (tmp_path / "labels.txt").write_text("x")
+    with pytest.raises(UserError, match="has no effect: the validation images have labels of their own"):
+        build(str(as_layout(layout)), str(tmp_path / "output"), validation_labels=str(tmp_path / "labels.txt"))
+
+
+TWICE = tar(dict(list(train_images(4)[SYNSETS[1]].items())[:2])) * 2
+
+
+@pytest.mark.parametrize(
+    ("inner", "says"),
+    [
+        (TWICE, f"{TRAIN}.gz/{SYNSETS[1]}.tar has a second archive at byte 10,240, after its end"),
+        (TWICE[:2500], f"{TRAIN}.gz/{SYNSETS[1]}.tar is cut off"),
+        (zipped({"a.JPEG": picture(1)}), f"{TRAIN}.gz/{SYNSETS[1]}.tar is a gzip file"),
+    ],
+)
+def test_a_tar_in_a_compressed_archive_that_is_not_whole_is_refused(inner, says, tmp_path):
+    with pytest.raises(UserError) as caught:
+        build(str(small(tmp_path / "raw", LABELS, train={f"{SYNSETS[1]}.tar": inner})), str(tmp_path / "output"))
+    assert says in str(caught.value)
+
+
+def test_a_compressed_archive_that_is_two_or_ends_too_early_is_refused(tmp_path):
+    raw = small(tmp_path / "raw", LABELS)
+    whole = gzip.decompress((raw / f"{TRAIN}.gz").read_bytes())
+    for content, says in ((whole * 2, "has a second archive"), (whole[:30_000], "is cut off")):
+        (raw / f"{TRAIN}.gz").write_bytes(gzip.compress(content, 1))
+        with pytest.raises(UserError, match=f"{TRAIN}.gz.* {says}"):
+            build(str(raw), str(tmp_path / "output"))
+
+
+def test_a_compressed_archive_is_read_forwards_once(tmp_path, monkeypatch):
+    """Long names have headers of several blocks. Seeking back in gzip would begin at the beginning."""
+    images = {f"{'long' * 40}{number}_n01000001.JPEG": picture(number % 3) * (1 + number % 7) for number in range(300)}
+    write_all({tmp_path / "train_images_0.tar.gz": zipped(images)})
+    monkeypatch.setattr("gzip._GzipReader._rewind", lambda self: pytest.fail("it was read again"))
+    found = list(HuggingFaceArchives().images(str(tmp_path), "train_images_0.tar.gz", None))
+    assert {one.name: one.data for one in found} == {name.replace("_n01000001", ""): one for name, one in images.items()}

@@ -15,6 +15,7 @@ from beam_jobs.build_tfrecords import main
 from beam_jobs.job import build, plan_only
 from beam_jobs.layouts.hugging_face_parquet import HuggingFaceParquet
 from beam_jobs.pooled import Writers
+from beam_jobs.raw import NOT_CHOSEN
 from trainer.shared.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -88,10 +89,14 @@ def test_a_subset_is_unpacked_alone(as_layout, tmp_path, monkeypatch):
     assert wholes["some"] < 0.8 * wholes["all"]
     raw = write_raw(tmp_path / "raw", TRAINING, {name: one for name, (_, one) in VALIDATING.items()}, LABELS)
     found = [
-        build(str(folder), str(tmp_path / f"of-{number}"), subset=str(tmp_path / "subset.txt")).fingerprint
+        build(str(folder), str(tmp_path / f"of-{number}"), subset=str(tmp_path / "subset.txt"))
         for number, folder in enumerate((raw, as_layout("hugging face parquet"), as_layout("tfds")))
     ]
-    assert len(set(found)) == 1
+    assert len({manifest.fingerprint for manifest in found}) == 1
+    for manifest in found:
+        (train,) = [one for one in manifest.splits["train"].seen.passed_over if one.reason == NOT_CHOSEN]
+        (validation,) = manifest.splits["validation"].seen.passed_over
+        assert (train.entries, validation.entries) == (1, LABELS.count(SYNSETS[1]))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
