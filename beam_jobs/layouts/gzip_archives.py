@@ -15,7 +15,7 @@ from typing import BinaryIO, ClassVar, cast
 from beam_jobs import files, tars
 from beam_jobs.layouts.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
 from beam_jobs.layouts.labels import archive_of, find_labels, read_labels, synsets_of
-from beam_jobs.layouts.layout import Found, Stream, StreamedImage, StreamError
+from beam_jobs.layouts.layout import Found, Stream, StreamedImage, StreamError, name_problems
 from beam_jobs.layouts.names import base_name, base_name_first, canonical, why_passed_over
 from beam_jobs.layouts.passed_over import EMPTY_FOLDER, PassedOver
 from beam_jobs.tars import Member
@@ -63,7 +63,8 @@ def _validation_images(folder: str, name: str, labels: files.FileInfo | None) ->
     with opened(folder, name) as file:
         names = sorted((one.name for one in plain_members(file, name) if isinstance(one, Member)), key=base_name_first)
     synsets, problems = synsets_of(archive_of(name, name, 0, of_images), names)
-    if problems:
+    unique = names if of_images.names else [base_name(one) for one in names]
+    if problems := name_problems(name, unique) + problems:
         raise StreamError(first_few(problems))
     synset_of = dict(zip(names, synsets, strict=True))
     with opened(folder, name) as file:

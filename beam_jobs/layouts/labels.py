@@ -97,8 +97,9 @@ def parse_labels(lines: Sequence[str], known: Set[str] | None, split: _Split | N
     """Returns the labels of a file's lines.
 
     split: how the lines are divided, if that is known
-    The lines are read in the way that gives the fewest labels that are not in `known`. If `known` is None, lines that all begin
-    with the name of an image file have names, and others do not.
+
+    Else the lines are read in the way that gives the fewest labels that are not in `known`. If `known` is None, lines that all
+    begin with the name of an image file have names, and others do not.
     """
     if split and (pairs := _pairs(lines, split)):
         return pairs
