@@ -137,7 +137,7 @@ def unpack_source(work: Work, number: int) -> None:
                     out.write(image.data)
                 names.append(catalogue.packed(image.name))
                 synsets.append(catalogue.packed(synset))
-                faults.append(fault)
+                faults.append(image.fault or fault)
                 repairs.append(repair)
                 offsets.append(offset)
                 sizes.append(size)
