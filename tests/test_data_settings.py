@@ -190,6 +190,17 @@ def test_validation_labels_can_lie_elsewhere(raw, built, tmp_path):
         build(str(other), str(tmp_path / "another"), validation_labels=str(tmp_path / "none.txt"))
 
 
+def test_training_images_alone_have_an_identity_if_no_validation_split_is_asked_for(tmp_path):
+    raw = raw_as_usual(tmp_path / "raw")
+    both, train = raw_identity(str(raw)), raw_identity(str(raw), validation=False)
+    (raw / VALIDATION).unlink()
+    assert raw_identity(str(raw), validation=False) == train != both
+    with pytest.raises(UserError, match="give --no-validation for pretraining without linear eval"):
+        raw_identity(str(raw))
+    with pytest.raises(UserError, match=r"validation_labels=labels.txt has no effect: no validation images"):
+        make_plan(str(raw), str(tmp_path / "output"), validation=False, validation_labels="labels.txt")
+
+
 def test_validation_labels_that_nothing_uses_are_refused(tmp_path):
     raw = raw_as_usual(tmp_path / "raw")
     (raw / VALIDATION).unlink()
