@@ -130,7 +130,7 @@ def _alone(output: str) -> Iterator[None]:
         os.makedirs(output, exist_ok=True)
         opened = os.open(output, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror}; give another folder") from error
+        raise UserError(f"{output}/ cannot be written: {error.strerror}; give another folder") from error
     try:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
