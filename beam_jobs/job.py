@@ -1,5 +1,7 @@
 """One conversion from start to finish: plans it, runs its pipeline, follows it, and resumes an interrupted one."""
 
+import fcntl
+import os
 import re
 import sys
 import tempfile
@@ -8,6 +10,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
+
+import apache_beam as beam
 
 from beam_jobs import dataflow, dry_run, files, verify
 from beam_jobs.convert import Convert, Index, Writers, local_writers
@@ -50,7 +54,8 @@ def build(
     Leaves a dataset as it is if the same conversion finished it before. On Dataflow, waits for an earlier attempt's job of the
     same conversion if that still runs. SIGTERM, SIGHUP and Ctrl-C cancel the job.
 
-    Raises UserError if `output` holds another dataset. Raises UserError for faulty input, after reading all of it, and
+    Raises UserError if `output` holds another dataset, or if another conversion on this machine writes to it. Raises UserError
+    for faulty input, after reading all of it, and
     `verify.LostRecordsError` if the runner is at fault; `output` then has neither manifest nor shards. After an interruption or
     on a full disk, `output` keeps the finished shards, and the same call goes on from them.
     """
@@ -58,17 +63,22 @@ def build(
     for note in plan.raw.notes:
         print(printable(f"note: {note}"), file=sys.stderr, flush=True)
     pipeline = make_pipeline(beam_args, processes)
+    with _alone(output):
+        return _convert(plan, pipeline, Writers() if names_runner(beam_args) else local_writers(processes or 1), on_progress)
+
+
+def _convert(plan: Plan, pipeline: beam.Pipeline, writers: Writers, on_progress: Callable[[int, int], None]) -> Manifest:
     job = dataflow.Conversion(pipeline, plan) if dataflow.is_dataflow(pipeline) else None
     running = job.running() if job else None
-    if files.find(files.join(output, MANIFEST)):
+    if files.find(files.join(plan.output, MANIFEST)):
         # The work folder still exists if the earlier job was interrupted during its cleanup.
         if _made_here(plan) != plan.identity and not was_made_by(plan):
             raise _finished(plan)
-        print(f"{output} is already there: the same conversion finished before", file=sys.stderr, flush=True)
+        print(f"{plan.output} is already there: the same conversion finished before", file=sys.stderr, flush=True)
         return publish(plan)
     if not running:  # a running job's workers write to the output folder
         _prepare(plan)
-        pipeline | Convert(plan, Writers() if names_runner(beam_args) else local_writers(processes or 1))
+        pipeline | Convert(plan, writers)
     with _watched(plan, on_progress), job.watched() if job else nullcontext():
         try:
             if job:
@@ -107,6 +117,30 @@ def plan_only(
         return dry_run.summarise(plan, verify.archive_reports(checking))
     finally:
         files.delete_folder(work)
+
+
+@contextmanager
+def _alone(output: str) -> Iterator[None]:
+    """Keeps other conversions out of a local output folder while the block runs. The lock is on the folder: it leaves no file.
+
+    Raises UserError if another conversion works in the folder, or if the folder cannot be made.
+    """
+    if not is_local(output):
+        yield
+        return
+    try:
+        os.makedirs(output, exist_ok=True)
+        opened = os.open(output, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{output}/ cannot be written: {error.strerror}; give another folder") from error
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another conversion writes to {output}: wait until it ends, or give another folder") from error
+        yield
+    finally:
+        os.close(opened)
 
 
 def _finished(plan: Plan) -> UserError:
