@@ -76,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Raw images to TFRecords with image IDs. Options that are not listed here are Beam's.",
         allow_abbrev=False,
     )
-    parser.add_argument("--raw", required=True, metavar="DIR", help="the raw images, archives or extracted, local or gs://")
+    parser.add_argument(
+        "--raw", required=True, metavar="DIR", help="the raw images as docs/conversion.md lists them, local or gs://"
+    )
     parser.add_argument(
         "--output",
         required=True,
@@ -105,6 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--allow-other-counts", action="store_true", help="accept other classes and numbers of images than ImageNet's"
+    )
+    parser.add_argument(
+        "--no-validation",
+        dest="validation",
+        action="store_false",
+        help="convert training images only: enough for pretraining, not for linear eval",
     )
     parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="check every image and print the plan; convert nothing")

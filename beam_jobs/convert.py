@@ -9,14 +9,10 @@
 A runner may do any step twice, even at the same time: the files are the same, and each appears whole or not at all.
 """
 
-import multiprocessing
-import os
-import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import apache_beam as beam
@@ -25,11 +21,11 @@ from apache_beam.metrics.metric import Metrics
 from beam_jobs import images, raw, sources, verify
 from beam_jobs.layouts.layout import RawImage
 from beam_jobs.plan import Plan, plan_split
+from beam_jobs.pooled import Pooled, Writers
 from beam_jobs.publish import publish
 from beam_jobs.references import PackedImage, PackedReference, Reference, pack_images, pack_reference, unpack_references
 from beam_jobs.shards import Record, make_record, write_shard
 from trainer.shared.files import is_local
-from trainer.shared.processes import end_with
 from trainer.shared.records import reading_positions
 
 _BATCH = 32
@@ -43,20 +39,6 @@ ShardKey = tuple[str, str]
 """Split, and the shard's file."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Writers:
-    """How many shards one worker writes at the same time. One is enough for a runner that has many workers."""
-
-    processes: int = 1
-    threads: int = 1
-    """Threads in the worker's own process. Used only if `processes` is 1."""
-
-
-def local_writers(processes: int) -> Writers:
-    """Returns writers that use all of this machine. Threads suffice: hashing, reading and writing release Python's lock."""
-    return Writers(processes, min(os.cpu_count() or 1, 8))
 
 
 class Convert(beam.PTransform):
@@ -99,8 +81,8 @@ def index_archive(number: int, plan: Plan) -> Indexed:
     """Returns the images of an archive that get IDs, in the order of their IDs, and reports them."""
     archive = plan.raw.archives[number]
     found = raw.index(plan.raw, archive)
-    repaired: verify.Listed = []
-    if plan.check_first:
+    repaired = found.repaired or []
+    if plan.check_first and found.repaired is None:
         found, repaired = _check_images(plan, archive.split, found)
     sources.leave_part(plan, number, found.images)
     verify.report_archive(plan, number, found, repaired)
@@ -126,52 +108,22 @@ def assign_ids(indexed: Indexed, plan: Plan, counts: dict[int, int]) -> list[tup
     return [((split, of_split.shard_files[shard]), references) for shard, references in by_shard.items()]
 
 
-class WriteShards(beam.DoFn):
-    """Writes shards, as many at the same time as there are writers. A bundle ends when all its shards are written."""
+class WriteShards(Pooled):
+    """Writes shards, as many at the same time as there are writers."""
 
     def __init__(self, plan: Plan, writers: Writers) -> None:
+        super().__init__(writers)
         self.plan = plan
-        self.writers = writers
-        self._pool: Executor | None = None
-        self._pending: list[Future[dict[str, int]]] = []
-
-    def setup(self) -> None:
-        if self.writers.processes > 1:
-            # Forked processes start at once and share memory. Forking is safe on Linux only.
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            self._pool = ProcessPoolExecutor(self.writers.processes, context, _begin_worker, (os.getpid(),))
-        elif self.writers.threads > 1:
-            self._pool = ThreadPoolExecutor(self.writers.threads)
 
     def process(self, grouped: tuple[ShardKey, Iterable[list[PackedReference]]]) -> Iterator[tuple[None, str]]:
         (split, shard_file), groups = grouped
         packed = [reference for group in groups for reference in group]
-        if self._pool:
-            self._pending.append(self._pool.submit(write_references, self.plan, split, shard_file, packed))
-        else:
-            _count(write_references(self.plan, split, shard_file, packed))
+        self.call(write_references, self.plan, split, shard_file, packed)
         yield None, shard_file
 
-    def finish_bundle(self) -> None:
-        pending, self._pending = self._pending, []
-        try:
-            for written in pending:
-                _count(written.result())
-        finally:  # after a failure or an interrupt, cancel the writes that have not begun
-            for written in pending:
-                written.cancel()
-
-    def teardown(self) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker(parent: int) -> None:
-    """Prepares a worker process: it ends with `parent`, which alone answers what a terminal sends to both."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with(parent, lambda: os._exit(1))
+    def called(self, result: dict[str, int]) -> None:
+        for fate, count in result.items():
+            Metrics.counter("images", fate).inc(count)
 
 
 def write_references(plan: Plan, split: str, shard_file: str, packed: list[PackedReference]) -> dict[str, int]:
@@ -202,11 +154,6 @@ def write_references(plan: Plan, split: str, shard_file: str, packed: list[Packe
     written = write_shard(plan.output, shard_file, records())
     verify.report_shard(plan, written, resized, repaired, rejected)
     return {"written": written.shard.records, "repaired": len(repaired), "rejected": len(rejected)}
-
-
-def _count(images_by_fate: dict[str, int]) -> None:
-    for fate, count in images_by_fate.items():
-        Metrics.counter("images", fate).inc(count)
 
 
 def publish_written(_: tuple[None, Iterable[str]], plan: Plan) -> str:

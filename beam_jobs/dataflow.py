@@ -17,7 +17,6 @@ from apache_beam.options.pipeline_options import GoogleCloudOptions
 from apache_beam.runners.runner import PipelineState
 from apache_beam.utils import retry
 
-from beam_jobs.plan import Plan
 from trainer.shared.errors import UserError
 
 _CONVERSION = "sogclr-conversion"
@@ -44,8 +43,11 @@ def is_dataflow(pipeline: beam.Pipeline) -> bool:
 class Conversion:
     """The job on Dataflow that does a conversion. Any attempt may have started it."""
 
-    def __init__(self, pipeline: beam.Pipeline, plan: Plan) -> None:
-        """Labels the job that `pipeline` will start, and names it if the user did not."""
+    def __init__(self, pipeline: beam.Pipeline, output: str, identity: str) -> None:
+        """Labels the job that `pipeline` will start, and names it if the user did not.
+
+        identity: digest of what the job does in the folder `output`
+        """
         # Imported here: Dataflow's client takes seconds to import, and a run on one machine does not need it.
         from apache_beam.runners.dataflow.internal import apiclient
 
@@ -54,7 +56,7 @@ class Conversion:
         self._options = pipeline.options
         self._google = pipeline.options.view_as(GoogleCloudOptions)
         # Each conversion and each output folder has a job of its own.
-        self._digest = hashlib.sha256(f"{plan.output}\n{plan.identity}".encode()).hexdigest()[:20]
+        self._digest = hashlib.sha256(f"{output}\n{identity}".encode()).hexdigest()[:20]
         self._google.job_name = self._google.job_name or f"build-tfrecords-{self._digest}"
         self._google.labels = [*(self._google.labels or []), f"{_CONVERSION}={self._digest}"]
         self._client = apiclient.DataflowApplicationClient(pipeline.options)

@@ -7,8 +7,9 @@ from typing import Any
 
 from beam_jobs import images, verify
 from beam_jobs.account import seen_of
+from beam_jobs.catalogue import SplitSummary, Unpacked
 from beam_jobs.plan import Plan, plan_split
-from beam_jobs.raw import SPLITS, index
+from beam_jobs.raw import index
 from beam_jobs.shards import make_record
 from trainer.shared.errors import UserError, first_few, printable
 from trainer.shared.records import Seen
@@ -39,7 +40,11 @@ class DryRun:
     output: str
     name: str
     classes: int
+    layouts: dict[str, str]
+    """The layout of each split, and why it was recognised."""
     splits: dict[str, SplitDryRun]
+    unpacked: int
+    """Bytes that the conversion writes beside the output and deletes at its end. Not 0 if a layout must be unpacked."""
     seconds: float
     """Estimated duration of the conversion on this machine in one process."""
     problems: tuple[str, ...]
@@ -53,14 +58,17 @@ def check_only_plan(plan: Plan, work: str) -> Plan:
     return replace(plan, work=work, check_first=True)
 
 
-def summarise(plan: Plan, of_archives: Sequence[Any]) -> DryRun:
-    """Returns the result of a dry run from the reports of the plan's archives, whose images were checked."""
+def summarise(plan: Plan, of_archives: Sequence[Any], unpacked: Mapping[str, SplitSummary]) -> DryRun:
+    """Returns the result of a dry run from the reports of the plan's archives, whose images were checked.
+
+    unpacked: the summary of each split that the conversion unpacks
+    """
     problems, rejected = verify.faults(plan, list(of_archives))
     if rejected and not plan.check_first:
         problems = [*problems, f"{len(rejected)} of the images cannot be read: give --on-bad-image=skip to leave them out"]
     counts = {number: len(verify.labels_of(report)) for number, report in enumerate(of_archives)}
     splits = {}
-    for split in SPLITS:
+    for split in plan.raw.splits:
         numbers = plan.raw.of_split(split)
         of_split = plan_split(plan, split, counts)
         splits[split] = SplitDryRun(
@@ -71,8 +79,20 @@ def summarise(plan: Plan, of_archives: Sequence[Any]) -> DryRun:
             rejected=tuple(image for number in numbers for image in of_archives[number]["rejected"]),
             seen=seen_of(plan.raw.passed_over[split], (of_archives[number]["account"] for number in numbers)),
         )
-    seconds = _seconds_an_image(plan) * sum(split.images for split in splits.values())
-    return DryRun(plan.output, plan.name, len(plan.raw.synsets), splits, seconds, tuple(problems), plan.raw.notes)
+    seconds = _seconds_an_image(plan) * sum(splits[split].images for split in _readable(plan))
+    # Converting what was unpacked takes about as long as unpacking it.
+    seconds += sum(one.seconds if split in _readable(plan) else 2 * one.seconds for split, one in unpacked.items())
+    return DryRun(
+        output=plan.output,
+        name=plan.name,
+        classes=len(plan.raw.synsets),
+        layouts=dict(plan.raw.why),
+        splits=splits,
+        unpacked=sum(one.bytes for one in unpacked.values()),
+        seconds=seconds,
+        problems=tuple(problems),
+        notes=plan.raw.notes,
+    )
 
 
 def to_dict(found: DryRun) -> dict[str, Any]:
@@ -81,11 +101,16 @@ def to_dict(found: DryRun) -> dict[str, Any]:
 
 def to_text(found: DryRun) -> str:
     lines = [f"plan for {found.output}: dataset {found.name}, {found.classes} classes"]
+    lines += [f"{split} is read as {layout}" for split, layout in found.layouts.items()]
     for name, split in found.splits.items():
         megabytes = split.bytes / 1e6
         lines.append(
             f"{name}: {split.images:,} images, {megabytes:,.1f} MB, {split.shards} shards, "
             f"{len(split.repaired)} to repair, {len(split.rejected)} that cannot be read"
+        )
+    if found.unpacked:
+        lines.append(
+            f"disk: {found.unpacked / 1e6:,.1f} MB beside the output while it runs, for unpacked images, as well as the output"
         )
     lines.append(f"time: about {_clock(found.seconds)} on this machine in one process")
     listed = [f"would repair {image['source']}: {image['done']}" for split in found.splits.values() for image in split.repaired]
@@ -116,10 +141,15 @@ def _clock(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def _readable(plan: Plan) -> list[str]:
+    """Returns the splits whose images a dry run can read again: it keeps no unpacked images."""
+    return [split for split, reader in plan.raw.layouts.items() if not isinstance(reader, Unpacked) or reader.in_place]
+
+
 def _seconds_an_image(plan: Plan) -> float:
     """Returns the seconds that reading and preparing an image takes, measured on a sample of one archive of each split."""
     seconds = []
-    for split in SPLITS:
+    for split in _readable(plan):
         of_split = [plan.raw.archives[number] for number in plan.raw.of_split(split)]
         sample = index(plan.raw, of_split[len(of_split) // 2]).images[:_SAMPLE]
         begun = time.perf_counter()

@@ -99,6 +99,18 @@ def read_lines(path: str) -> list[str]:
     return [line.strip() for line in re.split("\r\n|\r|\n", text) if line.strip()]
 
 
+def starting_with(folder: str, prefix: str) -> list[FileInfo]:
+    """Returns the files in `folder` whose names begin with `prefix`, sorted by name. In a bucket, lists no other files."""
+    if is_local(folder):
+        return [info for info in tree(folder, depth=0) if info.name.startswith(prefix)]
+    (found,) = FileSystems.match([join(_literal(folder), f"{_literal(prefix)}*")])
+    infos = (
+        FileInfo(metadata.path[len(folder.rstrip("/")) + 1 :], metadata.size_in_bytes, metadata.last_updated_in_seconds)
+        for metadata in found.metadata_list
+    )
+    return sorted(info for info in infos if "/" not in info.name)
+
+
 def names(folder: str) -> list[str]:
     """Returns the sorted names of the files in `folder`; an empty list if there is no such folder."""
     if is_local(folder):

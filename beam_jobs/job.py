@@ -8,16 +8,19 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import apache_beam as beam
 
-from beam_jobs import dataflow, dry_run, files, verify
-from beam_jobs.convert import Convert, Index, Writers, local_writers
+from beam_jobs import catalogue, dataflow, dry_run, files, images, unpack, verify
+from beam_jobs.convert import Convert, Index
 from beam_jobs.ending import ends_when_asked
-from beam_jobs.plan import Plan, make_plan
+from beam_jobs.plan import UNPACKED, Plan, make_plan
+from beam_jobs.pooled import Writers, local_writers
 from beam_jobs.publish import publish, was_made_by
+from beam_jobs.raw import Recognised
 from beam_jobs.runners import make_pipeline, names_runner, run
 from trainer.shared.errors import UserError, printable
 from trainer.shared.files import is_local
@@ -51,6 +54,8 @@ def build(
     on_progress: called from another thread with the number of finished parts of the job and the number of all parts
     options: the arguments of `make_plan`
 
+    If the layout must be unpacked, a pipeline of its own does that first, with a progress of its own.
+
     Leaves a dataset as it is if the same conversion finished it before. On Dataflow, waits for an earlier attempt's job of the
     same conversion if that still runs. SIGTERM, SIGHUP and Ctrl-C cancel the job.
 
@@ -59,27 +64,42 @@ def build(
     `verify.LostRecordsError` if the runner is at fault; `output` then has neither manifest nor shards. After an interruption or
     on a full disk, `output` keeps the finished shards, and the same call goes on from them.
     """
-    plan = make_plan(raw, output, **options)
-    for note in plan.raw.notes:
-        print(printable(f"note: {note}"), file=sys.stderr, flush=True)
-    pipeline = make_pipeline(beam_args, processes)
-    with _alone(output):
+
+    with ExitStack() as held:
+        # Once: a second lock of the same process would wait for the first.
+        hold = cache(lambda: held.enter_context(_alone(output)))
+
+        def unpacked(recognised: Recognised, synsets: Sequence[str] | None) -> str:
+            folder = files.join(output, UNPACKED)
+            work = unpack.make_work(raw, recognised, folder, synsets)
+            if work.sources and not _is_unpacked(work, output):
+                hold()
+                _unpack(work, output, processes, beam_args, on_progress)
+            return folder
+
+        plan = make_plan(raw, output, **options, unpack=unpacked)
+        for note in plan.raw.notes:
+            print(printable(f"note: {note}"), file=sys.stderr, flush=True)
+        pipeline = make_pipeline(beam_args, processes)
+        hold()
         return _convert(plan, pipeline, Writers() if names_runner(beam_args) else local_writers(processes or 1), on_progress)
 
 
 def _convert(plan: Plan, pipeline: beam.Pipeline, writers: Writers, on_progress: Callable[[int, int], None]) -> Manifest:
-    job = dataflow.Conversion(pipeline, plan) if dataflow.is_dataflow(pipeline) else None
+    job = dataflow.Conversion(pipeline, plan.output, plan.identity) if dataflow.is_dataflow(pipeline) else None
     running = job.running() if job else None
     if files.find(files.join(plan.output, MANIFEST)):
         # The work folder still exists if the earlier job was interrupted during its cleanup.
         if _made_here(plan) != plan.identity and not was_made_by(plan):
-            raise _finished(plan)
+            raise _finished(plan.output)
         print(f"{plan.output} is already there: the same conversion finished before", file=sys.stderr, flush=True)
         return publish(plan)
     if not running:  # a running job's workers write to the output folder
         _prepare(plan)
         pipeline | Convert(plan, writers)
-    with _watched(plan, on_progress), job.watched() if job else nullcontext():
+    # The parts of a conversion are its archives, its shards, and publishing.
+    parts = len(plan.raw.archives) + sum(plan.num_shards.values()) + 1
+    with _followed(partial(verify.count_reports, plan), parts, plan.work, on_progress), job.watched() if job else nullcontext():
         try:
             if job:
                 run(lambda: job.wait(running or pipeline.run()))
@@ -96,7 +116,13 @@ def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any)
 
     A job from the template checks and publishes the dataset by itself. It is for these raw images and this output only.
     """
-    plan = make_plan(raw, output, **options)
+
+    def refused(recognised: Recognised, synsets: Sequence[str] | None) -> str:
+        if unpack.make_work(raw, recognised, "", synsets).sources:
+            raise UserError(f"{raw} has a layout that must be unpacked first, which no template does: run the job itself")
+        return ""
+
+    plan = make_plan(raw, output, **options, unpack=refused)
     pipeline = make_pipeline(beam_args, None)
     pipeline | Convert(plan, Writers())
     pipeline.run()
@@ -106,16 +132,27 @@ def plan_only(
     raw: str, output: str, *, processes: int | None = None, beam_args: Sequence[str] = (), **options: Any
 ) -> dry_run.DryRun:
     """Returns what `build` would do with the same arguments. Reads every image's header; leaves no file behind."""
-    plan = make_plan(raw, output, **options)
     local = is_local(output)
     work = tempfile.mkdtemp(prefix="sogclr-plan-") if local else files.join(output, f".plan-{uuid.uuid4().hex}")
-    pipeline = make_pipeline(beam_args, processes)
+    folder = files.join(work, "unpacked")
+    to_check = images.Options(decode=options.get("verify") == "decode", max_side=options.get("max_side"))
+
+    def catalogued(recognised: Recognised, synsets: Sequence[str] | None) -> str:
+        needed = unpack.make_work(raw, recognised, folder, synsets, to_check)
+        if needed.sources:
+            _unpack(needed, output, processes, beam_args, ignore)
+        return folder
+
     try:
+        plan = make_plan(raw, output, **options, unpack=catalogued)
+        pipeline = make_pipeline(beam_args, processes)
+        unpacked = catalogue.read_summary(folder).splits if catalogue.has_summary(folder) else {}
         checking = dry_run.check_only_plan(plan, work)
         pipeline | Index(checking)
         run(lambda: pipeline.run().wait_until_finish())
-        return dry_run.summarise(plan, verify.archive_reports(checking))
+        return dry_run.summarise(plan, verify.archive_reports(checking), unpacked)
     finally:
+        files.delete_folder(folder)
         files.delete_folder(work)
 
 
@@ -143,13 +180,46 @@ def _alone(output: str) -> Iterator[None]:
         os.close(opened)
 
 
-def _finished(plan: Plan) -> UserError:
-    text = files.read(files.join(plan.output, MANIFEST)).decode(errors="replace")
+def _is_unpacked(work: unpack.Work, output: str) -> bool:
+    """Returns whether nothing is left to unpack. Raises UserError if `output` has a dataset of other raw data."""
+    known = catalogue.has_summary(work.unpacked, work.identity)
+    if files.find(files.join(output, MANIFEST)):
+        if not known:
+            raise _finished(output)
+        return True
+    return known and unpack.is_whole(work)
+
+
+def _unpack(
+    work: unpack.Work,
+    output: str,
+    processes: int | None,
+    beam_args: Sequence[str],
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Runs the pipeline that unpacks the source files. Files that are unpacked already stay as they are."""
+    pipeline = make_pipeline(beam_args, processes)
+    job = dataflow.Conversion(pipeline, output, work.identity) if dataflow.is_dataflow(pipeline) else None
+    running = job.running() if job else None
+    if not running:
+        unpack.prepare(work)
+        pipeline | unpack.Unpack(work, Writers() if names_runner(beam_args) else local_writers(processes or 1))
+    following = _followed(partial(unpack.count_done, work), len(work.sources), work.unpacked, on_progress)
+    with following, job.watched() if job else nullcontext():
+        if job:
+            run(lambda: job.wait(running or pipeline.run()))
+        else:
+            run(lambda: pipeline.run().wait_until_finish())
+        unpack.finish(work)
+
+
+def _finished(output: str) -> UserError:
+    text = files.read(files.join(output, MANIFEST)).decode(errors="replace")
     try:
         holds = f"a finished dataset, fingerprint {manifest_from_json(text).fingerprint}"
     except (ValueError, KeyError, TypeError):
         holds = f"a {MANIFEST} of something else"
-    return UserError(f"{plan.output} has {holds}: give another folder, or delete this one first")
+    return UserError(f"{output} has {holds}: give another folder, or delete this one first")
 
 
 def _prepare(plan: Plan) -> None:
@@ -178,16 +248,15 @@ def _remove_leftovers(plan: Plan) -> None:
 
 
 @contextmanager
-def _watched(plan: Plan, on_progress: Callable[[int, int], None]) -> Iterator[None]:
-    """Reports progress while the block runs. The parts of a job are its archives, its shards, and publishing."""
-    total = len(plan.raw.archives) + sum(plan.num_shards.values()) + 1
+def _followed(count: Callable[[], int], total: int, folder: str, on_progress: Callable[[int, int], None]) -> Iterator[None]:
+    """Reports progress while the block runs. `count` looks into `folder` and returns the number of finished parts."""
     ended = threading.Event()
-    pause = _SECONDS_BETWEEN_POLLS if is_local(plan.work) else _SECONDS_BETWEEN_REMOTE_POLLS
+    pause = _SECONDS_BETWEEN_POLLS if is_local(folder) else _SECONDS_BETWEEN_REMOTE_POLLS
 
     def watch() -> None:
         done = 0
         while not ended.wait(pause):
-            done = max(done, min(verify.count_reports(plan), total - 1))
+            done = max(done, min(count(), total - 1))
             on_progress(done, total)
 
     on_progress(0, total)

@@ -4,20 +4,22 @@ import hashlib
 import importlib.metadata
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import numpy as np
 
 from beam_jobs import files, images, subsets
-from beam_jobs.raw import SPLITS, Raw, open_raw
+from beam_jobs.raw import Raw, Recognised, open_raw, recognise
 from trainer.shared.data import ALLOWING, DATASETS, DataSettings, Expect, OnBadImage, Verify, other_classes
 from trainer.shared.errors import UserError, first_few
 
 EXPECT, VERIFY, ON_BAD_IMAGE = get_args(Expect), get_args(Verify), get_args(OnBadImage)
 WORK = ".building"
 """Folder within the output; it exists until the dataset is finished."""
+UNPACKED = ".unpacked"
+"""Folder within the output for images that `beam_jobs.unpack` writes; it exists until the dataset is finished."""
 SHARD_BYTES = 128 * 2**20
 """Approximate size of a shard if the number of shards is not given."""
 
@@ -90,6 +92,8 @@ def make_plan(
     max_side: int | None = None,
     validation_labels: str | None = None,
     allow_other_counts: bool = False,
+    validation: bool = True,
+    unpack: Callable[[Recognised, Sequence[str] | None], str] | None = None,
 ) -> Plan:
     """Returns the plan of converting the raw images in the folder `raw` to a dataset in the folder `output`.
 
@@ -103,6 +107,9 @@ def make_plan(
     max_side: pixels of the longer side; larger images are resized to it
     validation_labels: the file of labels of flat validation images; by default the one in `raw`
     allow_other_counts: whether ImageNet's synsets may have other numbers of images than ImageNet, and `expect` other classes
+    validation: whether there is a validation split; linear eval needs one, pretraining does not
+    unpack: called with the layouts and the chosen synsets once the other arguments are known to be valid; returns the folder of
+        unpacked images
 
     Raises UserError for invalid arguments, and if there are no raw images.
     """
@@ -119,7 +126,9 @@ def make_plan(
     if not _NAME.fullmatch(name):
         raise UserError(f"name={name} cannot name a dataset: use small letters, digits and underscores, a letter first")
     synsets = subsets.synsets_of(subset) if subset else None
-    opened = open_raw(raw, synsets=synsets, images_per_class=images_per_class, validation_labels=validation_labels)
+    recognised = recognise(raw, validation=validation, validation_labels=validation_labels)
+    unpacked = unpack(recognised, synsets) if unpack else files.join(output, UNPACKED)
+    opened = open_raw(raw, synsets=synsets, images_per_class=images_per_class, unpacked=unpacked, recognised=recognised)
     known = None if subset or allow_other_counts else DATASETS.get(expect)
     if known and (wrong := other_classes(known, opened.synsets)):
         raise UserError(f"{raw} has {wrong}: give {known.title}, or allow any dataset with {ALLOWING}")
@@ -129,7 +138,7 @@ def make_plan(
             f"{raw} has no validation images of {first_few(opened.without_validation, ', ')}, which the subset has: get them, or "
             f"allow this with {ALLOWING}"
         )
-    sizes = {split: sum(opened.archives[number].size for number in opened.of_split(split)) for split in SPLITS}
+    sizes = {split: sum(opened.archives[number].size for number in opened.of_split(split)) for split in opened.splits}
     options = {
         "subset": subset if subset in subsets.SUBSETS else subset and os.path.basename(subset),
         "images_per_class": images_per_class,
@@ -144,7 +153,7 @@ def make_plan(
         work=files.join(output, WORK),
         name=name,
         version=parts[-1] if versioned else "1.0.0",
-        num_shards={split: num_shards or shards_for(sizes[split]) for split in SPLITS},
+        num_shards={split: num_shards or shards_for(size) for split, size in sizes.items()},
         images=images.Options(decode=verify == "decode", max_side=max_side),
         check_first=on_bad_image == "skip",
         expected=expected,

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from beam_jobs import files, sources, verify
-from beam_jobs.plan import Plan
+from beam_jobs.plan import UNPACKED, Plan
 from trainer.shared.errors import UserError
 from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, MANIFEST, Manifest, manifest_from_json, manifest_to_json
 
@@ -34,6 +34,7 @@ def publish(plan: Plan) -> Manifest:
         files.write(files.join(plan.output, CONVERSION), plan.identity.encode())
         files.write(path, manifest_to_json(manifest).encode())
     files.delete_folder(plan.work)
+    files.delete_folder(files.join(plan.output, UNPACKED))
     return manifest
 
 

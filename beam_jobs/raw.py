@@ -11,16 +11,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from beam_jobs import files
-from beam_jobs.account import tally
-from beam_jobs.layouts import LAYOUTS
-from beam_jobs.layouts.layout import Archive, Contents, Found, Layout, PassedOver, RawImage
+from beam_jobs.catalogue import Unpacked, read_summary
+from beam_jobs.layouts import LAYOUTS, name_of
+from beam_jobs.layouts.layout import Archive, Contents, Found, Layout, RawImage, Reader, Stream
 from beam_jobs.layouts.names import canonical
+from beam_jobs.layouts.passed_over import PassedOver, Tallies, merge, tally
 from trainer.shared.errors import UserError, first_few, printable
 from trainer.shared.files import is_local
 
 SPLITS = ("train", "validation")
 NOT_CHOSEN = "its class is not in the subset"
 """Reason of a `PassedOver`."""
+Recognised = dict[str, tuple[Layout | Stream, Found]]
+"""The layout of each split, with its files."""
 
 _log = logging.getLogger(__name__)
 
@@ -30,8 +33,10 @@ class Raw:
     """A folder of raw data, known from outer headers, file names and labels."""
 
     folder: str
-    layouts: Mapping[str, Layout]
-    """The layout of each split."""
+    layouts: Mapping[str, Reader]
+    """What reads the images of each split."""
+    why: Mapping[str, str]
+    """The layout of each split, and why it was recognised."""
     synsets: tuple[str, ...]
     """The chosen synsets, in label order."""
     images_per_class: int | None
@@ -42,12 +47,16 @@ class Raw:
     """Faults that stop the conversion."""
     identity: str
     """Digest of the raw files. Changes when a file changes."""
-    passed_over: Mapping[str, tuple[PassedOver, ...]]
+    passed_over: Mapping[str, Tallies]
     """What each split has outside of `archives`."""
     without_validation: tuple[str, ...]
     """Chosen synsets of which no validation image is known to be there."""
     notes: tuple[str, ...]
     """What the user should know, although it stops nothing."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.layouts)
 
     def of_split(self, split: str) -> list[int]:
         """Returns the numbers of a split's archives."""
@@ -72,6 +81,8 @@ class Index:
     """Faults of the archive as a whole."""
     account: dict[str, Any]
     """What was seen in the archive, in the form that `account.seen_of` takes."""
+    repaired: list[dict[str, Any]] | None = None
+    """Source and repair of each image that will be repaired; None if the images were not checked yet."""
 
 
 def open_raw(
@@ -79,22 +90,27 @@ def open_raw(
     *,
     synsets: Sequence[str] | None = None,
     images_per_class: int | None = None,
-    validation_labels: str | None = None,
+    unpacked: str = "",
+    recognised: Recognised | None = None,
 ) -> Raw:
     """Returns the raw data in `folder` of the given synsets, or of all. Reads outer headers, file names and labels, but no image.
 
-    `validation_labels` is the path of the file of labels, by default the one in `folder`. Raises UserError if training images,
-    validation images, labels or one of `synsets` are missing, or if no image needs `validation_labels`. Other faults are in
+    unpacked: the folder to which `beam_jobs.unpack` wrote the images of a `Stream`
+    recognised: the layout of each split, if it is known already
+
+    Raises UserError if training images, validation images, labels or one of `synsets` are missing. Other faults are in
     `problems`, so that a user sees all of them at once.
     """
-    by_split = _recognise(folder)
-    if validation_labels:
-        layout, found = by_split["validation"]
-        by_split["validation"] = layout, replace(found, labels=_labels_file(validation_labels))
+    by_split = recognised or recognise(folder)
     for split, (_, found) in by_split.items():
         _log.info("%s: %s", split, found.why)
-    layout, found = by_split["train"]
-    train = layout.training_archives(folder, found)
+    readers = {
+        split: Unpacked(unpacked, split, read_summary(unpacked).identity, layout.in_place)
+        if isinstance(layout, Stream)
+        else layout
+        for split, (layout, _) in by_split.items()
+    }
+    train = readers["train"].training_archives(folder, by_split["train"][1])
     if not train.archives:
         raise UserError(first_few(train.problems))
     classes = {archive.synset for archive in train.archives}
@@ -108,25 +124,28 @@ def open_raw(
     _refuse_same_printable(classes)
     # If the training images are exactly the subset's, validation images may have any synset. Only the subset's are used.
     known = None if synsets and len(chosen) == len(classes) else classes
-    layout, found = by_split["validation"]
-    validation = layout.validation_archives(folder, found, known)
-    if validation_labels and not any(archive.synsets for archive in validation.archives):
-        raise UserError(f"validation_labels={validation_labels} has no effect: the folders of validation images are their labels")
+    validation = Contents((), ())
+    if "validation" in by_split:
+        layout, found = by_split["validation"]
+        validation = readers["validation"].validation_archives(folder, found, known)
+        _refuse_unused_labels(layout, found, validation)
     absent = sorted(chosen - validation.synsets) if validation.synsets is not None else []
     if len(absent) == len(chosen) and not (train.problems or validation.problems):
         raise UserError(_no_validation(absent, validation))
     not_chosen = (
         PassedOver(archive.name, NOT_CHOSEN, archive.size) for archive in train.archives if archive.synset not in chosen
     )
+    passed_over = {"train": merge((train.passed_over, tally(not_chosen))), "validation": validation.passed_over}
     return Raw(
         folder,
-        {split: layout for split, (layout, _) in by_split.items()},
+        readers,
+        {split: f"{name_of(layout)}: {found.why}" for split, (layout, found) in by_split.items()},
         tuple(sorted(chosen)),
         images_per_class,
         (*(archive for archive in train.archives if archive.synset in chosen), *validation.archives),
         train.problems + validation.problems,
         _identity([found for _, found in by_split.values()]),
-        {"train": (*train.passed_over, *not_chosen), "validation": validation.passed_over},
+        {split: passed_over[split] for split in by_split},
         tuple(absent),
         _notes(folder, by_split),
     )
@@ -137,6 +156,20 @@ def _labels_file(path: str) -> files.FileInfo:
     if info is None:
         raise UserError(f"validation_labels={path} is not a file")
     return info._replace(name=path if not is_local(path) else os.path.abspath(path))
+
+
+def _refuse_unused_labels(layout: Layout | Stream, found: Found, validation: Contents) -> None:
+    """Raises UserError if a file of labels outside the raw folder was given, and the images have other labels."""
+    given = found.labels.name if found.labels else ""
+    if is_local(given) and not os.path.isabs(given):
+        return
+    if isinstance(layout, Stream):
+        uses, why = layout.takes_labels, "the validation images have labels of their own"
+    else:
+        uses = any(archive.synsets for archive in validation.archives)
+        why = "the folders of validation images are their labels"
+    if not uses:
+        raise UserError(f"validation_labels={given} has no effect: {why}")
 
 
 def index(raw: Raw, archive: Archive) -> Index:
@@ -168,16 +201,20 @@ def index(raw: Raw, archive: Archive) -> Index:
         passed_over += (PassedOver(image.source, "beyond the number of images per class", image.size) for image in beyond)
         images = images[: raw.images_per_class]
     account = {"entries": seen, "bytes": seen_bytes, "rejected_bytes": rejected_bytes, "passed_over": tally(passed_over)}
-    return Index(images, found, rejected, list(listing.problems), account)
+    repaired = None
+    if listing.repaired is not None:
+        taken = {image.source for image in images}
+        repaired = [one for one in listing.repaired if one["source"] in taken]
+    return Index(images, found, rejected, list(listing.problems), account, repaired)
 
 
-def raw_identity(raw: str, beside: Iterable[str] = ()) -> str:
+def raw_identity(raw: str, beside: Iterable[str] = (), *, validation: bool = True) -> str:
     """Returns a short hex digest of the names, sizes and times of the raw files in the folder `raw`.
 
     It also depends on the contents of the files `beside`, if there are any. Raises UserError naming what is missing if the folder
-    holds no raw data, or if one of those files does not exist.
+    holds no raw data, or if one of those files does not exist. `validation` says whether there must be a validation split.
     """
-    identity = _identity([found for _, found in _recognise(raw).values()])
+    identity = _identity([found for _, found in recognise(raw, validation=validation).values()])
     for path in beside:
         if not files.find(path):
             raise UserError(f"there is no file {path}")
@@ -185,23 +222,43 @@ def raw_identity(raw: str, beside: Iterable[str] = ()) -> str:
     return identity
 
 
-def _recognise(folder: str) -> dict[str, tuple[Layout, Found]]:
-    """Returns the layout of each split with its files. Raises UserError if no layout recognises a split."""
-    by_split, missing = {}, []
-    for split in SPLITS:
+def recognise(folder: str, *, validation: bool = True, validation_labels: str | None = None) -> Recognised:
+    """Returns the layout of each split with its files.
+
+    validation: whether there must be a validation split
+    validation_labels: the path of the file of validation labels, by default one in `folder`
+
+    Raises UserError if no layout recognises a split, or if there is no file `validation_labels`.
+    """
+    splits = SPLITS if validation else SPLITS[:1]
+    if validation_labels and not validation:
+        raise UserError(f"validation_labels={validation_labels} has no effect: no validation images are converted; omit it")
+    by_split: Recognised = {}
+    missing = []
+    for split in splits:
         for layout in LAYOUTS:
             if found := layout.recognise(folder, split):
                 by_split[split] = layout, found
                 break
         else:
-            first, *others = (layout.expects(split) for layout in LAYOUTS)
-            missing.append(f"{first} (or {', '.join(others)})")
+            missing.append(split)
     if missing:
-        raise UserError(f"{folder} holds no raw ImageNet: it lacks {' and '.join(missing)}{_where_else(folder)}")
+        advice = "; give --no-validation for pretraining without linear eval" if by_split.keys() == {"train"} else ""
+        # The layout of the other split comes first. Without one, the two that most people have stand for all.
+        likely = dict.fromkeys((*(layout for layout, _ in by_split.values()), LAYOUTS[0], LAYOUTS[-1]))
+        lacks = []
+        for split in missing:
+            first, *others = (layout.expects(split) for layout in likely)
+            lacks.append(f"{first} (or {', '.join(others)})")
+        hint = _where_else(folder, splits) or f"; docs/conversion.md lists every layout{advice}"
+        raise UserError(f"{folder} holds no raw ImageNet: it lacks {' and '.join(lacks)}{hint}")
+    if validation_labels:
+        layout, found = by_split["validation"]
+        by_split["validation"] = layout, replace(found, labels=_labels_file(validation_labels))
     return by_split
 
 
-def _where_else(folder: str) -> str:
+def _where_else(folder: str, splits: Sequence[str]) -> str:
     """Returns the end of a message that names a folder above or below `folder` that holds raw data; "" if there is none."""
     if not is_local(folder):
         return ""
@@ -210,7 +267,7 @@ def _where_else(folder: str) -> str:
     except OSError:
         below = []
     for other in (*below, os.path.dirname(os.path.abspath(folder))):
-        if all(any(layout.recognise(other, split) for layout in LAYOUTS) for split in SPLITS):
+        if all(any(layout.recognise(other, split) for layout in LAYOUTS) for split in splits):
             return f"; {other} has them: give --raw {other}"
     return ""
 
@@ -231,7 +288,7 @@ def _no_validation(absent: Sequence[str], validation: Contents) -> str:
     )
 
 
-def _notes(folder: str, by_split: Mapping[str, tuple[Layout, Found]]) -> tuple[str, ...]:
+def _notes(folder: str, by_split: Recognised) -> tuple[str, ...]:
     notes = [
         f"{split}: {found.why}, and {layout.expects(split)} is there too, which is not read"
         for split, (taken, found) in by_split.items()

@@ -1,5 +1,6 @@
 """Finds the files in a tar from its headers alone."""
 
+import sys
 import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -44,49 +45,60 @@ class Members(NamedTuple):
 def members(file: BinaryIO, name: str, start: int, end: int) -> Members:
     """Returns what the tar at bytes start..end of `file` holds, and the tar's problems."""
     found: list[Member] = []
-    folders: set[str] = set()
+    empty_folders = []
     problems = []
     try:
-        for member in _walk(file, name, start, end, folders):
-            found.append(member)  # one by one, to keep the files before a fault
-    except _BadTarError as error:
+        for one in walk(file, name, start, end):  # one by one, to keep the files before a fault
+            if isinstance(one, Member):
+                found.append(one)
+            else:
+                empty_folders.append(one)
+    except BadTarError as error:
         problems.append(str(error))
-    filled = {folder for member in found for folder in _above(member.name)}
-    filled |= {above for folder in folders for above in _above(folder)}
-    return Members(found, sorted(folders - filled), problems)
+    return Members(found, empty_folders, problems)
 
 
-class _BadTarError(Exception):
+class BadTarError(Exception):
     """A tar is not whole. The message is the problem, with the tar's name."""
 
 
-def _walk(file: BinaryIO, name: str, start: int, end: int, folders: set[str]) -> Iterator[Member]:
-    """Yields the files in a tar and adds its folders to `folders`. Raises _BadTarError if it is not a whole tar."""
+def walk(file: BinaryIO, name: str, start: int = 0, end: int = sys.maxsize) -> Iterator[Member | str]:
+    """Yields the files of the tar at bytes start..end of `file`, then the paths of its empty folders.
+
+    Never seeks back before the last header or piece that it read. Raises BadTarError if it is not a whole tar.
+    """
+    folders: set[str] = set()
+    filled: set[str] = set()
     position = start
     while position + tarfile.BLOCKSIZE <= end:
         file.seek(position)
         header = file.read(tarfile.BLOCKSIZE)
+        if len(header) < tarfile.BLOCKSIZE:
+            end = position + len(header)
+            break
         if header == _LAST_BLOCK:
             _check_rest(file, name, start, position, end)
+            yield from sorted(folders - filled)
             return
         try:
             member, following = _plain_member(header, position) or _any_member(file, position)
         except tarfile.ReadError as error:
             if position > start:
                 raise _cut_off(name, position - start, end - start) from error
-            raise _BadTarError(_not_a_tar(name, header, str(error), is_whole_file=start == 0)) from error
+            raise BadTarError(_not_a_tar(name, header, str(error), is_whole_file=start == 0)) from error
         data_end = following if member.issparse() or not member.isreg() else member.offset_data + member.size
         if data_end > end:
             break
         position = following
         path = "/".join(part for part in member.name.split("/") if part not in ("", ".", ".."))
+        filled.update(_above(path))
         if member.isdir():
             folders |= {path} - {""}
         else:
             yield Member(path, member.offset_data, member.size if member.isreg() else 0, _fault(member))
     if end - start < tarfile.BLOCKSIZE:
         file.seek(start)
-        raise _BadTarError(_not_a_tar(name, file.read(end - start), f"it has {end - start} bytes", is_whole_file=start == 0))
+        raise BadTarError(_not_a_tar(name, file.read(end - start), f"it has {end - start} bytes", is_whole_file=start == 0))
     raise _cut_off(name, position - start, end - start)
 
 
@@ -98,7 +110,7 @@ def _above(path: str) -> Iterator[str]:
 
 
 def _check_rest(file: BinaryIO, name: str, start: int, position: int, end: int) -> None:
-    """Raises _BadTarError if something other than the usual zeros follows the end of a tar at byte `position`."""
+    """Raises BadTarError if something other than the usual zeros follows the end of a tar at byte `position`."""
     begin = position
     while position < end:
         file.seek(position)
@@ -107,12 +119,12 @@ def _check_rest(file: BinaryIO, name: str, start: int, position: int, end: int) 
             break
         if rest := piece.lstrip(b"\0"):
             junk = position + len(piece) - len(rest)
-            raise _BadTarError(_what_follows(file, name, junk - start, start, end))
+            raise BadTarError(_what_follows(file, name, junk - start, start, end))
         position += len(piece)
-    if end - begin > _LONGEST_END:
-        raise _BadTarError(
-            f"{name} has nothing but zeros from byte {begin - start:,} to its end at byte {end - start:,}: its download stopped "
-            "there (a sparse file); go on with it, or start it again"
+    if position - begin > _LONGEST_END:
+        raise BadTarError(
+            f"{name} has nothing but zeros from byte {begin - start:,} to its end at byte {position - start:,}: its download "
+            "stopped there (a sparse file); go on with it, or start it again"
         )
 
 
@@ -134,8 +146,8 @@ def _what_follows(file: BinaryIO, name: str, byte: int, start: int, end: int) ->
     )
 
 
-def _cut_off(name: str, position: int, size: int) -> _BadTarError:
-    return _BadTarError(
+def _cut_off(name: str, position: int, size: int) -> BadTarError:
+    return BadTarError(
         f"{name} is cut off: its {size:,} bytes do not end as a tar does, and the last whole member ends at byte {position:,}; "
         "go on with its download, or start it again"
     )
@@ -173,7 +185,7 @@ def _plain_member(header: bytes, position: int) -> tuple[tarfile.TarInfo, int] |
 def _any_member(file: BinaryIO, position: int) -> tuple[tarfile.TarInfo, int]:
     file.seek(position)
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-        member = tar.next()
+        member = tar.firstmember  # type: ignore[attr-defined]  # next() would seek back if it is None
         if member is None:
             raise tarfile.ReadError("it ends too early")
         return member, tar.offset

@@ -15,7 +15,7 @@ import numpy as np
 from beam_jobs import files
 from beam_jobs.account import seen_of
 from beam_jobs.plan import Plan, SplitPlan, plan_split
-from beam_jobs.raw import SPLITS, Index
+from beam_jobs.raw import Index
 from beam_jobs.shards import FINGERPRINTS, WrittenShard, contents_digest, file_crc32c
 from trainer.shared.data import ALLOWING
 from trainer.shared.errors import LISTED_IN_A_LINE, UserError, first_few, printable
@@ -86,12 +86,12 @@ def verify_dataset(plan: Plan) -> Manifest:
     of_archives = archive_reports(plan, reports)
     refuse_faults(plan, of_archives, reports)
     labels = [labels_of(report) for report in of_archives]
-    of_splits = {split: plan_split(plan, split, dict(enumerate(map(len, labels)))) for split in SPLITS}
+    of_splits = {split: plan_split(plan, split, dict(enumerate(map(len, labels)))) for split in plan.raw.splits}
     splits = {
         split: _verify_split(plan, of_split, [labels[n] for n in of_split.first_ids], reports)
         for split, of_split in of_splits.items()
     }
-    for split in SPLITS:
+    for split in plan.raw.splits:
         numbers = plan.raw.of_split(split)
         rejected = _printable_sources(image for number in numbers for image in of_archives[number]["rejected"])
         splits[split] = replace(
@@ -144,7 +144,7 @@ def faults(plan: Plan, of_archives: list[Any]) -> tuple[list[str], Listed]:
     """Returns the faults of the raw data that indexing shows: problems, and images that cannot be read."""
     problems = [*plan.raw.problems, *(problem for report in of_archives for problem in report["problems"])]
     rejected = [image for report in of_archives for image in report["rejected"]]
-    for split in SPLITS:
+    for split in plan.raw.splits:
         numbers = plan.raw.of_split(split)
         found = sum(of_archives[number]["found"] for number in numbers)
         if plan.expected and found != plan.expected[split]:
@@ -160,7 +160,7 @@ def faults(plan: Plan, of_archives: list[Any]) -> tuple[list[str], Listed]:
             minlength=len(plan.raw.synsets),
         )
         problems += [f"no training image of {plan.raw.synsets[label]} can be read" for label in np.flatnonzero(counts == 0)]
-        if not sum(len(labels_of(of_archives[number])) for number in plan.raw.of_split("validation")):
+        if (numbers := plan.raw.of_split("validation")) and not sum(len(labels_of(of_archives[number])) for number in numbers):
             problems.append("no validation image can be read")
     return problems, rejected
 

@@ -40,6 +40,7 @@ def build_tfrecords(
     from trainer.config import data_from
     from trainer.shared.data import values_of_data
     from trainer.shared.progress import ProgressBars
+    from trainer.shared.records import Split
 
     arguments = {
         "raw": raw,
@@ -65,7 +66,7 @@ def build_tfrecords(
             on_progress=lambda done, total: bars("build-tfrecords", done, total),
             **options_of(settings),
         )
-        train, validation = manifest.splits["train"], manifest.splits["validation"]
+        train, validation = manifest.splits["train"], manifest.splits.get("validation", Split(0, (), ()))
         dataset.metadata.update(
             name=manifest.name,
             fingerprint=manifest.fingerprint,

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -61,3 +62,50 @@ def built(raw, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("built") / "output"
     build(str(raw), str(folder), num_shards=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def as_layout(tmp_path_factory) -> Callable[[str], Path]:
+    """Raw folders by layout, made when first asked for. Tests that change one take a copy."""
+    from support import layouts
+
+    made: dict[str, Path] = {}
+
+    def get(layout: str) -> Path:
+        if layout not in made:
+            made[layout] = layouts.LAYOUTS[layout](tmp_path_factory.mktemp("raw"))
+        return made[layout]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def fingerprint(built) -> str:
+    """The fingerprint of the dataset of `raw`."""
+    from trainer.shared.records import read_manifest
+
+    return read_manifest(str(built)).fingerprint
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An emulated Cloud Storage that Beam's own client talks to; gives its URL and a function from names to contents."""
+    import socket
+
+    from apache_beam.internal.gcp import auth
+    from gcp_storage_emulator.server import create_server
+    from google.cloud import storage
+
+    from beam_jobs import files
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = create_server("localhost", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
+    monkeypatch.setattr(auth._Credentials, "_credentials_init", True)
+    monkeypatch.setattr(auth._Credentials, "_credentials", None)
+    files._opened_by.cache_clear()
+    yield storage.Client.create_anonymous_client().bucket("bucket")
+    server.stop()

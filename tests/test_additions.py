@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.raw_data import LABELS, train_images, validation_images
+
+from trainer.shared.records import read_manifest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("trainer", "eval", "beam_jobs")
@@ -30,7 +33,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def add(copy: Path, new: str, source: str, elsewhere: str, before: str, after: str) -> None:
-    """Writes the `new` file, changes one line `elsewhere`, and holds the whole addition to just that."""
+    """Writes the `new` file, changes or adds one line `elsewhere`, and holds the whole addition to just that."""
     (copy / new).write_text(source)
     text = (copy / elsewhere).read_text()
     assert text.count(before) == 1
@@ -39,7 +42,8 @@ def add(copy: Path, new: str, source: str, elsewhere: str, before: str, after: s
     touched = git(copy, "diff", "--cached", "--numstat").splitlines()
     print(*touched, sep="\n")
     lines = len(source.splitlines())
-    assert sorted(touched) == sorted([f"{lines}\t0\t{new}", f"1\t1\t{elsewhere}"])
+    removed = 1 - (after.count("\n") - before.count("\n"))
+    assert sorted(touched) == sorted([f"{lines}\t0\t{new}", f"1\t{removed}\t{elsewhere}"])
 
 
 def python(copy: Path, code: str) -> str:
@@ -125,7 +129,7 @@ class Renamed(Archives):
 LAYOUT = Renamed()
 '''
     where = ("beam_jobs/layouts/renamed.py", source, "beam_jobs/layouts/__init__.py")
-    add(copy, *where, 'ORDER = ("archives", "folders")', 'ORDER = ("renamed", "archives", "folders")')
+    add(copy, *where, '    "archives",\n', '    "renamed",\n    "archives",\n')
     code = f"""
 from beam_jobs.raw import raw_identity
 from beam_jobs.layouts import LAYOUTS
@@ -136,5 +140,40 @@ print(*(type(one).__name__ for one in LAYOUTS))
 print(LAYOUTS[0].recognise("raw", "train").why)
 """
     names, why = python(copy, code).splitlines()
-    assert names == "Renamed Archives Folders"
+    assert names == "Renamed Archives GzipArchives HuggingFaceParquet HuggingFaceArchives Tfds Kaggle TinyImageNet Folders"
     assert why.endswith("is there")
+
+
+def test_a_raw_layout_that_is_read_from_beginning_to_end(copy, built):
+    source = '''"""SPLIT.lines: each line a synset, a name and an image in hexadecimal digits."""
+
+from beam_jobs import files
+from beam_jobs.layouts.layout import Found, Stream, StreamedImage
+
+
+class Lines(Stream):
+    def expects(self, split):
+        return f"{split}.lines"
+
+    def recognise(self, folder, split):
+        info = files.find(files.join(folder, f"{split}.lines"))
+        return Found((info._replace(name=f"{split}.lines"),), "lines are there") if info else None
+
+    def images(self, folder, name, labels):
+        with files.open_to_read(files.join(folder, name)) as file:
+            for line in file:
+                synset, image, digits = line.decode().split()
+                yield StreamedImage(image, synset, bytes.fromhex(digits))
+
+
+LAYOUT = Lines()
+'''
+    where = ("beam_jobs/layouts/lines.py", source, "beam_jobs/layouts/__init__.py")
+    add(copy, *where, '    "archives",\n', '    "lines",\n    "archives",\n')
+    (copy / "raw").mkdir()
+    lines = [f"{synset} {name} {one.hex()}" for synset, images in train_images().items() for name, one in images.items()]
+    (copy / "raw" / "train.lines").write_text("\n".join(reversed(lines)))
+    lines = [f"{label} {name} {one.hex()}" for label, (name, one) in zip(LABELS, validation_images().items(), strict=True)]
+    (copy / "raw" / "validation.lines").write_text("\n".join(reversed(lines)))
+    code = "from beam_jobs.job import build; print(build('raw', 'output').fingerprint)"
+    assert python(copy, code).strip() == read_manifest(str(built)).fingerprint

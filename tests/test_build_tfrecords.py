@@ -479,7 +479,7 @@ def test_command_ends_with_one_line_and_code_2_where_raw_data_is_missing(tmp_pat
     done = run_main("--raw", str(tmp_path), "--output", str(tmp_path / "output"))
     assert done.returncode == 2
     missing = f"{TRAIN} (or train/ with images) and {VALIDATION} (or val/ with images)"
-    assert done.stderr == f"error: {tmp_path} holds no raw ImageNet: it lacks {missing}\n"
+    assert done.stderr == f"error: {tmp_path} holds no raw ImageNet: it lacks {missing}; docs/conversion.md lists every layout\n"
 
 
 def test_command_ends_with_one_line_and_code_2_where_an_archive_is_bad(tmp_path):

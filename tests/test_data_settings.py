@@ -29,6 +29,7 @@ ALL = DataSettings(
     verify="decode",
     max_side=512,
     validation_labels="gs://bucket/labels.txt",
+    validation=False,
     allow_other_counts=True,
 )
 
@@ -247,6 +248,8 @@ VERTEX = (
         ("rerun pretrain --run 1 --set data.subset=imagenet_s", "data.subset=imagenet_s is not a setting of pretrain"),
         ("rerun linear-eval --run 1 --set data.verify=decode", "data.verify=decode is not a setting of linear-eval"),
         ("rerun build-tfrecords --run 1 --set epochs=3", "epochs=3 is not a setting of build-tfrecords"),
+        ("run --preset demo --set data.validation=false", "data.validation=false leaves the linear eval of the pipeline without"),
+        (f"submit {VERTEX} --set data.validation=false", "data.validation=false leaves the linear eval of the pipeline without"),
         ("run --preset demo --set data.subst=x", "data.subst is not a setting; did you mean data.subset?"),
     ],
 )

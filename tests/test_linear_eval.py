@@ -270,6 +270,18 @@ def test_a_class_without_images_is_named(checkpoint, tmp_path, split, count):
     assert said.startswith(named)
 
 
+def test_a_dataset_of_training_images_alone_is_refused(dataset, checkpoint, tmp_path):
+    shutil.copytree(dataset, tmp_path / "data")
+    manifest = read_manifest(str(dataset))
+    alone = replace(manifest, splits={"train": manifest.splits["train"]})
+    (tmp_path / "data" / "manifest.json").write_text(manifest_to_json(alone))
+    said = refused(tmp_path / "data", checkpoint, tmp_path)
+    assert said == (
+        f"{tmp_path / 'data'} has no validation split, which linear eval needs: "
+        "build a dataset with validation images of the same classes"
+    )
+
+
 def test_the_online_classifier_is_not_asked_about_classes_that_it_does_not_know(dataset, checkpoint, tmp_path, capsys):
     """As many, by other names. Other protocols learn the new ones, and it is said that they are new."""
     shutil.copytree(dataset, tmp_path / "data")

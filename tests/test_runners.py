@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -294,26 +293,6 @@ def test_a_full_disk_is_one_line_and_what_is_finished_stays(raw, references, tmp
 
 
 # ---- Cloud Storage and Dataflow
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """An emulated Cloud Storage that Beam's own client talks to; gives its URL and a function from names to contents."""
-    from apache_beam.internal.gcp import auth
-    from gcp_storage_emulator.server import create_server
-    from google.cloud import storage
-
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    server = create_server("localhost", port, in_memory=True, default_bucket="bucket")
-    server.start()
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
-    monkeypatch.setattr(auth._Credentials, "_credentials_init", True)
-    monkeypatch.setattr(auth._Credentials, "_credentials", None)
-    files._opened_by.cache_clear()
-    yield storage.Client.create_anonymous_client().bucket("bucket")
-    server.stop()
 
 
 @pytest.mark.thorough

@@ -7,19 +7,10 @@ ILSVRC2012_img_val.tar      a flat tar of images, whose labels are in validation
 from collections.abc import Set
 
 from beam_jobs import files, tars
-from beam_jobs.layouts.labels import find_labels, read_labels, synsets_of
-from beam_jobs.layouts.layout import (
-    EMPTY_FOLDER,
-    Archive,
-    Contents,
-    Found,
-    Layout,
-    ListedImage,
-    Listing,
-    PassedOver,
-    name_problems,
-)
+from beam_jobs.layouts.labels import archive_of, find_labels, read_labels, synsets_of
+from beam_jobs.layouts.layout import Archive, Contents, Found, Layout, ListedImage, Listing, name_problems
 from beam_jobs.layouts.names import base_name, base_name_first, canonical, why_passed_over
+from beam_jobs.layouts.passed_over import EMPTY_FOLDER, PassedOver, tally
 from trainer.shared.errors import first_few
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
@@ -63,14 +54,11 @@ class Archives(Layout):
                 f"{TRAIN_ARCHIVE} holds {first_few(others, ', ')}: it must hold one SYNSET.tar for each synset and nothing else; "
                 + _remedy(folder, others)
             )
-        return Contents(tuple(archives[synset] for synset in sorted(archives)), tuple(problems), tuple(passed_over))
+        return Contents(tuple(archives[synset] for synset in sorted(archives)), tuple(problems), tally(passed_over))
 
     def validation_archives(self, folder: str, found: Found, known: Set[str] | None) -> Contents:
-        labels, problems = read_labels(folder, found, known)
-        size = found.files[0].size
-        archive = Archive(
-            "validation", VALIDATION_ARCHIVE, VALIDATION_ARCHIVE, 0, size, synsets=labels.synsets, names=labels.names
-        )
+        labels, problems = read_labels(folder, found.labels, known)
+        archive = archive_of(VALIDATION_ARCHIVE, VALIDATION_ARCHIVE, found.files[0].size, labels)
         return Contents((archive,), problems, synsets=frozenset(labels.synsets))
 
     def list_images(self, folder: str, archive: Archive) -> Listing:

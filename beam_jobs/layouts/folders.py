@@ -1,7 +1,7 @@
 """ImageNet extracted:
 
     train/SYNSET/**     or train/SYNSET.tar, a tar of images
-    val/SYNSET/**       or val/*, whose labels are in validation_labels.txt
+    val/SYNSET/**       or val/*, whose labels are in validation_labels.txt; the folder may be valid/ or validation/, too
 
 Images lie at any depth below the folder of their synset. Links are followed. What file managers and annotation tools leave among
 images is passed over.
@@ -9,28 +9,19 @@ images is passed over.
 
 import posixpath
 from collections.abc import Set
+from dataclasses import replace
 
 from beam_jobs import files
 from beam_jobs.layouts.archives import list_tar
-from beam_jobs.layouts.labels import find_labels, read_labels, synsets_of
-from beam_jobs.layouts.layout import (
-    EMPTY_FOLDER,
-    Archive,
-    Contents,
-    Found,
-    Layout,
-    ListedImage,
-    Listing,
-    PassedOver,
-    and_more,
-    name_problems,
-)
+from beam_jobs.layouts.labels import archive_of, find_labels, read_labels, synsets_of
+from beam_jobs.layouts.layout import Archive, Contents, Found, Layout, ListedImage, Listing, and_more, name_problems
 from beam_jobs.layouts.names import base_name_first, canonical, why_passed_over
+from beam_jobs.layouts.passed_over import EMPTY_FOLDER, PassedOver, tally
 from trainer.shared.errors import first_few
 
 TRAIN_FOLDER = "train"
 VALIDATION_FOLDER = "val"
-_FOLDERS = {"train": TRAIN_FOLDER, "validation": VALIDATION_FOLDER}
+_FOLDERS = {"train": (TRAIN_FOLDER,), "validation": (VALIDATION_FOLDER, "valid", "validation")}
 _PACKED = {".tar": "tar -xf", ".tar.gz": "tar -xzf", ".tgz": "tar -xzf", ".zip": "unzip"}
 """Command that unpacks a file, by the end of its name."""
 
@@ -39,24 +30,25 @@ class Folders(Layout):
     """A folder for each split. It has images, or a folder or tar for each synset."""
 
     def expects(self, split: str) -> str:
-        return f"{_FOLDERS[split]}/ with images"
+        return f"{_FOLDERS[split][0]}/ with images"
 
     def recognise(self, folder: str, split: str) -> Found | None:
-        name = _FOLDERS[split]
-        infos, others = _sorted_out(name, files.walk(files.join(folder, name)))
-        if not infos:
-            return None
-        found = tuple(info._replace(name=posixpath.join(name, info.name)) for info in infos)
-        labels = find_labels(folder) if split == "validation" else None
-        return Found(found, f"{name}/ holds {len(found):,} files", labels, tuple(others))
+        return self.find(folder, split, "")
+
+    def find(self, folder: str, split: str, base: str) -> Found | None:
+        """Returns the files of a split whose folder lies in the folder `base` of a raw folder, or None if there are none."""
+        for name in _FOLDERS[split]:
+            if found := find_folder(folder, posixpath.join(base, name)):
+                return replace(found, labels=find_labels(folder)) if split == "validation" else found
+        return None
 
     def training_archives(self, folder: str, found: Found) -> Contents:
         archives: dict[str, Archive] = {}
         problems = []
-        sizes, forms = _classes(TRAIN_FOLDER, found)
+        sizes, forms = _classes(found)
         strays = []
         for info in found.files:
-            name = info.name.removeprefix(f"{TRAIN_FOLDER}/")
+            name = _within(found.top, info.name)
             if "/" in name:
                 continue
             if name.endswith(".tar"):
@@ -66,49 +58,45 @@ class Folders(Layout):
                 strays.append(name)
         if strays:
             problems.append(
-                f"{TRAIN_FOLDER}/ holds {first_few(strays, ', ')}: it must hold a folder or a tar for each synset "
-                f"and nothing else{_unpack(TRAIN_FOLDER, strays[0])}"
+                f"{found.top}/ holds {first_few(strays, ', ')}: it must hold a folder or a tar for each synset "
+                f"and nothing else{_unpack(found.top, strays[0])}"
             )
         for synset, size in sizes.items():
             if synset in archives:
-                problems.append(f"{TRAIN_FOLDER}/ holds {synset} both as a folder and as a tar: one of them must go")
+                problems.append(f"{found.top}/ holds {synset} both as a folder and as a tar: one of them must go")
             if len(forms[synset]) > 1:
                 problems.append(
-                    f"{TRAIN_FOLDER}/ holds {synset} twice, composed (NFC) and decomposed (NFD), which is the same name: put the "
+                    f"{found.top}/ holds {synset} twice, composed (NFC) and decomposed (NFD), which is the same name: put the "
                     "images into one folder"
                 )
-            archives[synset] = Archive("train", f"{TRAIN_FOLDER}/{forms[synset][0]}", "", 0, size, synset)
-        problems += _one_folder_deeper(TRAIN_FOLDER, found, set(archives))
-        of_classes = {top for names in forms.values() for top in names}
-        passed_over = tuple(other for other in found.others if _top(other.name) not in of_classes)
-        return Contents(tuple(archives[synset] for synset in sorted(archives)), tuple(problems), passed_over)
+            archives[synset] = Archive("train", f"{found.top}/{forms[synset][0]}", "", 0, size, synset)
+        problems += _one_folder_deeper(found, set(archives))
+        of_classes = {one for names in forms.values() for one in names}
+        outside = (other for other in found.others if _class_of(found.top, other.name) not in of_classes)
+        return Contents(tuple(archives[synset] for synset in sorted(archives)), tuple(problems), tally(outside))
 
     def validation_archives(self, folder: str, found: Found, known: Set[str] | None) -> Contents:
         size = sum(info.size for info in found.files)
-        flat = [info.name for info in found.files if info.name.count("/") == 1]
+        flat = [info.name for info in found.files if "/" not in _within(found.top, info.name)]
         packed = [
-            f"{name} is packed{_unpack(VALIDATION_FOLDER, name.partition('/')[2])}"
-            for name in flat
-            if name.endswith(tuple(_PACKED))
+            f"{name} is packed{_unpack(found.top, _within(found.top, name))}" for name in flat if name.endswith(tuple(_PACKED))
         ]
-        sizes, forms = _classes(VALIDATION_FOLDER, found)
+        sizes, forms = _classes(found)
         if len(flat) == len(found.files):
-            labels, wrong = read_labels(folder, found, known)
-            archive = Archive("validation", VALIDATION_FOLDER, "", 0, size, synsets=labels.synsets, names=labels.names)
+            labels, wrong = read_labels(folder, found.labels, known)
+            archive = archive_of(found.top, "", size, labels)
             return Contents((archive,), (*wrong, *packed[:1]), synsets=frozenset(labels.synsets))
         problems = packed[:1]
         if flat and not packed:
             problems.append(f"{flat[0]} is beside folders of synsets: all validation images must be in such folders, or none")
-        if empty := [
-            synset for synset, size in sizes.items() if not any(_top(info.name) in forms[synset] for info in found.files)
-        ]:
-            problems.append(_empty(VALIDATION_FOLDER, empty))
+        with_images = {_class_of(found.top, info.name) for info in found.files}
+        if empty := [synset for synset in sizes if with_images.isdisjoint(forms[synset])]:
+            problems.append(_empty(found.top, empty))
         if known is not None and (unknown := sorted(sizes.keys() - known)):
-            problems += _one_folder_deeper(VALIDATION_FOLDER, found, set(sizes)) or [
-                f"{VALIDATION_FOLDER}/{unknown[0]} is not a synset of the training images{and_more(unknown)}"
+            problems += _one_folder_deeper(found, set(sizes)) or [
+                f"{found.top}/{unknown[0]} is not a synset of the training images{and_more(unknown)}"
             ]
-        archive = Archive("validation", VALIDATION_FOLDER, "", 0, size)
-        return Contents((archive,), tuple(problems), synsets=frozenset(sizes))
+        return Contents((Archive("validation", found.top, "", 0, size),), tuple(problems), synsets=frozenset(sizes))
 
     def list_images(self, folder: str, archive: Archive) -> Listing:
         if archive.file:
@@ -133,6 +121,13 @@ class Folders(Layout):
         return Listing(tuple(images), problems, passed_over=tuple(passed_over), seen=seen)
 
 
+def find_folder(folder: str, top: str) -> Found | None:
+    """Returns the files in the folder `top` of a raw folder, or None if it holds no images."""
+    infos, others = _sorted_out(top, files.walk(files.join(folder, top)))
+    found = tuple(info._replace(name=posixpath.join(top, info.name)) for info in infos)
+    return Found(found, f"{top}/ holds {len(found):,} files", others=tuple(others), top=top) if found else None
+
+
 def _sorted_out(folder: str, tree: files.Tree) -> tuple[list[files.FileInfo], list[PassedOver]]:
     """Returns the files that may be images, and what is none."""
     infos = []
@@ -147,30 +142,37 @@ def _sorted_out(folder: str, tree: files.Tree) -> tuple[list[files.FileInfo], li
     return infos, sorted(passed_over)
 
 
-def _classes(folder: str, found: Found) -> tuple[dict[str, int], dict[str, list[str]]]:
+def _classes(found: Found) -> tuple[dict[str, int], dict[str, list[str]]]:
     """Returns by synset the size of its images, and the names of its folders: more than one if they differ in Unicode's form."""
     sizes: dict[str, int] = {}
     forms: dict[str, list[str]] = {}
-    below = [(info.name, info.size) for info in found.files if info.name.count("/") > 1]
+    below = [(info.name, info.size) for info in found.files if "/" in _within(found.top, info.name)]
     # A folder that holds no image is a class too, and the reason of a problem.
-    below += [(other.name, 0) for other in found.others if _may_be_class(other)]
+    below += [(other.name, 0) for other in found.others if _may_be_class(found.top, other)]
     for name, size in below:
-        top = _top(name)
-        synset = canonical(top)
+        of_class = _class_of(found.top, name)
+        synset = canonical(of_class)
         sizes[synset] = sizes.get(synset, 0) + size
-        if top not in forms.setdefault(synset, []):
-            forms[synset].append(top)
+        if of_class not in forms.setdefault(synset, []):
+            forms[synset].append(of_class)
     return sizes, forms
 
 
-def _may_be_class(other: PassedOver) -> bool:
-    is_folder = other.reason == EMPTY_FOLDER or other.name.count("/") > 1
-    return is_folder and not why_passed_over(posixpath.join(_top(other.name), "image"))
+def _may_be_class(top: str, other: PassedOver) -> bool:
+    if not other.name.startswith(f"{top}/"):
+        return False
+    is_folder = other.reason == EMPTY_FOLDER or "/" in _within(top, other.name)
+    return is_folder and not why_passed_over(posixpath.join(_class_of(top, other.name), "image"))
 
 
-def _top(name: str) -> str:
-    """Returns the second part of a path."""
-    return name.split("/", 2)[1]
+def _within(top: str, name: str) -> str:
+    """Returns a path relative to the folder `top`."""
+    return name.removeprefix(f"{top}/")
+
+
+def _class_of(top: str, name: str) -> str:
+    """Returns the first part of a path relative to the folder `top`: the folder of a class, or a file beside them."""
+    return _within(top, name).partition("/")[0]
 
 
 def _empty(folder: str, synsets: list[str]) -> str:
@@ -183,16 +185,16 @@ def _unpack(folder: str, name: str) -> str:
     return f"; unpack it: cd {folder} && {command} {name} && rm {name}" if command else ""
 
 
-def _one_folder_deeper(folder: str, found: Found, synsets: set[str]) -> list[str]:
+def _one_folder_deeper(found: Found, synsets: set[str]) -> list[str]:
     """Returns a problem if all images lie in the folders of one folder, which then is no class but holds the classes."""
-    depths = {info.name.count("/") for info in found.files}
-    if len(synsets) != 1 or min(depths, default=0) < 3:
+    parts = [_within(found.top, info.name).split("/") for info in found.files]
+    if len(synsets) != 1 or min(map(len, parts), default=0) < 3:
         return []
-    (top,) = synsets
-    inner = sorted({info.name.split("/", 3)[2] for info in found.files})
+    outer = f"{found.top}/{parts[0][0]}"
+    inner = sorted({one[1] for one in parts})
     return [
-        f"{folder}/{top} holds the folders {first_few(inner, ', ')}, so the images are one folder deeper than the synsets: "
-        f"mv {folder}/{top}/* {folder}/ && rmdir {folder}/{top}"
+        f"{outer} holds the folders {first_few(inner, ', ')}, so the images are one folder deeper than the synsets: "
+        f"mv {outer}/* {found.top}/ && rmdir {outer}"
     ]
 
 

@@ -3,16 +3,14 @@
 import itertools
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Set
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 from beam_jobs import files
 from beam_jobs.files import FileInfo
 from beam_jobs.layouts.names import canonical
-
-EMPTY_FOLDER = "an empty folder"
-"""Reason of a `PassedOver`."""
+from beam_jobs.layouts.passed_over import PassedOver, Tallies
 
 
 class RawImage(NamedTuple):
@@ -32,17 +30,6 @@ class RawImage(NamedTuple):
     def source(self) -> str:
         """The image's path for people. An archive's member is written as if the archive were a folder."""
         return posixpath.join(self.file, self.name) if self.name else self.file
-
-
-class PassedOver(NamedTuple):
-    """A file, a member of a tar or an empty folder that is no image to take."""
-
-    name: str
-    """Path for people, relative to the raw folder. An archive's member is written as if the archive were a folder."""
-    reason: str
-    """Why it is passed over. The same words for the same kind, because the manifest counts them by reason."""
-    size: int
-    """Size in bytes."""
 
 
 class ListedImage(NamedTuple):
@@ -77,6 +64,8 @@ class Archive:
     """Synset of each image, in canonical form; empty if the labels do not come from a file."""
     names: tuple[str, ...] = ()
     """Name of the image of each of `synsets`; empty if they are in the order of the images' names."""
+    labels_file: str = ""
+    """The file that `synsets` come from, for messages."""
 
     @property
     def size(self) -> int:
@@ -91,11 +80,13 @@ class Found:
     files: tuple[FileInfo, ...]
     """Files that hold images. Names are paths relative to the raw folder."""
     why: str
-    """Why the layout was recognised, for the log."""
+    """Why the layout was recognised, for people."""
     labels: FileInfo | None = None
     """The file of labels, or None if there is none."""
     others: tuple[PassedOver, ...] = ()
-    """Files and empty folders of the split that hold no images. They do not count in the identity of the raw data."""
+    """Files and empty folders that hold no images to take. They do not count in the identity of the raw data."""
+    top: str = ""
+    """The folder that holds `files`, as a path relative to the raw folder, if the layout has one for each split."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +97,7 @@ class Contents:
     """Archives in the order of image IDs: all IDs of one archive come before those of the next."""
     problems: tuple[str, ...]
     """Faults that stop the conversion."""
-    passed_over: tuple[PassedOver, ...] = ()
+    passed_over: Tallies = field(default_factory=dict)
     """What is in the split, but in none of the archives, and no image."""
     synsets: frozenset[str] | None = None
     """Synsets of validation images, in canonical form, if they are known before the images are listed."""
@@ -124,15 +115,12 @@ class Listing:
     """What is in the archive and no image."""
     seen: int | None = None
     """Number of files or members, and of empty folders, in the archive. None if the layout lists nothing but images."""
+    repaired: tuple[dict[str, Any], ...] | None = None
+    """Source and repair of each image that will be repaired; None if the images were not checked yet."""
 
 
-class Layout(ABC):
-    """One layout of a split's images in a raw folder. Stateless, because the plan takes it to the workers.
-
-    A layout accounts for all that it sees: every file, member of a tar and empty folder of a split is either an image of a
-    `Listing`, or in `passed_over` of a `Listing` or of the `Contents`, or the reason of a problem. `names.why_passed_over` knows
-    what people leave among images. The job refuses a `Listing` whose `seen` is not the number of its images and `passed_over`.
-    """
+class Recogniser(ABC):
+    """Recognises one layout of a split's images in a raw folder."""
 
     @abstractmethod
     def expects(self, split: str) -> str:
@@ -141,6 +129,15 @@ class Layout(ABC):
     @abstractmethod
     def recognise(self, folder: str, split: str) -> Found | None:
         """Returns the files of a split if they have this layout, else None. Opens no file."""
+
+
+class Reader(ABC):
+    """Groups the images of a split into archives, lists them and reads them. The plan takes it to the workers.
+
+    A reader accounts for all that it sees: every file, member of a tar and empty folder of a split is either an image of a
+    `Listing`, or in `passed_over` of a `Listing` or of the `Contents`, or the reason of a problem. `names.why_passed_over` knows
+    what people leave among images. The job refuses a `Listing` whose `seen` is not the number of its images and `passed_over`.
+    """
 
     @abstractmethod
     def training_archives(self, folder: str, found: Found) -> Contents:
@@ -160,6 +157,50 @@ class Layout(ABC):
     def read(self, folder: str, image: RawImage, start: int, size: int) -> bytes:
         """Returns `size` bytes of an image from byte `start`; fewer if the file ends before. Thread-safe."""
         return files.read_range(files.join(folder, image.file), image.offset + start, size)
+
+
+class Layout(Recogniser, Reader):
+    """A layout whose images can be listed and read in any order. Stateless."""
+
+
+class StreamedImage(NamedTuple):
+    """An image of a `Stream`."""
+
+    name: str
+    """The image's official name, for example n01440764_18.JPEG."""
+    synset: str
+    """The image's synset; it becomes `names.canonical`."""
+    data: bytes
+    """The image's bytes; b"" if the stream is read in place."""
+    offset: int = 0
+    """Start of the image in its file, in bytes, if the stream is read in place."""
+    size: int = 0
+    """Size in bytes, if the stream is read in place."""
+
+
+class StreamError(Exception):
+    """The rest of a stream's file cannot be read. The message names the file and says why."""
+
+
+class Stream(Recogniser):
+    """A layout whose files must be read from beginning to end before any image can be found. Stateless.
+
+    `beam_jobs.unpack` reads each file once and writes its images to a file that can be read in any order.
+    """
+
+    in_place: ClassVar[bool] = False
+    """Whether an image's bytes can be read where they are once their place is known. Then only their places are written."""
+    takes_labels: ClassVar[bool] = False
+    """Whether the labels of validation images come from a file of labels."""
+
+    @abstractmethod
+    def images(self, folder: str, name: str, labels: FileInfo | None) -> Iterator[StreamedImage | PassedOver]:
+        """Yields all that one of `Found.files` holds, in any order: images, and what is none. Holds few of them in memory.
+
+        labels: `Found.labels`
+
+        Raises StreamError if the rest of the file cannot be read.
+        """
 
 
 def name_problems(archive: str, names: list[str], *, seen: int = 0) -> tuple[str, ...]:

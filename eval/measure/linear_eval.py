@@ -284,8 +284,11 @@ class _Progress:
 
 def _require_every_class(data_dir: str, manifest: Manifest) -> None:
     for name in SPLITS:
-        per_class = manifest.splits[name].records_per_class if name in manifest.splits else (0,) * manifest.num_classes
-        empty = [manifest.synsets[label] for label, count in enumerate(per_class) if count == 0]
+        if name not in manifest.splits:
+            raise UserError(
+                f"{data_dir} has no {name} split, which linear eval needs: build a dataset with {name} images of the same classes"
+            )
+        empty = [manifest.synsets[label] for label, count in enumerate(manifest.splits[name].records_per_class) if count == 0]
         if empty:
             more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
             raise UserError(

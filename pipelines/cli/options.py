@@ -155,7 +155,14 @@ def make_experiment(preset: str, overrides: Sequence[str]) -> Experiment:
 
 
 def read_experiment(args: Namespace) -> Experiment:
-    return make_experiment(args.preset, args.overrides)
+    """Returns the experiment of a whole pipeline. Raises UserError if its linear eval would have no images."""
+    experiment = make_experiment(args.preset, args.overrides)
+    if not experiment.config.data.validation:
+        raise UserError(
+            f"{DATA}validation=false leaves the linear eval of the pipeline without images: omit it, or convert with python -m "
+            "beam_jobs.build_tfrecords --no-validation and pretrain with python -m trainer.task"
+        )
+    return experiment
 
 
 def with_absolute_files(experiment: Experiment) -> Experiment:

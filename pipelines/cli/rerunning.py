@@ -197,7 +197,7 @@ def _run_here(
         from beam_jobs.raw import raw_identity
 
         data = absolute_files(_data_again(before, again.overrides))
-        identity = raw_identity(arguments["raw"], data.files.values())
+        identity = raw_identity(arguments["raw"], data.files.values(), validation=data.validation)
         arguments |= {"raw_identity": identity, "data_settings": as_overrides(data), "beam_args": []}
     else:
         arguments["overrides"] = [*before["overrides"], *again.overrides]

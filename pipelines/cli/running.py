@@ -82,7 +82,8 @@ def run(options: RunOptions) -> int:
     experiment = options.experiment
     started = init_parameters(options.init_from, experiment.config)
     raw = options.raw or _demo_raw(root)
-    identity = raw_identity(raw, experiment.config.data.files.values())
+    data = experiment.config.data
+    identity = raw_identity(raw, data.files.values(), validation=data.validation)
     arguments = {"raw": raw, "raw_identity": identity, **experiment.parameters, **started}
     settings = ("--set", *experiment.overrides) if experiment.overrides else ()
     named = ("--raw", raw) if options.raw else ()

@@ -177,7 +177,7 @@ def _check_raw(submission: "Submission", who: "Credentials") -> tuple[str, str]:
     from pipelines.vertex.storage import raw_identity
 
     data = data_from(submission.parameters.get("data_settings", []))
-    identity = raw_identity(submission.raw, data.files.values())
+    identity = raw_identity(submission.raw, data.files.values(), validation=data.validation)
     return f"{submission.raw} can be read, identity {identity}", identity
 
 

@@ -47,8 +47,10 @@ def check_bucket(uri: str, place: Place, credentials: "Credentials", *, writes: 
     return what
 
 
-def raw_identity(raw: str, beside: Iterable[str] = ()) -> str:
+def raw_identity(raw: str, beside: Iterable[str] = (), *, validation: bool = True) -> str:
     """Returns a digest that identifies the raw archives in a folder and the files `beside`, which the conversion reads too.
+
+    validation: whether there must be a validation split
 
     Raises UserError if they are missing or not readable.
     """
@@ -59,7 +61,7 @@ def raw_identity(raw: str, beside: Iterable[str] = ()) -> str:
     bucket = _bucket_of(raw)
     with _as_user_errors(bucket, "roles/storage.objectViewer and roles/storage.legacyBucketReader on it allow it"):
         try:
-            return raw_data.raw_identity(raw, beside)
+            return raw_data.raw_identity(raw, beside, validation=validation)
         except BeamIOError as error:
             if "NotFound" in str(error):
                 raise UserError(f"there is no bucket gs://{bucket}: --raw must name the folder of the raw archives") from error

@@ -82,6 +82,8 @@ class DataSettings(Group):
     """Pixels of the longer side. Larger images are resized to it; 0 resizes none."""
     validation_labels: str = ""
     """Path of the file with the labels of validation images that lie flat. Empty for the one in the raw folder."""
+    validation: bool = True
+    """Whether there must be a validation split. Linear eval needs one; pretraining does not."""
     allow_other_counts: bool = False
     """Whether other classes and numbers of images than the expected ones are accepted."""
 
