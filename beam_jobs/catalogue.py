@@ -18,23 +18,23 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from beam_jobs import files
 from beam_jobs.layouts.layout import Archive, Contents, Found, ListedImage, Listing, RawImage, Reader, and_more, name_problems
+from beam_jobs.layouts.names import base_name_first, canonical
 from beam_jobs.layouts.passed_over import Tallies, merge, tally
 
 ROWS = pa.schema(
     [
-        ("name", pa.string()),
-        ("synset", pa.string()),
+        ("name", pa.binary()),
+        ("synset", pa.binary()),
         ("offset", pa.int64()),
         ("size", pa.int64()),
         ("fault", pa.string()),
         ("repaired", pa.string()),
     ]
 )
-"""An image of a source file. `fault` and `repaired` are empty unless the images were checked."""
+"""An image of a source file. Names and synsets are `packed`. `fault` and `repaired` are empty unless the images were checked."""
 _PART = re.compile(r"-(\d{5})-of-(\d{5})")
 _SOURCE = "source"
 _CLASSES, _SOURCES, _CHECKED = b"classes", b"sources", b"checked"
@@ -78,6 +78,11 @@ class SourceIndex:
     seconds: float
 
 
+def packed(name: str) -> bytes:
+    """Returns the bytes of a name, which may have other bytes than UTF-8 (PEP 383)."""
+    return name.encode(errors="surrogateescape")
+
+
 def images_file(unpacked: str, key: str) -> str:
     return files.join(unpacked, f"{key}.images")
 
@@ -109,10 +114,10 @@ def write_split(unpacked: str, split: str, indexes: Mapping[str, SourceIndex], *
         for number, one in enumerate(indexes.values())
     ]
     rows = pa.concat_tables(tables)
-    order = ["synset", "name", _SOURCE] if split == "train" else ["name", _SOURCE]
-    rows = rows.take(pc.sort_indices(rows, [(column, "ascending") for column in order])).combine_chunks()
-    counts = rows.group_by("synset").aggregate([("size", "count"), ("size", "sum")]).sort_by("synset").to_pylist()
-    classes = tuple((one["synset"], one["size_count"], one["size_sum"]) for one in counts)
+    keys = _sort_keys(rows, split)
+    rows = rows.take(pa.array(sorted(range(len(rows)), key=keys.__getitem__), pa.int64())).combine_chunks()
+    counts = rows.group_by("synset").aggregate([("size", "count"), ("size", "sum")]).to_pylist()
+    classes = tuple(sorted((_unpacked(one["synset"]), one["size_count"], one["size_sum"]) for one in counts))
     ends = [0]
     for _, count, _ in classes if split == "train" else (("", len(rows), 0),):
         ends.append(ends[-1] + count)
@@ -189,10 +194,11 @@ class Unpacked(Reader):
             number = json.loads(metadata[_CLASSES]).index(archive.synset)
             rows = (reader.get_batch(number) if reader.num_record_batches else reader.read_all()).to_pydict()
         sources = [source for _, source in json.loads(metadata[_SOURCES])]
+        names, synsets = ([*map(_unpacked, rows[column])] for column in ("name", "synset"))
         images = tuple(
             ListedImage(name, sources[source], offset, size, synset, fault)
-            for name, source, offset, size, synset, fault in zip(
-                *(rows[column] for column in ("name", _SOURCE, "offset", "size", "synset", "fault")), strict=True
+            for name, synset, source, offset, size, fault in zip(
+                names, synsets, *(rows[column] for column in (_SOURCE, "offset", "size", "fault")), strict=True
             )
         )
         repaired = tuple(
@@ -200,7 +206,7 @@ class Unpacked(Reader):
             for image, done in zip(images, rows["repaired"], strict=True)
             if done
         )
-        problems = name_problems(archive.name, rows["name"])
+        problems = name_problems(archive.name, names)
         return Listing(images, problems, repaired=repaired if json.loads(metadata[_CHECKED]) else None)
 
     def read(self, folder: str, image: RawImage, start: int, size: int) -> bytes:
@@ -221,6 +227,18 @@ def _unpacked_files(unpacked: str, split: str, identity: str) -> Mapping[str, st
     with files.open_to_read(index_file(unpacked, split)) as file, pa.ipc.open_file(file) as reader:
         sources = json.loads(reader.schema.metadata[_SOURCES])
     return {source: images_file(unpacked, key) for key, source in sources}
+
+
+def _unpacked(name: bytes) -> str:
+    return name.decode(errors="surrogateescape")
+
+
+def _sort_keys(rows: pa.Table, split: str) -> list[tuple[str, str]]:
+    """Returns a key for each image that gives the order of image IDs in every layout."""
+    names = map(_unpacked, rows["name"].to_pylist())
+    if split != "train":
+        return [*map(base_name_first, names)]
+    return [*zip(map(_unpacked, rows["synset"].to_pylist()), map(canonical, names), strict=True)]
 
 
 def _passed_over(summary: SplitSummary, found: Found) -> Tallies:

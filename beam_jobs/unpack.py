@@ -111,8 +111,8 @@ def unpack_source(work: Work, number: int) -> None:
     if _is_done(work, source):
         return
     begun = time.perf_counter()
-    names: list[str] = []
-    synsets: list[str] = []
+    names: list[bytes] = []
+    synsets: list[bytes] = []
     faults: list[str] = []
     repairs: list[str] = []
     offsets, sizes = array("q"), array("q")
@@ -135,9 +135,9 @@ def unpack_source(work: Work, number: int) -> None:
                     position += size if chosen else 0
                 if out and chosen:
                     out.write(image.data)
-                names.append(image.name)
-                synsets.append(synset)
-                faults.append(fault)
+                names.append(catalogue.packed(image.name))
+                synsets.append(catalogue.packed(synset))
+                faults.append(image.fault or fault)
                 repairs.append(repair)
                 offsets.append(offset)
                 sizes.append(size)

@@ -26,6 +26,7 @@ from beam_jobs import inspect_dataset
 from beam_jobs.build_tfrecords import main
 from beam_jobs.job import build, plan_only
 from beam_jobs.layouts.hugging_face_archives import HuggingFaceArchives
+from beam_jobs.raw import raw_identity
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
 
@@ -198,6 +199,10 @@ def test_a_ground_truth_that_does_not_fit_is_refused(raw, tmp_path):
     truth.write_text("1\n4\n")
     with pytest.raises(UserError, match="line 2: 4 is not an ILSVRC2012_ID"):
         build(str(folder), str(tmp_path / "output"))
+    identity = raw_identity(str(folder))
+    with (data / "meta.mat").open("ab") as file:
+        file.write(b"0")
+    assert raw_identity(str(folder)) != identity
     (data / "meta.mat").unlink()
     with pytest.raises(UserError, match=r"meta.mat is missing"):
         build(str(folder), str(tmp_path / "output"))
@@ -268,6 +273,20 @@ def test_what_is_no_image_is_passed_over_in_compressed_archives(tmp_path):
     }
     assert train.entries == 12 + 4
     assert [one.names for one in validation.passed_over] == [(f"{VALIDATION}.gz/._v.JPEG",)]
+
+
+def test_names_that_are_not_utf_8_have_the_order_of_the_archives(tmp_path):
+    names = ("caf\udce9.JPEG", "cafe\u0301.JPEG", "caf\u00ea.JPEG", "cafz.JPEG")
+    train = {"caf\udce9": {name: picture(number) for number, name in enumerate(names)}}
+    plain = raw_as_usual(tmp_path / "plain", train=train, labels=None)
+    (tmp_path / "raw").mkdir()
+    for folder in (plain, tmp_path / "raw"):
+        (folder / "validation_labels.txt").write_bytes(b"caf\xe9\n" * 20)
+    for name in (TRAIN, VALIDATION):
+        (tmp_path / "raw" / f"{name}.gz").write_bytes(gzip.compress((plain / name).read_bytes(), 1))
+    manifests = [build(str(tmp_path / name), str(tmp_path / f"of {name}")) for name in ("plain", "raw")]
+    assert len({manifest.fingerprint for manifest in manifests}) == 1
+    assert manifests[1].synsets == ("caf\\xe9",)
 
 
 def test_labels_by_name_and_labels_from_elsewhere_fit_compressed_archives(tmp_path):

@@ -1,7 +1,9 @@
 """Random raw data is converted as a naive reader reads it, with all that was seen accounted for, or is refused in one line."""
 
+import gzip
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -9,10 +11,12 @@ import pytest
 from support.raw_data import picture
 from support.raw_trees import NotWholeError, Truth, read_naively, write_tree
 
+from beam_jobs import unpack
 from beam_jobs.account import seen_of
 from beam_jobs.job import build
+from beam_jobs.layouts.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
 from beam_jobs.plan import Plan, make_plan, plan_split
-from beam_jobs.raw import SPLITS, index
+from beam_jobs.raw import SPLITS, Recognised, index
 from trainer.shared.blocks import framed_records
 from trainer.shared.errors import UserError, first_few
 from trainer.shared.records import Seen, decode_example
@@ -50,10 +54,10 @@ def check_plan(plan: Plan, truth: Truth) -> None:
         check_account(seen_of(plan.raw.passed_over[split], (one.account for one in found.values())), truth, split, rejected)
 
 
-def refusal(folder: Path) -> tuple[Plan | None, str]:
+def refusal(folder: Path, **options) -> tuple[Plan | None, str]:
     """The plan of a raw folder, and the line in which a conversion would refuse it; "" if it would not."""
     try:
-        plan = make_plan(str(folder), str(folder / "output"))
+        plan = make_plan(str(folder), str(folder / "output"), **options)
         problems = [*plan.raw.problems, *(fault for archive in plan.raw.archives for fault in index(plan.raw, archive).problems)]
     except UserError as error:
         return None, str(error)
@@ -84,6 +88,40 @@ def test_random_raw_data_is_taken_as_a_naive_reader_takes_it_or_refused(count, t
         shutil.rmtree(tmp_path / "raw")
     assert refused[""] > count // 2
     assert len(refused) > 12
+
+
+def compressed(folder: Path) -> bool:
+    """Compresses the official archives of a raw folder. Returns whether there are any."""
+    there = [folder / name for name in (TRAIN_ARCHIVE, VALIDATION_ARCHIVE) if (folder / name).exists()]
+    for path in there:
+        (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 1))
+        path.unlink()
+    return bool(there)
+
+
+def unpacked_to(folder: Path, recognised: Recognised, synsets) -> str:
+    work = unpack.make_work(str(folder), recognised, str(folder / "unpacked"), synsets)
+    for number in range(len(work.sources)):
+        unpack.unpack_source(work, number)
+    unpack.finish(work)
+    return work.unpacked
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_compressed_archives_are_taken_or_refused_as_they_are_without(count, tmp_path):
+    taken = 0
+    for seed in range(count):
+        folder = tmp_path / str(seed)
+        fault = write_tree(folder, Random(seed), lambda number: b"image %d" % number)
+        truth = naively(folder)
+        if compressed(folder):
+            plan, line = refusal(folder, unpack=partial(unpacked_to, folder))
+            assert (truth is None) == bool(line), f"seed {seed}: {fault}: {line}"
+            if truth is not None:
+                check_plan(plan, truth)
+                taken += 1
+        shutil.rmtree(folder)
+    assert taken > count // 5
 
 
 @pytest.mark.parametrize("seed", range(5))

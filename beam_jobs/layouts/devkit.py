@@ -22,11 +22,13 @@ _FOLDERS = ("ILSVRC2012_devkit_t12/data/", "data/", "")
 
 
 def find(folder: str) -> files.FileInfo | None:
-    """Returns the file in a raw folder that has the ground truth, or None if there is none."""
-    for name in (*(f"{within}{GROUND_TRUTH}" for within in _FOLDERS), ARCHIVE):
-        if found := files.find(files.join(folder, name)):
-            return found._replace(name=name)
-    return None
+    """Returns the file in a raw folder that has the ground truth, or None if there is none. Size and time are meta.mat's too."""
+    for within in _FOLDERS:
+        if found := files.find(files.join(folder, f"{within}{GROUND_TRUTH}")):
+            meta = files.find(files.join(folder, f"{within}{META}")) or found
+            return files.FileInfo(f"{within}{GROUND_TRUTH}", found.size + meta.size, max(found.changed, meta.changed))
+    found = files.find(files.join(folder, ARCHIVE))
+    return found._replace(name=ARCHIVE) if found else None
 
 
 def is_ground_truth(name: str) -> bool:

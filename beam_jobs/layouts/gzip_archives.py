@@ -15,7 +15,7 @@ from typing import BinaryIO, ClassVar, cast
 from beam_jobs import files, tars
 from beam_jobs.layouts.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
 from beam_jobs.layouts.labels import archive_of, find_labels, read_labels, synsets_of
-from beam_jobs.layouts.layout import Found, Stream, StreamedImage, StreamError
+from beam_jobs.layouts.layout import Found, Stream, StreamedImage, StreamError, name_problems
 from beam_jobs.layouts.names import base_name, base_name_first, canonical, why_passed_over
 from beam_jobs.layouts.passed_over import EMPTY_FOLDER, PassedOver
 from beam_jobs.tars import Member
@@ -44,31 +44,50 @@ class GzipArchives(Stream):
         if name == _FILES["validation"]:
             yield from _validation_images(folder, name, labels)
             return
-        with opened(folder, name) as file:
-            for outer in plain_members(file, name):
-                if isinstance(outer, PassedOver):
-                    yield outer
-                    continue
-                inner = base_name(outer.name)
-                synset = canonical(inner.removesuffix(".tar"))
-                if not synset or synset == canonical(inner):
-                    raise StreamError(f"{name} holds {outer.name}: it must hold one SYNSET.tar for each synset and nothing else")
-                for one in plain_members(file, f"{name}/{inner}", outer.offset, outer.offset + outer.size):
-                    yield one if isinstance(one, PassedOver) else StreamedImage(one.name, synset, content(file, one))
+        yield from _training_images(folder, name)
+
+
+def _training_images(folder: str, name: str) -> Iterator[StreamedImage | PassedOver]:
+    names = []
+    with opened(folder, name) as file:
+        for outer in members(file, name):
+            if isinstance(outer, PassedOver):
+                yield outer
+                continue
+            if outer.fault:
+                raise StreamError(f"{name}/{outer.name} {outer.fault}")
+            inner = base_name(outer.name)
+            synset = canonical(inner.removesuffix(".tar"))
+            if not synset or synset == canonical(inner):
+                raise StreamError(f"{name} holds {outer.name}: it must hold one SYNSET.tar for each synset and nothing else")
+            names.append(inner)
+            taken = passed_over = 0
+            for one in members(file, f"{name}/{inner}", outer.offset, outer.offset + outer.size):
+                if isinstance(one, PassedOver):
+                    passed_over += 1
+                    yield one
+                else:
+                    taken += 1
+                    yield image_of(file, one, one.name, synset)
+            if not taken:
+                raise StreamError(first_few(name_problems(f"{name}/{inner}", [], seen=passed_over)))
+    if problems := name_problems(name, names):
+        raise StreamError(first_few(problems))
 
 
 def _validation_images(folder: str, name: str, labels: files.FileInfo | None) -> Iterator[StreamedImage | PassedOver]:
-    of_images, _ = read_labels(folder, labels, None)
-    # Labels are in the order of the names, which are known at the end of a first reading.
+    # Labels are in the order of the names, or have them, and the names are known at the end of a first reading.
     with opened(folder, name) as file:
-        names = sorted((one.name for one in plain_members(file, name) if isinstance(one, Member)), key=base_name_first)
+        names = sorted((one.name for one in members(file, name) if isinstance(one, Member)), key=base_name_first)
+    of_images, _ = read_labels(folder, labels, None, names)
     synsets, problems = synsets_of(archive_of(name, name, 0, of_images), names)
-    if problems:
+    unique = names if of_images.names else [base_name(one) for one in names]
+    if problems := name_problems(name, unique) + problems:
         raise StreamError(first_few(problems))
     synset_of = dict(zip(names, synsets, strict=True))
     with opened(folder, name) as file:
-        for one in plain_members(file, name):
-            yield one if isinstance(one, PassedOver) else StreamedImage(one.name, synset_of[one.name], content(file, one))
+        for one in members(file, name):
+            yield one if isinstance(one, PassedOver) else image_of(file, one, one.name, synset_of[one.name])
 
 
 @contextmanager
@@ -86,26 +105,26 @@ def opened(folder: str, name: str) -> Iterator[BinaryIO]:
         raise StreamError(f"{name} cannot be read to its end ({error}); get it again") from error
 
 
-def plain_members(file: BinaryIO, name: str, start: int = 0, end: int = sys.maxsize) -> Iterator[Member | PassedOver]:
+def members(file: BinaryIO, name: str, start: int = 0, end: int = sys.maxsize) -> Iterator[Member | PassedOver]:
     """Yields the members of the tar `name` at bytes start..end that may be images, and what is none.
 
-    Raises StreamError if a member is not a plain file, and tars.BadTarError if the tar is not whole.
+    Raises tars.BadTarError if the tar is not whole.
     """
     for one in tars.walk(file, name, start, end):
         if not isinstance(one, Member):
             yield PassedOver(f"{name}/{one}", EMPTY_FOLDER, 0)
         elif reason := why_passed_over(one.name):
             yield PassedOver(f"{name}/{one.name}", reason, one.size)
-        elif one.fault:
-            raise StreamError(f"{name}/{one.name} {one.fault}")
         else:
             yield one
 
 
-def content(file: BinaryIO, member: Member) -> bytes:
-    """Returns the bytes of a member; fewer if the file is cut off, which going on with the tar shows."""
+def image_of(file: BinaryIO, member: Member, name: str, synset: str) -> StreamedImage:
+    """Returns the image of a member. It has fewer bytes if the file is cut off, which going on with the tar shows."""
+    if member.fault:
+        return StreamedImage(name, synset, b"", fault=member.fault)
     file.seek(member.offset)
-    return file.read(member.size)
+    return StreamedImage(name, synset, file.read(member.size))
 
 
 class _Forwards:

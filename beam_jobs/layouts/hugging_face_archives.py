@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 from beam_jobs import files
-from beam_jobs.layouts.gzip_archives import content, opened, plain_members
+from beam_jobs.layouts.gzip_archives import image_of, members, opened
 from beam_jobs.layouts.hugging_face import find_files, official_name
 from beam_jobs.layouts.layout import Found, Stream, StreamedImage
 from beam_jobs.layouts.passed_over import PassedOver
@@ -28,11 +28,11 @@ class HuggingFaceArchives(Stream):
 
     def images(self, folder: str, name: str, labels: files.FileInfo | None) -> Iterator[StreamedImage | PassedOver]:
         with opened(folder, name) as file:
-            for one in plain_members(file, name):
+            for one in members(file, name):
                 if isinstance(one, PassedOver):
                     yield one
                 else:
-                    yield StreamedImage(*official_name(name, one.name), content(file, one))
+                    yield image_of(file, one, *official_name(name, one.name))
 
 
 LAYOUT = HuggingFaceArchives()

@@ -44,8 +44,12 @@ def find_labels(folder: str) -> files.FileInfo | None:
     return found._replace(name=VALIDATION_LABELS) if found else devkit.find(folder)
 
 
-def read_labels(folder: str, labels: files.FileInfo | None, known: Set[str] | None) -> tuple[Labels, tuple[str, ...]]:
+def read_labels(
+    folder: str, labels: files.FileInfo | None, known: Set[str] | None, images: Iterable[str] = ()
+) -> tuple[Labels, tuple[str, ...]]:
     """Returns the labels of the validation images in the file `labels`, and the problems of the labels.
+
+    images: names of the images, if they are known
 
     Without such a file, uses ImageNet's own, which tensorflow_datasets ships. A synset that is not in `known` is a problem,
     unless `known` is None. Raises UserError if the file is empty, or if it is missing and tensorflow_datasets is not installed.
@@ -57,7 +61,7 @@ def read_labels(folder: str, labels: files.FileInfo | None, known: Set[str] | No
     else:
         path = path_of(folder, labels.name) if labels else _imagenets_labels(folder)
         lines = files.read_lines(path)
-        read = replace(parse_labels(lines, known, _PAIRS.get(base_name(path))), file=labels.name if labels else "")
+        read = replace(parse_labels(lines, known, _PAIRS.get(base_name(path)), images), file=labels.name if labels else "")
     if not lines:
         raise UserError(f"{path} is empty: it must have a synset a line, in the order of the validation images' names")
     skipped = len(lines) - len(read.synsets)
@@ -93,20 +97,25 @@ def archive_of(name: str, file: str, size: int, labels: Labels) -> Archive:
     )
 
 
-def parse_labels(lines: Sequence[str], known: Set[str] | None, split: _Split | None = None) -> Labels:
+def parse_labels(lines: Sequence[str], known: Set[str] | None, split: _Split | None = None, images: Iterable[str] = ()) -> Labels:
     """Returns the labels of a file's lines.
 
     split: how the lines are divided, if that is known
-    The lines are read in the way that gives the fewest labels that are not in `known`. If `known` is None, lines that all begin
-    with the name of an image file have names, and others do not.
+    images: names of the images, if they are known
+
+    Else the lines are read in the way that gives the fewest labels that are not in `known`. If `known` is None, lines that all
+    begin with one of `images` or the name of an image file have names, and others do not.
     """
     if split and (pairs := _pairs(lines, split)):
         return pairs
     plain = Labels(_interned(lines))
-    by_space = functools.partial(_by_space, known=known or frozenset())
+    bases = {canonical(base_name(name)) for name in images}
+    bases |= {name.rpartition(".")[0] for name in bases}
+    by_space = functools.partial(_by_space, known=known or frozenset(), names=bases)
     ways = [plain, *(pairs for way in (_by_tab, _by_comma, by_space) if (pairs := _pairs(lines, way)))]
     if known is None:
-        return next((one for one in ways if one.names and all(name.lower().endswith(IMAGES) for name in one.names)), plain)
+        named = (one for one in ways if one.names)
+        return next((one for one in named if all(name in bases or name.lower().endswith(IMAGES) for name in one.names)), plain)
     return min(ways, key=lambda one: sum(synset not in known for synset in one.synsets))
 
 
@@ -190,11 +199,12 @@ def _by_comma(line: str) -> tuple[str, str] | None:
     return (fields[0], re.sub("( -?[0-9.]+){4}( .*)?$", "", fields[1])) if len(fields) > 1 else None
 
 
-def _by_space(line: str, known: Set[str]) -> tuple[str, str] | None:
-    """Returns name and label, divided by the last space that leaves a label in `known`; by the last space if none does."""
+def _by_space(line: str, known: Set[str], names: Set[str]) -> tuple[str, str] | None:
+    """Returns name and label, divided by the last space that leaves a label in `known` or a name in `names`, else by the last."""
     words = line.split(" ")
     splits = [(" ".join(words[:place]).strip(), " ".join(words[place:])) for place in range(len(words) - 1, 0, -1)]
-    return next((one for one in splits if canonical(one[1]) in known), splits[0] if splits else None)
+    fits = (one for one in splits if canonical(one[1]) in known or canonical(base_name(one[0])) in names)
+    return next(fits, splits[0] if splits else None)
 
 
 _PAIRS: dict[str, _Split] = {"LOC_val_solution.csv": _by_comma, "val_annotations.txt": _by_tab}

@@ -176,6 +176,8 @@ class StreamedImage(NamedTuple):
     """Start of the image in its file, in bytes, if the stream is read in place."""
     size: int = 0
     """Size in bytes, if the stream is read in place."""
+    fault: str = ""
+    """Why the image cannot be read; "" if no reason is known."""
 
 
 class StreamError(Exception):
