@@ -1,14 +1,18 @@
 """One conversion from start to finish: plans it, runs its pipeline, follows it, and resumes an interrupted one."""
 
+import fcntl
+import os
 import re
 import sys
 import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any
+
+import apache_beam as beam
 
 from beam_jobs import catalogue, dataflow, dry_run, files, images, unpack, verify
 from beam_jobs.convert import Convert, Index
@@ -55,33 +59,44 @@ def build(
     Leaves a dataset as it is if the same conversion finished it before. On Dataflow, waits for an earlier attempt's job of the
     same conversion if that still runs. SIGTERM, SIGHUP and Ctrl-C cancel the job.
 
-    Raises UserError if `output` holds another dataset. Raises UserError for faulty input, after reading all of it, and
+    Raises UserError if `output` holds another dataset, or if another conversion on this machine writes to it. Raises UserError
+    for faulty input, after reading all of it, and
     `verify.LostRecordsError` if the runner is at fault; `output` then has neither manifest nor shards. After an interruption or
     on a full disk, `output` keeps the finished shards, and the same call goes on from them.
     """
 
-    def unpacked(recognised: Recognised, synsets: Sequence[str] | None) -> str:
-        folder = files.join(output, UNPACKED)
-        work = unpack.make_work(raw, recognised, folder, synsets)
-        if work.sources and not _is_unpacked(work, output):
-            _unpack(work, output, processes, beam_args, on_progress)
-        return folder
+    with ExitStack() as held:
+        # Once: a second lock of the same process would wait for the first.
+        hold = cache(lambda: held.enter_context(_alone(output)))
 
-    plan = make_plan(raw, output, **options, unpack=unpacked)
-    for note in plan.raw.notes:
-        print(printable(f"note: {note}"), file=sys.stderr, flush=True)
-    pipeline = make_pipeline(beam_args, processes)
+        def unpacked(recognised: Recognised, synsets: Sequence[str] | None) -> str:
+            folder = files.join(output, UNPACKED)
+            work = unpack.make_work(raw, recognised, folder, synsets)
+            if work.sources and not _is_unpacked(work, output):
+                hold()
+                _unpack(work, output, processes, beam_args, on_progress)
+            return folder
+
+        plan = make_plan(raw, output, **options, unpack=unpacked)
+        for note in plan.raw.notes:
+            print(printable(f"note: {note}"), file=sys.stderr, flush=True)
+        pipeline = make_pipeline(beam_args, processes)
+        hold()
+        return _convert(plan, pipeline, Writers() if names_runner(beam_args) else local_writers(processes or 1), on_progress)
+
+
+def _convert(plan: Plan, pipeline: beam.Pipeline, writers: Writers, on_progress: Callable[[int, int], None]) -> Manifest:
     job = dataflow.Conversion(pipeline, plan.output, plan.identity) if dataflow.is_dataflow(pipeline) else None
     running = job.running() if job else None
-    if files.find(files.join(output, MANIFEST)):
+    if files.find(files.join(plan.output, MANIFEST)):
         # The work folder still exists if the earlier job was interrupted during its cleanup.
         if _made_here(plan) != plan.identity and not was_made_by(plan):
-            raise _finished(output)
-        print(f"{output} is already there: the same conversion finished before", file=sys.stderr, flush=True)
+            raise _finished(plan.output)
+        print(f"{plan.output} is already there: the same conversion finished before", file=sys.stderr, flush=True)
         return publish(plan)
     if not running:  # a running job's workers write to the output folder
         _prepare(plan)
-        pipeline | Convert(plan, Writers() if names_runner(beam_args) else local_writers(processes or 1))
+        pipeline | Convert(plan, writers)
     # The parts of a conversion are its archives, its shards, and publishing.
     parts = len(plan.raw.archives) + sum(plan.num_shards.values()) + 1
     with _followed(partial(verify.count_reports, plan), parts, plan.work, on_progress), job.watched() if job else nullcontext():
@@ -139,6 +154,30 @@ def plan_only(
     finally:
         files.delete_folder(folder)
         files.delete_folder(work)
+
+
+@contextmanager
+def _alone(output: str) -> Iterator[None]:
+    """Keeps other conversions out of a local output folder while the block runs. The lock is on the folder: it leaves no file.
+
+    Raises UserError if another conversion works in the folder, or if the folder cannot be made.
+    """
+    if not is_local(output):
+        yield
+        return
+    try:
+        os.makedirs(output, exist_ok=True)
+        opened = os.open(output, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{output}/ cannot be written: {error.strerror}; give another folder") from error
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another conversion writes to {output}: wait until it ends, or give another folder") from error
+        yield
+    finally:
+        os.close(opened)
 
 
 def _is_unpacked(work: unpack.Work, output: str) -> bool:

@@ -450,7 +450,8 @@ def test_a_step_without_its_accelerator_fails_before_it_reads_anything_and_mlflo
     # An artifact without metadata would end the step with a KeyError as soon as it is used.
     kinds = {"dataset": dsl.Dataset, "model": dsl.Model, "metrics": dsl.Metrics, "report": dsl.HTML}
     one = {name: kind(name=name, uri=f"{tmp_path}/job/task/{name}", metadata={}) for name, kind in kinds.items()}
-    arguments = {"preset": "demo"} if component == "pretrain" else {name: one[name] for name in ("metrics", "report")}
+    of_pretraining = {"preset": "demo", "init_from": "", "init_identity": ""}
+    arguments = of_pretraining if component == "pretrain" else {name: one[name] for name in ("metrics", "report")}
     body = getattr(steps, component).python_func
     with pytest.raises(UserError, match="this job was given v5e-8, 8 x TPU, and TensorFlow has none"):
         body(overrides=[], code_version="0", dataset=one["dataset"], model=one["model"], **arguments)

@@ -303,6 +303,15 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_a_preset_of_another_encoder_is_refused(tmp_path):
+    path = str(THEIRS / "simclr_tf2_r18" / "ckpt-2")
+    with pytest.raises(UserError, match="has depth=18, and preset simclr_v1_imagenet_r50_b4096 50: name another preset, or none"):
+        import_checkpoint(path, str(tmp_path / "out"), image_size=32, preset="simclr_v1_imagenet_r50_b4096")
+    with pytest.raises(UserError, match="simclr_v1 is not a preset"):
+        import_checkpoint(path, str(tmp_path / "out"), image_size=32, preset="simclr_v1")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- The command
 
 

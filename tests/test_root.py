@@ -4,14 +4,20 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from kfp import dsl
+from support.processes import Hold, search_path, started
+from support.raw_data import raw_as_usual
 
 from components import patience, tracking, workspace
 from components.tracking import database
@@ -404,3 +410,52 @@ def test_under_nohup_a_closed_terminal_ends_nothing():
             assert not ended()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.thorough
+def test_the_ui_takes_any_free_port_and_a_closed_terminal_ends_its_server_too(root):
+    command = [sys.executable, "-m", "pipelines.cli", "ui", "--root", str(root), "--port", "0"]
+    environ = {**os.environ, **search_path()}
+    with started(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ui:
+        port = urlsplit(ui.stdout.readline().split()[1]).port
+        ui.send_signal(signal.SIGHUP)
+        assert ui.wait() == 0
+        assert ui.stderr.read() == ""
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_a_terminal_sends_to_a_conversion_in_two_processes_ends_it_without_a_traceback(number, tmp_path):
+    raw = raw_as_usual(tmp_path / "raw")
+    hold = Hold("build-tfrecords", (1,), tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "beam_jobs.build_tfrecords",
+        "--raw",
+        raw,
+        "--output",
+        tmp_path / "output",
+        "--processes",
+        "2",
+    ]
+    environ = {**os.environ, **hold.environ}
+    with started(command, env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True) as job:
+        hold.wait(job)
+        os.killpg(job.pid, number)
+        hold.release()
+        said = job.communicate()[1]
+    assert "Traceback" not in said
+    assert job.returncode == 128 + number
+
+
+def test_of_two_conversions_into_one_folder_the_second_is_refused(raw, tmp_path):
+    from beam_jobs.job import build
+
+    def convert_again(done, total):
+        with pytest.raises(UserError, match=r"another conversion writes to .+: wait until it ends, or give another folder"):
+            build(str(raw), str(tmp_path))
+
+    build(str(raw), str(tmp_path), on_progress=lambda done, total: done or convert_again(done, total))

@@ -73,7 +73,7 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
                 raise
             # Another process made it meanwhile, or the answer to the first call was lost.
             return _experiment(client, name, artifacts)
-    if found.lifecycle_stage != "active":
+    if found.lifecycle_stage == "deleted":
         raise UserError(
             f"the experiment {name} is deleted in MLflow: mlflow experiments restore --experiment-id {found.experiment_id} "
             "brings it back with its runs, MLFLOW_EXPERIMENT_NAME=NAME starts another"

@@ -79,7 +79,7 @@ def import_checkpoint(
         form = format_of(source)
         translation = _with_u(translate(source), dataset_fingerprint)
         config = _config(translation, image_size)
-        _require_preset(preset, translation, source.path)
+        _require_preset(preset, config, source.path)
         comparison = _compared(form, source, translation, config)
         arrays = dict(translation.arrays) | ({} if translation.u is None else {"u": translation.u})
         found = Imported(source.path, source.sha256, translation, config, comparison, checkpoints.sha256_of(arrays), "")
@@ -117,15 +117,15 @@ def _config(translation: Translation, image_size: int) -> Config:
     return replace(config, linear_eval=replace(config.linear_eval, protocols=measured))
 
 
-def _require_preset(preset: str, translation: Translation, path: str) -> None:
+def _require_preset(preset: str, config: Config, path: str) -> None:
     if not preset:
         return
     if preset not in PRESETS:
         raise UserError(f"{preset} is not a preset{nearest(preset, PRESETS)}")
     wanted = PRESETS[preset].config.encoder
-    for key in ("depth", "width_multiplier", "selective_kernel_ratio", "cifar_stem"):
-        if getattr(wanted, key) != getattr(translation.encoder, key):
-            raise UserError(f"{path} has {key}={getattr(translation.encoder, key)}; preset {preset} has {getattr(wanted, key)}")
+    for key in ("depth", "width_multiplier", "selective_kernel_ratio", "cifar_stem", "pool_padding", "input_normalization"):
+        if (found := getattr(config.encoder, key)) != getattr(wanted, key):
+            raise UserError(f"{path} has {key}={found}, and preset {preset} {getattr(wanted, key)}: name another preset, or none")
 
 
 def _compared(form: Format, source: Source, translation: Translation, config: Config) -> Comparison:

@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 
 from trainer.config import Config, override, refuse_data
-from trainer.presets import cifar10, demo, imagenet
+from trainer.presets import cifar10, demo, imagenet, published
 from trainer.presets.preset import Preset
 from trainer.shared.errors import UserError, nearest
 
 __all__ = ["PRESETS", "Preset", "find", "resolve", "resolve_pretraining"]
 
-PRESETS: dict[str, Preset] = {one.name: one for one in (*demo.PRESETS, *imagenet.PRESETS, *cifar10.PRESETS)}
+PRESETS: dict[str, Preset] = {one.name: one for one in (*demo.PRESETS, *imagenet.PRESETS, *cifar10.PRESETS, *published.PRESETS)}
 
 
 def find(name: str) -> Preset:
