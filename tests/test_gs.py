@@ -15,6 +15,8 @@ TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=24", "epochs=1
 FILES = [
     "README.md",
     "encoder.keras",
+    "encoder.py",
+    "encoder.safetensors",
     *(f"saved_model/{name}" for name in ("fingerprint.pb", "saved_model.pb")),
     *(f"saved_model/variables/variables.{name}" for name in ("data-00000-of-00001", "index")),
 ]
