@@ -8,6 +8,7 @@ import sys
 from urllib.parse import urlsplit
 
 import pytest
+from support.full_disk import fill_disk
 from support.processes import search_path, started
 
 from beam_jobs import inspect_dataset
@@ -19,34 +20,6 @@ from trainer.shared import files
 from trainer.shared.errors import UserError
 
 TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=24"]
-
-
-def full_disk(monkeypatch):
-    """Makes every write of a whole file fail as on a full disk."""
-    create = files._create
-
-    def full(path):
-        file = create(path)
-
-        def write(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        return Writer(file, write)
-
-    monkeypatch.setattr(files, "_create", full)
-
-
-class Writer:
-    """An open file whose `write` is another one."""
-
-    def __init__(self, file, write):
-        self.file, self.write = file, write
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
 
 
 def pretrain(dataset, folder):
@@ -84,7 +57,7 @@ def test_a_user_without_a_name_and_a_home_has_all_libraries_and_no_folder_called
 
 
 def test_pretraining_on_a_full_disk_is_one_line_and_leaves_no_file(dataset, tmp_path, monkeypatch, capfd):
-    full_disk(monkeypatch)
+    fill_disk(monkeypatch)
     assert pretrain(dataset, tmp_path / "c") == 2
     said = capfd.readouterr().err.splitlines()[-1]
     assert said == (
@@ -111,7 +84,7 @@ def test_a_page_of_a_dataset_that_cannot_be_written_is_one_line_and_leaves_nothi
         (*_, said) = capsys.readouterr().err.splitlines()
         assert said.startswith("error: ")
         assert said.endswith(f"{why}; fix that and start the same command again")
-    full_disk(monkeypatch)
+    fill_disk(monkeypatch)
     assert inspect_dataset.main([str(built), "--output", str(tmp_path / "other.html")]) == 2
     assert "No space left on device; make room" in capsys.readouterr().err.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "page.html"]
