@@ -3,8 +3,10 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from urllib.parse import urlsplit
 
 import pytest
@@ -167,9 +169,6 @@ def test_the_server_of_a_killed_ui_ends_too(tmp_path):
 
 def gone(port: int, seconds: float = 30) -> bool:
     """Returns whether nobody listens at a port of this machine any more, after `seconds` at the latest."""
-    import socket
-    import time
-
     for _ in range(int(10 * seconds)):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)):

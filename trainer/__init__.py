@@ -14,4 +14,4 @@ for _name, _value in tensorflow_environment().items():
 
 # A user ID without a name, as in containers, has no home folder. MLflow would fail, and Keras would make a folder called "~".
 if os.path.expanduser("~") == "~":
-    os.environ["HOME"] = tempfile.gettempdir()
+    os.environ["HOME"] = os.path.join(tempfile.gettempdir(), f"home-{os.getuid()}")
