@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from trainer.shared.files import make_folder, naming_unwritable
+
 _COMMAND, _RUNNER = 0, 1
 """The bytes that the command and its runner lock."""
 _STARTING = ".starting"
@@ -41,8 +43,10 @@ def log_of_new_run(root: Path, start: Callable[[str], str], started: Callable[[s
     """
     token = uuid.uuid4().hex
     beginning = root / "logs" / f"{token}{_STARTING}"
-    beginning.parent.mkdir(parents=True, exist_ok=True)
-    with beginning.open("w") as file:
+    make_folder(str(beginning.parent))
+    with naming_unwritable(str(beginning)):
+        file = beginning.open("w")
+    with file:
         fcntl.lockf(file, fcntl.LOCK_EX, 1, _COMMAND)
         try:
             run_id = start(token)

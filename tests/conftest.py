@@ -87,6 +87,25 @@ def fingerprint(built) -> str:
     return read_manifest(str(built)).fingerprint
 
 
+@pytest.fixture(scope="session")
+def made_root(tmp_path_factory) -> Path:
+    """A root whose store was made and has no run."""
+    from components import tracking
+
+    root = tmp_path_factory.mktemp("made")
+    tracking.open_root(root)
+    return root
+
+
+@pytest.fixture
+def root(made_root, tmp_path) -> Path:
+    """A root with a store."""
+    from support.roots import copy_store
+
+    copy_store(made_root, tmp_path / "root")
+    return tmp_path / "root"
+
+
 @pytest.fixture
 def bucket(monkeypatch):
     """An emulated Cloud Storage that Beam's own client talks to; gives its URL and a function from names to contents."""

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from support.datasets import write_dataset
+from support.full_disk import fill_disk
 
 from eval import task
 from eval.measure import features as storing
@@ -328,6 +329,26 @@ def test_a_mistake_gives_one_line_and_exit_code_2(arguments, line, dataset, chec
     assert said.startswith(line)
     assert all(note.startswith(("[linear-eval] running on ", "[linear-eval] warning: ")) for note in notes)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        ("out", r"out/features-train-\w+/part-00000\.parquet cannot be written: No space left on device; make room and start"),
+        ("file/out", r"file/out cannot be made: a file is in the way; fix that and start"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_line_and_leaves_no_file(
+    output, line, dataset, checkpoint, tmp_path, monkeypatch, capfd
+):
+    (tmp_path / "file").touch()
+    fill_disk(monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        task.main(["--data", str(dataset), "--checkpoint", str(checkpoint), "--output", str(tmp_path / output)])
+    assert ended.value.code == 2
+    (*_, said) = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(f"error: {tmp_path}/{line} the same command again", said)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["file"]
 
 
 @pytest.mark.thorough

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.shared.errors import UserError
-from trainer.shared.files import names_in, write_arrays
+from trainer.shared.files import make_folder, names_in, write_arrays
 
 _NAME = re.compile(r"checkpoint-(\d{8,})\.npz")
 _ABOUT = "about.json"
@@ -79,7 +79,7 @@ def save(folder: str, checkpoint: Checkpoint, keep: int, every: int = 1) -> str:
 
     Keeps the newest `keep`, and of those whose step is a multiple of `every` also the newest `keep`.
     """
-    tf.io.gfile.makedirs(folder)
+    make_folder(folder)
     path = f"{folder}/checkpoint-{checkpoint.step:08}.npz"
     metrics = {"metrics": dict(checkpoint.metrics), "pending": [dict(one) for one in checkpoint.pending]}
     about = json.dumps({**metrics, "run": checkpoint.run}, sort_keys=True)

@@ -10,7 +10,7 @@ import tensorflow as tf
 from trainer.config import BOOKKEEPING, Config, as_dict, config_from_dict
 from trainer.settings import settings
 from trainer.shared.errors import UserError
-from trainer.shared.files import write_whole
+from trainer.shared.files import make_folder, write_whole
 
 CONFIG = "config.json"
 RESULT = "result.json"
@@ -58,7 +58,7 @@ def claim_folder(
         # A setting that was unknown to the version that began the run is not part of its digest.
         now = {name: value for name, value in now.items() if name in {**stored["config"], **origin}}
     else:
-        tf.io.gfile.makedirs(checkpoint_dir)
+        make_folder(checkpoint_dir)
         begun = {"init_from": source} if source else {}
         text = json.dumps({"config": as_dict(config), **origin, **about, **begun}, indent=1, sort_keys=True) + "\n"
         write_whole(path, text.encode())

@@ -28,7 +28,7 @@ from trainer.encoder import make_encoder
 from trainer.input_pipeline import PADDING, evaluation_batches, naming_bad_records
 from trainer.preemption import PreemptedError
 from trainer.shared.errors import UserError
-from trainer.shared.files import write_whole
+from trainer.shared.files import make_folder, write_whole
 from trainer.shared.records import Manifest
 from trainer.state import model_variables
 
@@ -239,7 +239,7 @@ def extract(
     def write() -> None:
         part = Features(*(np.concatenate(columns) for columns in zip(*map(_columns, pending), strict=True)))
         _require_finite(part, split)
-        tf.io.gfile.makedirs(folder)
+        make_folder(folder)
         _write_part(_part_path(folder, len(rows)), part, layout)
         seen.append(part.image_ids)
         rows.append(len(part.image_ids))

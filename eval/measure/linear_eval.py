@@ -27,7 +27,7 @@ from trainer.encoder_cost import forward_cost
 from trainer.folder import read_config
 from trainer.settings import LINEAR_EVAL, LinearEvalSettings
 from trainer.shared.errors import UserError
-from trainer.shared.files import write_arrays
+from trainer.shared.files import make_folder, write_arrays
 from trainer.shared.records import Manifest, read_manifest
 
 SPLITS = ("train", "validation")
@@ -89,7 +89,7 @@ def linear_eval(
         protocol.check(config, manifest, strategy.num_replicas_in_sync)
     with strategy.scope():
         encoder = load_encoder(config, stored)
-    tf.io.gfile.makedirs(output)
+    make_folder(output)
     images = {split: manifest.splits[split].records for split in SPLITS}
     sizes = Sizes(images["train"], images["validation"], manifest.num_classes, encoder.output_shape[-1])
     progress = _Progress(work_of(config, sizes), forward_cost(config.encoder, config.views.image_size).flops, on_progress)
@@ -205,7 +205,7 @@ class _Measured:
     """Weights that the protocol learned, if they are to be saved."""
 
     def write(self, path: str) -> None:
-        tf.io.gfile.makedirs(path.rpartition("/")[0])
+        make_folder(path.rpartition("/")[0])
         kept = {f"array/{name}": np.asarray(value) for name, value in self.arrays.items()}
         text = np.array(json.dumps(asdict(self.accuracy)))
         write_arrays(path, {"accuracy": text, "predictions": self.predictions, **kept})

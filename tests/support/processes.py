@@ -29,6 +29,18 @@ def run_module(name: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
+def in_a_process_of_its_own(do: Callable[[], object]) -> int:
+    """Runs `do` in a copy of this process and returns how it ended: 0, 1 for an error, or minus the signal's number."""
+    child = os.fork()
+    if not child:
+        try:
+            do()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 @dataclass(frozen=True)
 class Hold:
     """Where it stops: at the first progress of `job` with each of `places` or more. `folder` says when it does."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _PARTIAL = ".partial"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_OF_WRITING = (*_NO_ROOM, errno.EFBIG, errno.EROFS)
+"""System errors that only writing raises, never reading."""
 
 
 def is_local(path: str) -> bool:
@@ -36,20 +38,17 @@ def whole_file(path: str, partial: str = "") -> Iterator[BinaryIO]:
     each must pass its own `partial`. Creates the folder. Raises UserError if this machine cannot write, as on a full disk.
     """
     partial = partial or path + _PARTIAL
-    try:
+    with naming_unwritable(path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         file = _create(partial)
-    except OSError as error:
-        raise _unwritable(path, error) from error
     try:
-        with file:
+        with _naming_full_disk(path), file:
             yield file
-        os.replace(partial, path)
-    except BaseException as error:
+        with naming_unwritable(path):
+            os.replace(partial, path)
+    except BaseException:
         with suppress(OSError):
             os.unlink(partial)
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            raise _unwritable(path, error) from error
         raise
 
 
@@ -58,12 +57,15 @@ def whole_folder(path: str, replaces: bool = False) -> Iterator[str]:
     """Creates a local folder to fill. It appears at `path` when the block ends without an error.
 
     If `replaces`, it takes the place of what is there. Otherwise raises OSError if a folder that is not empty is there by then.
+    Raises UserError if this machine cannot write.
     """
     parent, name = os.path.split(os.path.abspath(path))
-    os.makedirs(parent, exist_ok=True)
-    partial = tempfile.mkdtemp(prefix=f".{name}-", dir=parent)
+    make_folder(parent)
+    with naming_unwritable(path):
+        partial = tempfile.mkdtemp(prefix=f".{name}-", dir=parent)
     try:
-        yield partial
+        with _naming_full_disk(path):
+            yield partial
         os.chmod(partial, 0o755)
         if replaces:
             shutil.rmtree(path, ignore_errors=True)
@@ -76,22 +78,36 @@ def whole_folder(path: str, replaces: bool = False) -> Iterator[str]:
 def write_whole(path: str, content: bytes) -> None:
     """Writes a file atomically, local or remote.
 
-    Raises UserError if a local file cannot be written, and tf.errors.OpError if remote storage refuses it.
+    Raises UserError if it cannot be written, and tf.errors.OpError if remote storage fails in a way that may pass.
     """
     if is_local(path):
-        try:
-            with whole_file(path) as file:
-                file.write(content)
-        except OSError as error:
-            raise _unwritable(path, error) from error
+        with naming_unwritable(path), whole_file(path) as file:
+            file.write(content)
         return
     import tensorflow as tf
 
     partial = path if path.startswith("gs://") else path + _PARTIAL
-    with tf.io.gfile.GFile(partial, "wb") as file:
-        file.write(content)
-    if partial != path:
-        tf.io.gfile.rename(partial, path, overwrite=True)
+    with _naming_refused(path, "written"):
+        with tf.io.gfile.GFile(partial, "wb") as file:
+            file.write(content)
+        if partial != path:
+            tf.io.gfile.rename(partial, path, overwrite=True)
+
+
+def make_folder(path: str) -> None:
+    """Makes a folder and the folders above it, local or remote, unless they exist. Raises as `write_whole`."""
+    if not is_local(path):
+        import tensorflow as tf
+
+        with _naming_refused(path, "made"):
+            tf.io.gfile.makedirs(path)
+        return
+    try:
+        os.makedirs(path, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{path} cannot be made: a file is in the way; {_remedy(error)}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be made: {error.strerror}; {_remedy(error)}") from error
 
 
 def write_arrays(path: str, arrays: "Mapping[str, np.ndarray]") -> None:
@@ -118,6 +134,48 @@ def _create(path: str) -> BinaryIO:
     return open(path, "wb")
 
 
+@contextmanager
+def naming_unwritable(path: str) -> Iterator[None]:
+    """Turns an OSError of the block, which only writes, into a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+@contextmanager
+def _naming_full_disk(path: str) -> Iterator[None]:
+    """Does so for a block that also reads: only the errors of a disk that takes no more."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _OF_WRITING:
+            raise _unwritable(path, error) from error
+        raise
+
+
+@contextmanager
+def _naming_refused(path: str, done: str) -> Iterator[None]:
+    """Turns a lasting refusal of remote storage into a UserError that says that `path` cannot be `done`."""
+    import tensorflow as tf
+
+    refused = (
+        tf.errors.FailedPreconditionError,
+        tf.errors.NotFoundError,
+        tf.errors.PermissionDeniedError,
+        tf.errors.UnauthenticatedError,
+    )
+    try:
+        yield
+    except refused as error:
+        raise UserError(f"{path} cannot be {done}: {error.message}; {_remedy()}") from error
+
+
 def _unwritable(path: str, error: OSError) -> UserError:
-    remedy = "make room" if error.errno in _NO_ROOM else "fix that"
-    return UserError(f"{path} cannot be written: {error.strerror}; {remedy} and start the same command again")
+    why = f"{error.filename} is a file" if isinstance(error, FileExistsError) else error.strerror or error
+    return UserError(f"{path} cannot be written: {why}; {_remedy(error)}")
+
+
+def _remedy(error: OSError | None = None) -> str:
+    cure = "make room" if error is not None and error.errno in _NO_ROOM else "fix that"
+    return f"{cure} and start the same command again"

@@ -1,0 +1,177 @@
+"""How commands end on a machine that does not let them work: no home folder, a full disk, a folder that cannot be written."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from urllib.parse import urlsplit
+
+import pytest
+from support.full_disk import fill_disk
+from support.processes import search_path, started
+
+from beam_jobs import inspect_dataset
+from components import tracking
+from eval import task as evaluation
+from pipelines import cli
+from trainer import task as pretraining
+from trainer.shared import files
+from trainer.shared.errors import UserError
+
+TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=24"]
+
+
+def pretrain(dataset, folder):
+    given = ["--preset", "demo", "--data", str(dataset), "--checkpoint-dir", str(folder)]
+    with pytest.raises(SystemExit) as ended:
+        pretraining.main([*given, "--set", *TINY])
+    return ended.value.code
+
+
+# ---- No home folder
+
+
+def test_a_user_without_a_name_and_a_home_has_all_libraries_and_no_folder_called_tilde(tmp_path):
+    """As in a container that is started with a user ID of the outside."""
+    script = (
+        "import pwd\n"
+        "def nobody(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = nobody\n"
+        "from pathlib import Path\n"
+        "from components import tracking\n"
+        "tracking.open_root(Path('root'))\n"
+        "import trainer.encoder"
+    )
+    unnamed = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")}
+    environ = {**unnamed, **search_path(), "TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").mkdir()
+    work = tmp_path / "work"
+    work.mkdir()
+    done = subprocess.run([sys.executable, "-c", script], cwd=work, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in work.iterdir()] == ["root"]
+
+
+# ---- A full disk, and folders that cannot be written
+
+
+def test_pretraining_on_a_full_disk_is_one_line_and_leaves_no_file(dataset, tmp_path, monkeypatch, capfd):
+    fill_disk(monkeypatch)
+    assert pretrain(dataset, tmp_path / "c") == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said == (
+        f"error: {tmp_path}/c/config.json cannot be written: No space left on device; make room and start the same command again"
+    )
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_file_where_pretraining_s_folder_should_be_is_one_line(dataset, tmp_path, capfd):
+    (tmp_path / "file").touch()
+    assert pretrain(dataset, tmp_path / "file" / "c") == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {tmp_path}/file/c cannot be made: a file is in the way; ")
+
+
+def test_a_page_of_a_dataset_that_cannot_be_written_is_one_line_and_leaves_nothing(built, tmp_path, monkeypatch, capsys):
+    (tmp_path / "page.html").mkdir()
+    (tmp_path / "file").touch()
+    for output, why in (
+        ("page.html", "cannot be written: Is a directory"),
+        ("file/page.html", "/file is a file"),
+    ):
+        assert inspect_dataset.main([str(built), "--output", str(tmp_path / output)]) == 2
+        (*_, said) = capsys.readouterr().err.splitlines()
+        assert said.startswith("error: ")
+        assert said.endswith(f"{why}; fix that and start the same command again")
+    fill_disk(monkeypatch)
+    assert inspect_dataset.main([str(built), "--output", str(tmp_path / "other.html")]) == 2
+    assert "No space left on device; make room" in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "page.html"]
+
+
+@pytest.mark.parametrize(("number", "cure"), [(errno.ENOSPC, "make room"), (errno.EROFS, "fix that")])
+def test_a_folder_that_cannot_be_filled_or_made_is_one_line_and_leaves_nothing(number, cure, tmp_path):
+    line = rf"{tmp_path}/folder cannot be written: {os.strerror(number)}; {cure} and start"
+    with pytest.raises(UserError, match=line), files.whole_folder(str(tmp_path / "folder")):
+        raise OSError(number, os.strerror(number))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file cannot be made: a file is in the way"):
+        files.whole_folder(str(tmp_path / "file" / "folder")).__enter__()
+
+
+@pytest.mark.parametrize("refusal", ["PermissionDeniedError", "UnauthenticatedError", "NotFoundError", "FailedPreconditionError"])
+def test_storage_that_refuses_a_file_is_one_line(refusal, monkeypatch):
+    import tensorflow as tf
+
+    def refuse(path, mode):
+        raise getattr(tf.errors, refusal)(None, None, "Error executing an HTTP request: 403\nwith body 'no'")
+
+    monkeypatch.setattr(tf.io.gfile, "GFile", refuse)
+    with pytest.raises(UserError, match=r"gs://bucket/x cannot be written: Error executing an HTTP request: 403.*; fix that and"):
+        files.write_whole("gs://bucket/x", b"")
+
+
+def test_a_log_that_the_ui_or_a_run_cannot_write_is_one_line(raw, tmp_path, capsys, monkeypatch):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    root = tmp_path / "root"
+    tracking.open_root(root)
+    (root / "logs").touch()
+    for command in (["ui", "--port", "0"], ["run", "--preset", "demo", "--raw", str(raw)]):
+        assert cli.main([*command, "--root", str(root)]) == 2
+        (*_, said) = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"error: {root}/logs cannot be made: a file is in the way; ")
+
+
+# ---- Ctrl-C
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_pretraining_is_one_line_with_the_way_on(dataset, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("trainer.train.train", interrupt)
+    assert pretrain(dataset, tmp_path) == 130
+    *notes, said = capfd.readouterr().err.splitlines()
+    assert said == "interrupted: the same command goes on from the newest checkpoint"
+    assert all(note.startswith("[pretrain] ") for note in notes)
+
+
+def test_ctrl_c_in_an_evaluation_is_one_line_with_the_way_on(dataset, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("eval.measure.linear_eval.linear_eval", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        evaluation.main(["--data", str(dataset), "--checkpoint", str(tmp_path), "--output", str(tmp_path)])
+    assert ended.value.code == 130
+    *notes, said = capfd.readouterr().err.splitlines()
+    assert said == "interrupted: the same command goes on from the finished features and protocols"
+    assert all(note.startswith("[linear-eval] ") for note in notes)
+
+
+# ---- SIGKILL
+
+
+@pytest.mark.thorough
+def test_the_server_of_a_killed_ui_ends_too(tmp_path):
+    tracking.open_root(tmp_path)
+    command = [sys.executable, "-m", "pipelines.cli", "ui", "--root", str(tmp_path), "--port", "0"]
+    environ = {**os.environ, **search_path()}
+    with started(command, env=environ, stdout=subprocess.PIPE, text=True) as ui:
+        port = urlsplit(ui.stdout.readline().split()[1]).port
+        ui.send_signal(signal.SIGKILL)
+        ui.wait()
+    assert gone(port)
+
+
+def gone(port: int, seconds: float = 30) -> bool:
+    """Returns whether nobody listens at a port of this machine any more, after `seconds` at the latest."""
+    for _ in range(int(10 * seconds)):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return True
+        time.sleep(0.1)
+    return False
