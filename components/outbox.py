@@ -169,10 +169,10 @@ class Outbox:
     def _from_storage(self, file: str, call: Callable[[], T]) -> T:
         try:
             return patiently(call, self._patience, f"the storage of {file}")
-        except UserError:
+        except UnansweredError:
             raise
         except Exception as error:
-            raise UserError(f"{file} cannot be read or written ({one_line(error)}): fix that and start again") from error
+            raise UserError(f"{file} cannot be read or written ({_reason(error)}): fix that and start again") from error
 
     def _deliver_until_closed(self) -> None:
         pause = _SECONDS_BETWEEN_CALLS
@@ -265,7 +265,7 @@ def _point(stored: list[Any]) -> Point:
 
 
 def _reason(error: Exception) -> str:
-    # `write_whole` adds advice about checkpoints to the system's own message, which is the cause.
+    # `write_whole` adds the path and advice to the system's own message, which is the cause.
     return one_line(error.__cause__ or error)
 
 

@@ -43,6 +43,8 @@ def serve(uri: str, artifacts: str, port: int, log: Path, ready: Callable[[str],
     make_folder(str(log.parent))
     with naming_unwritable(str(log)):
         file = log.open("w")
+        # Written at once, because the server would fail on a full disk without a word.
+        print(f"MLflow's server on port {port}", file=file, flush=True)
     with file:
         server = subprocess.Popen(
             command,

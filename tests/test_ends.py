@@ -16,7 +16,7 @@ from support.processes import search_path, started
 from beam_jobs import inspect_dataset
 from components import tracking
 from eval import task as evaluation
-from pipelines import cli
+from pipelines import cli, ui
 from trainer import task as pretraining
 from trainer.shared import files
 from trainer.shared.errors import UserError
@@ -127,6 +127,13 @@ def test_a_log_that_the_ui_or_a_run_cannot_write_is_one_line(raw, tmp_path, caps
         assert said.startswith(f"error: {root}/logs cannot be made: a file is in the way; ")
 
 
+def test_a_full_disk_is_seen_before_the_ui_s_server_starts(tmp_path):
+    log = tmp_path / "ui.log"
+    log.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=rf"{log} cannot be written: No space left on device; make room and start the same"):
+        ui.serve(f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path), 0, log, lambda url: None)
+
+
 # ---- Ctrl-C
 
 
@@ -160,10 +167,10 @@ def test_the_server_of_a_killed_ui_ends_too(tmp_path):
     tracking.open_root(tmp_path)
     command = [sys.executable, "-m", "pipelines.cli", "ui", "--root", str(tmp_path), "--port", "0"]
     environ = {**os.environ, **search_path()}
-    with started(command, env=environ, stdout=subprocess.PIPE, text=True) as ui:
-        port = urlsplit(ui.stdout.readline().split()[1]).port
-        ui.send_signal(signal.SIGKILL)
-        ui.wait()
+    with started(command, env=environ, stdout=subprocess.PIPE, text=True) as opened:
+        port = urlsplit(opened.stdout.readline().split()[1]).port
+        opened.send_signal(signal.SIGKILL)
+        opened.wait()
     assert gone(port)
 
 
