@@ -60,9 +60,9 @@ def build(
     same conversion if that still runs. SIGTERM, SIGHUP and Ctrl-C cancel the job.
 
     Raises UserError if `output` holds another dataset, or if another conversion on this machine writes to it. Raises UserError
-    for faulty input, after reading all of it, and
-    `verify.LostRecordsError` if the runner is at fault; `output` then has neither manifest nor shards. After an interruption or
-    on a full disk, `output` keeps the finished shards, and the same call goes on from them.
+    for faulty input, after reading all of it, and `verify.LostRecordsError` if the runner is at fault; `output` then has neither
+    manifest nor shards. After an interruption or on a full disk, `output` keeps the finished shards, and the same call goes on
+    from them.
     """
 
     with ExitStack() as held:
