@@ -37,9 +37,9 @@ def build_tfrecords(
     from beam_jobs.plan import options_of
     from components import tracking
     from components.dataflow import JOB_LABEL, label_of
+    from components.showing import progress_bars
     from trainer.config import data_from
     from trainer.shared.data import values_of_data
-    from trainer.shared.progress import ProgressBars
     from trainer.shared.records import Split
 
     arguments = {
@@ -51,7 +51,8 @@ def build_tfrecords(
     }
     if tracking.recorded_before("build-tfrecords", arguments, {"dataset": dataset}):
         return
-    with ProgressBars() as bars, tracking.step("build-tfrecords", arguments, {"dataset": dataset}) as run:
+    with progress_bars() as bars, tracking.step("build-tfrecords", arguments, {"dataset": dataset}) as run:
+        on_progress = run.phase.of(bars.of("build-tfrecords"))
         if beam_args:
             # Dataflow's runner logs the job's link, its states and its errors at this level.
             logging.basicConfig(stream=sys.stderr, format="%(message)s")
@@ -63,7 +64,7 @@ def build_tfrecords(
             raw,
             dataset.uri,
             beam_args=beam_args,
-            on_progress=lambda done, total: bars("build-tfrecords", done, total),
+            on_progress=lambda done, total: on_progress("converting", done, total),
             **options_of(settings),
         )
         train, validation = manifest.splits["train"], manifest.splits.get("validation", Split(0, (), ()))
@@ -114,6 +115,7 @@ def pretrain(
     import os
 
     from components import tracking, variables, workspace
+    from components.showing import progress_bars
     from eval.export.encoder import export
     from eval.show.figures import curves
     from trainer.checkpoint import sha256_of
@@ -122,7 +124,6 @@ def pretrain(
     from trainer.initial import open_source
     from trainer.preemption import ending_noted, exits_if_preempted
     from trainer.presets import resolve_pretraining
-    from trainer.shared.progress import ProgressBars
     from trainer.train import train
 
     arguments = {"preset": preset, "overrides": overrides, "code_version": code_version}
@@ -132,10 +133,12 @@ def pretrain(
         return
     with (
         exits_if_preempted(),
-        ProgressBars() as bars,
+        progress_bars() as bars,
         tracking.step("pretrain", arguments, {"model": model}, {"dataset": dataset}) as run,
     ):
         given = os.environ.get(variables.ACCELERATOR, "")
+        on_progress = run.phase.of(bars.of("pretrain"))
+        on_progress("finding devices")
         strategy = claim_devices(given, say=lambda line: bars.note("pretrain", line))
         run.log_devices(describe_run(strategy))
         config = resolve_pretraining(preset, overrides)
@@ -165,7 +168,7 @@ def pretrain(
                 code_version=code_version,
                 strategy=strategy,
                 log_metrics=run.metrics.log,
-                on_progress=lambda done, total, text: bars("pretrain", done, total, text),
+                on_progress=on_progress,
                 before_checkpoint=run.metrics.settle,
                 should_stop=claim.stopping(should_stop),
                 say=lambda line: bars.note("pretrain", line),
@@ -208,19 +211,21 @@ def linear_eval(
     import os
 
     from components import tracking, variables, workspace
+    from components.showing import progress_bars
     from eval.export.card import evaluated_card
     from eval.measure.linear_eval import linear_eval as evaluate
     from eval.show.report import write_report
     from trainer.distribution import claim_devices, describe_run
     from trainer.preemption import ending_noted, exits_if_preempted
-    from trainer.shared.progress import ProgressBars
 
     arguments = {"overrides": overrides, "code_version": code_version}
     inputs, outputs = {"model": model, "dataset": dataset}, {"metrics": metrics, "report": report}
     if tracking.recorded_before("linear-eval", arguments, outputs):
         return
-    with exits_if_preempted(), ProgressBars() as bars, tracking.step("linear-eval", arguments, outputs, inputs) as run:
+    with exits_if_preempted(), progress_bars() as bars, tracking.step("linear-eval", arguments, outputs, inputs) as run:
         given = os.environ.get(variables.ACCELERATOR, "")
+        on_progress = run.phase.of(bars.of("linear-eval"))
+        on_progress("finding devices")
         strategy = claim_devices(given, say=lambda line: bars.note("linear-eval", line))
         run.log_devices(describe_run(strategy))
         run.datasets.log(dataset, "eval")
@@ -241,7 +246,7 @@ def linear_eval(
                 workspace=claim.folder,
                 strategy=strategy,
                 log_metrics=run.metrics.log,
-                on_progress=lambda done, total, text: bars("linear-eval", done, total, text),
+                on_progress=on_progress,
                 should_stop=claim.stopping(should_stop),
             )
         claim.require()

@@ -56,6 +56,9 @@ TENSORFLOW = "sogclr.tensorflow"
 REPLICAS = "sogclr.replicas"
 """Number of replicas of the step's last attempt."""
 
+PHASE = "sogclr.phase"
+"""What the step does now, or was doing when it failed. Absent from a finished run."""
+
 ERROR = "sogclr.error"
 """Why the step failed, in one line."""
 USER_ERROR = "sogclr.user_error"

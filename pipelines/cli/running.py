@@ -100,5 +100,5 @@ def _demo_raw(root: Path) -> str:
 
     folder = root / "demo-raw"
     with ProgressBars() as bars:
-        make_raw(str(folder), on_progress=lambda done, total: bars("demo-raw", done, total))
+        make_raw(str(folder), on_progress=lambda done, total: bars("demo-raw", "drawing photographs", done, total))
     return str(folder)
