@@ -84,7 +84,7 @@ def test_a_phase_that_reports_nothing_is_not_silent(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "line, parts",
+    ("line", "parts"),
     [
         ("[pretrain] training: 120/640 loss -1.432, 0:31 left", ("pretrain", "training", 120, 640, "loss -1.432")),
         ("[pretrain] training: 120/640 1:00:31 left", ("pretrain", "training", 120, 640, "")),
