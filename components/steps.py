@@ -237,7 +237,7 @@ def import_encoder(
         form = found.translation.format
         run.log_params(settings)
         run.log_text(json.dumps(found.describe(), indent=1, sort_keys=True), tracking.IMPORT_FILE)
-        source = run.encoders.import_from(found.source, found.sha256, form)
+        origin = run.encoders.import_from(found.source, found.sha256, form)
         exported = export(found.checkpoint, f"{model.uri}/export")
         model.metadata.update(
             preset=published,
@@ -261,7 +261,7 @@ def import_encoder(
                 "export/largest_feature_difference": exported.comparison.difference,
             },
             step=found.translation.step,
-            source=source,
+            origin=origin,
         )
         bars("import-encoder", 1, 1, form)
 

@@ -1,8 +1,8 @@
 """The graph of the pipeline, pipelines of a single step, and their compilation for a cluster.
 
-`_connect` defines the graph once, whether its encoder is pretrained or imported, and `_PARAMETERS` its parameters. How a task is made depends on where it runs. On this machine, a task is the plain component.
-On a cluster, an exit handler around the tasks closes the MLflow run whether the job succeeds or not. On Vertex AI, pretraining
-and the linear eval are custom jobs, each with exactly the requested machine.
+`_connect` defines the graph once, whether its encoder is pretrained or imported. How a task is made depends on where it runs. On
+this machine, a task is the plain component. On a cluster, an exit handler around the tasks closes the MLflow run whether the job
+succeeds or not. On Vertex AI, pretraining and the linear eval are custom jobs, each with exactly the requested machine.
 """
 
 import inspect
@@ -40,7 +40,7 @@ _PARAMETERS: dict[str, Any] = {
     "linear_eval_overrides": list[str],
 }
 """Parameters of every whole pipeline, with their types."""
-_OF_SOURCE = {
+_OF_SOURCE: dict[str, dict[str, Any]] = {
     "pretrain": {"init_from": "", "init_identity": ""},
     "import-encoder": {"encoder": inspect.Parameter.empty, "encoder_identity": ""},
 }
@@ -85,7 +85,7 @@ def _connect(make_task: Callable[..., Any], beam_args: Sequence[str], source: st
         preset=given["preset"],
         overrides=given["overrides"],
         code_version=step_version(source),
-        **{name: dataset for name in NEEDS[source]},
+        **dict.fromkeys(NEEDS[source], dataset),
         **{name: given[name] for name in _OF_SOURCE[source]},
     )
     model = made.outputs["model"]

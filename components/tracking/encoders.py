@@ -32,11 +32,11 @@ class Encoders:
         params: Mapping[str, Any],
         metrics: Mapping[str, float],
         step: int,
-        source: Mapping[str, str] | None = None,
+        origin: Mapping[str, str] | None = None,
     ) -> None:
         """Records an encoder as a logged model with its final metrics, registers it, and adds both IDs to `model.metadata`.
 
-        `dataset` is that of pretraining, None if it is not known. `source` are the tags of an imported encoder's source.
+        `dataset` is that of pretraining, None if it is not known. `origin` are the tags of an imported encoder's source.
 
         If an earlier attempt recorded the same state, by `params["state_sha256"]`, completes that record instead of adding one.
         The model holds `files` and the contents of the folder `exported`, which `eval.export` wrote. Any MLflow can serve it. If
@@ -58,7 +58,7 @@ class Encoders:
         self._log_output(logged.model_id, step)
         self._metrics.log_final(metrics, logged.model_id, dataset, step)
         trained_on = {names.TRAINED_ON: dataset.metadata["fingerprint"]} if dataset else {}
-        tags = {**trained_on, names.MODEL_URI: model.uri, **texts, **(source or {})}
+        tags = {**trained_on, names.MODEL_URI: model.uri, **texts, **(origin or {})}
         version = registry.register(self._store, self._run_id, logged, card, tags)
         model.metadata.update(model_id=logged.model_id, model_name=registry.ENCODER, model_version=version)
 
