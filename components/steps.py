@@ -1,4 +1,4 @@
-"""The components: the three steps, and two that complete a cluster job's records in MLflow.
+"""The components: the steps of a pipeline, and two that complete a cluster job's records in MLflow.
 
 KFP ships the source of each body, so every body does its own imports.
 """
@@ -177,15 +177,96 @@ def pretrain(
         if drawn := curves({"": run.metrics.history()}):
             run.log_figure(drawn, tracking.CURVES)
         model.metadata.update(preset=preset, steps=result.steps, state_sha256=result.state_sha256)
+        exported = export(result.checkpoint, f"{model.uri}/export", data_dir=dataset.uri)
         run.encoders.log(
             model,
             dataset,
             [result.checkpoint, f"{model.uri}/config.json", f"{model.uri}/result.json"],
-            export(result.checkpoint, f"{model.uri}/export", data_dir=dataset.uri).folder,
+            exported.folder,
             params={"preset": preset, "steps": result.steps, "state_sha256": result.state_sha256, **settings},
-            metrics=result.metrics,
+            metrics={**result.metrics, "export/largest_feature_difference": exported.comparison.difference},
             step=result.steps,
         )
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def import_encoder(
+    preset: str,
+    overrides: list[str],
+    encoder: str,
+    encoder_identity: str,
+    code_version: str,
+    model: dsl.Output[dsl.Model],
+) -> None:
+    """Imports an encoder of other code, in place of pretraining one.
+
+    Args:
+        preset: Name of the experiment whose views and linear eval the encoder is evaluated with.
+        overrides: key=value for each setting of the views that differs from the preset, for example image_size=64.
+        encoder: The checkpoint of other code: a file, the prefix of a TensorFlow checkpoint, or a folder that holds one.
+        encoder_identity: Takes the checkpoint's place in the cache key. Changes when its content changes.
+        code_version: Part of the cache key. Changes when the code changes.
+        model: A folder with a checkpoint, config.json, and the exported encoder in export/.
+    """
+    import hashlib
+    import json
+
+    from components import tracking
+    from eval.export.encoder import export
+    from trainer.config import as_dict, pretraining_of
+    from trainer.importing.importer import base_of, import_checkpoint
+    from trainer.shared.errors import UserError
+    from trainer.shared.progress import ProgressBars
+
+    arguments = {
+        "preset": preset,
+        "overrides": overrides,
+        "encoder": encoder,
+        "encoder_identity": encoder_identity,
+        "code_version": code_version,
+    }
+    if tracking.recorded_before("import-encoder", arguments, {"model": model}):
+        return
+    with ProgressBars() as bars, tracking.step("import-encoder", arguments, {"model": model}) as run:
+        base, published = base_of(preset, overrides)
+        side = base.views.image_size
+        # An earlier attempt may have left the same import.
+        found = import_checkpoint(
+            encoder, model.uri, image_size=side, preset=published, code_version=code_version, base=base, replaces=True
+        )
+        if encoder_identity.startswith("sha256:") and encoder_identity != f"sha256:{found.sha256}":
+            raise UserError(f"{encoder} changed since the pipeline began: its identity was {encoder_identity}; run it again")
+        settings = {key: pretraining_of(found.config)[key] for key in found.translation.settings}
+        form = found.translation.format
+        run.log_params(settings)
+        run.log_text(json.dumps(found.describe(), indent=1, sort_keys=True), tracking.IMPORT_FILE)
+        origin = run.encoders.import_from(found.source, found.sha256, form)
+        exported = export(found.checkpoint, f"{model.uri}/export")
+        model.metadata.update(
+            preset=published,
+            steps=found.translation.step,
+            state_sha256=found.state_sha256,
+            format=form,
+            source_sha256=found.sha256,
+            config=hashlib.sha256(json.dumps(as_dict(found.config), sort_keys=True).encode()).hexdigest(),
+        )
+        run.encoders.log(
+            model,
+            None,
+            [found.checkpoint, f"{model.uri}/config.json"],
+            exported.folder,
+            params={"preset": published, "steps": found.translation.step, "state_sha256": found.state_sha256, **settings},
+            metrics={
+                "import/largest_feature_difference": found.comparison.difference,
+                "import/largest_feature": found.comparison.largest,
+                "import/arrays_taken": found.translation.mapped,
+                "import/arrays_left_out": sum(found.translation.left_out.values()),
+                "export/largest_feature_difference": exported.comparison.difference,
+            },
+            step=found.translation.step,
+            origin=origin,
+        )
+        bars("import-encoder", 1, 1, form)
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
@@ -203,7 +284,7 @@ def linear_eval(
         overrides: key=value for each setting of the linear eval that differs from the preset.
         code_version: Part of the cache key. Changes when the code changes.
         dataset: The output of build-tfrecords.
-        model: The output of pretrain.
+        model: The output of pretrain or import-encoder.
         metrics: Accuracies between 0 and 1, and a folder with result.json. If AIP_CHECKPOINT_DIR is set, the features are stored
             under it, and the step resumes from those of an earlier attempt with the same settings and inputs.
         report: A page with the results and the images they were measured on.
@@ -271,7 +352,7 @@ def record_lineage(
     Args:
         job: Name of the pipeline job.
         dataset: The output of build-tfrecords.
-        model: The output of pretrain.
+        model: The output of pretrain or import-encoder.
         metrics: The output of linear-eval.
     """
     from components import tracking
@@ -292,4 +373,9 @@ def end_pipeline(job: str, status: dsl.PipelineTaskFinalStatus) -> None:
     tracking.end_job(tracking.open_job_store(), job, status.state)
 
 
-COMPONENTS = {"build-tfrecords": build_tfrecords, "pretrain": pretrain, "linear-eval": linear_eval}
+COMPONENTS = {
+    "build-tfrecords": build_tfrecords,
+    "pretrain": pretrain,
+    "import-encoder": import_encoder,
+    "linear-eval": linear_eval,
+}

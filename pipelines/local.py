@@ -155,7 +155,7 @@ def main(request_file: str, answer_file: str, log: str, command: str) -> None:
         pipeline.one_step(request["component"], request["arguments"], inputs)()
         made = []
     else:
-        made = [artifact.metadata["run_id"] for artifact in pipeline.sogclr(**request["arguments"]).outputs.values()]
+        made = [artifact.metadata["run_id"] for artifact in pipeline.run_whole(request["arguments"]).outputs.values()]
     Path(answer_file).write_text(json.dumps(made))
     locked.close()
 
