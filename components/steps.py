@@ -27,7 +27,8 @@ def build_tfrecords(
             data.subset=imagenet_s.
         beam_args: Options of Beam, for example to run on Dataflow. If empty, the conversion runs in this container.
         code_version: Part of the cache key. Changes when the code changes.
-        dataset: A TFDS folder with a manifest.
+        dataset: A TFDS folder with a manifest. If SOGCLR_DATASETS is set, the folder is under it, and the step goes on from the
+            shards of an interrupted conversion of the same raw data, settings and code.
     """
     import logging
     import sys
@@ -35,7 +36,7 @@ def build_tfrecords(
     from beam_jobs import inspect_dataset
     from beam_jobs.job import build
     from beam_jobs.plan import options_of
-    from components import tracking
+    from components import datasets, tracking
     from components.dataflow import JOB_LABEL, label_of
     from trainer.config import data_from
     from trainer.shared.data import values_of_data
@@ -59,6 +60,10 @@ def build_tfrecords(
             beam_args = [*beam_args, f"--labels={JOB_LABEL}={label_of(tracking.job_of(dataset.uri))}"]
         settings = data_from(data_settings)
         run.log_params(values_of_data(settings))
+        about = {"raw": raw_identity, "settings": data_settings, "code_version": code_version}
+        claim = datasets.claim(dataset.uri, run.job, about)
+        run.at_end(claim.release)
+        dataset.uri = claim.folder
         manifest = build(
             raw,
             dataset.uri,

@@ -20,3 +20,9 @@ ACCELERATOR = "SOGCLR_ACCELERATOR"
 
 REUSE = "SOGCLR_REUSE"
 """Set if a step goes on from work with the same settings and data that another job on this machine has finished."""
+
+DATASETS = "SOGCLR_DATASETS"
+"""Parent folder of the datasets that conversions make. An interrupted conversion is found again in it."""
+
+FEATURES = "SOGCLR_FEATURES"
+"""Parent folder of stored features. Every evaluation of this machine finds them again in it."""
