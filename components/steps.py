@@ -206,8 +206,9 @@ def linear_eval(
         code_version: Part of the cache key. Changes when the code changes.
         dataset: The output of build-tfrecords.
         model: The output of pretrain.
-        metrics: Accuracies between 0 and 1, and a folder with result.json. If AIP_CHECKPOINT_DIR is set, the features are stored
-            under it, and the step resumes from those of an earlier attempt with the same settings and inputs.
+        metrics: Accuracies between 0 and 1, and a folder with result.json. If AIP_CHECKPOINT_DIR is set, the step resumes from an
+            earlier attempt with the same settings and inputs. If SOGCLR_FEATURES is set, the features are stored under it, and an
+            evaluation with other settings finds them again.
         report: A page with the results and the images they were measured on.
     """
     import os
@@ -237,13 +238,15 @@ def linear_eval(
             claim = workspace.claim(checkpoints, run.job, reuses, linear_eval=overrides, **about, code_version=code_version)
             run.at_end(claim.release)
         run.metrics.keep_in(claim.folder, run.run_in(claim.finished_by))
-        with ending_noted() as should_stop:
+        features = os.environ.get(variables.FEATURES, "")
+        with ending_noted() as should_stop, workspace.in_use(features):
             result = evaluate(
                 dataset.uri,
                 model.uri,
                 metrics.uri,
                 overrides,
                 workspace=claim.folder,
+                features_dir=features,
                 strategy=strategy,
                 log_metrics=run.metrics.log,
                 on_progress=lambda done, total, text: bars("linear-eval", done, total, text),

@@ -5,13 +5,17 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any, Protocol
 
 from components import lease, outbox
+from trainer.shared.locks import locked
 
+STORE_LOCK = ".lock"
+"""File in a folder that several processes read. They hold a shared lock on it."""
 _held: list[IO[str]] = []
 """Open lock files. The locks end with the process."""
 
@@ -73,6 +77,13 @@ def claim(root: str, job: str, reuses: bool = False, /, **depends_on: Any) -> Cl
         if hold:
             return Claim(folder, hold, hold.finished_by if isinstance(hold, _Lock) else "")
     raise AssertionError("there is always a next number")
+
+
+@contextmanager
+def in_use(store: str) -> Iterator[None]:
+    """Keeps `sogclr clean` out of the local folder `store` while the block runs. An empty name stands for no folder."""
+    with locked(f"{store}/{STORE_LOCK}", shared=True, on_wait=lambda: None) if store else nullcontext():
+        yield
 
 
 def _is_unfinished(folder: str) -> bool:
