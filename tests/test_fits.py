@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from eval.measure import logistic, neighbours, parts
-from eval.measure.features import Examples, read_features
+from eval.measure.features import Examples, StoredFeatures, read_features
 from eval.measure.logistic import cut, fit, fit_path, top_k_accuracy
 from eval.measure.protocols import cached
 from eval.measure.protocols.cached import fit_with_choice
