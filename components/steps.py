@@ -217,11 +217,11 @@ def import_encoder(
     import json
 
     from components import tracking
+    from components.showing import progress_bars
     from eval.export.encoder import export
     from trainer.config import as_dict, pretraining_of
     from trainer.importing.importer import base_of, import_checkpoint
     from trainer.shared.errors import UserError
-    from trainer.shared.progress import ProgressBars
 
     arguments = {
         "preset": preset,
@@ -232,7 +232,9 @@ def import_encoder(
     }
     if tracking.recorded_before("import-encoder", arguments, {"model": model}):
         return
-    with ProgressBars() as bars, tracking.step("import-encoder", arguments, {"model": model}) as run:
+    with progress_bars() as bars, tracking.step("import-encoder", arguments, {"model": model}) as run:
+        on_progress = run.phase.of(bars.of("import-encoder"))
+        on_progress("reading the checkpoint and comparing features")
         base, published = base_of(preset, overrides)
         side = base.views.image_size
         # An earlier attempt may have left the same import.
@@ -246,6 +248,7 @@ def import_encoder(
         run.log_params(settings)
         run.log_text(json.dumps(found.describe(), indent=1, sort_keys=True), tracking.IMPORT_FILE)
         origin = run.encoders.import_from(found.source, found.sha256, form)
+        on_progress("exporting the encoder")
         exported = export(found.checkpoint, f"{model.uri}/export")
         model.metadata.update(
             preset=published,
@@ -271,7 +274,7 @@ def import_encoder(
             step=found.translation.step,
             origin=origin,
         )
-        bars("import-encoder", 1, 1, form)
+        on_progress("imported", 1, 1, form)
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
