@@ -169,7 +169,7 @@ def test_a_run_starts_from_an_imported_encoder(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(executing, "execute", lambda request, record, output: asked.append(request) or 0)
     raw = striped_archives(tmp_path)
-    settings = ("depth=18", "width_multiplier=0.03125", "cifar_stem=false", "projection_layers=3")
+    settings = ("depth=18", "width_multiplier=0.03125", "cifar_stem=false", "projection_layers=3", "projection_dim=16")
     options = ["--raw", str(raw), "--root", str(tmp_path / "runs"), "--init-from", str(tmp_path / "imported")]
     assert main(["run", "--preset", "demo", *options, "--set", *settings]) == 0
     assert asked[0].arguments["init_from"] == imported.checkpoint
