@@ -323,6 +323,8 @@ def linear_eval(
         claim = workspace.Claim(metrics.uri)
         if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):
             about = {"model": model.metadata["state_sha256"], "dataset": dataset.metadata["fingerprint"]}
+            # The same file can be imported for images of another side.
+            about |= {"config": model.metadata["config"]} if "config" in model.metadata else {}
             reuses = bool(os.environ.get(variables.REUSE))
             claim = workspace.claim(checkpoints, run.job, reuses, linear_eval=overrides, **about, code_version=code_version)
             run.at_end(claim.release)

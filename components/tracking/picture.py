@@ -131,9 +131,10 @@ def _dataset_lines(dataset: Artifact) -> list[str]:
 
 def _encoder_lines(model: Artifact, making: Step) -> list[str]:
     loss = making.metrics.get("train/contrastive_loss")
+    preset = str(model.metadata.get("preset", ""))
     return [
         f"{model.metadata.get('model_name')} v{model.metadata.get('model_version')}",
-        str(model.metadata.get("preset", "")),
+        *([preset] if preset else []),
         f"{model.count('steps'):,} steps" + (f", loss {loss:.3f}" if loss is not None else ""),
     ]
 
