@@ -60,8 +60,8 @@ def clean(options: CleanOptions) -> int:
     elsewhere = sorted(run for run in logged_runs(root) if not tracking.was_recorded(store, run))
     if elsewhere and not (options.dry_run or options.force):
         raise UserError(
-            f"{len(elsewhere)} runs of {shown(root)}, as {elsewhere[0][:8]}, are not in this MLflow store: set MLFLOW_TRACKING_URI "
-            "to theirs, or name what to remove and add --force"
+            f"{len(elsewhere)} runs of {shown(root)}, as {elsewhere[0][:8]}, are in another MLflow store: set "
+            "MLFLOW_TRACKING_URI to it, or name what to remove and add --force"
         )
     chosen = [one for one in examined(root, things, references) if not options.paths or one.path in options.paths]
     rows = []
