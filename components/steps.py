@@ -39,6 +39,7 @@ def build_tfrecords(
     from components.dataflow import JOB_LABEL, label_of
     from trainer.config import data_from
     from trainer.shared.data import values_of_data
+    from trainer.shared.files import sha256_of_file
     from trainer.shared.progress import ProgressBars
     from trainer.shared.records import Split
 
@@ -58,7 +59,8 @@ def build_tfrecords(
             logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)
             beam_args = [*beam_args, f"--labels={JOB_LABEL}={label_of(tracking.job_of(dataset.uri))}"]
         settings = data_from(data_settings)
-        run.log_params(values_of_data(settings))
+        contents = {f"{key}_sha256": sha256_of_file(path) for key, path in settings.files.items()}
+        run.log_params({**values_of_data(settings), **contents})
         manifest = build(
             raw,
             dataset.uri,
@@ -212,7 +214,9 @@ def linear_eval(
     from eval.measure.linear_eval import linear_eval as evaluate
     from eval.show.report import write_report
     from trainer.distribution import claim_devices, describe_run
+    from trainer.named_files import FILES_SHA256, with_digest
     from trainer.preemption import ending_noted, exits_if_preempted
+    from trainer.presets import resolve
     from trainer.shared.progress import ProgressBars
 
     arguments = {"overrides": overrides, "code_version": code_version}
@@ -225,10 +229,13 @@ def linear_eval(
         run.log_devices(describe_run(strategy))
         run.datasets.log(dataset, "eval")
         run.encoders.use(model)
+        digest = with_digest(resolve(model.metadata["preset"], overrides)).linear_eval.files_sha256
+        run.log_params({FILES_SHA256: digest} if digest else {})
         claim = workspace.Claim(metrics.uri)
         if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):
             about = {"model": model.metadata["state_sha256"], "dataset": dataset.metadata["fingerprint"]}
             reuses = bool(os.environ.get(variables.REUSE))
+            about |= {"files": digest} if digest else {}
             claim = workspace.claim(checkpoints, run.job, reuses, linear_eval=overrides, **about, code_version=code_version)
             run.at_end(claim.release)
         run.metrics.keep_in(claim.folder, run.run_in(claim.finished_by))

@@ -4,6 +4,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.cli.named_files import linear_eval_overrides
 from pipelines.cli.options import (
     Commands,
     Experiment,
@@ -81,10 +82,12 @@ def run(options: RunOptions) -> int:
 
     experiment = options.experiment
     started = init_parameters(options.init_from, experiment.config)
+    parameters = experiment.parameters
+    parameters["linear_eval_overrides"] = linear_eval_overrides(experiment.config, parameters["linear_eval_overrides"])
     raw = options.raw or _demo_raw(root)
     data = experiment.config.data
     identity = raw_identity(raw, data.files.values(), validation=data.validation)
-    arguments = {"raw": raw, "raw_identity": identity, **experiment.parameters, **started}
+    arguments = {"raw": raw, "raw_identity": identity, **parameters, **started}
     settings = ("--set", *experiment.overrides) if experiment.overrides else ()
     named = ("--raw", raw) if options.raw else ()
     begun = ("--init-from", started["init_from"]) if started else ()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipelines.cli.cluster import add_cluster, read_cluster
 from pipelines.cli.formats import check_options
+from pipelines.cli.named_files import all_here, check_remote, defaults_of_compiled
 from pipelines.cli.options import (
     Commands,
     Experiment,
@@ -17,7 +18,7 @@ from pipelines.cli.options import (
     add_preset,
     add_root,
     add_set,
-    check_remote_files,
+    init_parameters,
     read_experiment,
     read_init_from,
     read_output,
@@ -108,7 +109,7 @@ def _read_compile(args: Namespace) -> CompileOptions:
     cluster = read_cluster(args).at(Place(args.project, args.region), args.pipeline_root)
     if cluster.accelerator:
         accelerators.check(cluster.accelerator, experiment.config)
-        check_remote_files(experiment.config.data)
+        check_remote(experiment.files)
     return CompileOptions(experiment, cluster, args.region, raw, init_from, args.pipeline_root, args.root, args.output)
 
 
@@ -119,7 +120,8 @@ def compile_(options: CompileOptions) -> int:
 
     experiment, cluster = options.experiment, options.cluster
     defaults = {**experiment.parameters, "raw_identity": ""} | ({"raw": options.raw} if options.raw else {})
-    defaults |= {"init_from": options.init_from} if options.init_from else {}
+    defaults |= _init_of_compiled(options)
+    defaults |= defaults_of_compiled(experiment.config, defaults["linear_eval_overrides"])
     if cluster.accelerator:
         memory = estimates.pretraining(experiment, cluster.accelerator, options.root)
         if memory and not memory.values["fits"]:
@@ -131,6 +133,14 @@ def compile_(options: CompileOptions) -> int:
     pipeline.write(pipeline.compile_pipeline(cluster, defaults), absolute(options.output))
     print(options.output)
     return 0
+
+
+def _init_of_compiled(options: CompileOptions) -> dict[str, str]:
+    """Returns the parameters of the first checkpoint, with the digest of its content if this machine has it."""
+    begun = options.init_from
+    if begun and all_here({"--init-from": begun}):
+        return init_parameters(begun, options.experiment.config)
+    return {"init_from": begun} if begun else {}
 
 
 # ---- submit
@@ -156,7 +166,7 @@ def _read_submit(args: Namespace) -> SubmitOptions:
         if not getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} is empty; sogclr submit --help explains it")
     experiment = read_experiment(args)
-    check_remote_files(experiment.config.data)
+    check_remote(experiment.files)
     check_place(args.project, args.region, args.pipeline_root, args.raw)
     check_options({"--schedule": args.schedule, "--init-from": args.init_from})
     if args.max_runs and not args.schedule:

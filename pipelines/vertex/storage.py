@@ -1,5 +1,6 @@
 """Checks of Cloud Storage for a job: its bucket must be writable, its raw archives and its first checkpoint readable."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -87,6 +88,18 @@ def find_checkpoint(uri: str, place: Place, credentials: "Credentials") -> tuple
             raise UserError(f"{uri} holds no checkpoint of a pretraining run")
         about = json.loads(found["config.json"].download_as_bytes(retry=patience))
     return f"gs://{name}/{folder}/{newest}", str(found[newest].md5_hash or found[newest].crc32c), about
+
+
+def sha256_of_object(uri: str, place: Place, credentials: "Credentials") -> str:
+    """Returns the SHA-256 of the content of a file, as hex digits. Raises UserError if there is none."""
+    name = _bucket_of(uri)
+    with _as_user_errors(name, "roles/storage.objectViewer on it allows it"):
+        patience = DEFAULT_RETRY.with_timeout(_PATIENCE)
+        bucket = storage.Client(project=place.project, credentials=credentials).bucket(name)
+        blob = bucket.get_blob(uri.removeprefix(f"gs://{name}/"), retry=patience)
+        if blob is None:
+            raise UserError(f"there is no file {uri}")
+        return hashlib.sha256(blob.download_as_bytes(retry=patience)).hexdigest()
 
 
 def _bucket_of(uri: str) -> str:
