@@ -41,6 +41,7 @@ def build_tfrecords(
     from components.showing import progress_bars
     from trainer.config import data_from
     from trainer.shared.data import values_of_data
+    from trainer.shared.files import sha256_of_file
     from trainer.shared.records import Split
 
     arguments = {
@@ -60,7 +61,8 @@ def build_tfrecords(
             logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)
             beam_args = [*beam_args, f"--labels={JOB_LABEL}={label_of(tracking.job_of(dataset.uri))}"]
         settings = data_from(data_settings)
-        run.log_params(values_of_data(settings))
+        contents = {f"{key}_sha256": sha256_of_file(path) for key, path in settings.files.items()}
+        run.log_params({**values_of_data(settings), **contents})
         about = {"raw": raw_identity, "settings": data_settings, "code_version": code_version}
         claim = datasets.claim(dataset.uri, run.job, about)
         run.at_end(claim.release)
@@ -120,12 +122,12 @@ def pretrain(
     import os
 
     from components import tracking, variables, workspace
+    from components.devices import claimed_devices
     from components.showing import progress_bars
     from eval.export.encoder import export
     from eval.show.figures import curves
     from trainer.checkpoint import sha256_of
     from trainer.config import BOOKKEEPING, pretraining_of
-    from trainer.distribution import claim_devices, describe_run
     from trainer.initial import open_source
     from trainer.preemption import ending_noted, exits_if_preempted
     from trainer.presets import resolve_pretraining
@@ -141,11 +143,8 @@ def pretrain(
         progress_bars() as bars,
         tracking.step("pretrain", arguments, {"model": model}, {"dataset": dataset}) as run,
     ):
-        given = os.environ.get(variables.ACCELERATOR, "")
         on_progress = run.phase.of(bars.of("pretrain"))
-        on_progress("finding devices")
-        strategy = claim_devices(given, say=lambda line: bars.note("pretrain", line))
-        run.log_devices(describe_run(strategy))
+        strategy = claimed_devices(run, on_progress, say=lambda line: bars.note("pretrain", line))
         config = resolve_pretraining(preset, overrides)
         settings = pretraining_of(config)
         run.log_params(settings)
@@ -301,31 +300,33 @@ def linear_eval(
     import os
 
     from components import tracking, variables, workspace
+    from components.devices import claimed_devices
     from components.showing import progress_bars
     from eval.export.card import evaluated_card
     from eval.measure.linear_eval import linear_eval as evaluate
     from eval.show.report import write_report
-    from trainer.distribution import claim_devices, describe_run
+    from trainer.named_files import FILES_SHA256, with_digest
     from trainer.preemption import ending_noted, exits_if_preempted
+    from trainer.presets import resolve
 
     arguments = {"overrides": overrides, "code_version": code_version}
     inputs, outputs = {"model": model, "dataset": dataset}, {"metrics": metrics, "report": report}
     if tracking.recorded_before("linear-eval", arguments, outputs):
         return
     with exits_if_preempted(), progress_bars() as bars, tracking.step("linear-eval", arguments, outputs, inputs) as run:
-        given = os.environ.get(variables.ACCELERATOR, "")
         on_progress = run.phase.of(bars.of("linear-eval"))
-        on_progress("finding devices")
-        strategy = claim_devices(given, say=lambda line: bars.note("linear-eval", line))
-        run.log_devices(describe_run(strategy))
+        strategy = claimed_devices(run, on_progress, say=lambda line: bars.note("linear-eval", line))
         run.datasets.log(dataset, "eval")
         run.encoders.use(model)
+        digest = with_digest(resolve(model.metadata["preset"], overrides)).linear_eval.files_sha256
+        run.log_params({FILES_SHA256: digest} if digest else {})
         claim = workspace.Claim(metrics.uri)
         if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):
             about = {"model": model.metadata["state_sha256"], "dataset": dataset.metadata["fingerprint"]}
             # The same file can be imported for images of another side.
             about |= {"config": model.metadata["config"]} if "config" in model.metadata else {}
             reuses = bool(os.environ.get(variables.REUSE))
+            about |= {"files": digest} if digest else {}
             claim = workspace.claim(checkpoints, run.job, reuses, linear_eval=overrides, **about, code_version=code_version)
             run.at_end(claim.release)
         run.metrics.keep_in(claim.folder, run.run_in(claim.finished_by))

@@ -7,6 +7,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.io
 from support.layouts import LAYOUTS, STREAMED, VALIDATING, write_all, write_training, zipped
@@ -43,6 +45,13 @@ PASSED_OVER = {
     "hugging face parquet": {TEST: ("data/test-00000-of-00001.parquet",)},
     "hugging face archives": {TEST: ("data/test_images.tar.gz",)},
 }
+
+
+def relabel(file, change):
+    """Gives the images of a Parquet file other labels: `change(row, label)`."""
+    table = pq.read_table(file)
+    labels = [change(row, label) for row, label in enumerate(table["label"].to_pylist())]
+    pq.write_table(table.set_column(1, "label", pa.array(labels, pa.int64())), file, row_group_size=10)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -103,6 +112,16 @@ def cut(path: Path, size: int) -> None:
             "hugging face parquet",
             lambda raw: cut(next(raw.glob("data/train-00001*")), 20_000),
             "cannot be read as ImageNet's Parquet",
+        ),
+        (
+            "hugging face parquet",
+            lambda raw: relabel(next(raw.glob("data/train-00001*")), lambda row, label: label + (row == 20)),
+            "0a1b2c3d4e5f.parquet has 1 images whose label is not that of most of their synset, n0",
+        ),
+        (
+            "hugging face parquet",
+            lambda raw: relabel(next(raw.glob("data/validation*")), lambda row, label: 0),
+            "parquet has label 0 for n0",
         ),
         (
             "hugging face parquet",

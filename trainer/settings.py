@@ -204,6 +204,14 @@ class LinearEvalSettings(Group):
     """Path of a file that lists the labelled images of `finetune-10`, one a line. Without it, `seed` chooses them."""
     train_names: str = ""
     """Path of a file with the name of every training image, one a line. Needed if a subset lists names, not image IDs."""
+    files_sha256: str = ""
+    """Digest of the content of these three files. sogclr sets it; the evaluation refuses files that changed since."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The paths of the files that the linear eval reads, by key."""
+        names = ("finetune_1_subset", "finetune_10_subset", "train_names")
+        return {f"{LINEAR_EVAL}{name}": path for name in names if (path := getattr(self, name))}
 
 
 GROUPS: tuple[type[Group], ...] = (

@@ -25,6 +25,7 @@ from trainer.config import Config, override
 from trainer.distribution import make_strategy
 from trainer.encoder_cost import forward_cost
 from trainer.folder import read_config
+from trainer.named_files import with_digest
 from trainer.settings import LINEAR_EVAL, LinearEvalSettings
 from trainer.shared.errors import UserError
 from trainer.shared.files import make_folder, write_arrays
@@ -80,7 +81,7 @@ def linear_eval(
     shared, features_dir = bool(features_dir), (features_dir or workspace).rstrip("/")
     folder = checkpoints.run_folder(checkpoint)
     pretraining, about = read_config(folder)
-    config = _with_settings(pretraining, overrides)
+    config = with_digest(_with_settings(pretraining, overrides))
     settings = config.linear_eval
     stored = checkpoints.open_checkpoint(checkpoint)
     manifest = read_manifest(data_dir)

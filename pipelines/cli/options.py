@@ -93,6 +93,11 @@ class Experiment:
     """The preset with the overrides applied."""
 
     @property
+    def files(self) -> dict[str, str]:
+        """Returns the paths of the files that the settings name, by key."""
+        return {**self.config.data.files, **self.config.linear_eval.files}
+
+    @property
     def parameters(self) -> dict[str, Any]:
         """Returns the parameters of the pipeline that define the experiment."""
         pretraining, linear_eval = split_overrides(self.overrides)
@@ -174,14 +179,6 @@ def absolute_files(data: DataSettings) -> DataSettings:
     """Returns settings of the conversion whose files on this machine have absolute paths."""
     paths: dict[str, Any] = {key.removeprefix(DATA): str(absolute(path)) for key, path in data.files.items() if is_local(path)}
     return replace(data, **paths)
-
-
-def check_remote_files(data: DataSettings) -> None:
-    """Raises UserError if the conversion would read a file of this machine on Vertex AI."""
-    for key, path in data.files.items():
-        if not path.startswith("gs://"):
-            what = " nor a subset that has a name" if key == "data.subset" else ""
-            raise UserError(f"{key}={path} is not in Cloud Storage{what}: Vertex AI reads gs:// only")
 
 
 # ---- Where

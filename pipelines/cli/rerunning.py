@@ -14,6 +14,7 @@ from pipelines.cli.encoders import check_settings as check_settings_of_import
 from pipelines.cli.encoders import encoder_parameters
 from pipelines.cli.formats import check_options
 from pipelines.cli.jobs import connect
+from pipelines.cli.named_files import check_remote, linear_eval_overrides, without_digest
 from pipelines.cli.options import (
     Commands,
     Output,
@@ -24,7 +25,6 @@ from pipelines.cli.options import (
     add_place,
     add_root,
     add_set,
-    check_remote_files,
     init_parameters,
     make_experiment,
     read_init_from,
@@ -203,8 +203,10 @@ def _run_here(
         identity = raw_identity(arguments["raw"], data.files.values(), validation=data.validation)
         arguments |= {"raw_identity": identity, "data_settings": as_overrides(data), "beam_args": []}
     else:
-        arguments["overrides"] = [*before["overrides"], *again.overrides]
+        arguments["overrides"] = [*without_digest(before["overrides"]), *again.overrides]
         config = resolve(arguments.get("preset", "demo"), arguments["overrides"])
+        if component == "linear-eval":
+            arguments["overrides"] = linear_eval_overrides(config, arguments["overrides"])
         arguments |= init_parameters(again.init_from or arguments.get("init_from", ""), config)
         arguments |= encoder_parameters(arguments.get("encoder", ""), arguments.get("preset", "demo"), arguments["overrides"])
     settings = ("--set", *again.overrides) if again.overrides else ()
@@ -248,10 +250,11 @@ def _rerun_on_vertex(options: OnVertex) -> int:
     arguments = {**_usual(component), **job.arguments(component), "code_version": step_version(component)}
     if component == "build-tfrecords":
         data = _data_again(arguments, options.again.overrides)
-        check_remote_files(data)
+        check_remote(data.files)
         arguments["data_settings"] = as_overrides(data)
     else:
-        arguments["overrides"] = [*arguments["overrides"], *options.again.overrides]
+        arguments["overrides"] = [*without_digest(arguments["overrides"]), *options.again.overrides]
+        check_remote(resolve(arguments.get("preset", "demo"), arguments["overrides"]).linear_eval.files)
     init_from = options.again.init_from
     if init_from:
         arguments |= {"init_from": init_from, "init_identity": ""}

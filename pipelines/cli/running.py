@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.cli.encoders import add_encoder, encoder_parameters, read_encoder
+from pipelines.cli.named_files import linear_eval_overrides
 from pipelines.cli.options import (
     Commands,
     Experiment,
@@ -87,11 +88,13 @@ def run(options: RunOptions) -> int:
 
     experiment = options.experiment
     started = init_parameters(options.init_from, experiment.config)
+    parameters = experiment.parameters
+    parameters["linear_eval_overrides"] = linear_eval_overrides(experiment.config, parameters["linear_eval_overrides"])
     imported = encoder_parameters(options.encoder, experiment.preset, experiment.overrides)
     raw = options.raw or _demo_raw(root)
     data = experiment.config.data
     identity = raw_identity(raw, data.files.values(), validation=data.validation)
-    arguments = {"raw": raw, "raw_identity": identity, **experiment.parameters, **started, **imported}
+    arguments = {"raw": raw, "raw_identity": identity, **parameters, **started, **imported}
     settings = ("--set", *experiment.overrides) if experiment.overrides else ()
     named = ("--raw", raw) if options.raw else ()
     begun = ("--init-from", started["init_from"]) if started else ()

@@ -8,6 +8,7 @@ from components.lineage import components_of, source_of
 from pipelines.cli.cluster import add_cluster, read_cluster
 from pipelines.cli.encoders import add_encoder, read_encoder
 from pipelines.cli.formats import check_options
+from pipelines.cli.named_files import all_here, check_remote, defaults_of_compiled
 from pipelines.cli.options import (
     Commands,
     Experiment,
@@ -19,7 +20,7 @@ from pipelines.cli.options import (
     add_preset,
     add_root,
     add_set,
-    check_remote_files,
+    init_parameters,
     read_experiment,
     read_init_from,
     read_output,
@@ -116,7 +117,7 @@ def _read_compile(args: Namespace) -> CompileOptions:
     if cluster.accelerator:
         if not encoder:
             accelerators.check(cluster.accelerator, experiment.config)
-        check_remote_files(experiment.config.data)
+        check_remote(experiment.files)
     return CompileOptions(experiment, cluster, args.region, raw, init_from, encoder, args.pipeline_root, args.root, args.output)
 
 
@@ -127,8 +128,9 @@ def compile_(options: CompileOptions) -> int:
 
     experiment, cluster = options.experiment, options.cluster
     defaults = {**experiment.parameters, "raw_identity": ""} | ({"raw": options.raw} if options.raw else {})
-    defaults |= {"init_from": options.init_from} if options.init_from else {}
+    defaults |= _init_of_compiled(options)
     defaults |= {"encoder": options.encoder} if options.encoder else {}
+    defaults |= defaults_of_compiled(experiment.config, defaults["linear_eval_overrides"])
     if cluster.accelerator:
         memory = None if options.encoder else estimates.pretraining(experiment, cluster.accelerator, options.root)
         if memory and not memory.values["fits"]:
@@ -140,6 +142,14 @@ def compile_(options: CompileOptions) -> int:
     pipeline.write(pipeline.compile_pipeline(cluster, defaults, source_of(defaults)), absolute(options.output))
     print(options.output)
     return 0
+
+
+def _init_of_compiled(options: CompileOptions) -> dict[str, str]:
+    """Returns the parameters of the first checkpoint, with the digest of its content if this machine has it."""
+    begun = options.init_from
+    if begun and all_here({"--init-from": begun}):
+        return init_parameters(begun, options.experiment.config)
+    return {"init_from": begun} if begun else {}
 
 
 # ---- submit
@@ -166,7 +176,7 @@ def _read_submit(args: Namespace) -> SubmitOptions:
         if not getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} is empty; sogclr submit --help explains it")
     experiment = read_experiment(args)
-    check_remote_files(experiment.config.data)
+    check_remote(experiment.files)
     check_place(args.project, args.region, args.pipeline_root, args.raw)
     encoder = read_encoder(args)
     check_options({"--schedule": args.schedule, "--init-from": args.init_from, "--encoder": encoder})

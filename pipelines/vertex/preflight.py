@@ -6,10 +6,11 @@ Each check imports Google's libraries itself, so that the command line can list 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.vertex.accelerators import check_region
 from trainer.config import config_from_dict, data_from, require_same_encoder
+from trainer.named_files import FILES_SHA256, with_digest
 from trainer.shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CHECKS = ("options", "region", "memory", "evaluation", "mlflow", "vertex", "bucket", "images", "raw", "init-from", "encoder")
+CHECKS = (
+    "options",
+    "region",
+    "memory",
+    "evaluation",
+    "mlflow",
+    "vertex",
+    "bucket",
+    "images",
+    "raw",
+    "files",
+    "init-from",
+    "encoder",
+)
 """The checks that can be skipped: all but the check for credentials, because nothing can be sent without them."""
 
 
@@ -80,20 +94,21 @@ def run_preflight(submission: "Submission", estimates: Iterable[Finding] = (), s
     bucket, _ = check_with_credentials("bucket", _check_bucket)
     images, resolved = check_with_credentials("images", _check_images)
     raw, identity = check_with_credentials("raw", _check_raw) if submission.raw else (None, None)
+    listed, evaluated = check_with_credentials("files", _check_files) if _files_of(submission) else (None, None)
     begun, started = check_with_credentials("init-from", _check_init_from) if submission.init_from else (None, None)
     imported, source = check_with_credentials("encoder", _check_encoder) if submission.encoder else (None, None)
-    findings = (options, region, *estimated, mlflow, access, vertex, bucket, images, *filter(None, (raw, begun, imported)))
-    return PreflightReport(_completed(submission, resolved, identity, started or source or {}), findings, who)
+    more = filter(None, (raw, listed, begun, imported))
+    findings = (options, region, *estimated, mlflow, access, vertex, bucket, images, *more)
+    found = {**(evaluated or {}), **(started or {}), **(source or {})}
+    return PreflightReport(_completed(submission, resolved, identity, found), findings, who)
 
 
 def _skipped(name: str) -> Finding:
     return Finding(name, True, "skipped", looked=False)
 
 
-def _completed(
-    submission: "Submission", images: "Images | None", identity: str | None, started: Mapping[str, str]
-) -> "Submission":
-    """Returns a submission with these images, this identity of the raw data and these parameters of its checkpoint.
+def _completed(submission: "Submission", images: "Images | None", identity: str | None, found: Mapping[str, Any]) -> "Submission":
+    """Returns a submission with these images, this identity of the raw data and the parameters that checks found.
 
     None and empty leave the submission's own.
     """
@@ -103,9 +118,8 @@ def _completed(
         submission = replace(submission, cluster=cluster)
     if identity and "raw_identity" in submission.parameters:
         submission = replace(submission, parameters={**submission.parameters, "raw_identity": identity})
-    if started.keys() <= submission.parameters.keys():
-        submission = replace(submission, parameters={**submission.parameters, **started})
-    return submission
+    known = {name: value for name, value in found.items() if name in submission.parameters}
+    return replace(submission, parameters={**submission.parameters, **known})
 
 
 def _with_image(cluster: "Cluster", images: "Images") -> tuple[str, ...]:
@@ -180,6 +194,22 @@ def _check_raw(submission: "Submission", who: "Credentials") -> tuple[str, str]:
     data = data_from(submission.parameters.get("data_settings", []))
     identity = raw_identity(submission.raw, data.files.values(), validation=data.validation)
     return f"{submission.raw} can be read, identity {identity}", identity
+
+
+def _files_of(submission: "Submission") -> Mapping[str, str]:
+    """Returns the files that the linear eval of a whole pipeline reads, by key."""
+    known = submission.config if "linear_eval_overrides" in submission.parameters else None
+    return known.linear_eval.files if known else {}
+
+
+def _check_files(submission: "Submission", who: "Credentials") -> tuple[str, Mapping[str, list[str]]]:
+    from pipelines.vertex.storage import sha256_of_object
+
+    assert submission.config is not None, "a whole pipeline has a config"
+    config = with_digest(submission.config, lambda uri: sha256_of_object(uri, submission.place, who))
+    digest = config.linear_eval.files_sha256
+    overrides = [*submission.parameters["linear_eval_overrides"], f"{FILES_SHA256}={digest}"]
+    return f"{', '.join(_files_of(submission).values())} can be read, {digest[:16]}", {"linear_eval_overrides": overrides}
 
 
 def _check_init_from(submission: "Submission", who: "Credentials") -> tuple[str, Mapping[str, str]]:

@@ -108,6 +108,18 @@ def identity_of_files(uri: str, place: Place, credentials: "Credentials") -> tup
     return len(own), f"blobs:{hashlib.sha256(json.dumps(content).encode()).hexdigest()}"
 
 
+def sha256_of_object(uri: str, place: Place, credentials: "Credentials") -> str:
+    """Returns the SHA-256 of the content of a file, as hex digits. Raises UserError if there is none."""
+    name = _bucket_of(uri)
+    with _as_user_errors(name, "roles/storage.objectViewer on it allows it"):
+        patience = DEFAULT_RETRY.with_timeout(_PATIENCE)
+        bucket = storage.Client(project=place.project, credentials=credentials).bucket(name)
+        blob = bucket.get_blob(uri.removeprefix(f"gs://{name}/"), retry=patience)
+        if blob is None:
+            raise UserError(f"there is no file {uri}")
+        return hashlib.sha256(blob.download_as_bytes(retry=patience)).hexdigest()
+
+
 def _bucket_of(uri: str) -> str:
     return uri.removeprefix("gs://").partition("/")[0]
 

@@ -7,6 +7,7 @@ Local paths do not need TensorFlow. Beam has its own file systems: see `beam_job
 """
 
 import errno
+import hashlib
 import io
 import os
 import shutil
@@ -117,6 +118,26 @@ def write_arrays(path: str, arrays: "Mapping[str, np.ndarray]") -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **dict[str, Any](arrays))
     write_whole(path, buffer.getvalue())
+
+
+def sha256_of_file(path: str) -> str:
+    """Returns the SHA-256 of a file's content as hex digits, local or remote.
+
+    Raises UserError if there is no such file, and tf.errors.OpError if remote storage fails in a way that may pass.
+    """
+    if is_local(path):
+        try:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"there is no file {path}: {error.strerror}") from error
+    import tensorflow as tf
+
+    try:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except tf.errors.NotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
 
 
 def names_in(folder: str) -> list[str]:
