@@ -2,12 +2,13 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import pytest
+from support.copies import Copies
 from support.datasets import write_dataset
 from support.raw_data import raw_as_usual
 
@@ -104,6 +105,13 @@ def root(made_root, tmp_path) -> Path:
 
     copy_store(made_root, tmp_path / "root")
     return tmp_path / "root"
+
+
+@pytest.fixture(scope="session")
+def copies() -> Iterator[Copies]:
+    """Runs commands of this project in processes that need no time to import."""
+    with Copies() as made:
+        yield made
 
 
 @pytest.fixture

@@ -1,7 +1,4 @@
-"""SIGKILL at random moments of `sogclr run`, then the same command: the root ends as if nothing had happened.
-
-The commands are copies of this process, which has imported what they import, because they are killed many times.
-"""
+"""SIGKILL at random moments of `sogclr run`, then the same command: the root ends as if nothing had happened."""
 
 import json
 import os
@@ -10,16 +7,12 @@ import shutil
 import signal
 import sqlite3
 import time
-import uuid
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support.processes import search_path
+from support.copies import Copies
 from support.raw_data import striped_archives
-
-import components.tracking  # noqa: F401  for the copies
-from pipelines import cli
 
 TINY = [
     *("depth=10", "image_size=16", "global_batch_size=16", "epochs=1", "warmup_epochs=0", "width_multiplier=0.125"),
@@ -30,64 +23,30 @@ TINY = [
 class Root:
     """A root with raw data beside it, and the command that runs the pipeline in it."""
 
-    def __init__(self, folder: Path, raw: Path) -> None:
-        self.folder, self.raw = folder, raw
-        self.mark = uuid.uuid4().hex
-        self.out = folder.with_name(f"{folder.name}.out")
+    def __init__(self, copies: Copies, folder: Path, raw: Path) -> None:
+        self.copies, self.folder, self.raw = copies, folder, raw
+        self.output = folder.with_name(f"said-{folder.name}")
 
     def start(self) -> int:
         """Starts the command and returns its process ID."""
-        child = os.fork()
-        if child:
-            return child
-        try:
-            os.setsid()
-            for number, mode in ((1, "w"), (2, "a")):
-                os.dup2(
-                    os.open(f"{self.out}{number}", os.O_CREAT | os.O_WRONLY | (os.O_TRUNC if mode == "w" else os.O_APPEND)),
-                    number,
-                )
-            os.environ.update(search_path(), KILL_TEST=self.mark)
-            for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
-                os.environ.pop(name, None)
-            arguments = ["run", "--preset", "demo", "--raw", str(self.raw), "--root", str(self.folder), "--json", "--set", *TINY]
-            with open(1, "w", closefd=False) as out, open(2, "w", closefd=False) as err:
-                import sys
-
-                sys.stdout, sys.stderr = out, err
-                code = cli.main(arguments)
-            os._exit(code)
-        except BaseException:
-            os._exit(99)
+        arguments = ["run", "--preset", "demo", "--raw", self.raw, "--root", self.folder, "--json", "--set", *TINY]
+        return self.copies.start("pipelines.cli", *arguments, output=self.output)
 
     def killed_after(self, seconds: float) -> bool:
         """Starts the command and kills it after some seconds. Returns False if it finished before."""
         child, end = self.start(), time.monotonic() + seconds
         while time.monotonic() < end:
-            if os.waitpid(child, os.WNOHANG)[0]:
+            if self.copies.poll(child) is not None:
                 return False
             time.sleep(0.01)
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return True
+        return self.copies.wait(child) == -signal.SIGKILL
 
     def finish(self) -> dict:
         """Runs the command to its end and returns its answer."""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.start(), 0)[1])
-        assert code == 0, Path(f"{self.out}2").read_text()[-3000:]
-        return json.loads(Path(f"{self.out}1").read_text())
-
-    def orphans(self) -> list[str]:
-        """Returns the command lines of the processes that the command, or one that it started, has started."""
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                # The copies have the mark only in their memory, not in what the system shows.
-                if f"KILL_TEST={self.mark}".encode() in (process / "environ").read_bytes():
-                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200])
-            except OSError:
-                continue
-        return found
+        code = self.copies.wait(self.start())
+        assert code == 0, self.output.with_suffix(".err").read_text()[-3000:]
+        return json.loads(self.output.with_suffix(".out").read_text())
 
     def ask(self, question: str) -> list:
         with closing(sqlite3.connect(self.folder / "mlflow.db")) as store:
@@ -100,10 +59,10 @@ def raw(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(raw, tmp_path_factory):
+def undisturbed(copies, raw, tmp_path_factory):
     """The digest of the state that a run without kills ends with, and how many seconds it takes."""
     begun = time.monotonic()
-    digest = state_of(Root(tmp_path_factory.mktemp("undisturbed") / "root", raw).finish())
+    digest = state_of(Root(copies, tmp_path_factory.mktemp("undisturbed") / "root", raw).finish())
     return digest, time.monotonic() - begun
 
 
@@ -111,21 +70,21 @@ def state_of(answer: dict) -> str:
     return answer["components"]["pretrain"]["outputs"]["model"]["metadata"]["state_sha256"]
 
 
-def kill(raw: Path, undisturbed: tuple[str, float], folder: Path, kills: int, seed: int) -> None:
+def kill(copies: Copies, raw: Path, undisturbed: tuple[str, float], folder: Path, kills: int, seed: int) -> None:
     digest, seconds = undisturbed
     chosen = random.Random(seed)
     done = number = 0
     while done < kills:
         number += 1
-        root = Root(folder / str(number), raw)
+        root = Root(copies, folder / str(number), raw)
         # Half of the kills hit the first seconds, in which the store is made, the run is opened and the runner starts.
         while done < kills and root.killed_after(chosen.uniform(0, seconds / chosen.choice((1, 8)))):
             done += 1
             # What it had started ends by itself.
             until = time.monotonic() + 30
-            while root.orphans() and time.monotonic() < until:
+            while copies.has_processes() and time.monotonic() < until:
                 time.sleep(0.05)
-            assert root.orphans() == []
+            assert not copies.has_processes()
         assert state_of(root.finish()) == digest
         assert root.ask("SELECT run_uuid FROM runs WHERE status = 'RUNNING'") == []
         assert root.ask("PRAGMA integrity_check") == [("ok",)]
@@ -134,10 +93,10 @@ def kill(raw: Path, undisturbed: tuple[str, float], folder: Path, kills: int, se
 
 
 @pytest.mark.thorough
-def test_after_20_kills_the_same_command_ends_as_if_nothing_had_happened(raw, undisturbed, tmp_path):
-    kill(raw, undisturbed, tmp_path, 20, seed=0)
+def test_after_20_kills_the_same_command_ends_as_if_nothing_had_happened(copies, raw, undisturbed, tmp_path):
+    kill(copies, raw, undisturbed, tmp_path, 20, seed=0)
 
 
 @pytest.mark.slow
-def test_after_200_kills_the_same_command_ends_as_if_nothing_had_happened(raw, undisturbed, tmp_path):
-    kill(raw, undisturbed, tmp_path, 200, seed=1)
+def test_after_200_kills_the_same_command_ends_as_if_nothing_had_happened(copies, raw, undisturbed, tmp_path):
+    kill(copies, raw, undisturbed, tmp_path, 200, seed=1)

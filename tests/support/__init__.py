@@ -12,6 +12,7 @@ Servers of this machine:
 
 Processes:
     processes.py        a module of the tests as a process; a process that stops at a place in its work, and waits
+    copies.py           commands of this project without the time that their imports take
     ending.py           trainer.task or eval.task, killed at a place and started again
     replicas.py         steps on one replica and on several
     evaluations.py      an evaluation on one replica and on several
