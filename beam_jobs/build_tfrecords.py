@@ -29,7 +29,6 @@ from beam_jobs import subsets
 from beam_jobs.dry_run import passed_over_lines, to_dict, to_text
 from beam_jobs.job import build, describe, plan_only
 from beam_jobs.plan import EXPECT, ON_BAD_IMAGE, VERIFY
-from beam_jobs.runners import only_describes
 from beam_jobs.verify import LostRecordsError
 from trainer.shared.errors import UserError, print_in_any_locale
 from trainer.shared.progress import ProgressBars
@@ -121,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _only_describes(beam_args: Sequence[str]) -> bool:
+    from beam_jobs.runners import only_describes
+
+    return only_describes(beam_args)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     print_in_any_locale()
     args, beam_args = _parser().parse_known_args(argv)
@@ -134,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             planned = plan_only(**given, beam_args=beam_args)
             print(json.dumps(to_dict(planned)) if as_json else to_text(planned))
             return 2 if planned.problems else 0
-        if only_describes(beam_args):
+        if beam_args and _only_describes(beam_args):
             if given.pop("processes") is not None:
                 raise UserError(
                     "--processes is for a conversion on this machine, but these options convert nothing here: omit it"

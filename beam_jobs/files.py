@@ -10,11 +10,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, NamedTuple
-
-from apache_beam.io.filesystem import BeamIOError, CompressionTypes
-from apache_beam.io.filesystems import FileSystems
-from apache_beam.io.gcp.gcsio import GcsIO
+from typing import Any, BinaryIO, NamedTuple
 
 from trainer.shared.errors import UserError
 from trainer.shared.files import is_local, whole_file
@@ -50,16 +46,16 @@ def join(folder: str, name: str) -> str:
     """Returns the path of the `name` of a `FileInfo` in a folder."""
     if is_local(folder):
         return os.path.join(folder, name if name.isascii() else os.fsdecode(name.encode(errors="surrogateescape")))
-    return FileSystems.join(folder, name)
+    return _beam().join(folder, name)
 
 
 def find(path: str) -> FileInfo | None:
     """Returns a file's size and time, or None if there is no such file."""
     if is_local(path):
         return _info("", path) if os.path.isfile(path) else None
-    if not FileSystems.exists(path):
+    if not _beam().exists(path):
         return None
-    found = FileSystems.get_filesystem(path).metadata(path)
+    found = _beam().get_filesystem(path).metadata(path)
     return FileInfo("", found.size_in_bytes, found.last_updated_in_seconds)
 
 
@@ -103,7 +99,7 @@ def starting_with(folder: str, prefix: str) -> list[FileInfo]:
     """Returns the files in `folder` whose names begin with `prefix`, sorted by name. In a bucket, lists no other files."""
     if is_local(folder):
         return [info for info in tree(folder, depth=0) if info.name.startswith(prefix)]
-    (found,) = FileSystems.match([join(_literal(folder), f"{_literal(prefix)}*")])
+    (found,) = _beam().match([join(_literal(folder), f"{_literal(prefix)}*")])
     infos = (
         FileInfo(metadata.path[len(folder.rstrip("/")) + 1 :], metadata.size_in_bytes, metadata.last_updated_in_seconds)
         for metadata in found.metadata_list
@@ -118,17 +114,19 @@ def names(folder: str) -> list[str]:
             return sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
         except (FileNotFoundError, NotADirectoryError):
             return []
-    (found,) = FileSystems.match([join(_literal(folder), "*")])
-    return sorted(FileSystems.split(metadata.path)[1] for metadata in found.metadata_list)
+    (found,) = _beam().match([join(_literal(folder), "*")])
+    return sorted(_beam().split(metadata.path)[1] for metadata in found.metadata_list)
 
 
 def open_to_read(path: str, request: int = WHOLE) -> BinaryIO:
     """Opens a file. For a remote file, each request asks for at least `request` bytes."""
     if is_local(path):
         return open(path, "rb")
-    if FileSystems.get_scheme(path) == "gs":
+    if _beam().get_scheme(path) == "gs":
+        from apache_beam.io.gcp.gcsio import GcsIO
+
         return GcsIO().open(path, "rb", read_buffer_size=request)
-    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+    return _beam().open(path, compression_type="uncompressed")
 
 
 def read(path: str) -> bytes:
@@ -169,15 +167,17 @@ def open_to_write(path: str) -> Iterator[BinaryIO]:
     try:
         with _create(temporary) as file:
             yield file
-        FileSystems.rename([temporary], [path])
+        _beam().rename([temporary], [path])
     except BaseException:
         delete([temporary])
         raise
 
 
 def _create(path: str) -> BinaryIO:
+    from apache_beam.io.filesystem import BeamIOError
+
     try:
-        return FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED)
+        return _beam().create(path, compression_type="uncompressed")
     except (OSError, BeamIOError) as error:
         raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
@@ -193,8 +193,8 @@ def delete(paths: list[str]) -> None:
     for path in paths:
         if is_local(path) and os.path.lexists(path):
             os.unlink(path)
-    if there := [_literal(path) for path in paths if not is_local(path) and FileSystems.exists(path)]:
-        FileSystems.delete(there)
+    if there := [_literal(path) for path in paths if not is_local(path) and _beam().exists(path)]:
+        _beam().delete(there)
 
 
 def delete_temporary(folder: str) -> None:
@@ -208,6 +208,13 @@ def delete_folder(folder: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     else:
         delete([join(folder, name) for name in names(folder)])
+
+
+def _beam() -> Any:
+    """Returns Beam's file systems. Importing Beam takes two seconds, which local files need not wait for."""
+    from apache_beam.io.filesystems import FileSystems
+
+    return FileSystems
 
 
 def _info(name: str, path: str) -> FileInfo:
@@ -243,7 +250,7 @@ def _inode(path: str) -> tuple[int, int]:
 
 
 def _match(folder: str, depth: int | None) -> Tree:
-    (matched,) = FileSystems.match([join(_literal(folder), "**")])
+    (matched,) = _beam().match([join(_literal(folder), "**")])
     found, empty = [], []
     for metadata in matched.metadata_list:
         name = metadata.path[len(folder.rstrip("/")) + 1 :]

@@ -8,20 +8,17 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any
 
-import apache_beam as beam
-
-from beam_jobs import catalogue, dataflow, dry_run, files, images, unpack, verify
-from beam_jobs.convert import Convert, Index
+from beam_jobs import catalogue, dry_run, files, images, unpack, verify
 from beam_jobs.ending import ends_when_asked
+from beam_jobs.local import OnThisMachine, Steps
 from beam_jobs.plan import UNPACKED, Plan, make_plan
 from beam_jobs.pooled import Writers, local_writers
 from beam_jobs.publish import publish, was_made_by
 from beam_jobs.raw import Recognised
-from beam_jobs.runners import make_pipeline, names_runner, run
 from trainer.shared.errors import UserError, printable
 from trainer.shared.files import is_local
 from trainer.shared.records import MANIFEST, Manifest, manifest_from_json
@@ -80,31 +77,39 @@ def build(
         plan = make_plan(raw, output, **options, unpack=unpacked)
         for note in plan.raw.notes:
             print(printable(f"note: {note}"), file=sys.stderr, flush=True)
-        pipeline = make_pipeline(beam_args, processes)
+        runs = _run(beam_args, processes, output, plan.identity)
         hold()
-        return _convert(plan, pipeline, Writers() if names_runner(beam_args) else local_writers(processes or 1), on_progress)
+        return _convert(plan, runs, on_progress)
 
 
-def _convert(plan: Plan, pipeline: beam.Pipeline, writers: Writers, on_progress: Callable[[int, int], None]) -> Manifest:
-    job = dataflow.Conversion(pipeline, plan.output, plan.identity) if dataflow.is_dataflow(pipeline) else None
-    running = job.running() if job else None
+def _run(beam_args: Sequence[str], processes: int | None, output: str, identity: str) -> Steps:
+    """Returns what runs the steps of a conversion: this machine, or Beam if any of its options are given.
+
+    Raises UserError for options that make no sense.
+    """
+    if processes is not None and processes < 1:
+        raise UserError(f"processes={processes} makes no sense: it must be at least 1")
+    if not beam_args:
+        return OnThisMachine(local_writers(processes or 1))
+    from beam_jobs.runners import OnRunner
+
+    return OnRunner(beam_args, processes, output, identity)
+
+
+def _convert(plan: Plan, runs: Steps, on_progress: Callable[[int, int], None]) -> Manifest:
     if files.find(files.join(plan.output, MANIFEST)):
         # The work folder still exists if the earlier job was interrupted during its cleanup.
         if _made_here(plan) != plan.identity and not was_made_by(plan):
             raise _finished(plan.output)
         print(f"{plan.output} is already there: the same conversion finished before", file=sys.stderr, flush=True)
         return publish(plan)
-    if not running:  # a running job's workers write to the output folder
+    if not runs.going_on:  # a running job's workers write to the output folder
         _prepare(plan)
-        pipeline | Convert(plan, writers)
     # The parts of a conversion are its archives, its shards, and publishing.
     parts = len(plan.raw.archives) + sum(plan.num_shards.values()) + 1
-    with _followed(partial(verify.count_reports, plan), parts, plan.work, on_progress), job.watched() if job else nullcontext():
+    with _followed(partial(verify.count_reports, plan), parts, plan.work, on_progress):
         try:
-            if job:
-                run(lambda: job.wait(running or pipeline.run()))
-            else:
-                run(lambda: pipeline.run().wait_until_finish())
+            runs.convert(plan)
             return publish(plan)
         except (verify.FaultsError, verify.LostRecordsError):
             _remove_leftovers(plan)
@@ -121,6 +126,9 @@ def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any)
         if unpack.make_work(raw, recognised, "", synsets).sources:
             raise UserError(f"{raw} has a layout that must be unpacked first, which no template does: run the job itself")
         return ""
+
+    from beam_jobs.runners import make_pipeline
+    from beam_jobs.transforms import Convert
 
     plan = make_plan(raw, output, **options, unpack=refused)
     pipeline = make_pipeline(beam_args, None)
@@ -145,11 +153,10 @@ def plan_only(
 
     try:
         plan = make_plan(raw, output, **options, unpack=catalogued)
-        pipeline = make_pipeline(beam_args, processes)
+        runs = _run(beam_args, processes, output, plan.identity)
         unpacked = catalogue.read_summary(folder).splits if catalogue.has_summary(folder) else {}
         checking = dry_run.check_only_plan(plan, work)
-        pipeline | Index(checking)
-        run(lambda: pipeline.run().wait_until_finish())
+        runs.index(checking)
         return dry_run.summarise(plan, verify.archive_reports(checking), unpacked)
     finally:
         files.delete_folder(folder)
@@ -198,18 +205,11 @@ def _unpack(
     on_progress: Callable[[int, int], None],
 ) -> None:
     """Runs the pipeline that unpacks the source files. Files that are unpacked already stay as they are."""
-    pipeline = make_pipeline(beam_args, processes)
-    job = dataflow.Conversion(pipeline, output, work.identity) if dataflow.is_dataflow(pipeline) else None
-    running = job.running() if job else None
-    if not running:
+    runs = _run(beam_args, processes, output, work.identity)
+    if not runs.going_on:
         unpack.prepare(work)
-        pipeline | unpack.Unpack(work, Writers() if names_runner(beam_args) else local_writers(processes or 1))
-    following = _followed(partial(unpack.count_done, work), len(work.sources), work.unpacked, on_progress)
-    with following, job.watched() if job else nullcontext():
-        if job:
-            run(lambda: job.wait(running or pipeline.run()))
-        else:
-            run(lambda: pipeline.run().wait_until_finish())
+    with _followed(partial(unpack.count_done, work), len(work.sources), work.unpacked, on_progress):
+        runs.unpack(work)
         unpack.finish(work)
 
 

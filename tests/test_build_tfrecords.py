@@ -43,6 +43,9 @@ from beam_jobs.verify import LostRecordsError
 from trainer.shared.errors import UserError
 from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, RECORDS_PER_BLOCK, read_manifest, reading_positions
 
+BEAM = ("--runner=FnApiRunner",)
+"""Beam's options that run a conversion in this process."""
+
 
 def test_stock_tfds_gives_back_every_image_with_its_id_and_label(built):
     import tensorflow_datasets as tfds
@@ -206,11 +209,12 @@ def test_what_goes_wrong_between_workers_is_caught_and_nothing_published(fault, 
 
     monkeypatch.setattr(convert, "assign_ids", faulty)
     with pytest.raises(LostRecordsError, match="nothing was published"):
-        build(str(raw), str(tmp_path / "output"), num_shards=2)
+        build(str(raw), str(tmp_path / "output"), num_shards=2, beam_args=BEAM)
     assert list((tmp_path / "output").iterdir()) == []
 
 
-def test_a_lost_archive_is_caught(raw, tmp_path, monkeypatch):
+@pytest.mark.parametrize("beam_args", [(), BEAM])
+def test_a_lost_archive_is_caught(beam_args, raw, tmp_path, monkeypatch):
     index_archive = convert.index_archive
 
     def faulty(number, plan):
@@ -218,7 +222,7 @@ def test_a_lost_archive_is_caught(raw, tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert, "index_archive", faulty)
     with pytest.raises(LostRecordsError, match=r"lost ILSVRC2012_img_train.tar/n01000002.tar"):
-        build(str(raw), str(tmp_path / "output"))
+        build(str(raw), str(tmp_path / "output"), beam_args=beam_args)
     assert list((tmp_path / "output").iterdir()) == []
 
 
