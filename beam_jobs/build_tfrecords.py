@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("the job is described; nothing was converted")
             return 0
         with ProgressBars() as bars:
-            on_progress = partial(bars, "build-tfrecords")
+            on_progress = partial(bars, "build-tfrecords", "converting")
             manifest = build(**given, beam_args=beam_args, on_progress=on_progress)
     except (UserError, LostRecordsError) as error:
         if debug:

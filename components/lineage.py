@@ -4,8 +4,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-COMPONENTS = ("build-tfrecords", "pretrain", "linear-eval")
-"""The components in the order in which they run: each needs the outputs of those before it."""
+COMPONENTS = ("build-tfrecords", "pretrain", "import-encoder", "linear-eval")
+"""The components, each after those whose outputs it needs. A pipeline has either pretrain or import-encoder."""
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "build-tfrecords": (),
+    "pretrain": ("dataset",),
+    "import-encoder": (),
+    "linear-eval": ("dataset", "model"),
+}
+"""The names of the artifacts that a component reads."""
+MADE_BY: Mapping[str, tuple[str, ...]] = {"dataset": ("build-tfrecords",), "model": ("pretrain", "import-encoder")}
+"""The components that can make an artifact, by its name."""
+
+
+def source_of(arguments: Mapping[str, Any]) -> str:
+    """Returns the component that makes the encoder of a pipeline with these arguments."""
+    return "import-encoder" if "encoder" in arguments else "pretrain"
+
+
+def components_of(source: str) -> tuple[str, ...]:
+    """Returns the components of a whole pipeline whose encoder `source` makes, in the order in which they run."""
+    return tuple(one for one in COMPONENTS if one == source or one not in MADE_BY["model"])
 
 
 @dataclass(frozen=True)

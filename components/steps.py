@@ -1,4 +1,4 @@
-"""The components: the three steps, and two that complete a cluster job's records in MLflow.
+"""The components: the steps of a pipeline, and two that complete a cluster job's records in MLflow.
 
 KFP ships the source of each body, so every body does its own imports.
 """
@@ -37,9 +37,9 @@ def build_tfrecords(
     from beam_jobs.plan import options_of
     from components import tracking
     from components.dataflow import JOB_LABEL, label_of
+    from components.showing import progress_bars
     from trainer.config import data_from
     from trainer.shared.data import values_of_data
-    from trainer.shared.progress import ProgressBars
     from trainer.shared.records import Split
 
     arguments = {
@@ -51,7 +51,8 @@ def build_tfrecords(
     }
     if tracking.recorded_before("build-tfrecords", arguments, {"dataset": dataset}):
         return
-    with ProgressBars() as bars, tracking.step("build-tfrecords", arguments, {"dataset": dataset}) as run:
+    with progress_bars() as bars, tracking.step("build-tfrecords", arguments, {"dataset": dataset}) as run:
+        on_progress = run.phase.of(bars.of("build-tfrecords"))
         if beam_args:
             # Dataflow's runner logs the job's link, its states and its errors at this level.
             logging.basicConfig(stream=sys.stderr, format="%(message)s")
@@ -63,7 +64,7 @@ def build_tfrecords(
             raw,
             dataset.uri,
             beam_args=beam_args,
-            on_progress=lambda done, total: bars("build-tfrecords", done, total),
+            on_progress=lambda done, total: on_progress("converting", done, total),
             **options_of(settings),
         )
         train, validation = manifest.splits["train"], manifest.splits.get("validation", Split(0, (), ()))
@@ -114,6 +115,7 @@ def pretrain(
     import os
 
     from components import tracking, variables, workspace
+    from components.showing import progress_bars
     from eval.export.encoder import export
     from eval.show.figures import curves
     from trainer.checkpoint import sha256_of
@@ -122,7 +124,6 @@ def pretrain(
     from trainer.initial import open_source
     from trainer.preemption import ending_noted, exits_if_preempted
     from trainer.presets import resolve_pretraining
-    from trainer.shared.progress import ProgressBars
     from trainer.train import train
 
     arguments = {"preset": preset, "overrides": overrides, "code_version": code_version}
@@ -132,10 +133,12 @@ def pretrain(
         return
     with (
         exits_if_preempted(),
-        ProgressBars() as bars,
+        progress_bars() as bars,
         tracking.step("pretrain", arguments, {"model": model}, {"dataset": dataset}) as run,
     ):
         given = os.environ.get(variables.ACCELERATOR, "")
+        on_progress = run.phase.of(bars.of("pretrain"))
+        on_progress("finding devices")
         strategy = claim_devices(given, say=lambda line: bars.note("pretrain", line))
         run.log_devices(describe_run(strategy))
         config = resolve_pretraining(preset, overrides)
@@ -165,7 +168,7 @@ def pretrain(
                 code_version=code_version,
                 strategy=strategy,
                 log_metrics=run.metrics.log,
-                on_progress=lambda done, total, text: bars("pretrain", done, total, text),
+                on_progress=on_progress,
                 before_checkpoint=run.metrics.settle,
                 should_stop=claim.stopping(should_stop),
                 say=lambda line: bars.note("pretrain", line),
@@ -174,15 +177,96 @@ def pretrain(
         if drawn := curves({"": run.metrics.history()}):
             run.log_figure(drawn, tracking.CURVES)
         model.metadata.update(preset=preset, steps=result.steps, state_sha256=result.state_sha256)
+        exported = export(result.checkpoint, f"{model.uri}/export", data_dir=dataset.uri)
         run.encoders.log(
             model,
             dataset,
             [result.checkpoint, f"{model.uri}/config.json", f"{model.uri}/result.json"],
-            export(result.checkpoint, f"{model.uri}/export", data_dir=dataset.uri).folder,
+            exported.folder,
             params={"preset": preset, "steps": result.steps, "state_sha256": result.state_sha256, **settings},
-            metrics=result.metrics,
+            metrics={**result.metrics, "export/largest_feature_difference": exported.comparison.difference},
             step=result.steps,
         )
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def import_encoder(
+    preset: str,
+    overrides: list[str],
+    encoder: str,
+    encoder_identity: str,
+    code_version: str,
+    model: dsl.Output[dsl.Model],
+) -> None:
+    """Imports an encoder of other code, in place of pretraining one.
+
+    Args:
+        preset: Name of the experiment whose views and linear eval the encoder is evaluated with.
+        overrides: key=value for each setting of the views that differs from the preset, for example image_size=64.
+        encoder: The checkpoint of other code: a file, the prefix of a TensorFlow checkpoint, or a folder that holds one.
+        encoder_identity: Takes the checkpoint's place in the cache key. Changes when its content changes.
+        code_version: Part of the cache key. Changes when the code changes.
+        model: A folder with a checkpoint, config.json, and the exported encoder in export/.
+    """
+    import hashlib
+    import json
+
+    from components import tracking
+    from eval.export.encoder import export
+    from trainer.config import as_dict, pretraining_of
+    from trainer.importing.importer import base_of, import_checkpoint
+    from trainer.shared.errors import UserError
+    from trainer.shared.progress import ProgressBars
+
+    arguments = {
+        "preset": preset,
+        "overrides": overrides,
+        "encoder": encoder,
+        "encoder_identity": encoder_identity,
+        "code_version": code_version,
+    }
+    if tracking.recorded_before("import-encoder", arguments, {"model": model}):
+        return
+    with ProgressBars() as bars, tracking.step("import-encoder", arguments, {"model": model}) as run:
+        base, published = base_of(preset, overrides)
+        side = base.views.image_size
+        # An earlier attempt may have left the same import.
+        found = import_checkpoint(
+            encoder, model.uri, image_size=side, preset=published, code_version=code_version, base=base, replaces=True
+        )
+        if encoder_identity.startswith("sha256:") and encoder_identity != f"sha256:{found.sha256}":
+            raise UserError(f"{encoder} changed since the pipeline began: its identity was {encoder_identity}; run it again")
+        settings = {key: pretraining_of(found.config)[key] for key in found.translation.settings}
+        form = found.translation.format
+        run.log_params(settings)
+        run.log_text(json.dumps(found.describe(), indent=1, sort_keys=True), tracking.IMPORT_FILE)
+        origin = run.encoders.import_from(found.source, found.sha256, form)
+        exported = export(found.checkpoint, f"{model.uri}/export")
+        model.metadata.update(
+            preset=published,
+            steps=found.translation.step,
+            state_sha256=found.state_sha256,
+            format=form,
+            source_sha256=found.sha256,
+            config=hashlib.sha256(json.dumps(as_dict(found.config), sort_keys=True).encode()).hexdigest(),
+        )
+        run.encoders.log(
+            model,
+            None,
+            [found.checkpoint, f"{model.uri}/config.json"],
+            exported.folder,
+            params={"preset": published, "steps": found.translation.step, "state_sha256": found.state_sha256, **settings},
+            metrics={
+                "import/largest_feature_difference": found.comparison.difference,
+                "import/largest_feature": found.comparison.largest,
+                "import/arrays_taken": found.translation.mapped,
+                "import/arrays_left_out": sum(found.translation.left_out.values()),
+                "export/largest_feature_difference": exported.comparison.difference,
+            },
+            step=found.translation.step,
+            origin=origin,
+        )
+        bars("import-encoder", 1, 1, form)
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
@@ -200,7 +284,7 @@ def linear_eval(
         overrides: key=value for each setting of the linear eval that differs from the preset.
         code_version: Part of the cache key. Changes when the code changes.
         dataset: The output of build-tfrecords.
-        model: The output of pretrain.
+        model: The output of pretrain or import-encoder.
         metrics: Accuracies between 0 and 1, and a folder with result.json. If AIP_CHECKPOINT_DIR is set, the features are stored
             under it, and the step resumes from those of an earlier attempt with the same settings and inputs.
         report: A page with the results and the images they were measured on.
@@ -208,19 +292,21 @@ def linear_eval(
     import os
 
     from components import tracking, variables, workspace
+    from components.showing import progress_bars
     from eval.export.card import evaluated_card
     from eval.measure.linear_eval import linear_eval as evaluate
     from eval.show.report import write_report
     from trainer.distribution import claim_devices, describe_run
     from trainer.preemption import ending_noted, exits_if_preempted
-    from trainer.shared.progress import ProgressBars
 
     arguments = {"overrides": overrides, "code_version": code_version}
     inputs, outputs = {"model": model, "dataset": dataset}, {"metrics": metrics, "report": report}
     if tracking.recorded_before("linear-eval", arguments, outputs):
         return
-    with exits_if_preempted(), ProgressBars() as bars, tracking.step("linear-eval", arguments, outputs, inputs) as run:
+    with exits_if_preempted(), progress_bars() as bars, tracking.step("linear-eval", arguments, outputs, inputs) as run:
         given = os.environ.get(variables.ACCELERATOR, "")
+        on_progress = run.phase.of(bars.of("linear-eval"))
+        on_progress("finding devices")
         strategy = claim_devices(given, say=lambda line: bars.note("linear-eval", line))
         run.log_devices(describe_run(strategy))
         run.datasets.log(dataset, "eval")
@@ -241,7 +327,7 @@ def linear_eval(
                 workspace=claim.folder,
                 strategy=strategy,
                 log_metrics=run.metrics.log,
-                on_progress=lambda done, total, text: bars("linear-eval", done, total, text),
+                on_progress=on_progress,
                 should_stop=claim.stopping(should_stop),
             )
         claim.require()
@@ -266,7 +352,7 @@ def record_lineage(
     Args:
         job: Name of the pipeline job.
         dataset: The output of build-tfrecords.
-        model: The output of pretrain.
+        model: The output of pretrain or import-encoder.
         metrics: The output of linear-eval.
     """
     from components import tracking
@@ -287,4 +373,9 @@ def end_pipeline(job: str, status: dsl.PipelineTaskFinalStatus) -> None:
     tracking.end_job(tracking.open_job_store(), job, status.state)
 
 
-COMPONENTS = {"build-tfrecords": build_tfrecords, "pretrain": pretrain, "linear-eval": linear_eval}
+COMPONENTS = {
+    "build-tfrecords": build_tfrecords,
+    "pretrain": pretrain,
+    "import-encoder": import_encoder,
+    "linear-eval": linear_eval,
+}

@@ -20,3 +20,6 @@ ACCELERATOR = "SOGCLR_ACCELERATOR"
 
 REUSE = "SOGCLR_REUSE"
 """Set if a step goes on from work with the same settings and data that another job on this machine has finished."""
+
+SECONDS_BETWEEN_LINES = "SOGCLR_SECONDS_BETWEEN_LINES"
+"""How often a step says how far it is, for a program that draws bars of it."""

@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from trainer.distribution import claim_devices
 
         with exits_if_preempted(), ProgressBars() as bars, ending_noted() as should_stop:
+            bars("linear-eval", "finding devices")
             strategy = claim_devices(say=lambda line: bars.note("linear-eval", line))
             result = linear_eval(
                 args.data,
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 args.output,
                 args.overrides,
                 strategy=strategy,
-                on_progress=lambda done, total, text: bars("linear-eval", done, total, text),
+                on_progress=bars.of("linear-eval"),
                 should_stop=should_stop,
             )
     except KeyboardInterrupt:

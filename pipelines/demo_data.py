@@ -136,7 +136,7 @@ def main() -> int:
     folder = parser.parse_args().folder
     try:
         with ProgressBars() as bars:
-            make_raw(folder, on_progress=lambda done, total: bars("demo-raw", done, total))
+            make_raw(folder, on_progress=lambda done, total: bars("demo-raw", "drawing photographs", done, total))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ from kfp.local.cache import LocalCache
 from pipelines.cache import absolute, fault_of, relative
 from trainer.shared.files import is_local, write_whole
 
-_CONTENT = ("fingerprint", "state_sha256", "preset")
+_CONTENT = ("fingerprint", "state_sha256", "preset", "config")
 """Metadata that identifies the content of a dataset or of a model."""
 
 
@@ -53,6 +53,9 @@ class StepCache(LocalCache):
         if isinstance(value, dsl.Artifact):
             content = {key: value.metadata[key] for key in _CONTENT if key in value.metadata}
             return {"type": type(value).schema_title, **(content or {"uri": value.uri, "metadata": value.metadata})}
+        # Its identity is an argument of its own.
+        if name == "encoder":
+            return ""
         # A link to a folder is that folder.
         return relative(os.path.realpath(value), os.path.realpath(self._root)) if name == "raw" and is_local(value) else value
 

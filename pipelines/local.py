@@ -20,11 +20,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from components import variables
 from components.lineage import COMPONENTS, Artifact
 from pipelines.cache import folder_of
 from pipelines.logs import Log, lock_as_runner
 from trainer.shared.processes import end_with
-from trainer.shared.progress import parse_line
+from trainer.shared.progress import SECONDS_BETWEEN_LINES, ProgressBars, parse_line
 
 _COLOUR = re.compile(r"\x1b\[\d*m")
 _REUSED = re.compile(r"Task ([\w-]+) cache hit ")
@@ -32,6 +33,8 @@ _REUSED = re.compile(r"Task ([\w-]+) cache hit ")
 _NOTE = re.compile(rf"\[(?:{'|'.join(COMPONENTS)})\] ")
 """The start of a line that a step prints for the user."""
 _SECONDS_TO_END = 15
+_SECONDS_BETWEEN_LINES = 1.0
+"""How often a step says how far it is. Its log gets a part of these lines."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def run(
     request: Request,
     environment: Mapping[str, str],
     log: Log,
-    on_progress: Callable[[str, int, int, str], None],
+    on_progress: ProgressBars,
     echo: Callable[[str], None] | None = None,
 ) -> list[str] | None:
     """Runs a pipeline and returns the IDs of the MLflow runs that it made or reused, or None if it failed.
@@ -70,6 +73,7 @@ def run(
             env={
                 **os.environ,
                 **environment,
+                variables.SECONDS_BETWEEN_LINES: str(_SECONDS_BETWEEN_LINES),
                 "PYTHONPATH": search,
                 "PYTHONSAFEPATH": "1",
                 "TMPDIR": scratch,
@@ -83,18 +87,25 @@ def run(
             start_new_session=True,
         )
         try:
+            logged, shown = 0.0, ""
             for line in process.stdout or ():
                 text = _COLOUR.sub("", line)
+                # KFP indents what a step prints.
+                said = text.strip()
+                progress = parse_line(said)
+                if progress:
+                    on_progress(*progress)
+                    job, phase, done, total, _ = progress
+                    place = f"{job}: {phase}"
+                    if place == shown and done != total and time.monotonic() - logged < SECONDS_BETWEEN_LINES:
+                        continue
+                    logged, shown = time.monotonic(), place
                 log.file.write(text)
                 if echo:
                     echo(text)
-                # KFP indents what a step prints.
-                said = text.strip()
-                if progress := parse_line(said):
-                    on_progress(*progress)
-                elif reused := _REUSED.search(text):
-                    on_progress(reused[1], 1, 1, "reused")
-                elif _NOTE.match(said) and not echo:
+                if reused := _REUSED.search(text):
+                    on_progress(reused[1], "reused", 1, 1)
+                elif not progress and _NOTE.match(said) and not echo:
                     print(said, file=sys.stderr, flush=True)
             process.wait()
         finally:
@@ -144,7 +155,7 @@ def main(request_file: str, answer_file: str, log: str, command: str) -> None:
         pipeline.one_step(request["component"], request["arguments"], inputs)()
         made = []
     else:
-        made = [artifact.metadata["run_id"] for artifact in pipeline.sogclr(**request["arguments"]).outputs.values()]
+        made = [artifact.metadata["run_id"] for artifact in pipeline.run_whole(request["arguments"]).outputs.values()]
     Path(answer_file).write_text(json.dumps(made))
     locked.close()
 

@@ -1,10 +1,11 @@
 """The graph of the pipeline, pipelines of a single step, and their compilation for a cluster.
 
-`_connect` defines the graph once. How a task is made depends on where it runs. On this machine, a task is the plain component.
-On a cluster, an exit handler around the tasks closes the MLflow run whether the job succeeds or not. On Vertex AI, pretraining
-and the linear eval are custom jobs, each with exactly the requested machine.
+`_connect` defines the graph once, whether its encoder is pretrained or imported. How a task is made depends on where it runs. On
+this machine, a task is the plain component. On a cluster, an exit handler around the tasks closes the MLflow run whether the job
+succeeds or not. On Vertex AI, pretraining and the linear eval are custom jobs, each with exactly the requested machine.
 """
 
+import inspect
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 from kfp import compiler, dsl
 
-from components.lineage import Artifact
+from components.lineage import NEEDS, Artifact, source_of
 from components.steps import COMPONENTS, IMAGE, end_pipeline, record_lineage
 from pipelines.code import step_version
 from pipelines.vertex.cluster import Cluster
@@ -22,9 +23,28 @@ from pipelines.vertex.containers import with_init, with_one_job_an_attempt
 from trainer.shared.errors import UserError
 from trainer.shared.files import write_whole
 
-_DESCRIPTION = "Raw images to TFRecords, SogCLR pretraining, linear eval."
+_DESCRIPTIONS = {
+    "pretrain": "Raw images to TFRecords, SogCLR pretraining, linear eval.",
+    "import-encoder": "Raw images to TFRecords, import of an encoder, linear eval.",
+}
 _PIPELINE_ACCOUNT = "{{$.pipeline_service_account}}"
 """Vertex AI replaces this with the pipeline's account. Without an account, a custom job would run as Vertex AI's own agent."""
+
+
+_PARAMETERS: dict[str, Any] = {
+    "raw": str,
+    "raw_identity": str,
+    "data_settings": list[str],
+    "preset": str,
+    "overrides": list[str],
+    "linear_eval_overrides": list[str],
+}
+"""Parameters of every whole pipeline, with their types."""
+_OF_SOURCE: dict[str, dict[str, Any]] = {
+    "pretrain": {"init_from": "", "init_identity": ""},
+    "import-encoder": {"encoder": inspect.Parameter.empty, "encoder_identity": ""},
+}
+"""Parameters of the component that makes the encoder, with their defaults. All are texts."""
 
 
 class Outputs(NamedTuple):
@@ -33,50 +53,68 @@ class Outputs(NamedTuple):
     metrics: dsl.Metrics
 
 
-def _connect(
-    make_task: Callable[..., Any],
-    beam_args: Sequence[str],
-    raw: Any,
-    raw_identity: Any,
-    data_settings: Any,
-    preset: Any,
-    overrides: Any,
-    linear_eval_overrides: Any,
-    init_from: Any,
-    init_identity: Any,
-) -> Outputs:
+def _connect(make_task: Callable[..., Any], beam_args: Sequence[str], source: str, given: Mapping[str, Any]) -> Outputs:
     """Connects the three steps and returns their outputs.
 
-    `make_task(component, **arguments)` returns the task of a component. `beam_args` are Beam's own options. The other arguments
-    are the parameters of `sogclr`.
+    `make_task(component, **arguments)` returns the task of a component. `beam_args` are Beam's own options. `source` is the
+    component that makes the encoder, `given` are the pipeline's parameters by name:
+
+    raw: Folder of the raw archives.
+    raw_identity: Part of the cache key. Changes when the archives change; may be empty if no cache is used.
+    data_settings: key=value for each setting of the conversion that is not the default, for example
+        data.subset=imagenet_s. Those of the preset are among them.
+    preset: Name of the experiment.
+    overrides: key=value for each changed setting of pretraining, or of the views of an imported encoder.
+    linear_eval_overrides: key=value for each changed setting of the linear eval, for example linear_eval.seed=1.
+    init_from: Checkpoint of another run, which pretraining starts from; empty for none.
+    init_identity: Part of the cache key. Changes when that checkpoint changes.
+    encoder: Checkpoint of other code, which is imported.
+    encoder_identity: Part of the cache key. Changes when that checkpoint changes.
     """
     built = make_task(
         "build-tfrecords",
-        raw=raw,
-        raw_identity=raw_identity,
-        data_settings=data_settings,
+        raw=given["raw"],
+        raw_identity=given["raw_identity"],
+        data_settings=given["data_settings"],
         beam_args=list(beam_args),
         code_version=step_version("build-tfrecords"),
     )
     dataset = built.outputs["dataset"]
-    pretrained = make_task(
-        "pretrain",
-        preset=preset,
-        overrides=overrides,
-        code_version=step_version("pretrain"),
-        dataset=dataset,
-        init_from=init_from,
-        init_identity=init_identity,
+    made = make_task(
+        source,
+        preset=given["preset"],
+        overrides=given["overrides"],
+        code_version=step_version(source),
+        **dict.fromkeys(NEEDS[source], dataset),
+        **{name: given[name] for name in _OF_SOURCE[source]},
     )
-    model = pretrained.outputs["model"]
+    model = made.outputs["model"]
     evaluated = make_task(
         "linear-eval",
-        overrides=linear_eval_overrides,
+        overrides=given["linear_eval_overrides"],
         code_version=step_version("linear-eval"),
         dataset=dataset,
         model=model,
     )
     return Outputs(dataset, model, evaluated.outputs["metrics"])
+
+
+def _pipeline(source: str, connect: Callable[[dict[str, Any]], Any], **more: type) -> dsl.base_component.BaseComponent:
+    """Returns a whole pipeline. `connect` gets its parameters by name; `more` are further ones.
+
+    KFP takes the parameters from a function's signature, and passes their values in that order.
+    """
+    types = {**_PARAMETERS, **more}
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=of) for name, of in types.items()]
+    for name, default in _OF_SOURCE[source].items():
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=str))
+
+    def whole(*values: Any) -> Any:
+        return connect(dict(zip((one.name for one in parameters), values, strict=True)))
+
+    returned = inspect.signature(connect).return_annotation
+    whole.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+    return dsl.pipeline(name="sogclr", description=_DESCRIPTIONS[source])(whole)
 
 
 def _import_artifacts(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -96,33 +134,14 @@ def _local_task(component: str, **arguments: Any) -> Any:
     return COMPONENTS[component](**arguments)
 
 
-@dsl.pipeline(name="sogclr", description=_DESCRIPTION)
-def sogclr(
-    raw: str,
-    raw_identity: str,
-    data_settings: list[str],
-    preset: str,
-    overrides: list[str],
-    linear_eval_overrides: list[str],
-    init_from: str = "",
-    init_identity: str = "",
-) -> Outputs:
-    """The whole pipeline on this machine.
+def run_whole(arguments: Mapping[str, Any]) -> Any:
+    """Runs the whole pipeline on this machine and returns its task. `arguments` are its parameters, with or without `encoder`."""
+    source = source_of(arguments)
 
-    Args:
-        raw: Folder of the raw archives.
-        raw_identity: Part of the cache key. Changes when the archives change; may be empty if no cache is used.
-        data_settings: key=value for each setting of the conversion that is not the default, for example
-            data.subset=imagenet_s. Those of the preset are among them.
-        preset: Name of the experiment.
-        overrides: key=value for each changed setting of pretraining.
-        linear_eval_overrides: key=value for each changed setting of the linear eval, for example linear_eval.seed=1.
-        init_from: Checkpoint of another run, which pretraining starts from; empty for none.
-        init_identity: Part of the cache key. Changes when that checkpoint changes.
-    """
-    return _connect(
-        _local_task, (), raw, raw_identity, data_settings, preset, overrides, linear_eval_overrides, init_from, init_identity
-    )
+    def connect(given: dict[str, Any]) -> Outputs:
+        return _connect(_local_task, (), source, given)
+
+    return _pipeline(source, connect)(**arguments)
 
 
 def one_step(component: str, arguments: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> dsl.base_component.BaseComponent:
@@ -138,46 +157,22 @@ def one_step(component: str, arguments: Mapping[str, Any], inputs: Mapping[str, 
 # ---- On a cluster
 
 
-def compile_pipeline(cluster: Cluster, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def compile_pipeline(cluster: Cluster, defaults: Mapping[str, Any], source: str = "pretrain") -> dict[str, Any]:
     """Returns the whole pipeline as IR, with `defaults` for its parameters, checked by parsing it into KFP's protos.
 
-    Its parameters are those of `sogclr`, and on Vertex AI also `base_output_directory`, the parent folder of checkpoints.
+    `source` is the component that makes the encoder. The parameters are those of the pipeline on this machine, and on Vertex AI
+    also `base_output_directory`, the parent folder of checkpoints.
     """
 
-    def connect(*parameters: Any, base_output_directory: Any = "") -> None:
+    def connect(given: dict[str, Any]) -> None:
+        folder = given.get("base_output_directory", "")
         with dsl.ExitHandler(_end_task(cluster), name="steps"):
-            made = _connect(partial(_task, cluster, base_output_directory), cluster.beam_args, *parameters)
+            made = _connect(partial(_task, cluster, folder), cluster.beam_args, source, given)
             join = record_lineage(job=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, **made._asdict())
             _with_environment(cluster, "record-lineage", join).set_caching_options(False)
 
-    # KFP takes the parameters from a function's signature.
-    def plain(
-        raw: str,
-        raw_identity: str,
-        data_settings: list[str],
-        preset: str,
-        overrides: list[str],
-        linear_eval_overrides: list[str],
-        init_from: str = "",
-        init_identity: str = "",
-    ) -> None:
-        connect(raw, raw_identity, data_settings, preset, overrides, linear_eval_overrides, init_from, init_identity)
-
-    def with_custom_jobs(
-        raw: str,
-        raw_identity: str,
-        data_settings: list[str],
-        preset: str,
-        overrides: list[str],
-        linear_eval_overrides: list[str],
-        base_output_directory: str,
-        init_from: str = "",
-        init_identity: str = "",
-    ) -> None:
-        parameters = (raw, raw_identity, data_settings, preset, overrides, linear_eval_overrides, init_from, init_identity)
-        connect(*parameters, base_output_directory=base_output_directory)
-
-    return _compile(cluster, with_custom_jobs if cluster.accelerator else plain, "sogclr", defaults)
+    more = {"base_output_directory": str} if cluster.accelerator else {}
+    return _compile(cluster, _pipeline(source, connect, **more), defaults)
 
 
 def compile_step(
@@ -185,11 +180,12 @@ def compile_step(
 ) -> dict[str, Any]:
     """Returns a pipeline that runs `component` alone on the outputs of an earlier job, as IR."""
 
+    @dsl.pipeline(name=f"sogclr-{component}", description=_DESCRIPTIONS["pretrain"])
     def again() -> None:
         with dsl.ExitHandler(_end_task(cluster), name="steps"):
             _task(cluster, base_output_directory, component, **arguments, **_import_artifacts(inputs)).set_caching_options(False)
 
-    return _compile(cluster, again, f"sogclr-{component}", {})
+    return _compile(cluster, again, {})
 
 
 def _end_task(cluster: Cluster) -> Any:
@@ -240,8 +236,7 @@ def _custom_job(cluster: Cluster, component: str) -> Callable:
     )
 
 
-def _compile(cluster: Cluster, function: Callable, name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    pipeline = dsl.pipeline(name=name, description=_DESCRIPTION)(function)
+def _compile(cluster: Cluster, pipeline: dsl.base_component.BaseComponent, defaults: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "pipeline.yaml")
         compiler.Compiler().compile(pipeline, str(file), pipeline_parameters=dict(defaults))

@@ -25,6 +25,7 @@ from trainer.encoder import make_encoder
 from trainer.preemption import PreemptedError
 from trainer.presets import resolve
 from trainer.shared.errors import UserError
+from trainer.shared.progress import parse_line
 from trainer.shared.records import manifest_to_json, read_manifest
 from trainer.train import train
 
@@ -327,7 +328,7 @@ def test_a_mistake_gives_one_line_and_exit_code_2(arguments, line, dataset, chec
     assert ended.value.code == 2
     *notes, said = capfd.readouterr().err.splitlines()
     assert said.startswith(line)
-    assert all(note.startswith(("[linear-eval] running on ", "[linear-eval] warning: ")) for note in notes)
+    assert all(parse_line(note) or note.startswith(("[linear-eval] running on ", "[linear-eval] warning: ")) for note in notes)
     assert not (tmp_path / "out").exists()
 
 
@@ -356,7 +357,7 @@ def test_a_mistake_is_all_that_a_process_of_its_own_says_but_for_what_it_runs_on
     given = ["--data", dataset, "--checkpoint", "/nowhere", "--output", tmp_path / "out"]
     done = subprocess.run([sys.executable, "-m", "eval.task", *given], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    running, *warning, error = done.stderr.splitlines()
+    running, *warning, error = (line for line in done.stderr.splitlines() if not parse_line(line))
     assert running.startswith("[linear-eval] running on ")
     assert [line for line in warning if not line.startswith("[linear-eval] warning: ")] == warning[1:] == []
     assert error.startswith("error: /nowhere holds no pretraining run")

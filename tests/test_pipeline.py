@@ -153,9 +153,9 @@ def test_an_interrupted_run_leaves_no_step_running_and_says_so(folder, interrupt
 
 
 def test_the_run_after_it_reuses_what_was_done_and_goes_on_from_the_newest_checkpoint(folder, interrupted, first):
-    assert "[build-tfrecords] 1/1 reused" in first["said"].splitlines()
-    begun = next(one for one in map(parse_line, first["said"].splitlines()) if one and one[0] == "pretrain")
-    assert begun[1:3] == (6, 25)
+    assert "[build-tfrecords] reused: 1/1" in first["said"].splitlines()
+    begun = next(one for one in map(parse_line, first["said"].splitlines()) if one and one[:2] == ("pretrain", "training"))
+    assert begun[2:4] == (6, 25)
     client = client_of(folder)
     run = client.get_run(step(first, "pretrain")["run_id"])
     (killed,) = client.search_runs(["1"], "attributes.status = 'KILLED' and tags.`sogclr.component` = 'pretrain'")
@@ -203,7 +203,8 @@ def names_in(client, run_id):
 
 @pytest.mark.parametrize("component", COMPONENTS[1:])
 def test_a_step_says_first_what_it_runs_on_and_what_it_does_not_use_and_mlflow_has_it(folder, first, component):
-    running, warning, *_ = (line for line in first["said"].splitlines() if line.startswith(f"[{component}] "))
+    said = (line for line in first["said"].splitlines() if not parse_line(line))
+    running, warning, *_ = (line for line in said if line.startswith(f"[{component}] "))
     tags = client_of(folder).get_run(step(first, component)["run_id"]).data.tags
     device, tensorflow = tags["sogclr.device"], tags["sogclr.tensorflow"]
     assert running == f"[{component}] running on {device}, TensorFlow {tensorflow}, 1 replica"
@@ -276,7 +277,7 @@ def test_all_that_is_kept_is_under_the_root_and_nothing_but_progress_is_said(fol
     assert sorted(path.name for path in (folder / "runs").iterdir()) == [
         *("artifacts", "cache", "checkpoints", "kfp", "logs", "mlflow.db")
     ]
-    assert second[0].stderr.splitlines() == [f"[{component}] 1/1 reused" for component in COMPONENTS]
+    assert second[0].stderr.splitlines() == [f"[{component}] reused: 1/1" for component in COMPONENTS]
 
 
 def test_no_secret_of_the_environment_is_in_what_a_run_leaves_or_says(folder, first):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from mlflow import MlflowClient
 from support.loopback import skip_waits
 
 from components import patience, tracking, variables
+from components.tracking.phase import Phase
 from trainer.shared.errors import UserError
 
 FINGERPRINT = "3fa9" * 16
@@ -429,3 +431,23 @@ def test_a_store_that_cannot_be_used_is_the_user_s_to_mend(tmp_path):
 
 def test_telemetry_is_off_before_mlflow_is_imported():
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == os.environ["DO_NOT_TRACK"] == "true"
+
+
+def test_a_run_shows_the_phase_that_it_is_in_and_keeps_the_one_that_it_failed_in(bench):
+    store, shown = bench.store, []
+    run_id = store.client.create_run(store.experiment_id).info.run_id
+    phase = Phase(store, run_id, seconds_to_last=0.001)
+    report = phase.of(lambda *args: shown.append(args))
+
+    def tag() -> str | None:
+        return store.client.get_run(run_id).data.tags.get("sogclr.phase")
+
+    for name in ("compiling", "training"):
+        report(name, 1, 2, "loss 3")
+        while tag() != name:
+            time.sleep(0.01)
+    assert shown == [("compiling", 1, 2, "loss 3"), ("training", 1, 2, "loss 3")]
+    phase.close(finished=False)
+    assert tag() == "training"
+    phase.close(finished=True)
+    assert tag() is None

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from trainer.train import train
 
         with exits_if_preempted(), ProgressBars() as bars, ending_noted() as should_stop:
+            bars("pretrain", "finding devices")
             strategy = claim_devices(say=lambda line: bars.note("pretrain", line))
             result = train(
                 config,
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 init_from=args.init_from,
                 preset=args.preset,
                 strategy=strategy,
-                on_progress=lambda done, total, text: bars("pretrain", done, total, text),
+                on_progress=bars.of("pretrain"),
                 should_stop=should_stop,
                 say=lambda line: bars.note("pretrain", line),
             )

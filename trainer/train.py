@@ -22,6 +22,7 @@ from trainer.preemption import PreemptedError
 from trainer.shared.data import require_dataset
 from trainer.shared.errors import UserError
 from trainer.shared.files import write_whole
+from trainer.shared.progress import OnProgress, silent
 from trainer.shared.records import Manifest, read_manifest
 from trainer.state import create_train_state
 from trainer.step import make_train_step
@@ -48,7 +49,7 @@ def train(
     code_version: str = "",
     strategy: tf.distribute.Strategy | None = None,
     log_metrics: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
-    on_progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+    on_progress: OnProgress = silent,
     before_checkpoint: Callable[[], None] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
@@ -60,10 +61,11 @@ def train(
     `trainer.initial` says how. Runs on the replicas of `strategy`, by default all devices of the machine. Writes config.json,
     checkpoints and result.json. A run that is killed and started again ends with the same bits as an undisturbed one.
 
-    Calls `log_metrics(metrics, step)` and `on_progress(finished steps, total steps, text)` every `log_every_steps` steps and at
-    the end. Calls `should_stop()` after every step: if it returns True, saves the state and raises PreemptedError. Calls
-    `before_checkpoint()` before each checkpoint, so that the caller can deliver its logs: a resumed run does not repeat them.
-    Calls `say(line)` for the user. `clock()`, in seconds, tells when a checkpoint is due by time.
+    Calls `log_metrics(metrics, step)` and `on_progress("training", finished steps, total steps, text)` every `log_every_steps`
+    steps and at the end, and `on_progress(phase)` for what comes before. Calls `should_stop()` after every step: if it returns
+    True, saves the state and raises PreemptedError. Calls `before_checkpoint()` before each checkpoint, so that the caller can
+    deliver its logs: a resumed run does not repeat them. Calls `say(line)` for the user. `clock()`, in seconds, tells when a
+    checkpoint is due by time.
 
     Raises UserError if the dataset cannot be used, `init_from` does not fit, the checkpoint folder belongs to another run, or a
     loss is not finite.
@@ -71,10 +73,12 @@ def train(
     tf.config.experimental.enable_op_determinism()
     strategy = strategy or make_strategy()
     check_divides(config.optimizer.global_batch_size, strategy.num_replicas_in_sync)
+    on_progress("checking the dataset")
     manifest = read_manifest(data_dir)
     require_dataset(config.data, manifest, data_dir)
     num_images = training_split(config.optimizer.global_batch_size, data_dir, manifest).records
     total = total_steps(config.optimizer, num_images)
+    on_progress("building the network")
     batches = _Batches(config, data_dir, manifest, strategy)
     with strategy.scope():
         state = create_train_state(config, num_images, manifest.num_classes)
@@ -88,6 +92,7 @@ def train(
             raise UserError(f"{checkpoint.path} is of another run than {checkpoint_dir}/{CONFIG}")
         checkpoints.require_same_shapes(state.variables(), checkpoint)
 
+    on_progress("reading the newest checkpoint")
     latest = checkpoints.load_latest(checkpoint_dir, require_this_run)
     if latest is not None:
         checkpoints.restore(state.variables(), latest)
@@ -101,16 +106,18 @@ def train(
     path, metrics = (latest.path, dict(latest.metrics)) if latest else ("", {})
     pending = _Pending(config.optimizer.global_batch_size, latest.pending if latest else ())
     schedule = checkpoints.Schedule(config.run.checkpoint_every_minutes, clock)
-    on_progress(begun, total, "")
+    on_progress("compiling the training step")
     for step, batch in zip(range(begun + 1, total + 1), pending.timed(batches.from_step(begun)), strict=False):
         pending.add(train_step(batch))
+        if step == begun + 1:
+            on_progress("training", begun, total)
         stopping = step < total and should_stop()
         saves = step % every == 0 or step == total
         if saves or step % config.run.log_every_steps == 0:
             pending.require_finite(step, path, metrics, config)
             metrics = pending.metrics() | loss.metrics({name: state.by_image[name].numpy() for name in loss.vectors})
             log_metrics(metrics, step)
-            on_progress(step, total, f"loss {metrics['train/contrastive_loss']:.3f}, {_rate(metrics)}")
+            on_progress("training", step, total, f"loss {metrics['train/contrastive_loss']:.3f}, {_rate(metrics)}")
         if saves or stopping or schedule.is_due():
             pending.require_finite(step, path, metrics, config)
             with schedule.writing():

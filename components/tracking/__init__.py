@@ -8,7 +8,7 @@ An unreachable server does not stop a job: metrics queue in a file, other calls 
 
 from components.patience import without_credentials
 from components.tracking.credentials import move_credentials, read_secret
-from components.tracking.names import CURVES, DATASET_PAGE, REPORT
+from components.tracking.names import CURVES, DATASET_PAGE, IMPORT_FILE, REPORT
 from components.tracking.pipeline_runs import (
     end_job,
     end_pipeline,
@@ -31,6 +31,7 @@ __all__ = [
     "DATASET_PAGE",
     "ENCODER",
     "EXPERIMENT",
+    "IMPORT_FILE",
     "REPORT",
     "StepRun",
     "Store",

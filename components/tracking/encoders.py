@@ -25,15 +25,18 @@ class Encoders:
     def log(
         self,
         model: KfpArtifact,
-        dataset: KfpArtifact,
+        dataset: KfpArtifact | None,
         files: Sequence[str],
         exported: str,
         *,
         params: Mapping[str, Any],
         metrics: Mapping[str, float],
         step: int,
+        origin: Mapping[str, str] | None = None,
     ) -> None:
         """Records an encoder as a logged model with its final metrics, registers it, and adds both IDs to `model.metadata`.
+
+        `dataset` is that of pretraining, None if it is not known. `origin` are the tags of an imported encoder's source.
 
         If an earlier attempt recorded the same state, by `params["state_sha256"]`, completes that record instead of adding one.
         The model holds `files` and the contents of the folder `exported`, which `eval.export` wrote. Any MLflow can serve it. If
@@ -54,7 +57,8 @@ class Encoders:
                 client.finalize_logged_model(logged.model_id, "READY")
         self._log_output(logged.model_id, step)
         self._metrics.log_final(metrics, logged.model_id, dataset, step)
-        tags = {names.TRAINED_ON: dataset.metadata["fingerprint"], names.MODEL_URI: model.uri, **texts}
+        trained_on = {names.TRAINED_ON: dataset.metadata["fingerprint"]} if dataset else {}
+        tags = {**trained_on, names.MODEL_URI: model.uri, **texts, **(origin or {})}
         version = registry.register(self._store, self._run_id, logged, card, tags)
         model.metadata.update(model_id=logged.model_id, model_name=registry.ENCODER, model_version=version)
 
@@ -64,6 +68,12 @@ class Encoders:
             self._store.client.log_inputs(self._run_id, models=[LoggedModelInput(model.metadata["model_id"])])
         else:
             self._store.client.set_tag(self._run_id, names.ENCODER_URI, model.uri)
+
+    def import_from(self, checkpoint: str, sha256: str, form: str) -> dict[str, str]:
+        """Records the checkpoint of other code that this run imports. Returns the tags that say so."""
+        tags = {names.SOURCE: checkpoint, names.SOURCE_SHA256: sha256, names.SOURCE_FORMAT: form}
+        runs.set_tags(self._store, self._run_id, tags)
+        return tags
 
     def start_from(self, checkpoint: str, state_sha256: str) -> None:
         """Records the checkpoint that this run starts from; if this store has its run, that run and its logged model too."""

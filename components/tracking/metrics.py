@@ -32,12 +32,14 @@ class Metrics:
         new = {name: float(value) for name, value in metrics.items() if (name, step) not in self._recorded}
         self._outbox.put([(name, value, now, step) for name, value in new.items()])
 
-    def log_final(self, metrics: Mapping[str, float], model_id: str, dataset: KfpArtifact, step: int) -> None:
+    def log_final(self, metrics: Mapping[str, float], model_id: str, dataset: KfpArtifact | None, step: int) -> None:
         """Records metrics of a model on a dataset, or of the dataset alone if this store lacks the model.
+
+        `dataset` is None for metrics that belong to no dataset.
 
         Adds no point if this run already has the same value at the same step, from training or from an earlier attempt.
         """
-        about = {f"dataset_{key}": value for key, value in name_and_digest(dataset).items()}
+        about = {f"dataset_{key}": value for key, value in name_and_digest(dataset).items()} if dataset else {}
         about |= {"model_id": model_id} if registry.has_model(self._store, model_id) else {}
         self.flush()
         runs.log_metrics_once(self._store, self._run_id, metrics, step, **about)

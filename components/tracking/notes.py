@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from mlflow.entities import Run
 
-from components.lineage import COMPONENTS, Lineage, Step, short
+from components.lineage import COMPONENTS, MADE_BY, Lineage, Step, short
 from components.tracking import names, picture, runs
 from components.tracking.recorded import lineage, read_step
 from components.tracking.store import Store
@@ -49,8 +49,11 @@ def _step_note(store: Store, one: Step) -> str:
     reused_by = [run for run in later if run.data.tags[names.COMPONENT] == names.PIPELINE]
     rerun_by = runs.search(store, names.RERUN_OF, one.run_id)
     lines = [f"**{one.component}** of {_link(store, one.pipeline_id, 'pipeline run ' + short(one.pipeline_id))}", ""]
-    if "raw" in one.arguments:
-        lines.append(f"- From: `{one.arguments['raw']}`")
+    for argument in ("raw", "encoder"):
+        if argument in one.arguments:
+            lines.append(f"- From: `{one.arguments[argument]}`")
+    if names.SOURCE_SHA256 in tags:
+        lines.append(f"- Source: {tags[names.SOURCE_FORMAT]}, sha256 `{tags[names.SOURCE_SHA256]}`")
     for source in (read_step(store, run_id) for run_id in sources if runs.find(store, run_id)):
         lines.append(f"- From: {_link(store, source.run_id, source.component)}, {_made(source)}")
     if names.INIT_FROM in tags:
@@ -79,9 +82,10 @@ def _made(one: Step) -> str:
     if one.component == "build-tfrecords":
         counts = f"{about.count('train_images'):,} training and {about.count('validation_images'):,} validation images"
         return f"dataset `{about.short('fingerprint', 16)}`, {counts} in {about.count('classes'):,} classes"
-    if one.component == "pretrain":
+    if one.component in MADE_BY["model"]:
         name, version = about.metadata["model_name"], about.metadata["model_version"]
-        return f"encoder [{name} version {version}](#/models/{name}/versions/{version}{_VIEW}), {about.count('steps'):,} steps"
+        how = f"from {about.metadata['format']}" if "format" in about.metadata else f"{about.count('steps'):,} steps"
+        return f"encoder [{name} version {version}](#/models/{name}/versions/{version}{_VIEW}), {how}"
     control = about.metadata.get("untrained_top_1_accuracy")
     beside = "no untrained control" if control is None else f"untrained control {float(control):.1%}"
     return f"top-1 {float(about.metadata['top_1_accuracy']):.1%}, {beside}"

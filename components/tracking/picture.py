@@ -7,27 +7,53 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from components.lineage import COMPONENTS, Artifact, Lineage, Step, short
+from components.lineage import Artifact, Lineage, Step, short
 from eval.show.figures import AMBER, BLUE, GREEN, GREY, INK, LINE, PAPER, RED
 
-_WIDTH, _HEIGHT = 13.0, 4.5
+_HEIGHT, _MARGIN, _DISTANCE = 4.5, 0.35, 3.217
 _BOX_WIDTH, _STEP_HEIGHT, _THING_HEIGHT = 2.65, 1.05, 1.4
 _STEP_Y, _THING_Y = 2.95, 1.05
+_PLACES = {
+    "pretrain": {"raw archives": 0, "dataset": 1, "encoder": 2, "linear-eval top-1": 3},
+    "import-encoder": {"source": 0, "encoder": 1, "linear-eval top-1": 2, "dataset": 3, "raw archives": 4},
+}
+"""Places of what the steps read and make, from left to right, by the component that makes the encoder."""
+_ENDS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
+    "pretrain": {
+        "build-tfrecords": (("raw archives",), "dataset"),
+        "pretrain": (("dataset",), "encoder"),
+        "linear-eval": (("encoder",), "linear-eval top-1"),
+    },
+    "import-encoder": {
+        "build-tfrecords": (("raw archives",), "dataset"),
+        "import-encoder": (("source",), "encoder"),
+        "linear-eval": (("encoder", "dataset"), "linear-eval top-1"),
+    },
+}
+"""What each component reads, and what it makes, as far as arrows show it."""
 
 
 def lineage(chain: Lineage) -> Figure:
-    """Draws the raw data, steps, dataset, encoder and result of a pipeline run. Reused steps have dashed outlines."""
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), facecolor=PAPER)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, _WIDTH), ylim=(0, _HEIGHT))
-    axes.set_axis_off()
-    axes.text(0.35, _HEIGHT - 0.42, chain.name, size=15, weight="bold", color=INK, va="center")
-    axes.text(_WIDTH - 0.35, _HEIGHT - 0.42, f"pipeline run {short(chain.run_id)}", size=10, color=GREY, va="center", ha="right")
+    """Draws the raw data, steps, dataset, encoder and result of a pipeline run. Reused steps have dashed outlines.
 
+    The lineage of an imported encoder begins at its source, on the left.
+    """
     steps = {step.component: step for step in chain.steps}
+    source = "import-encoder" if "import-encoder" in steps else "pretrain"
+    places = _PLACES[source]
+    width = 2 * _MARGIN + _BOX_WIDTH + _DISTANCE * (len(places) - 1)
+    figure = Figure(figsize=(width, _HEIGHT), facecolor=PAPER)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(0, _HEIGHT))
+    axes.set_axis_off()
+    axes.text(_MARGIN, _HEIGHT - 0.42, chain.name, size=15, weight="bold", color=INK, va="center")
+    run = f"pipeline run {short(chain.run_id)}"
+    axes.text(width - _MARGIN, _HEIGHT - 0.42, run, size=10, color=GREY, va="center", ha="right")
+
+    xs = {title: _MARGIN + _BOX_WIDTH / 2 + _DISTANCE * place for title, place in places.items()}
     things = _things(chain, steps)
-    thing_xs = np.linspace(0.35 + _BOX_WIDTH / 2, _WIDTH - 0.35 - _BOX_WIDTH / 2, len(things))
-    for x, (title, lines, there) in zip(thing_xs, things, strict=True):
+    for title, x in xs.items():
+        lines, there = things[title]
         _box(
             axes,
             x,
@@ -39,18 +65,21 @@ def lineage(chain: Lineage) -> Figure:
             edge=LINE,
             ink=INK if there else LINE,
         )
-    for i, component in enumerate(COMPONENTS):
+    for component, (read, made) in _ENDS[source].items():
         step = steps.get(component)
-        x = (thing_xs[i] + thing_xs[i + 1]) / 2
+        x = sum(xs[title] for title in (*read, made)) / (len(read) + 1)
         reused = step is not None and chain.reused(step)
         colour = _colour(step)
         filled = step is not None and not reused
         face, ink = (colour, PAPER) if filled else (PAPER, colour)
         _box(axes, x, _STEP_Y, _STEP_HEIGHT, component, _step_lines(step, reused), face=face, edge=colour, ink=ink, dashed=reused)
         top, bottom = _THING_Y + _THING_HEIGHT / 2, _STEP_Y - _STEP_HEIGHT / 2
-        _arrow(axes, (thing_xs[i] + 0.2, top), (x - 0.75, bottom), GREY if step else LINE)
-        _arrow(axes, (x + 0.75, bottom), (thing_xs[i + 1] - 0.2, top), GREY if step and step.outputs else LINE)
-    _bars(axes, thing_xs[-1], chain.output("metrics"))
+        for title in read:
+            side = np.sign(x - xs[title])
+            _arrow(axes, (xs[title] + 0.2 * side, top), (x - 0.75 * side, bottom), GREY if step else LINE)
+        side = np.sign(x - xs[made])
+        _arrow(axes, (x - 0.75 * side, bottom), (xs[made] + 0.2 * side, top), GREY if step and step.outputs else LINE)
+    _bars(axes, xs["linear-eval top-1"], chain.output("metrics"))
     return figure
 
 
@@ -69,17 +98,27 @@ def _step_lines(step: Step | None, reused: bool) -> list[str]:
     return [f"run {short(step.run_id)}", f"reused from run {short(step.pipeline_id)}" if reused else state]
 
 
-def _things(chain: Lineage, steps: Mapping[str, Step]) -> list[tuple[str, list[str], bool]]:
-    """Returns for each input and output of a step its title, its lines, and whether it exists."""
+def _things(chain: Lineage, steps: Mapping[str, Step]) -> dict[str, tuple[list[str], bool]]:
+    """Returns for each input and output of a step, by its title, its lines and whether it exists."""
     dataset, model = chain.output("dataset"), chain.output("model")
-    conversion, pretraining = steps.get("build-tfrecords"), steps.get("pretrain")
-    raw = str(conversion.arguments.get("raw", "")) if conversion else ""
-    return [
-        ("raw archives", ["…/" + "/".join(raw.rstrip("/").split("/")[-2:])] if raw else [], conversion is not None),
-        ("dataset", _dataset_lines(dataset) if dataset else [], dataset is not None),
-        ("encoder", _encoder_lines(model, pretraining) if model and pretraining else [], model is not None),
-        ("linear-eval top-1", [], chain.output("metrics") is not None),
-    ]
+    conversion, making = steps.get("build-tfrecords"), steps.get("import-encoder") or steps.get("pretrain")
+    imported = steps.get("import-encoder")
+    return {
+        "raw archives": ([_end_of(conversion.arguments.get("raw", ""))] if conversion else [], conversion is not None),
+        "dataset": (_dataset_lines(dataset) if dataset else [], dataset is not None),
+        "source": (_source_lines(imported, model) if imported else [], imported is not None),
+        "encoder": (_encoder_lines(model, making) if model and making else [], model is not None),
+        "linear-eval top-1": ([], chain.output("metrics") is not None),
+    }
+
+
+def _end_of(path: str) -> str:
+    return "…/" + "/".join(path.rstrip("/").split("/")[-2:]) if path else ""
+
+
+def _source_lines(imported: Step, model: Artifact | None) -> list[str]:
+    found = [model.short("format", 36), f"sha256 {model.short('source_sha256', 16)}"] if model else []
+    return [_end_of(str(imported.arguments.get("encoder", "")))[-36:], *found]
 
 
 def _dataset_lines(dataset: Artifact) -> list[str]:
@@ -90,8 +129,8 @@ def _dataset_lines(dataset: Artifact) -> list[str]:
     ]
 
 
-def _encoder_lines(model: Artifact, pretraining: Step) -> list[str]:
-    loss = pretraining.metrics.get("train/contrastive_loss")
+def _encoder_lines(model: Artifact, making: Step) -> list[str]:
+    loss = making.metrics.get("train/contrastive_loss")
     return [
         f"{model.metadata.get('model_name')} v{model.metadata.get('model_version')}",
         str(model.metadata.get("preset", "")),

@@ -41,17 +41,18 @@ def find_run(store: Store, prefix: str) -> str:
     return matches[0]
 
 
-def find_step(store: Store, run_id: str, component: str) -> Step:
-    """Returns the step of `component` that belongs to the run `run_id`.
+def find_step(store: Store, run_id: str, *components: str) -> Step:
+    """Returns the step that belongs to the run `run_id`, of the first of `components` that it has.
 
     That is the run itself, a run whose output it used, or a step of the same pipeline run. Raises UserError if there is none.
     """
+    component = " or ".join(components)
     tags = store.client.get_run(run_id).data.tags
     if names.COMPONENT not in tags:
         raise UserError(f"run {short(run_id)} is no run of sogclr: it has no {component}")
     pipeline = store.client.get_run(tags[names.PARENT]) if names.PARENT in tags else None
-    tag = names.RUN_OF + component
-    found = tags.get(tag) or (pipeline.data.tags.get(tag) if pipeline else None)
+    known = {**(pipeline.data.tags if pipeline else {}), **tags}
+    found = next((known[names.RUN_OF + one] for one in components if names.RUN_OF + one in known), None)
     if found is None:
         there = [name for name in COMPONENTS if names.RUN_OF + name in tags]
         raise UserError(
@@ -59,7 +60,7 @@ def find_step(store: Store, run_id: str, component: str) -> Step:
         )
     step = read_step(store, found)
     if step.status == "FINISHED" and not step.outputs:
-        raise UserError(f"the {component} {short(found)} {_gone(store, found)}; sogclr run makes it again")
+        raise UserError(f"the {step.component} {short(found)} {_gone(store, found)}; sogclr run makes it again")
     return step
 
 

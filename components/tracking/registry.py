@@ -61,7 +61,7 @@ def register(store: Store, run_id: str, model: LoggedModel, card: str, tags: Map
     """
     client = store.client
     if not client.search_registered_models(f"name = '{ENCODER}'"):
-        client.create_registered_model(ENCODER, description="Encoders pretrained by the pipeline, one version a run.")
+        client.create_registered_model(ENCODER, description="Encoders of the pipeline, one version a run.")
     if not _versions_of(store, run_id, model):
         client.create_model_version(
             ENCODER, _source(model.model_id), run_id, dict(tags), description=_cut(card), model_id=model.model_id
@@ -85,7 +85,8 @@ def version_of(store: Store, model_id: str) -> str | None:
 def rate(store: Store, run_id: str, version: str, fingerprint: str, card: str, top_1: float) -> None:
     """Records the accuracy that the run `run_id` measured of a version on the dataset `fingerprint`, and moves the aliases.
 
-    `CHAMPION`-FINGERPRINT moves to the version with the best top-1 on that dataset; of equal versions, to the earliest.
+    `CHAMPION`-FINGERPRINT moves to the version with the best top-1 on that dataset; of equal versions, to the earliest. An
+    imported encoder gets no alias: it was not pretrained here.
     `CHAMPION` moves with it unless its current version was measured on another dataset: accuracies on different images are not
     comparable.
     """
@@ -93,8 +94,11 @@ def rate(store: Store, run_id: str, version: str, fingerprint: str, card: str, t
     client.update_model_version(ENCODER, version, _cut(card))
     for key, value in {names.TOP_1: str(top_1), names.TOP_1_DATASET: fingerprint, names.TOP_1_RUN: run_id}.items():
         client.set_model_version_tag(ENCODER, version, key, value)
-    measured = {one.version: one.tags for one in _versions(store) if names.TOP_1 in one.tags}
+    own = [one for one in _versions(store) if names.SOURCE not in one.tags]
+    measured = {one.version: one.tags for one in own if names.TOP_1 in one.tags}
     rivals = [version for version, tags in measured.items() if tags[names.TOP_1_DATASET] == fingerprint]
+    if not rivals:
+        return
     best = max(rivals, key=lambda version: (float(measured[version][names.TOP_1]), -int(version)))
     holder = client.get_registered_model(ENCODER).aliases.get(CHAMPION)
     client.set_registered_model_alias(ENCODER, f"{CHAMPION}-{fingerprint[:12]}", best)

@@ -18,6 +18,7 @@ from components.tracking.datasets import Datasets
 from components.tracking.encoders import Encoders
 from components.tracking.metrics import Metrics
 from components.tracking.notes import redraw
+from components.tracking.phase import Phase
 from components.tracking.pipeline_runs import find_job, job_of, pipeline_of_job
 from components.tracking.step_file import KfpArtifact
 from components.tracking.store import Store, impatient, open_job_store
@@ -28,7 +29,8 @@ _LOCAL_JOB = "pipeline run "
 
 
 class StepRun:
-    """The run of a step that is running. `metrics`, `datasets` and `encoders` record the things of their names."""
+    """The run of a step that is running. `metrics`, `phase`, `datasets` and `encoders` record the things of their
+    names."""
 
     def __init__(self, store: Store, run_id: str, job: str = "", component: str = "") -> None:
         self.run_id = run_id
@@ -36,6 +38,7 @@ class StepRun:
         self.job = job
         """The pipeline job of this step; on Vertex AI, its resource name."""
         self.metrics = Metrics(store, run_id)
+        self.phase = Phase(store, run_id)
         self.datasets = Datasets(store, run_id)
         self.encoders = Encoders(store, run_id, self.metrics)
         self._store = store
@@ -77,8 +80,9 @@ class StepRun:
         self._at_end.append(end)
 
     def close(self, finished: bool = False) -> None:
-        """Closes the metrics, then calls the functions that `at_end` registered."""
+        """Closes the metrics and the phase, then calls the functions that `at_end` registered."""
         self.metrics.close(finished)
+        self.phase.close(finished)
         for end in self._at_end:
             end(finished)
 

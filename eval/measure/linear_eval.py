@@ -28,6 +28,7 @@ from trainer.folder import read_config
 from trainer.settings import LINEAR_EVAL, LinearEvalSettings
 from trainer.shared.errors import UserError
 from trainer.shared.files import make_folder, write_arrays
+from trainer.shared.progress import OnProgress, silent
 from trainer.shared.records import Manifest, read_manifest
 
 SPLITS = ("train", "validation")
@@ -58,7 +59,7 @@ def linear_eval(
     workspace: str = "",
     strategy: tf.distribute.Strategy | None = None,
     log_metrics: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
-    on_progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+    on_progress: OnProgress = silent,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> LinearEvalResult:
     """Evaluates the encoder in `checkpoint`, a file or a folder (its newest checkpoint), on the dataset in `data_dir`.
@@ -255,7 +256,7 @@ class _Progress:
     """Row of `work_of` -> work, in order of execution."""
     flops_per_image: float
     """FLOPs of a forward pass."""
-    on_progress: Callable[[int, int, str], None]
+    on_progress: OnProgress
     done: int = field(default=0)
 
     @property
@@ -270,12 +271,12 @@ class _Progress:
 
         def on_row(done: float, text: str) -> None:
             self.done = max(self.done, begun + int(own * min(1.0, done)))
-            self.on_progress(self.done, self.total, text)
+            self.on_progress("evaluating", self.done, self.total, text)
 
         return on_row
 
     def end(self) -> None:
-        self.on_progress(self.total, self.total, "")
+        self.on_progress("evaluating", self.total, self.total)
 
     def _images(self, work: Work) -> int:
         # A backward pass takes about twice as long as a forward pass.

@@ -14,6 +14,10 @@ _PATTERNS = {
         r"gs://[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9](/.*)?",
         "a checkpoint or a folder of checkpoints in Cloud Storage, as in gs://BUCKET/sogclr/checkpoints/RUN",
     ),
+    "--encoder": (
+        r"gs://[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9]/.+",
+        "a checkpoint in Cloud Storage, as in gs://BUCKET/encoders/model.ckpt-2: gcloud storage cp copies it there",
+    ),
     "--job-id": (r"[a-z][-a-z0-9]{0,127}", "at most 128 lower-case letters, digits and hyphens, a letter first"),
     "--service-account": (r"[^@\s]+@[^@\s]+\.gserviceaccount\.com", "as in NAME@PROJECT.iam.gserviceaccount.com"),
     "--network": (r"projects/\d+/global/networks/[a-z][-a-z0-9]*", "as in projects/PROJECT_NUMBER/global/networks/NAME"),

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components import variables
-from components.lineage import COMPONENTS, Artifact, short
+from components.lineage import COMPONENTS, MADE_BY, NEEDS, Artifact, short
 from pipelines.cli.cluster import ClusterOptions, add_cluster, read_cluster
+from pipelines.cli.encoders import check_settings as check_settings_of_import
+from pipelines.cli.encoders import encoder_parameters
 from pipelines.cli.formats import check_options
 from pipelines.cli.jobs import connect
 from pipelines.cli.options import (
@@ -43,8 +45,6 @@ from trainer.shared.errors import UserError
 if TYPE_CHECKING:
     from pipelines.vertex.preflight import Finding
 
-_MADE_BY = {"dataset": "build-tfrecords", "model": "pretrain"}
-_NEEDS = {"build-tfrecords": (), "pretrain": ("dataset",), "linear-eval": ("dataset", "model")}
 _EXAMPLES = """
 examples:
   sogclr rerun linear-eval --run 3fa91c2e --set linear_eval.l2_penalties=1e-2
@@ -133,8 +133,11 @@ def _check_settings(component: str, overrides: list[str]) -> None:
     for item in overrides:
         pretraining, linear_eval = split_overrides([item])
         conversion = [item] if item.strip().startswith(DATA) else []
-        if not {"build-tfrecords": conversion, "pretrain": pretraining, "linear-eval": linear_eval}[component]:
+        own = {"build-tfrecords": conversion, "linear-eval": linear_eval}.get(component, pretraining)
+        if not own:
             raise UserError(f"--set {item} is not a setting of {component}")
+    if component == "import-encoder":
+        check_settings_of_import(overrides)
 
 
 def _check_here(args: Namespace) -> None:
@@ -169,7 +172,7 @@ def _rerun_run(options: FromRun) -> int:
     store = open_store(root)
     run_id = tracking.find_run(store, options.run)
     source = tracking.find_step(store, run_id, component)
-    inputs = {name: tracking.find_step(store, source.run_id, _MADE_BY[name]).outputs[name] for name in _NEEDS[component]}
+    inputs = {name: tracking.find_step(store, source.run_id, *MADE_BY[name]).outputs[name] for name in NEEDS[component]}
     for name, artifact in inputs.items():
         if "://" not in artifact.uri and not Path(artifact.uri).exists():
             raise UserError(f"the {name} of run {short(run_id)} is gone: there is no {artifact.uri}; sogclr run makes it again")
@@ -203,6 +206,7 @@ def _run_here(
         arguments["overrides"] = [*before["overrides"], *again.overrides]
         config = resolve(arguments.get("preset", "demo"), arguments["overrides"])
         arguments |= init_parameters(again.init_from or arguments.get("init_from", ""), config)
+        arguments |= encoder_parameters(arguments.get("encoder", ""), arguments.get("preset", "demo"), arguments["overrides"])
     settings = ("--set", *again.overrides) if again.overrides else ()
     begun = ("--init-from", arguments["init_from"]) if again.init_from else ()
     command = ("sogclr", "rerun", component, "--run", run, *settings, *begun)
@@ -225,7 +229,7 @@ def _data_again(before: Mapping[str, Any], overrides: Sequence[str]) -> DataSett
 
 def _inputs_from(job: Job, component: str) -> dict[str, Artifact]:
     """Returns the outputs of a job that a component needs. Raises UserError if the job has not made them."""
-    return {name: job.task(_MADE_BY[name]).outputs[name] for name in _NEEDS[component]}
+    return {name: job.task(job.first_of(*MADE_BY[name])).outputs[name] for name in NEEDS[component]}
 
 
 # ---- On Vertex AI
@@ -287,14 +291,14 @@ def _estimates(options: OnVertex, job: Job, cluster: Cluster, arguments: Mapping
     from pipelines.cli import estimates
 
     again = options.again
-    if again.component == "build-tfrecords":
+    if again.component in ("build-tfrecords", "import-encoder"):
         return []
     if again.component == "pretrain":
         experiment = make_experiment(arguments["preset"], arguments["overrides"])
         if cluster.accelerator:
             accelerators.check(cluster.accelerator, experiment.config)
         return estimates.memory_findings(experiment, cluster, again.root, options.sending.skip)
-    pretraining = job.arguments("pretrain")
-    experiment = make_experiment(pretraining["preset"], [*pretraining["overrides"], *arguments["overrides"]])
+    making = job.arguments(job.first_of(*MADE_BY["model"]))
+    experiment = make_experiment(making["preset"], [*making["overrides"], *arguments["overrides"]])
     region = options.name.place.region
     return [estimates.evaluation_finding(experiment, cluster, region, again.root, "--accelerator")]

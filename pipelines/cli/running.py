@@ -4,6 +4,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.cli.encoders import add_encoder, encoder_parameters, read_encoder
 from pipelines.cli.options import (
     Commands,
     Experiment,
@@ -29,6 +30,8 @@ examples:
   sogclr run --preset demo --set epochs=10 gamma=0.8
   sogclr run --preset sogclr_imagenet_r50_b512 --raw /data/imagenet \\
       --root /data/runs --set data.on_bad_image=skip
+  sogclr run --preset simclr_v1_imagenet_r50_b4096 --raw /data/imagenet \\
+      --encoder ResNet50_1x/model.ckpt-225206
 
 A second run reuses the steps whose code, settings and input did not change,
 unless --no-cache is given.
@@ -45,6 +48,7 @@ def add_to(commands: Commands) -> None:
     add_root(one)
     add_set(one)
     add_init_from(one)
+    add_encoder(one)
     one.add_argument("--no-cache", action="store_true", help="run every step again, from its beginning")
     add_json(one)
 
@@ -56,6 +60,8 @@ class RunOptions:
     """Folder of the raw archives; empty for the demo's own archives."""
     init_from: str
     """Checkpoint that pretraining starts from; empty for none."""
+    encoder: str
+    """Checkpoint of other code that is imported instead of pretraining; empty for none."""
     root: str
     reuses: bool
     """Whether finished steps are reused."""
@@ -68,7 +74,7 @@ def _read(args: Namespace) -> RunOptions:
         raise UserError(f"--preset {args.preset} needs --raw DIR, the folder of the raw archives; only the demo makes its own")
     raw = args.raw or ""
     raw = raw if "://" in raw or not raw else str(absolute(raw))
-    return RunOptions(experiment, raw, read_init_from(args), args.root, not args.no_cache, read_output(args))
+    return RunOptions(experiment, raw, read_init_from(args), read_encoder(args), args.root, not args.no_cache, read_output(args))
 
 
 def run(options: RunOptions) -> int:
@@ -81,13 +87,15 @@ def run(options: RunOptions) -> int:
 
     experiment = options.experiment
     started = init_parameters(options.init_from, experiment.config)
+    imported = encoder_parameters(options.encoder, experiment.preset, experiment.overrides)
     raw = options.raw or _demo_raw(root)
     data = experiment.config.data
     identity = raw_identity(raw, data.files.values(), validation=data.validation)
-    arguments = {"raw": raw, "raw_identity": identity, **experiment.parameters, **started}
+    arguments = {"raw": raw, "raw_identity": identity, **experiment.parameters, **started, **imported}
     settings = ("--set", *experiment.overrides) if experiment.overrides else ()
     named = ("--raw", raw) if options.raw else ()
     begun = ("--init-from", started["init_from"]) if started else ()
+    begun = ("--encoder", options.encoder) if options.encoder else begun
     again = () if options.reuses else ("--no-cache",)
     command = ("sogclr", "run", "--preset", experiment.preset, *named, *settings, *begun, *again)
     record = Record(experiment.preset, command, options.root)
@@ -100,5 +108,5 @@ def _demo_raw(root: Path) -> str:
 
     folder = root / "demo-raw"
     with ProgressBars() as bars:
-        make_raw(str(folder), on_progress=lambda done, total: bars("demo-raw", done, total))
+        make_raw(str(folder), on_progress=lambda done, total: bars("demo-raw", "drawing photographs", done, total))
     return str(folder)

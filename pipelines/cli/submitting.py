@@ -4,7 +4,9 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass
 
+from components.lineage import components_of, source_of
 from pipelines.cli.cluster import add_cluster, read_cluster
+from pipelines.cli.encoders import add_encoder, read_encoder
 from pipelines.cli.formats import check_options
 from pipelines.cli.options import (
     Commands,
@@ -60,6 +62,7 @@ def add_to(commands: Commands) -> None:
     one.add_argument("--region", default="", metavar="R", help="region of the Dataflow job")
     add_set(one)
     add_init_from(one)
+    add_encoder(one)
     add_root(one)
     what = "machine of pretraining on Vertex AI (default: plain containers for any cluster)"
     add_cluster(one, what, required=False)
@@ -70,6 +73,7 @@ def add_to(commands: Commands) -> None:
     one.add_argument("--raw", required=True, metavar="gs://...", help="folder of the raw archives")
     add_set(one)
     add_init_from(one)
+    add_encoder(one)
     add_root(one)
     add_cluster(one, "machine of pretraining; sogclr accelerators lists them", required=True)
     add_sending(one)
@@ -90,6 +94,8 @@ class CompileOptions:
     """Default of the pipeline's parameter raw; empty for none."""
     init_from: str
     """Default of the pipeline's parameter init_from; empty for none."""
+    encoder: str
+    """Default of the pipeline's parameter encoder; empty for a pipeline that pretrains."""
     pipeline_root: str
     root: str
     output: str
@@ -104,12 +110,14 @@ def _read_compile(args: Namespace) -> CompileOptions:
     raw = args.raw or ""
     check_place(args.project, args.region, args.pipeline_root, raw if args.accelerator else "")
     init_from = read_init_from(args)
-    check_options({"--init-from": init_from if args.accelerator else ""})
+    encoder = read_encoder(args)
+    check_options({"--init-from": init_from if args.accelerator else "", "--encoder": encoder if args.accelerator else ""})
     cluster = read_cluster(args).at(Place(args.project, args.region), args.pipeline_root)
     if cluster.accelerator:
-        accelerators.check(cluster.accelerator, experiment.config)
+        if not encoder:
+            accelerators.check(cluster.accelerator, experiment.config)
         check_remote_files(experiment.config.data)
-    return CompileOptions(experiment, cluster, args.region, raw, init_from, args.pipeline_root, args.root, args.output)
+    return CompileOptions(experiment, cluster, args.region, raw, init_from, encoder, args.pipeline_root, args.root, args.output)
 
 
 def compile_(options: CompileOptions) -> int:
@@ -120,15 +128,16 @@ def compile_(options: CompileOptions) -> int:
     experiment, cluster = options.experiment, options.cluster
     defaults = {**experiment.parameters, "raw_identity": ""} | ({"raw": options.raw} if options.raw else {})
     defaults |= {"init_from": options.init_from} if options.init_from else {}
+    defaults |= {"encoder": options.encoder} if options.encoder else {}
     if cluster.accelerator:
-        memory = estimates.pretraining(experiment, cluster.accelerator, options.root)
+        memory = None if options.encoder else estimates.pretraining(experiment, cluster.accelerator, options.root)
         if memory and not memory.values["fits"]:
             raise UserError(memory.memory)
         for problem in estimates.evaluation(experiment, cluster, options.region, options.root).problems:
             raise UserError(problem)
         if options.pipeline_root:
             defaults["base_output_directory"] = base_output_directory(options.pipeline_root)
-    pipeline.write(pipeline.compile_pipeline(cluster, defaults), absolute(options.output))
+    pipeline.write(pipeline.compile_pipeline(cluster, defaults, source_of(defaults)), absolute(options.output))
     print(options.output)
     return 0
 
@@ -143,6 +152,7 @@ class SubmitOptions:
     cluster: Cluster
     raw: str
     init_from: str
+    encoder: str
     pipeline_root: str
     root: str
     schedule: str
@@ -158,18 +168,21 @@ def _read_submit(args: Namespace) -> SubmitOptions:
     experiment = read_experiment(args)
     check_remote_files(experiment.config.data)
     check_place(args.project, args.region, args.pipeline_root, args.raw)
-    check_options({"--schedule": args.schedule, "--init-from": args.init_from})
+    encoder = read_encoder(args)
+    check_options({"--schedule": args.schedule, "--init-from": args.init_from, "--encoder": encoder})
     if args.max_runs and not args.schedule:
         raise UserError(f"--max-runs {args.max_runs} needs --schedule")
     place = Place(args.project, args.region, args.endpoint)
     options = read_cluster(args)
-    accelerators.check(accelerators.get(args.accelerator), experiment.config)
+    if not encoder:
+        accelerators.check(accelerators.get(args.accelerator), experiment.config)
     return SubmitOptions(
         experiment=experiment,
         place=place,
         cluster=options.at(place, args.pipeline_root),
         raw=args.raw.rstrip("/"),
         init_from=args.init_from.rstrip("/"),
+        encoder=encoder,
         pipeline_root=args.pipeline_root.rstrip("/"),
         root=args.root,
         schedule=args.schedule,
@@ -188,6 +201,10 @@ def submit(options: SubmitOptions) -> int:
     experiment, place, cluster = options.experiment, options.place, options.cluster
     # A schedule's name has no time in it, so that submitting it twice makes one schedule.
     when = "" if options.schedule else time.strftime("-%Y%m%d-%H%M%S")
+    begun = {"init_from": options.init_from, "init_identity": ""}
+    if options.encoder:
+        begun = {"encoder": options.encoder, "encoder_identity": ""}
+    source = source_of(begun)
     submission = Submission(
         place=place,
         job_id=options.sending.job_id or job_id_of(experiment.preset, when),
@@ -195,22 +212,23 @@ def submit(options: SubmitOptions) -> int:
         cluster=cluster,
         pipeline_root=options.pipeline_root,
         raw=options.raw,
-        compile=lambda cluster: pipeline.compile_pipeline(cluster, {}),
+        compile=lambda cluster: pipeline.compile_pipeline(cluster, {}, source),
         parameters={
             "raw": options.raw,
             "raw_identity": "",
             **experiment.parameters,
-            "init_from": options.init_from,
-            "init_identity": "",
+            **begun,
             "base_output_directory": base_output_directory(options.pipeline_root),
         },
+        components=components_of(source),
         init_from=options.init_from,
+        encoder=options.encoder,
         config=experiment.config,
         schedule=options.schedule,
         max_runs=options.max_runs,
     )
     findings = [
-        *estimates.memory_findings(experiment, cluster, options.root, options.sending.skip),
+        *([] if options.encoder else estimates.memory_findings(experiment, cluster, options.root, options.sending.skip)),
         estimates.evaluation_finding(experiment, cluster, place.region, options.root),
     ]
     return send(submission, findings, options.sending, options.output)

@@ -80,6 +80,11 @@ class Job:
             raise UserError(f"job {self.job_id} has no output of {component} to go on from: {state}")
         return found
 
+    def first_of(self, *components: str) -> str:
+        """Returns the first of `components` that this job has as a step; the first of all if it has none."""
+        there = {task for dag in _dags(self.spec) for task in dag.get("tasks", {})}
+        return next((one for one in components if one in there), components[0])
+
     def arguments(self, component: str) -> dict[str, Any]:
         """Returns the arguments of a component in this job, without those of the custom job around it."""
         for dag in _dags(self.spec):

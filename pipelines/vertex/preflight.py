@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CHECKS = ("options", "region", "memory", "evaluation", "mlflow", "vertex", "bucket", "images", "raw", "init-from")
+CHECKS = ("options", "region", "memory", "evaluation", "mlflow", "vertex", "bucket", "images", "raw", "init-from", "encoder")
 """The checks that can be skipped: all but the check for credentials, because nothing can be sent without them."""
 
 
@@ -81,8 +81,9 @@ def run_preflight(submission: "Submission", estimates: Iterable[Finding] = (), s
     images, resolved = check_with_credentials("images", _check_images)
     raw, identity = check_with_credentials("raw", _check_raw) if submission.raw else (None, None)
     begun, started = check_with_credentials("init-from", _check_init_from) if submission.init_from else (None, None)
-    findings = (options, region, *estimated, mlflow, access, vertex, bucket, images, *filter(None, (raw, begun)))
-    return PreflightReport(_completed(submission, resolved, identity, started or {}), findings, who)
+    imported, source = check_with_credentials("encoder", _check_encoder) if submission.encoder else (None, None)
+    findings = (options, region, *estimated, mlflow, access, vertex, bucket, images, *filter(None, (raw, begun, imported)))
+    return PreflightReport(_completed(submission, resolved, identity, started or source or {}), findings, who)
 
 
 def _skipped(name: str) -> Finding:
@@ -92,7 +93,7 @@ def _skipped(name: str) -> Finding:
 def _completed(
     submission: "Submission", images: "Images | None", identity: str | None, started: Mapping[str, str]
 ) -> "Submission":
-    """Returns a submission with these images, this identity of the raw data and these parameters of its first checkpoint.
+    """Returns a submission with these images, this identity of the raw data and these parameters of its checkpoint.
 
     None and empty leave the submission's own.
     """
@@ -102,7 +103,7 @@ def _completed(
         submission = replace(submission, cluster=cluster)
     if identity and "raw_identity" in submission.parameters:
         submission = replace(submission, parameters={**submission.parameters, "raw_identity": identity})
-    if "init_from" in submission.parameters:
+    if started.keys() <= submission.parameters.keys():
         submission = replace(submission, parameters={**submission.parameters, **started})
     return submission
 
@@ -190,3 +191,10 @@ def _check_init_from(submission: "Submission", who: "Credentials") -> tuple[str,
         has_head = "dataset_fingerprint" in about
         require_same_encoder(path, config_from_dict(about["config"]), submission.config, has_head)
     return f"{path} fits", {"init_from": path, "init_identity": identity}
+
+
+def _check_encoder(submission: "Submission", who: "Credentials") -> tuple[str, Mapping[str, str]]:
+    from pipelines.vertex.storage import identity_of_files
+
+    files, identity = identity_of_files(submission.encoder, submission.place, who)
+    return f"{submission.encoder} can be read, {files} file{'s' * (files > 1)}", {"encoder_identity": identity}

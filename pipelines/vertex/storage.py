@@ -1,5 +1,6 @@
 """Checks of Cloud Storage for a job: its bucket must be writable, its raw archives and its first checkpoint readable."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -87,6 +88,24 @@ def find_checkpoint(uri: str, place: Place, credentials: "Credentials") -> tuple
             raise UserError(f"{uri} holds no checkpoint of a pretraining run")
         about = json.loads(found["config.json"].download_as_bytes(retry=patience))
     return f"gs://{name}/{folder}/{newest}", str(found[newest].md5_hash or found[newest].crc32c), about
+
+
+def identity_of_files(uri: str, place: Place, credentials: "Credentials") -> tuple[int, str]:
+    """Returns (number of files, a digest of their bytes) of a file, of the files that begin with a prefix, or of a folder.
+
+    Raises UserError if there is none. Whether they are a checkpoint is known only once they are read.
+    """
+    name = _bucket_of(uri)
+    path = re.sub(r"\.(index|data-\d{5}-of-\d{5})$", "", uri.removeprefix(f"gs://{name}").strip("/"))
+    with _as_user_errors(name, "roles/storage.objectViewer on it allows it"):
+        client = storage.Client(project=place.project, credentials=credentials)
+        blobs = client.list_blobs(name, prefix=path, retry=DEFAULT_RETRY.with_timeout(_PATIENCE))
+        # Files of checkpoints that only begin with the same name, as ckpt-20 does with ckpt-2, are none of this one's.
+        own = [blob for blob in blobs if blob.name[len(path) : len(path) + 1] in ("", ".", "/")]
+    if not own:
+        raise UserError(f"{uri} does not exist: --encoder names a file, the prefix of a TensorFlow checkpoint, or a folder")
+    content = sorted((blob.name, str(blob.md5_hash or blob.crc32c)) for blob in own)
+    return len(own), f"blobs:{hashlib.sha256(json.dumps(content).encode()).hexdigest()}"
 
 
 def _bucket_of(uri: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from google.cloud import aiplatform_v1
 from google.protobuf import json_format
 
-from components.lineage import COMPONENTS
+from components.lineage import components_of
 from pipelines.vertex.client import Vertex
 from pipelines.vertex.cluster import Cluster, base_output_directory
 from pipelines.vertex.jobs import REQUEST_LABEL, Job, Place
@@ -39,12 +39,14 @@ class Submission:
     """Folder of the raw archives; empty if the job reads none."""
     compile: Callable[[Cluster], dict[str, Any]]
     parameters: Mapping[str, Any]
-    components: tuple[str, ...] = COMPONENTS
+    components: tuple[str, ...] = components_of("pretrain")
     """Components that the job runs."""
     init_from: str = ""
     """Checkpoint, or folder of checkpoints, that pretraining starts from; empty for none."""
     config: Config | None = None
     """Config of pretraining, which that checkpoint must fit."""
+    encoder: str = ""
+    """Checkpoint of other code that the job imports; empty for none."""
     schedule: str = ""
     """Cron expression of five fields for a recurring job; empty for a single job."""
     max_runs: int = 0
@@ -62,6 +64,8 @@ class Submission:
         for component in self.components:
             if component == "build-tfrecords":
                 yield component, f"Dataflow: {' '.join(beam)}" if cluster.beam_args else "in its own container, without Dataflow"
+            if component == "import-encoder":
+                yield component, "in its own container"
             if accelerator := cluster.accelerator_of(component):
                 hosts = f", {accelerator.hosts} hosts" if accelerator.hosts > 1 else ""
                 yield (
@@ -76,6 +80,8 @@ class Submission:
         yield "reads", self.raw or "what an earlier job left"
         if self.init_from:
             yield "starts from", self.init_from
+        if self.encoder:
+            yield "imports", self.encoder
         yield "writes", self.pipeline_root
         if "pretrain" in self.components:
             yield (

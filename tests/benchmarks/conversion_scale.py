@@ -37,7 +37,8 @@ def tiny() -> bytes:
     return out.getvalue()
 
 
-def write_raw(folder: Path) -> None:
+def write_raw(folder: Path, train: int = TRAIN, validation: int = VALIDATION) -> None:
+    """Writes both archives and the labels into a new folder."""
     content = tiny()
     padded = content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
@@ -51,7 +52,7 @@ def write_raw(folder: Path) -> None:
 
     folder.mkdir()
     synsets = [f"n{90000000 + label}" for label in range(SYNSETS)]
-    cuts = np.linspace(0, TRAIN, SYNSETS + 1).astype(int)
+    cuts = np.linspace(0, train, SYNSETS + 1).astype(int)
     with tarfile.open(folder / TRAIN_ARCHIVE, "w") as outer:
         for label, synset in enumerate(synsets):
             inner = members([f"{synset}_{number}.JPEG" for number in range(cuts[label + 1] - cuts[label])])
@@ -59,9 +60,9 @@ def write_raw(folder: Path) -> None:
             member.size = len(inner)
             outer.addfile(member, io.BytesIO(inner))
     (folder / VALIDATION_ARCHIVE).write_bytes(
-        members([f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, VALIDATION + 1)])
+        members([f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, validation + 1)])
     )
-    (folder / VALIDATION_LABELS).write_text("".join(f"{synsets[number % SYNSETS]}\n" for number in range(VALIDATION)))
+    (folder / VALIDATION_LABELS).write_text("".join(f"{synsets[number % SYNSETS]}\n" for number in range(validation)))
 
 
 def index_and_plan(raw: Path, output: Path) -> int:

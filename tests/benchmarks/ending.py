@@ -33,7 +33,7 @@ def end_once(data: Path, folder: Path, code: str, after: float) -> tuple[int, fl
     command = [sys.executable, "-c", code, "--preset", "demo", "--data", str(data), "--checkpoint-dir", str(folder)]
     with subprocess.Popen([*command, "--set", *SETTINGS], stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr or ():
-            if "loss" in line:
+            if "training:" in line:
                 break
         time.sleep(after)
         process.send_signal(signal.SIGTERM)

@@ -56,9 +56,9 @@ def end_at(place: str) -> None:
     elif what != "end":
         is_place = comes_at(where)
 
-        def signalled(self: ProgressBars, job: str, done: int, total: int, text: str = "") -> None:
-            shown(self, job, done, total, text)
-            if is_place(done, text):
+        def signalled(self: ProgressBars, job: str, phase: str, done: int = 0, total: int = 0, text: str = "") -> None:
+            shown(self, job, phase, done, total, text)
+            if total and is_place(done, text):
                 os.kill(os.getpid(), signal.SIGTERM if what == "term" else signal.SIGKILL)
 
         ProgressBars.__call__ = signalled  # type: ignore[method-assign]

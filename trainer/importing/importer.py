@@ -1,7 +1,7 @@
 """Makes a checkpoint folder from a checkpoint of other code."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from trainer.importing.formats.torchvision import PyTorchFormat
 from trainer.importing.network import Layer, layers
 from trainer.importing.source import Source, open_source
 from trainer.importing.translate import Translation, format_of, translate
-from trainer.presets import PRESETS
+from trainer.presets import PRESETS, PUBLISHED, resolve_pretraining
+from trainer.settings import EncoderSettings
 from trainer.shared.errors import UserError, nearest
 from trainer.shared.files import names_in, write_whole
 from trainer.state import model_variables
@@ -62,23 +63,26 @@ def import_checkpoint(
     dataset_fingerprint: str = "",
     preset: str = "",
     code_version: str = "",
+    base: Config | None = None,
+    replaces: bool = False,
 ) -> Imported:
     """Makes a checkpoint folder `output` from a checkpoint of other code. Without `output`, only finds out what it would hold.
 
     `path` is a file, the prefix of a TensorFlow checkpoint or a folder that holds one, local or on gs://. `image_size` is the
     side of the encoder's images, by default 224, or 32 for the CIFAR stem. u is imported if `dataset_fingerprint` names the
     dataset that it belongs to, whose image IDs must be in the order of u. `preset` is the published experiment that the
-    checkpoint comes from.
+    checkpoint comes from. The result has the settings of `base`, by default the usual ones, except those that the checkpoint
+    determines. With `replaces`, `output` may hold an earlier import, whole or not.
 
     Raises UserError if the file is not a checkpoint of a known format, if its features differ from those of the result or say
     nothing about the images, if `preset` has another encoder, or if `output` holds something.
     """
-    if output and names_in(output):
+    if output and not replaces and names_in(output):
         raise UserError(f"{output} is not empty: name a new folder")
     with open_source(path) as source:
         form = format_of(source)
         translation = _with_u(translate(source), dataset_fingerprint)
-        config = _config(translation, image_size)
+        config = _config(translation, image_size, base or Config())
         _require_preset(preset, config, source.path)
         comparison = _compared(form, source, translation, config)
         arrays = dict(translation.arrays) | ({} if translation.u is None else {"u": translation.u})
@@ -101,6 +105,30 @@ def import_checkpoint(
     return replace(found, checkpoint=saved)
 
 
+def recognise(path: str, preset: str, overrides: Iterable[str]) -> tuple[str, str]:
+    """Returns (name of its format, SHA-256) of a checkpoint of other code. Computes no features.
+
+    Raises UserError if `import_checkpoint` could not take it for `preset` with `overrides`.
+    """
+    base, published = base_of(preset, overrides)
+    with open_source(path) as source:
+        translation = translate(source)
+        _require_preset(published, _config(translation, base.views.image_size, base), source.path)
+        return translation.format, source.sha256
+
+
+def base_of(preset: str, overrides: Iterable[str]) -> tuple[Config, str]:
+    """Returns (the settings of an encoder that is evaluated as `preset` with `overrides` is, the published preset or "").
+
+    They are all of a published preset's settings. Of any other preset, they are those of the views and of the linear eval: the
+    encoder was not trained by the others.
+    """
+    config = resolve_pretraining(preset, overrides)
+    if preset in PUBLISHED:
+        return config, preset
+    return Config(views=config.views, linear_eval=config.linear_eval), ""
+
+
 def _with_u(translation: Translation, dataset_fingerprint: str) -> Translation:
     """Returns `translation` without u, if it is not known which dataset it belongs to."""
     if translation.u is None or dataset_fingerprint:
@@ -109,9 +137,9 @@ def _with_u(translation: Translation, dataset_fingerprint: str) -> Translation:
     return replace(translation, u=None, left_out={**translation.left_out, reason: 1}, mapped=translation.mapped - 1)
 
 
-def _config(translation: Translation, image_size: int) -> Config:
+def _config(translation: Translation, image_size: int, base: Config) -> Config:
     given = {"image_size": image_size} if image_size else {}
-    config = with_settings(Config(), **{**translation.settings, **given})
+    config = with_settings(replace(base, encoder=EncoderSettings()), **{**translation.settings, **given})
     # The online classifier was trained on classes whose order is not known.
     measured = tuple(one for one in config.linear_eval.protocols if one != "online")
     return replace(config, linear_eval=replace(config.linear_eval, protocols=measured))

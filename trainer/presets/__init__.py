@@ -7,9 +7,12 @@ from trainer.presets import cifar10, demo, imagenet, published
 from trainer.presets.preset import Preset
 from trainer.shared.errors import UserError, nearest
 
-__all__ = ["PRESETS", "Preset", "find", "resolve", "resolve_pretraining"]
+__all__ = ["PRESETS", "PUBLISHED", "Preset", "find", "resolve", "resolve_pretraining"]
 
 PRESETS: dict[str, Preset] = {one.name: one for one in (*demo.PRESETS, *imagenet.PRESETS, *cifar10.PRESETS, *published.PRESETS)}
+
+PUBLISHED = frozenset(one.name for one in published.PRESETS)
+"""Presets of published encoders, which are imported."""
 
 
 def find(name: str) -> Preset:

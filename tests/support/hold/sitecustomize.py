@@ -14,13 +14,13 @@ job, places, folder = os.environ["HOLD"].split(maxsplit=2)
 shown = ProgressBars.__call__
 
 
-def held(self: ProgressBars, of: str, at: int, total: int, text: str = "") -> None:
+def held(self: ProgressBars, of: str, phase: str, at: int = 0, total: int = 0, text: str = "") -> None:
     for number, place in enumerate(places.split(",")):
-        if of == job and at >= int(place) and not os.path.exists(f"{folder}/{number}.held"):
+        if of == job and total and at >= int(place) and not os.path.exists(f"{folder}/{number}.held"):
             open(f"{folder}/{number}.held", "x").close()
             while not os.path.exists(f"{folder}/{number}.released"):
                 time.sleep(0.01)
-    shown(self, of, at, total, text)
+    shown(self, of, phase, at, total, text)
 
 
 ProgressBars.__call__ = held  # type: ignore[method-assign]

@@ -1,0 +1,197 @@
+"""All of the pipeline at ImageNet's counts, as somebody who waits for it sees it: what takes how long, and what says nothing.
+
+    python tests/benchmarks/scale.py --folder DIR [--train 1281167] [--validation 50000] [--batch 2048]
+
+Makes the raw archives of small JPEGs, converts them with a SIGTERM on the way, pretrains with a SIGKILL on the way, and evaluates
+64 features. Prints a row for each phase of each command: its time, the longest time in which its count stood still, the longest
+time in which nothing was said, and how far the time left was from the truth from a fifth of the phase on, as a ratio. Peak memory
+is that of the largest process. Takes about 2.5 GB of DIR and removes it at the end.
+"""
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.processes import search_path
+
+from benchmarks.conversion_scale import write_raw
+from trainer.shared.progress import parse_line
+
+SMALL = ["depth=10", "width_multiplier=0.125", "image_size=16", "warmup_epochs=0", "epochs=1", "log_every_steps=10"]
+_LEFT = re.compile(r"(?:(\d+):)?(\d+):(\d+) left$")
+_SHORTEST = 5.0
+"""Phases that took fewer seconds are one row."""
+_FROM = 0.2
+"""Fraction of a phase from which the time left is held against the truth."""
+
+
+@dataclass
+class Phase:
+    name: str
+    begun: float
+    ended: float = 0.0
+    still: float = 0.0
+    """Longest time without another count, in seconds."""
+    silent: float = 0.0
+    """Longest time without a line."""
+    promised: list[tuple[float, float, float]] = field(default_factory=list)
+    """Moment, fraction done and seconds left, as it was said."""
+    count: tuple[int, int] = (0, 0)
+    counted: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.begun
+
+    @property
+    def worst(self) -> float:
+        """The largest ratio between what was left and what was said, or the other way round. 1 where nothing was said."""
+        ratios = [1.0]
+        for moment, done, left in self.promised:
+            truth = self.ended - moment
+            # Times are said in whole seconds.
+            if done >= _FROM and truth > _SHORTEST:
+                ratios += [truth / max(left, 1.0), left / truth]
+        return max(ratios)
+
+
+@dataclass
+class Seen:
+    """What a command showed."""
+
+    phases: list[Phase]
+    seconds: float
+    code: int
+    peak: int
+    """Memory of its largest process, in bytes."""
+
+
+def watch(command: Sequence[str], end: tuple[str, float, signal.Signals] | None = None) -> Seen:
+    """Runs a command and returns what it showed. `end` is a phase, a fraction of it, and the signal that is sent there."""
+    begun = last = time.monotonic()
+    phases = [Phase("before the first line", begun, counted=begun)]
+    environ = {**os.environ, **search_path(Path(__file__).parents[1] / "support" / "often"), "TF_CPP_MIN_LOG_LEVEL": "2"}
+    process = subprocess.Popen(
+        [sys.executable, *command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environ
+    )
+    for line in process.stderr or ():
+        now = time.monotonic()
+        phase = phases[-1]
+        phase.silent, phase.ended = max(phase.silent, now - last), now
+        last = now
+        said = parse_line(line)
+        if said is None:
+            print(f"    {line.rstrip()}")
+            continue
+        _, name, done, total, _ = said
+        if name != phase.name:
+            phase.still = max(phase.still, now - phase.counted)
+            phase = Phase(name, now, ended=now, count=(done, total), counted=now)
+            phases.append(phase)
+        elif (done, total) != phase.count:
+            phase.still, phase.counted, phase.count = max(phase.still, now - phase.counted), now, (done, total)
+        if total and (left := _LEFT.search(line.rstrip())):
+            hours, minutes, seconds = (int(part or 0) for part in left.groups())
+            phase.promised.append((now, done / total, hours * 3600.0 + minutes * 60 + seconds))
+        if end and name == end[0] and total and done / total >= end[1]:
+            process.send_signal(end[2])
+            end = None
+    _, status, used = os.wait4(process.pid, 0)
+    now = time.monotonic()
+    phases[-1].silent, phases[-1].ended = max(phases[-1].silent, now - last), now
+    phases[-1].still = max(phases[-1].still, now - phases[-1].counted)
+    return Seen(phases, now - begun, os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024)
+
+
+def rows(name: str, seen: Seen) -> list[tuple[str, ...]]:
+    """Returns the rows of a command: one for itself, and one for each phase of 5 s or more."""
+    short = [phase for phase in seen.phases if phase.seconds < _SHORTEST]
+    found = [
+        (
+            f"**{name}**",
+            f"{seen.seconds:.1f}",
+            "",
+            f"{max(phase.silent for phase in seen.phases):.1f}",
+            "",
+            f"{seen.peak / 1e6:,.0f}",
+        )
+    ]
+    for phase in seen.phases:
+        if phase not in short:
+            ratio = f"{phase.worst:.2f}" if phase.promised else ""
+            found.append((phase.name, f"{phase.seconds:.1f}", f"{phase.still:.1f}", f"{phase.silent:.1f}", ratio, ""))
+    if short:
+        total, still, silent = (
+            sum(phase.seconds for phase in short),
+            max(phase.still for phase in short),
+            max(phase.silent for phase in short),
+        )
+        found.append((f"{len(short)} phases under 5 s", f"{total:.1f}", f"{still:.1f}", f"{silent:.1f}", "", ""))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--train", type=int, default=1_281_167)
+    parser.add_argument("--validation", type=int, default=50_000)
+    parser.add_argument("--batch", type=int, default=2048, help="global batch size")
+    args = parser.parse_args()
+    table: list[tuple[str, ...]] = [
+        ("", "seconds", "count stood still", "silent", "time left", "peak MB"),
+        ("---", "---:", "---:", "---:", "---:", "---:"),
+    ]
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        raw, data, run, out = (Path(temporary, name) for name in ("raw", "data", "run", "out"))
+        begun = time.monotonic()
+        write_raw(raw, args.train, args.validation)
+        table.append(("raw archives, made", f"{time.monotonic() - begun:.1f}", "", "", "", ""))
+        convert = ["-m", "beam_jobs.build_tfrecords", "--raw", str(raw), "--output", str(data), "--allow-other-counts"]
+        pretrain = ["-m", "trainer.task", "--preset", "demo", "--data", str(data), "--checkpoint-dir", str(run)]
+        pretrain += [
+            "--set",
+            *SMALL,
+            f"global_batch_size={args.batch}",
+            "checkpoint_every_minutes=0.25",
+            "data.allow_other_counts=true",
+        ]
+        evaluate = ["-m", "eval.task", "--data", str(data), "--checkpoint", str(run), "--output", str(out)]
+        evaluate += ["--set", "linear_eval.protocols=cached,knn"]
+        for name, command, end, codes in (
+            ("dry run", [*convert, "--dry-run"], None, (0,)),
+            ("conversion, SIGTERM at a third", convert, ("converting, images", 1 / 3, signal.SIGTERM), (143, -15, 130)),
+            ("conversion, gone on with", convert, None, (0,)),
+            ("the same conversion again", convert, None, (0,)),
+            ("pretraining, SIGKILL at a third", pretrain, ("training", 1 / 3, signal.SIGKILL), (-9,)),
+            ("pretraining, SIGTERM at two thirds", pretrain, ("training", 2 / 3, signal.SIGTERM), (75,)),
+            ("pretraining, gone on with", pretrain, None, (0,)),
+            (
+                "inspection, every byte",
+                ["-m", "beam_jobs.inspect_dataset", str(data), "--full", "--output", str(out) + ".html"],
+                None,
+                (0,),
+            ),
+            ("evaluation", evaluate, None, (0,)),
+        ):
+            print(f"{name}: python {' '.join(command)}", flush=True)
+            seen = watch(command, end)
+            table += rows(name, seen)
+            print("\n".join("| " + " | ".join(row) + " |" for row in rows(name, seen)), flush=True)
+            if seen.code not in codes:
+                raise SystemExit(f"{name} ended with {seen.code}")
+    print("\n".join("| " + " | ".join(row) + " |" for row in table))
+
+
+if __name__ == "__main__":
+    main()
