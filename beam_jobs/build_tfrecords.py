@@ -22,7 +22,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from beam_jobs import subsets
@@ -136,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
     try:
         if dry_run:
-            planned = plan_only(**given, beam_args=beam_args)
+            with ProgressBars() as bars:
+                planned = plan_only(**given, beam_args=beam_args, on_progress=bars.of("dry-run"))
             print(json.dumps(to_dict(planned)) if as_json else to_text(planned))
             return 2 if planned.problems else 0
         if beam_args and _only_describes(beam_args):
@@ -148,8 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("the job is described; nothing was converted")
             return 0
         with ProgressBars() as bars:
-            on_progress = partial(bars, "build-tfrecords", "converting")
-            manifest = build(**given, beam_args=beam_args, on_progress=on_progress)
+            manifest = build(**given, beam_args=beam_args, on_progress=bars.of("build-tfrecords"))
     except (UserError, LostRecordsError) as error:
         if debug:
             raise

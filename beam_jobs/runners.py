@@ -3,7 +3,7 @@
 import re
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, TestOptions
@@ -13,7 +13,10 @@ from beam_jobs.plan import Plan
 from beam_jobs.pooled import Writers, local_writers
 from beam_jobs.unpack import Work
 from trainer.shared.errors import UserError
+from trainer.shared.files import is_local
+from trainer.shared.progress import OnProgress, followed
 
+_SECONDS_BETWEEN_POLLS, _SECONDS_BETWEEN_REMOTE_POLLS = 0.5, 10.0
 _DASK = "--runner=DaskRunner"
 """Short name of Dask's runner. Beam accepts only a longer name."""
 
@@ -36,15 +39,19 @@ class OnRunner:
         """Whether an earlier attempt's job still runs. The next step then waits for it and starts none."""
         return bool(self._running)
 
-    def index(self, plan: Plan) -> None:
+    def index(self, plan: Plan, on_progress: OnProgress) -> None:
         self._pipeline | transforms.Index(plan)
-        run(lambda: self._pipeline.run().wait_until_finish())
+        with _followed(plan, "checking archives", len(plan.raw.archives), on_progress):
+            run(lambda: self._pipeline.run().wait_until_finish())
 
     def unpack(self, work: Work) -> None:
         self._run(transforms.Unpack(work, self._writers))
 
-    def convert(self, plan: Plan) -> None:
-        self._run(transforms.Convert(plan, self._writers))
+    def convert(self, plan: Plan, on_progress: OnProgress) -> None:
+        # The parts of a conversion are its archives, its shards, and publishing.
+        parts = len(plan.raw.archives) + sum(plan.num_shards.values()) + 1
+        with _followed(plan, "converting", parts, on_progress):
+            self._run(transforms.Convert(plan, self._writers))
 
     def _run(self, step: beam.PTransform) -> None:
         if not self._running:
@@ -55,6 +62,11 @@ class OnRunner:
                 run(lambda: job.wait(self._running or self._pipeline.run()))
             else:
                 run(lambda: self._pipeline.run().wait_until_finish())
+
+
+def _followed(plan: Plan, phase: str, parts: int, on_progress: OnProgress) -> AbstractContextManager[None]:
+    pause = _SECONDS_BETWEEN_POLLS if is_local(plan.work) else _SECONDS_BETWEEN_REMOTE_POLLS
+    return followed(on_progress, phase, lambda: verify.count_reports(plan), parts, pause)
 
 
 def make_pipeline(beam_args: Sequence[str], processes: int | None) -> beam.Pipeline:
