@@ -186,3 +186,17 @@ def test_the_component_leaves_the_page_in_mlflow(raw, tmp_path, monkeypatch):
     client = MlflowClient(uri)
     page = client.download_artifacts(dataset.metadata["run_id"], "dataset.html", str(tmp_path))
     assert dataset.metadata["fingerprint"] in Path(page).read_text()
+
+
+def test_a_full_inspection_says_few_lines_and_keeps_at_most_100_bytes_an_image(built, tmp_path, monkeypatch, capsys):
+    """Of 2,200 shards each had a line; in objects, an image took 315 bytes."""
+    monkeypatch.chdir(tmp_path)
+    assert inspect_dataset.main([str(built), "--full"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[0] for line in said] == [
+        "[inspect] listing the dataset ...",
+        "[inspect] reading shards, MB",
+        "[inspect] reading shards, MB",
+        "[inspect] drawing the page ...",
+    ]
+    assert inspect_dataset._SEEN.itemsize <= 100
