@@ -27,7 +27,8 @@ def build_tfrecords(
             data.subset=imagenet_s.
         beam_args: Options of Beam, for example to run on Dataflow. If empty, the conversion runs in this container.
         code_version: Part of the cache key. Changes when the code changes.
-        dataset: A TFDS folder with a manifest.
+        dataset: A TFDS folder with a manifest. If SOGCLR_DATASETS is set, the folder is under it, and the step goes on from the
+            shards of an interrupted conversion of the same raw data, settings and code.
     """
     import logging
     import sys
@@ -35,7 +36,7 @@ def build_tfrecords(
     from beam_jobs import inspect_dataset
     from beam_jobs.job import build
     from beam_jobs.plan import options_of
-    from components import tracking
+    from components import datasets, tracking
     from components.dataflow import JOB_LABEL, label_of
     from components.showing import progress_bars
     from trainer.config import data_from
@@ -60,6 +61,10 @@ def build_tfrecords(
             beam_args = [*beam_args, f"--labels={JOB_LABEL}={label_of(tracking.job_of(dataset.uri))}"]
         settings = data_from(data_settings)
         run.log_params(values_of_data(settings))
+        about = {"raw": raw_identity, "settings": data_settings, "code_version": code_version}
+        claim = datasets.claim(dataset.uri, run.job, about)
+        run.at_end(claim.release)
+        dataset.uri = claim.folder
         manifest = build(
             raw,
             dataset.uri,
@@ -212,11 +217,11 @@ def import_encoder(
     import json
 
     from components import tracking
+    from components.showing import progress_bars
     from eval.export.encoder import export
     from trainer.config import as_dict, pretraining_of
     from trainer.importing.importer import base_of, import_checkpoint
     from trainer.shared.errors import UserError
-    from trainer.shared.progress import ProgressBars
 
     arguments = {
         "preset": preset,
@@ -227,7 +232,9 @@ def import_encoder(
     }
     if tracking.recorded_before("import-encoder", arguments, {"model": model}):
         return
-    with ProgressBars() as bars, tracking.step("import-encoder", arguments, {"model": model}) as run:
+    with progress_bars() as bars, tracking.step("import-encoder", arguments, {"model": model}) as run:
+        on_progress = run.phase.of(bars.of("import-encoder"))
+        on_progress("reading the checkpoint and comparing features")
         base, published = base_of(preset, overrides)
         side = base.views.image_size
         # An earlier attempt may have left the same import.
@@ -241,6 +248,7 @@ def import_encoder(
         run.log_params(settings)
         run.log_text(json.dumps(found.describe(), indent=1, sort_keys=True), tracking.IMPORT_FILE)
         origin = run.encoders.import_from(found.source, found.sha256, form)
+        on_progress("exporting the encoder")
         exported = export(found.checkpoint, f"{model.uri}/export")
         model.metadata.update(
             preset=published,
@@ -266,7 +274,7 @@ def import_encoder(
             step=found.translation.step,
             origin=origin,
         )
-        bars("import-encoder", 1, 1, form)
+        on_progress("imported", 1, 1, form)
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
@@ -285,8 +293,9 @@ def linear_eval(
         code_version: Part of the cache key. Changes when the code changes.
         dataset: The output of build-tfrecords.
         model: The output of pretrain or import-encoder.
-        metrics: Accuracies between 0 and 1, and a folder with result.json. If AIP_CHECKPOINT_DIR is set, the features are stored
-            under it, and the step resumes from those of an earlier attempt with the same settings and inputs.
+        metrics: Accuracies between 0 and 1, and a folder with result.json. If AIP_CHECKPOINT_DIR is set, the step resumes from an
+            earlier attempt with the same settings and inputs. If SOGCLR_FEATURES is set, the features are stored under it, and an
+            evaluation with other settings finds them again.
         report: A page with the results and the images they were measured on.
     """
     import os
@@ -318,13 +327,15 @@ def linear_eval(
             claim = workspace.claim(checkpoints, run.job, reuses, linear_eval=overrides, **about, code_version=code_version)
             run.at_end(claim.release)
         run.metrics.keep_in(claim.folder, run.run_in(claim.finished_by))
-        with ending_noted() as should_stop:
+        features = os.environ.get(variables.FEATURES, "")
+        with ending_noted() as should_stop, workspace.in_use(features):
             result = evaluate(
                 dataset.uri,
                 model.uri,
                 metrics.uri,
                 overrides,
                 workspace=claim.folder,
+                features_dir=features,
                 strategy=strategy,
                 log_metrics=run.metrics.log,
                 on_progress=on_progress,

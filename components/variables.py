@@ -23,3 +23,9 @@ REUSE = "SOGCLR_REUSE"
 
 SECONDS_BETWEEN_LINES = "SOGCLR_SECONDS_BETWEEN_LINES"
 """How often a step says how far it is, for a program that draws bars of it."""
+
+DATASETS = "SOGCLR_DATASETS"
+"""Parent folder of the datasets that conversions make. An interrupted conversion is found again in it."""
+
+FEATURES = "SOGCLR_FEATURES"
+"""Parent folder of stored features. Every evaluation of this machine finds them again in it."""

@@ -5,13 +5,17 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any, Protocol
 
 from components import lease, outbox
+from trainer.shared.locks import locked
 
+STORE_LOCK = ".lock"
+"""File in a folder that several processes read. They hold a shared lock on it."""
 _held: list[IO[str]] = []
 """Open lock files. The locks end with the process."""
 
@@ -75,6 +79,29 @@ def claim(root: str, job: str, reuses: bool = False, /, **depends_on: Any) -> Cl
     raise AssertionError("there is always a next number")
 
 
+def lock_of(folder: str) -> str:
+    """Returns the lock file of a local folder that `claim` returns. Its holder works in the folder."""
+    parent, name = os.path.split(folder)
+    return f"{parent}/.{name}.lock"
+
+
+def job_in(folder: str) -> str:
+    """Returns the job that left the local folder unfinished, or "" if it finished or is unknown."""
+    try:
+        with open(lock_of(folder)) as file:
+            found = json.load(file)
+        return "" if found["state"] == lease.FINISHED else str(found["job"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+@contextmanager
+def in_use(store: str) -> Iterator[None]:
+    """Keeps `sogclr clean` out of the local folder `store` while the block runs. An empty name stands for no folder."""
+    with locked(f"{store}/{STORE_LOCK}", shared=True, on_wait=lambda: None) if store else nullcontext():
+        yield
+
+
 def _is_unfinished(folder: str) -> bool:
     """Returns whether the contents of a folder look unfinished. For a folder whose state is not recorded beside it."""
     from trainer.shared.files import names_in
@@ -116,9 +143,8 @@ class _Lock:
 
 
 def _lock(folder: str, job: str, reuses: bool) -> _Lock | None:
-    parent, name = os.path.split(folder)
-    os.makedirs(parent, exist_ok=True)
-    file = open(f"{parent}/.{name}.lock", "a+")  # noqa: SIM115  stays open until the work or the process ends
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    file = open(lock_of(folder), "a+")  # noqa: SIM115  stays open until the work or the process ends
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from components import datasets
 from components.lineage import short
 from trainer.shared.files import is_local
-from trainer.shared.records import MANIFEST, manifest_from_json
 
 
 def folder_of(root: Path) -> Path:
@@ -45,23 +45,9 @@ def fault_of(output: Mapping[str, Any], root: str) -> str:
     if not os.path.exists(path):
         return f"{path} is gone"
     if "fingerprint" in output["metadata"]:
-        return _fault_of_dataset(Path(path))
+        return datasets.fault_of(path)
     if "state_sha256" in output["metadata"] and not any(Path(path).glob("checkpoint-*.npz")):
         return f"{path} has no checkpoint any more"
-    return ""
-
-
-def _fault_of_dataset(folder: Path) -> str:
-    try:
-        manifest = manifest_from_json((folder / MANIFEST).read_text())
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{folder / MANIFEST} is gone or torn"
-    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
-        file = folder / shard.file
-        if not file.exists():
-            return f"{file} is gone"
-        if file.stat().st_size != shard.bytes:
-            return f"{file} has {file.stat().st_size} bytes, not {shard.bytes}"
     return ""
 
 

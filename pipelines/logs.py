@@ -92,6 +92,20 @@ def abandoned(root: Path) -> list[Path]:
     return found
 
 
+def any_lives(root: Path) -> bool:
+    """Returns whether a command of another process, or its runner, works on the root."""
+    for log in (root / "logs").glob("*"):
+        with suppress(FileNotFoundError, IsADirectoryError), log.open("r+") as file:
+            if _is_locked(file, _COMMAND) or _is_locked(file, _RUNNER):
+                return True
+    return False
+
+
+def logged_runs(root: Path) -> set[str]:
+    """Returns the IDs of the pipeline runs that commands on this root have started."""
+    return {log.stem for log in (root / "logs").glob("*.log") if len(log.stem) == 32}
+
+
 def _is_locked(file: IO[str], byte: int) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)

@@ -8,7 +8,7 @@ from kfp import dsl
 from mlflow import MlflowClient
 from support.raw_data import striped_archives
 
-from components import lease, outbox, steps, tracking, workspace
+from components import lease, outbox, steps, tracking, variables, workspace
 from components.tracking import step_file, step_runs
 from components.tracking.datasets import Datasets
 from components.tracking.encoders import Encoders
@@ -39,6 +39,7 @@ class Job:
     def __init__(self, folder, raw, name, overrides=()):
         self.folder, self.raw, self.name, self.overrides = folder, raw, name, [*TINY, *overrides]
         self.client = MlflowClient()
+        self.identity = ""
         self.made = {}
 
     def attempt(self, component):
@@ -50,7 +51,7 @@ class Job:
         kinds = OUTPUTS[component]
         outputs = {name: kind(name=name, uri=f"{uri}/{name}", metadata={}) for name, kind in kinds.items()}
         arguments = {
-            "build-tfrecords": {"raw": str(self.raw), "raw_identity": "", "data_settings": [], "beam_args": []},
+            "build-tfrecords": {"raw": str(self.raw), "raw_identity": self.identity, "data_settings": [], "beam_args": []},
             "pretrain": {"preset": "demo", "overrides": self.overrides, "init_from": "", "init_identity": ""},
             "linear-eval": {"overrides": EVAL},
         }[component]
@@ -159,6 +160,23 @@ def test_a_conversion_that_was_not_recorded_is_taken_as_it_is(world, monkeypatch
     assert manifest.stat().st_mtime_ns == written
     assert dataset.metadata["fingerprint"] == json.loads(manifest.read_text())["fingerprint"]
     assert [run.info.status for run in job.runs("build-tfrecords")] == ["FINISHED"]
+
+
+def test_the_next_job_goes_on_from_the_shards_of_an_interrupted_conversion(world, monkeypatch):
+    monkeypatch.setenv(variables.DATASETS, str(world[0] / "datasets"))
+    monkeypatch.setenv(variables.REUSE, "true")
+    interrupted, following = (Job(*world, name) for name in ("interrupted", "following"))
+    for job in (interrupted, following):
+        job.identity = "of the raw folder"
+    with monkeypatch.context() as patch:
+        patch.setattr("beam_jobs.job.publish", killed)
+        with pytest.raises(Killed):
+            interrupted.attempt("build-tfrecords")
+    shards = {path: path.stat().st_mtime_ns for path in world[0].rglob("*.tfrecord-*-of-*") if "converted" not in path.parts}
+    dataset = following.attempt("build-tfrecords")["dataset"]
+    now = {path: path.stat().st_mtime_ns for path in Path(dataset.uri).glob("*.tfrecord-*")}
+    assert now
+    assert now.items() <= shards.items()
 
 
 @pytest.mark.parametrize(

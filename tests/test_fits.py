@@ -8,9 +8,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from eval.measure import features as storing
-from eval.measure import logistic, neighbours
-from eval.measure.features import Examples, Features, read_features
+from eval.measure import logistic, neighbours, parts
+from eval.measure.features import Examples, StoredFeatures, read_features
 from eval.measure.logistic import cut, fit, fit_path, top_k_accuracy
 from eval.measure.protocols import cached
 from eval.measure.protocols.cached import fit_with_choice
@@ -26,15 +25,15 @@ def blobs(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return (centres[labels] + random.normal(0, 1, (count, 10))).astype(np.float32), labels
 
 
-def stored(folder: Path, values: np.ndarray, labels: np.ndarray, rows: int = 64) -> storing.StoredFeatures:
+def stored(folder: Path, values: np.ndarray, labels: np.ndarray, rows: int = 64) -> StoredFeatures:
     """Features on disk, in parts of `rows`, in an order that is not that of the IDs."""
     order = np.random.default_rng(5).permutation(len(labels))
     starts = range(0, len(labels), rows)
     for number, start in enumerate(starts):
         ids = order[start : start + rows]
-        storing._write_part(storing._part_path(str(folder), number), Features(ids, labels[ids], values[ids]), "")
+        parts.write(parts.path_of(str(folder), number), ids, labels[ids], values[ids], "")
     sizes = tuple(min(rows, len(labels) - start) for start in starts)
-    return storing.StoredFeatures(str(folder), "", values.shape[1], sizes)
+    return StoredFeatures(str(folder), "", values.shape[1], sizes)
 
 
 def test_fit_is_the_optimum_that_scikit_learn_finds():
@@ -160,6 +159,6 @@ def test_what_holds_no_features_is_refused(tmp_path):
         (tmp_path / "part-00000.parquet").write_bytes(content)
         with pytest.raises(UserError, match="is not a part of features"):
             read_features(str(tmp_path)).whole()
-    storing._write_part(str(tmp_path / "part-00000.parquet"), Features(np.arange(2), np.arange(2), np.zeros((2, 10), "f")), "")
+    parts.write(str(tmp_path / "part-00000.parquet"), np.arange(2), np.arange(2), np.zeros((2, 10), "f"), "")
     with pytest.raises(UserError, match=r"has 2 images, but features\.json says 3: delete"):
         list(read_features(str(tmp_path)).parts())

@@ -16,8 +16,9 @@ from support.full_disk import fill_disk
 
 from eval import task
 from eval.measure import features as storing
+from eval.measure import parts
 from eval.measure.evaluation import read_evaluation
-from eval.measure.features import digest_of, extract, load_encoder, read_features
+from eval.measure.features import Features, digest_of, extract, load_encoder, read_features
 from eval.measure.linear_eval import linear_eval
 from eval.measure.protocols import Sizes, memory_bytes, work_of
 from trainer import checkpoint as checkpoints
@@ -25,6 +26,7 @@ from trainer.encoder import make_encoder
 from trainer.preemption import PreemptedError
 from trainer.presets import resolve
 from trainer.shared.errors import UserError
+from trainer.shared.locks import locked
 from trainer.shared.progress import parse_line
 from trainer.shared.records import manifest_to_json, read_manifest
 from trainer.train import train
@@ -56,6 +58,40 @@ def test_features_are_of_every_image_once(dataset, checkpoint, tmp_path):
     few = extract(encoder, config, str(dataset), manifest, "validation", str(tmp_path / "all"), np.array([3, 9, 11]))
     assert sorted(few.ids_and_labels()[0]) == [3, 9, 11]
     assert few.digest != digest_of(encoder, config, manifest, "validation")
+
+
+def test_features_are_found_again_by_an_evaluation_with_another_penalty_the_control_s_too(
+    dataset, checkpoint, tmp_path, monkeypatch
+):
+    """Each evaluation has an output and a workspace of its own, as two runs have."""
+
+    def evaluate(name, penalty):
+        settings = [f"linear_eval.l2_penalties={penalty}", "linear_eval.protocols=cached,knn"]
+        output, work, store = (str(tmp_path / one) for one in (name, f"{name}-work", "store"))
+        return linear_eval(str(dataset), str(checkpoint), output, settings, workspace=work, features_dir=store)
+
+    first = evaluate("first", "1e-2")
+    settings = ["linear_eval.l2_penalties=1e-1", "linear_eval.protocols=cached,knn"]
+    alone = linear_eval(str(dataset), str(checkpoint), str(tmp_path / "alone"), settings)
+    monkeypatch.setattr(storing, "forward_pass", lambda *_, **__: pytest.fail("computed again"))
+    second = evaluate("second", "1e-1")
+    assert second.features == first.features
+    assert [one.top_1 for one in second.accuracies] == [one.top_1 for one in alone.accuracies]
+    assert sorted(path.name.split("-")[1] for path in (tmp_path / "store").iterdir()) == ["train", "train", *["validation"] * 2]
+
+
+def test_of_two_evaluations_at_once_one_waits_for_the_features_of_the_other(dataset, checkpoint, tmp_path, capfd):
+    config, manifest = resolve("demo", TINY), read_manifest(str(dataset))
+    encoder = load_encoder(config, checkpoints.load_latest(str(checkpoint)))
+    folder = f"{tmp_path}/features-validation-{digest_of(encoder, config, manifest, 'validation')[:16]}"
+
+    def compute(**how):
+        return extract(encoder, config, str(dataset), manifest, "validation", str(tmp_path), shared=True, **how)
+
+    with locked(f"{folder}/.lock"), pytest.raises(PreemptedError, match="another process computes"):
+        compute(should_stop=lambda: True)
+    assert capfd.readouterr().err.count(f"another process computes the features in {folder}") == 1
+    assert compute().count == 17
 
 
 def test_an_interrupted_forward_pass_goes_on_after_its_last_part(dataset, checkpoint, tmp_path, monkeypatch):
@@ -195,15 +231,15 @@ def test_features_that_are_there_are_not_computed_again(evaluated, dataset, chec
     result, folder, _ = evaluated
     shutil.copytree(folder, tmp_path / "out")
     part = tmp_path / "out" / Path(result.features["validation"]["path"]).name / "part-00000.parquet"
-    kept = storing._to_features(pq.read_table(part))
+    kept = Features(*parts.columns_of(pq.read_table(part)))
     turned = replace(kept, values=kept.values[::-1].copy())
-    storing._write_part(str(part), turned, "")
+    parts.write(str(part), turned.image_ids, turned.labels, turned.values, "")
     again = linear_eval(str(dataset), str(checkpoint), str(tmp_path / "out"), QUICK)
     assert again.metrics["eval/knn_top_1_accuracy"] != result.metrics["eval/knn_top_1_accuracy"]
     index = part.parent / "features.json"
     index.write_text(index.read_text().replace(result.features["validation"]["digest"], "of another encoder"))
     assert linear_eval(str(dataset), str(checkpoint), str(tmp_path / "out"), QUICK).metrics == result.metrics
-    np.testing.assert_array_equal(storing._to_features(pq.read_table(part)).values, kept.values)
+    np.testing.assert_array_equal(Features(*parts.columns_of(pq.read_table(part))).values, kept.values)
 
 
 @pytest.mark.parametrize("images", [0, 20])

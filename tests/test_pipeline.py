@@ -275,14 +275,16 @@ def test_from_the_linear_eval_run_alone_mlflow_leads_to_the_conversion(folder, r
 def test_all_that_is_kept_is_under_the_root_and_nothing_but_progress_is_said(folder, raw, first, second):
     assert sorted(path.name for path in folder.iterdir()) == ["raw", "runs"]
     assert sorted(path.name for path in (folder / "runs").iterdir()) == [
-        *("artifacts", "cache", "checkpoints", "kfp", "logs", "mlflow.db")
+        *("artifacts", "cache", "checkpoints", "datasets", "features", "kfp", "logs", "mlflow.db")
     ]
     assert second[0].stderr.splitlines() == [f"[{component}] reused: 1/1" for component in COMPONENTS]
 
 
 def test_no_secret_of_the_environment_is_in_what_a_run_leaves_or_says(folder, first):
     kept = {path.relative_to(folder / "runs") for path in (folder / "runs").rglob("*") if path.is_file()}
-    assert {path.parts[0] for path in kept} == {"artifacts", "cache", "checkpoints", "kfp", "logs", "mlflow.db"}
+    assert {path.parts[0] for path in kept} == {
+        *("artifacts", "cache", "checkpoints", "datasets", "features", "kfp", "logs", "mlflow.db")
+    }
     assert [path for path in kept if b"planted-" in (folder / "runs" / path).read_bytes()] == []
     assert "planted-" not in json.dumps(first)
 

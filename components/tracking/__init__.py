@@ -21,7 +21,8 @@ from components.tracking.pipeline_runs import (
     running,
     start_pipeline,
 )
-from components.tracking.recorded import find_run, find_step, history_behind, knows, picture_uri, why_lost
+from components.tracking.recorded import find_run, find_step, history_behind, knows, picture_uri, was_recorded, why_lost
+from components.tracking.references import references
 from components.tracking.registry import ENCODER
 from components.tracking.step_runs import StepRun, recorded_before, step
 from components.tracking.store import EXPERIMENT, Store, describe_store, open_job_store, open_root, open_store, patient
@@ -56,9 +57,11 @@ __all__ = [
     "pipeline_of_job",
     "read_secret",
     "recorded_before",
+    "references",
     "running",
     "start_pipeline",
     "step",
+    "was_recorded",
     "why_lost",
     "without_credentials",
 ]

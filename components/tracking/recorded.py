@@ -17,6 +17,11 @@ def knows(store: Store, run_id: str) -> bool:
     return run is not None and run.info.lifecycle_stage == "active"
 
 
+def was_recorded(store: Store, run_id: str) -> bool:
+    """Returns whether the store has a run, or had it until somebody deleted it."""
+    return runs.find(store, run_id) is not None
+
+
 def why_lost(store: Store, run_id: str) -> str:
     """Returns why the record of a finished step cannot be used any more, or "" if it can."""
     if not knows(store, run_id):

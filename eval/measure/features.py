@@ -11,15 +11,15 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import keras
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tensorflow as tf
 
+from eval.measure import parts
+from eval.measure.alone import alone
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import as_floats
 from trainer.bad_records import naming_bad_records
@@ -34,7 +34,6 @@ from trainer.shared.records import Manifest
 from trainer.state import model_variables
 
 INDEX = "features.json"
-_DIGEST = b"sogclr.digest"
 PART_BYTES = 1 << 27
 """Approximate maximum size of the features in a part. The last batch may exceed it."""
 _SETTINGS = (
@@ -104,7 +103,7 @@ class StoredFeatures:
 
     def ids_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns image IDs and labels, [n] int64 each, in the order of the parts."""
-        tables = [_read_table(_part_path(self.folder, number), ["image_id", "label"]) for number in range(len(self.rows))]
+        tables = [parts.read(parts.path_of(self.folder, number), ["image_id", "label"]) for number in range(len(self.rows))]
         columns = [np.concatenate([table[name].to_numpy() for table in tables]) for name in ("image_id", "label")]
         return columns[0], columns[1]
 
@@ -123,7 +122,7 @@ class StoredFeatures:
             return
         with tempfile.TemporaryDirectory(prefix="features-") as folder:
             for number in range(len(self.rows)):
-                tf.io.gfile.copy(_part_path(self.folder, number), _part_path(folder, number))
+                tf.io.gfile.copy(parts.path_of(self.folder, number), parts.path_of(folder, number))
             yield replace(self, folder=folder)
 
     def examples(self, wanted: np.ndarray | None = None) -> "Examples":
@@ -137,11 +136,11 @@ class StoredFeatures:
         return Examples(self.count if wanted is None else int(wanted.sum()), self.dim, pieces)
 
     def _part(self, number: int) -> Features:
-        path = _part_path(self.folder, number)
-        table = _read_table(path)
+        path = parts.path_of(self.folder, number)
+        table = parts.read(path)
         if table.num_rows != self.rows[number]:
             raise UserError(f"{path} has {table.num_rows} images, but {INDEX} says {self.rows[number]}: delete {self.folder}")
-        return _to_features(table)
+        return Features(*parts.columns_of(table))
 
 
 @dataclass(frozen=True)
@@ -203,13 +202,15 @@ def extract(
     folder: str,
     image_ids: np.ndarray | None = None,
     *,
+    shared: bool = False,
     strategy: tf.distribute.Strategy | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> StoredFeatures:
     """Computes the features of `split`, or of `image_ids` in it, into a subfolder of `folder` that is named by their digest.
 
-    Skips the parts that the subfolder already has. `encoder` must be made in the scope of `strategy`, by default
+    Skips the parts that the subfolder already has. If evaluations of this machine have `shared` the folder,
+    waits for another one that computes the same features. `encoder` must be made in the scope of `strategy`, by default
     TensorFlow's current one. Calls `on_progress(finished images)` after each batch. Soon after `should_stop()` returns True,
     raises PreemptedError and keeps the finished parts. Raises UserError if the split does not hold every image ID exactly once,
     or if features are not finite.
@@ -217,11 +218,31 @@ def extract(
     strategy = strategy or tf.distribute.get_strategy()
     digest = digest_of(encoder, config, manifest, split, image_ids)
     folder = f"{folder.rstrip('/')}/features-{split}-{digest[:16]}"
-    if tf.io.gfile.exists(f"{folder}/{INDEX}"):
-        stored = read_features(folder)
-        if stored.digest == digest:
-            on_progress(stored.count)
-            return stored
+    with alone(folder, should_stop) if shared else nullcontext():
+        if tf.io.gfile.exists(f"{folder}/{INDEX}"):
+            stored = read_features(folder)
+            if stored.digest == digest:
+                on_progress(stored.count)
+                return stored
+        return _computed(
+            encoder, config, data_dir, manifest, split, folder, digest, image_ids, strategy, on_progress, should_stop
+        )
+
+
+def _computed(
+    encoder: keras.Model,
+    config: Config,
+    data_dir: str,
+    manifest: Manifest,
+    split: str,
+    folder: str,
+    digest: str,
+    image_ids: np.ndarray | None,
+    strategy: tf.distribute.Strategy,
+    on_progress: Callable[[int], None],
+    should_stop: Callable[[], bool],
+) -> StoredFeatures:
+    """Computes the features that are not in `folder` yet, as `extract` says."""
     expected = np.arange(manifest.splits[split].records) if image_ids is None else np.sort(image_ids)
     dim = encoder.output_shape[-1]
     replicas, at_once = strategy.num_replicas_in_sync, config.linear_eval.batch_size
@@ -230,7 +251,7 @@ def extract(
     layout = f"{digest} {steps_a_part} x {replicas} x {at_once}"
     rows: list[int] = []
     seen: list[np.ndarray] = []
-    while sum(rows) < len(expected) and (ids := _ids_of_part(_part_path(folder, len(rows)), layout)) is not None:
+    while sum(rows) < len(expected) and (ids := parts.ids_of(parts.path_of(folder, len(rows)), layout)) is not None:
         seen.append(ids)
         rows.append(len(ids))
     done = sum(rows)
@@ -241,7 +262,7 @@ def extract(
         part = Features(*(np.concatenate(columns) for columns in zip(*map(_columns, pending), strict=True)))
         _require_finite(part, split)
         make_folder(folder)
-        _write_part(_part_path(folder, len(rows)), part, layout)
+        parts.write(parts.path_of(folder, len(rows)), *_columns(part), layout)
         seen.append(part.image_ids)
         rows.append(len(part.image_ids))
         pending.clear()
@@ -335,57 +356,3 @@ def _require_finite(features: Features, split: str) -> None:
     if not finite.all():
         bad = int(features.image_ids[~finite].min())
         raise UserError(f"the features of image ID {bad} of {split} are not finite: the checkpoint is of a run that diverged")
-
-
-# ---- Parts
-
-
-def _part_path(folder: str, number: int) -> str:
-    return f"{folder}/part-{number:05}.parquet"
-
-
-def _write_part(path: str, part: Features, layout: str) -> None:
-    count, dim = part.values.shape
-    values = pa.FixedSizeListArray.from_arrays(pa.array(part.values.ravel()), dim)
-    table = pa.table(
-        {"image_id": part.image_ids, "label": part.labels, "features": values},
-        pa.schema(
-            [("image_id", pa.int64()), ("label", pa.int64()), ("features", pa.list_(pa.float32(), dim))],
-            metadata={_DIGEST: layout.encode()},
-        ),
-    )
-    sink = pa.BufferOutputStream()
-    # Features hardly compress.
-    pq.write_table(table, sink, use_dictionary=False, compression="none", write_statistics=False, row_group_size=count)
-    write_whole(path, sink.getvalue().to_pybytes())
-
-
-def _ids_of_part(path: str, layout: str) -> np.ndarray | None:
-    """Returns the image IDs of a part that an earlier attempt with the same `layout` wrote, or None."""
-    if not tf.io.gfile.exists(path):
-        return None
-    try:
-        table = _read_table(path, ["image_id"])
-    except UserError:
-        return None
-    return table["image_id"].to_numpy() if (table.schema.metadata or {}).get(_DIGEST) == layout.encode() else None
-
-
-def _read_table(path: str, columns: list[str] | None = None) -> pa.Table:
-    try:
-        with _File(path, "rb") as file:
-            return pq.ParquetFile(pa.PythonFile(file, mode="r")).read(columns)
-    except (pa.ArrowInvalid, OSError, tf.errors.OpError) as error:
-        raise UserError(f"{path} is not a part of features: {str(error).splitlines()[0]}") from error
-
-
-def _to_features(table: pa.Table) -> Features:
-    values = table["features"].combine_chunks()
-    dim = values.type.list_size
-    return Features(table["image_id"].to_numpy(), table["label"].to_numpy(), values.flatten().to_numpy().reshape(-1, dim))
-
-
-class _File(tf.io.gfile.GFile):
-    """A file with the attribute `closed`, which pyarrow requires."""
-
-    closed = False

@@ -57,6 +57,7 @@ def linear_eval(
     overrides: Iterable[str] = (),
     *,
     workspace: str = "",
+    features_dir: str = "",
     strategy: tf.distribute.Strategy | None = None,
     log_metrics: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
     on_progress: OnProgress = silent,
@@ -65,9 +66,10 @@ def linear_eval(
     """Evaluates the encoder in `checkpoint`, a file or a folder (its newest checkpoint), on the dataset in `data_dir`.
 
     `overrides` change `linear_eval.` settings. Writes predictions.parquet, the classifiers and, last, result.json into `output`.
-    Writes features and intermediate state into `workspace`, by default `output`. With the same `workspace`, resumes an earlier
-    attempt: reuses its features, its finished protocols and its finished epochs. Runs on the replicas of `strategy`, by default
-    all devices of the machine.
+    Writes intermediate state into `workspace`, by default `output`, and features into `features_dir`, by default `workspace`.
+    Other evaluations of this machine may use the same `features_dir` at the same time and find the
+    features there. With the same `workspace`, resumes an earlier attempt: reuses
+    its finished protocols and its finished epochs. Runs on the replicas of `strategy`, by default all devices of the machine.
 
     Calls `log_metrics` once, with the step of the checkpoint, and `on_progress(done, total, text)` regularly, counted in images
     through the encoder. Calls `should_stop()` often, and raises PreemptedError soon after it returns True. Raises UserError if
@@ -75,6 +77,7 @@ def linear_eval(
     """
     strategy = strategy or make_strategy()
     workspace = (workspace or output).rstrip("/")
+    shared, features_dir = bool(features_dir), (features_dir or workspace).rstrip("/")
     folder = checkpoints.run_folder(checkpoint)
     pretraining, about = read_config(folder)
     config = _with_settings(pretraining, overrides)
@@ -110,7 +113,8 @@ def linear_eval(
             data_dir,
             manifest,
             split,
-            workspace,
+            features_dir,
+            shared=shared,
             strategy=strategy,
             on_progress=on_images,
             should_stop=should_stop,
@@ -128,7 +132,8 @@ def linear_eval(
         encoder,
         features["train"],
         validation,
-        features_dir=workspace,
+        features_dir=features_dir,
+        shares_features=shared,
         work_dir=protocols_dir,
         should_stop=should_stop,
     )

@@ -1,6 +1,6 @@
 """The parser of all commands. --help lists them in the order given here."""
 
-from pipelines.cli import comparing, importing, jobs, looking, planning, rerunning, running, submitting
+from pipelines.cli import cleaning, comparing, importing, jobs, looking, planning, rerunning, running, submitting
 from pipelines.cli.options import Parser
 
 
@@ -13,6 +13,6 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (running, rerunning, comparing, submitting, jobs, planning, importing, looking):
+    for group in (running, rerunning, comparing, submitting, jobs, planning, importing, looking, cleaning):
         group.add_to(commands)
     return parser

@@ -53,6 +53,7 @@ def mixture(images: int, features: int, classes: int, seed: int, noise: float = 
 def make(folder: Path, images: int, features: int, classes: int, seed: int) -> None:
     """Writes features as `eval.features` does, unless they are there."""
     from eval.measure import features as storing
+    from eval.measure import parts
 
     if (folder / storing.INDEX).exists():
         return
@@ -60,7 +61,7 @@ def make(folder: Path, images: int, features: int, classes: int, seed: int) -> N
     rows, order = [], np.random.default_rng(seed + 100).permutation(images)
     for number, (values, labels) in enumerate(mixture(images, features, classes, seed)):
         ids = order[sum(rows) : sum(rows) + len(labels)]
-        storing._write_part(storing._part_path(str(folder), number), storing.Features(ids, labels, values), "")
+        parts.write(parts.path_of(str(folder), number), ids, labels, values, "")
         rows.append(len(labels))
     (folder / storing.INDEX).write_text(json.dumps({"digest": "", "dimensions": features, "rows": rows}))
 

@@ -38,6 +38,7 @@ def scores(context: Context) -> Scores:
             split,
             context.features_dir,
             image_ids,
+            shared=context.shares_features,
             strategy=context.strategy,
             on_progress=on_images,
             should_stop=context.should_stop,

@@ -57,6 +57,8 @@ class Context:
     """Features of all validation images, in the order of their IDs."""
     features_dir: str
     """Parent of the folders of features."""
+    shares_features: bool
+    """Whether other evaluations of this machine use `features_dir` too."""
     work_dir: str
     """Folder for the state that an interrupted protocol resumes from."""
     on_progress: Callable[[float, str], None] = lambda done, text: None
