@@ -7,8 +7,10 @@ import os
 import re
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,6 +21,9 @@ WHOLE = 16 * 2**20
 """Bytes of a request for a remote file that is read from its beginning to its end."""
 SPARSE = 2**10
 """Bytes of a request for a remote file of which little is read."""
+_FOLDERS_AT_ONCE = 16
+_SECONDS_OF_A_SLOW_ENTRY = 1e-4
+"""A file system that takes longer for a file or folder, such as NFS, answers many requests at a time."""
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")
 
 
@@ -76,9 +81,7 @@ def walk(folder: str, depth: int | None = None) -> Tree:
     """
     if not is_local(folder):
         return _match(folder, depth)
-    found = Tree([], [])
-    if os.path.isdir(folder):
-        _walk(folder, "", depth, {_inode(folder)}, found)
+    found = _walk(folder, depth) if os.path.isdir(folder) else Tree([], [])
     return Tree(sorted(found.files), sorted(found.empty_folders))
 
 
@@ -222,26 +225,50 @@ def _info(name: str, path: str) -> FileInfo:
     return FileInfo(name, status.st_size, status.st_mtime)
 
 
-def _walk(folder: str, prefix: str, depth: int | None, above: set[tuple[int, int]], found: Tree) -> None:
-    """Adds what lies in `folder` to `found`. `above` has the folder and those that hold it."""
+def _walk(top: str, depth: int | None) -> Tree:
+    """Returns what lies in the local folder `top`. Lists folders in parallel if this file system makes each listing wait."""
+    found = Tree([], [])
+    level = [(top, "", frozenset({_inode(top)}))]
+    slow = False
+    with ThreadPoolExecutor(_FOLDERS_AT_ONCE) as pool:
+        while level:
+            below = []
+            begun = time.perf_counter()
+            for infos, empty, folders in pool.map(_scan, level) if slow else map(_scan, level):
+                found.files.extend(infos)
+                found.empty_folders.extend(empty)
+                below += folders
+            entries = len(found.files) + len(below)
+            slow = time.perf_counter() - begun > _SECONDS_OF_A_SLOW_ENTRY * max(entries, 1)
+            level = below if depth is None or depth > 0 else []
+            depth = None if depth is None else depth - 1
+    return found
+
+
+def _scan(at: tuple[str, str, frozenset]) -> tuple[list[FileInfo], list[str], list[tuple[str, str, frozenset]]]:
+    """Returns a folder's files, its name if it is empty and below the top, and its subfolders in the form of `at`.
+
+    at: path, prefix of the names, and the inodes of the folder and of those that hold it
+    """
+    folder, prefix, above = at
     try:
         entries = list(os.scandir(folder))
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from error
-    if not entries and prefix:
-        found.empty_folders.append(prefix.rstrip("/"))
+    found, folders = [], []
     for entry in entries:
         name = prefix + os.fsencode(entry.name).decode(errors="surrogateescape")
         if entry.is_dir():
             inode = _inode(entry.path)
             if inode in above:
                 raise UserError(f"{entry.path} is a link to a folder that holds it: remove the link")
-            if depth is None or depth:
-                _walk(entry.path, f"{name}/", None if depth is None else depth - 1, above | {inode}, found)
+            folders.append((entry.path, f"{name}/", above | {inode}))
         elif entry.is_file():
-            found.files.append(_info(name, entry.path))
+            status = entry.stat()
+            found.append(FileInfo(name, status.st_size, status.st_mtime))
         else:  # a broken link counts as an empty file, which is reported when it is read
-            found.files.append(FileInfo(name, 0, 0.0))
+            found.append(FileInfo(name, 0, 0.0))
+    return found, [prefix.rstrip("/")] if not entries and prefix else [], folders
 
 
 def _inode(path: str) -> tuple[int, int]:
