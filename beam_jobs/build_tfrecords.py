@@ -22,14 +22,12 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from beam_jobs import subsets
 from beam_jobs.dry_run import passed_over_lines, to_dict, to_text
 from beam_jobs.job import build, describe, plan_only
 from beam_jobs.plan import EXPECT, ON_BAD_IMAGE, VERIFY
-from beam_jobs.runners import only_describes
 from beam_jobs.verify import LostRecordsError
 from trainer.shared.errors import UserError, print_in_any_locale
 from trainer.shared.progress import ProgressBars
@@ -121,6 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _only_describes(beam_args: Sequence[str]) -> bool:
+    from beam_jobs.runners import only_describes
+
+    return only_describes(beam_args)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     print_in_any_locale()
     args, beam_args = _parser().parse_known_args(argv)
@@ -131,10 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
     try:
         if dry_run:
-            planned = plan_only(**given, beam_args=beam_args)
+            with ProgressBars() as bars:
+                planned = plan_only(**given, beam_args=beam_args, on_progress=bars.of("dry-run"))
             print(json.dumps(to_dict(planned)) if as_json else to_text(planned))
             return 2 if planned.problems else 0
-        if only_describes(beam_args):
+        if beam_args and _only_describes(beam_args):
             if given.pop("processes") is not None:
                 raise UserError(
                     "--processes is for a conversion on this machine, but these options convert nothing here: omit it"
@@ -143,8 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("the job is described; nothing was converted")
             return 0
         with ProgressBars() as bars:
-            on_progress = partial(bars, "build-tfrecords", "converting")
-            manifest = build(**given, beam_args=beam_args, on_progress=on_progress)
+            manifest = build(**given, beam_args=beam_args, on_progress=bars.of("build-tfrecords"))
     except (UserError, LostRecordsError) as error:
         if debug:
             raise

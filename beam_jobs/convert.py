@@ -1,27 +1,18 @@
-"""The work of Beam's workers: a transform that turns a plan into a published dataset.
+"""The work of a conversion's workers: list an archive's images, refer them to shards, write a shard, publish the dataset.
 
-    IndexHeaders      a worker lists the images of an archive by its headers
-    AssignIDs         the image counts of all archives, a side input, make the IDs dense
-    GroupByShard      references to images are grouped by shard; no image's bytes go through Beam
-    WriteShards       a worker reads the images of a shard from the raw data, and writes the shard
-    VerifyAndPublish   when all shards are written, one worker checks them and publishes the dataset
-
-A runner may do any step twice, even at the same time: the files are the same, and each appears whole or not at all.
+Beam's workers do these steps for `beam_jobs.transforms`, this machine for `beam_jobs.local`. A step may be done twice,
+even at the same time: the files are the same, and each appears whole or not at all.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
-
-import apache_beam as beam
-from apache_beam.metrics.metric import Metrics
+from typing import TypeVar
 
 from beam_jobs import images, raw, sources, verify
 from beam_jobs.layouts.layout import RawImage
 from beam_jobs.plan import Plan, plan_split
-from beam_jobs.pooled import Pooled, Writers
 from beam_jobs.publish import publish
 from beam_jobs.references import PackedImage, PackedReference, Reference, pack_images, pack_reference, unpack_references
 from beam_jobs.shards import Record, make_record, write_shard
@@ -39,42 +30,6 @@ ShardKey = tuple[str, str]
 """Split, and the shard's file."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class Convert(beam.PTransform):
-    """Turns a plan into a dataset.
-
-    The steps form one line, apart from the side input, because some runners drop other branches.
-    """
-
-    def __init__(self, plan: Plan, writers: Writers) -> None:
-        super().__init__()
-        self.plan = plan
-        self.writers = writers
-
-    def expand(self, pbegin: Any) -> Any:
-        indexed = pbegin | Index(self.plan)
-        counts = indexed | "CountImages" >> beam.Map(count_images)
-        return (
-            indexed
-            | "AssignIDs" >> beam.FlatMap(assign_ids, self.plan, beam.pvalue.AsDict(counts))
-            | "GroupByShard" >> beam.GroupByKey()
-            | "WriteShards" >> beam.ParDo(WriteShards(self.plan, self.writers))
-            | "WaitForAll" >> beam.GroupByKey()
-            | "VerifyAndPublish" >> beam.Map(publish_written, self.plan)
-        )
-
-
-class Index(beam.PTransform):
-    """Turns a plan into the images of each archive."""
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__()
-        self.plan = plan
-
-    def expand(self, pbegin: Any) -> Any:
-        numbers = range(len(self.plan.raw.archives))
-        return pbegin | "Archives" >> beam.Create(numbers) | "IndexHeaders" >> beam.Map(index_archive, self.plan)
 
 
 def index_archive(number: int, plan: Plan) -> Indexed:
@@ -106,24 +61,6 @@ def assign_ids(indexed: Indexed, plan: Plan, counts: dict[int, int]) -> list[tup
     for image_id, (place, shard, image) in enumerate(zip(places.tolist(), shards, packed, strict=True), start=first_id):
         by_shard.setdefault(shard, []).append(pack_reference(place, image_id, image))
     return [((split, of_split.shard_files[shard]), references) for shard, references in by_shard.items()]
-
-
-class WriteShards(Pooled):
-    """Writes shards, as many at the same time as there are writers."""
-
-    def __init__(self, plan: Plan, writers: Writers) -> None:
-        super().__init__(writers)
-        self.plan = plan
-
-    def process(self, grouped: tuple[ShardKey, Iterable[list[PackedReference]]]) -> Iterator[tuple[None, str]]:
-        (split, shard_file), groups = grouped
-        packed = [reference for group in groups for reference in group]
-        self.call(write_references, self.plan, split, shard_file, packed)
-        yield None, shard_file
-
-    def called(self, result: dict[str, int]) -> None:
-        for fate, count in result.items():
-            Metrics.counter("images", fate).inc(count)
 
 
 def write_references(plan: Plan, split: str, shard_file: str, packed: list[PackedReference]) -> dict[str, int]:

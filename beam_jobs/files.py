@@ -7,14 +7,12 @@ import os
 import re
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import BinaryIO, NamedTuple
-
-from apache_beam.io.filesystem import BeamIOError, CompressionTypes
-from apache_beam.io.filesystems import FileSystems
-from apache_beam.io.gcp.gcsio import GcsIO
+from typing import Any, BinaryIO, NamedTuple
 
 from trainer.shared.errors import UserError
 from trainer.shared.files import is_local, whole_file
@@ -23,6 +21,9 @@ WHOLE = 16 * 2**20
 """Bytes of a request for a remote file that is read from its beginning to its end."""
 SPARSE = 2**10
 """Bytes of a request for a remote file of which little is read."""
+_FOLDERS_AT_ONCE = 16
+_SECONDS_OF_A_SLOW_ENTRY = 1e-4
+"""A file system that takes longer for a file or folder, such as NFS, answers many requests at a time."""
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")
 
 
@@ -50,16 +51,16 @@ def join(folder: str, name: str) -> str:
     """Returns the path of the `name` of a `FileInfo` in a folder."""
     if is_local(folder):
         return os.path.join(folder, name if name.isascii() else os.fsdecode(name.encode(errors="surrogateescape")))
-    return FileSystems.join(folder, name)
+    return _beam().join(folder, name)
 
 
 def find(path: str) -> FileInfo | None:
     """Returns a file's size and time, or None if there is no such file."""
     if is_local(path):
         return _info("", path) if os.path.isfile(path) else None
-    if not FileSystems.exists(path):
+    if not _beam().exists(path):
         return None
-    found = FileSystems.get_filesystem(path).metadata(path)
+    found = _beam().get_filesystem(path).metadata(path)
     return FileInfo("", found.size_in_bytes, found.last_updated_in_seconds)
 
 
@@ -80,9 +81,7 @@ def walk(folder: str, depth: int | None = None) -> Tree:
     """
     if not is_local(folder):
         return _match(folder, depth)
-    found = Tree([], [])
-    if os.path.isdir(folder):
-        _walk(folder, "", depth, {_inode(folder)}, found)
+    found = _walk(folder, depth) if os.path.isdir(folder) else Tree([], [])
     return Tree(sorted(found.files), sorted(found.empty_folders))
 
 
@@ -103,7 +102,7 @@ def starting_with(folder: str, prefix: str) -> list[FileInfo]:
     """Returns the files in `folder` whose names begin with `prefix`, sorted by name. In a bucket, lists no other files."""
     if is_local(folder):
         return [info for info in tree(folder, depth=0) if info.name.startswith(prefix)]
-    (found,) = FileSystems.match([join(_literal(folder), f"{_literal(prefix)}*")])
+    (found,) = _beam().match([join(_literal(folder), f"{_literal(prefix)}*")])
     infos = (
         FileInfo(metadata.path[len(folder.rstrip("/")) + 1 :], metadata.size_in_bytes, metadata.last_updated_in_seconds)
         for metadata in found.metadata_list
@@ -118,17 +117,19 @@ def names(folder: str) -> list[str]:
             return sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
         except (FileNotFoundError, NotADirectoryError):
             return []
-    (found,) = FileSystems.match([join(_literal(folder), "*")])
-    return sorted(FileSystems.split(metadata.path)[1] for metadata in found.metadata_list)
+    (found,) = _beam().match([join(_literal(folder), "*")])
+    return sorted(_beam().split(metadata.path)[1] for metadata in found.metadata_list)
 
 
 def open_to_read(path: str, request: int = WHOLE) -> BinaryIO:
     """Opens a file. For a remote file, each request asks for at least `request` bytes."""
     if is_local(path):
         return open(path, "rb")
-    if FileSystems.get_scheme(path) == "gs":
+    if _beam().get_scheme(path) == "gs":
+        from apache_beam.io.gcp.gcsio import GcsIO
+
         return GcsIO().open(path, "rb", read_buffer_size=request)
-    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+    return _beam().open(path, compression_type="uncompressed")
 
 
 def read(path: str) -> bytes:
@@ -169,15 +170,17 @@ def open_to_write(path: str) -> Iterator[BinaryIO]:
     try:
         with _create(temporary) as file:
             yield file
-        FileSystems.rename([temporary], [path])
+        _beam().rename([temporary], [path])
     except BaseException:
         delete([temporary])
         raise
 
 
 def _create(path: str) -> BinaryIO:
+    from apache_beam.io.filesystem import BeamIOError
+
     try:
-        return FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED)
+        return _beam().create(path, compression_type="uncompressed")
     except (OSError, BeamIOError) as error:
         raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
@@ -193,8 +196,8 @@ def delete(paths: list[str]) -> None:
     for path in paths:
         if is_local(path) and os.path.lexists(path):
             os.unlink(path)
-    if there := [_literal(path) for path in paths if not is_local(path) and FileSystems.exists(path)]:
-        FileSystems.delete(there)
+    if there := [_literal(path) for path in paths if not is_local(path) and _beam().exists(path)]:
+        _beam().delete(there)
 
 
 def delete_temporary(folder: str) -> None:
@@ -210,31 +213,62 @@ def delete_folder(folder: str) -> None:
         delete([join(folder, name) for name in names(folder)])
 
 
+def _beam() -> Any:
+    """Returns Beam's file systems. Importing Beam takes two seconds, which local files need not wait for."""
+    from apache_beam.io.filesystems import FileSystems
+
+    return FileSystems
+
+
 def _info(name: str, path: str) -> FileInfo:
     status = os.stat(path)
     return FileInfo(name, status.st_size, status.st_mtime)
 
 
-def _walk(folder: str, prefix: str, depth: int | None, above: set[tuple[int, int]], found: Tree) -> None:
-    """Adds what lies in `folder` to `found`. `above` has the folder and those that hold it."""
+def _walk(top: str, depth: int | None) -> Tree:
+    """Returns what lies in the local folder `top`. Lists folders in parallel if this file system makes each listing wait."""
+    found = Tree([], [])
+    level = [(top, "", frozenset({_inode(top)}))]
+    slow = False
+    with ThreadPoolExecutor(_FOLDERS_AT_ONCE) as pool:
+        while level:
+            below = []
+            begun = time.perf_counter()
+            for infos, empty, folders in pool.map(_scan, level) if slow else map(_scan, level):
+                found.files.extend(infos)
+                found.empty_folders.extend(empty)
+                below += folders
+            entries = len(found.files) + len(below)
+            slow = time.perf_counter() - begun > _SECONDS_OF_A_SLOW_ENTRY * max(entries, 1)
+            level = below if depth is None or depth > 0 else []
+            depth = None if depth is None else depth - 1
+    return found
+
+
+def _scan(at: tuple[str, str, frozenset]) -> tuple[list[FileInfo], list[str], list[tuple[str, str, frozenset]]]:
+    """Returns a folder's files, its name if it is empty and below the top, and its subfolders in the form of `at`.
+
+    at: path, prefix of the names, and the inodes of the folder and of those that hold it
+    """
+    folder, prefix, above = at
     try:
         entries = list(os.scandir(folder))
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from error
-    if not entries and prefix:
-        found.empty_folders.append(prefix.rstrip("/"))
+    found, folders = [], []
     for entry in entries:
         name = prefix + os.fsencode(entry.name).decode(errors="surrogateescape")
         if entry.is_dir():
             inode = _inode(entry.path)
             if inode in above:
                 raise UserError(f"{entry.path} is a link to a folder that holds it: remove the link")
-            if depth is None or depth:
-                _walk(entry.path, f"{name}/", None if depth is None else depth - 1, above | {inode}, found)
+            folders.append((entry.path, f"{name}/", above | {inode}))
         elif entry.is_file():
-            found.files.append(_info(name, entry.path))
+            status = entry.stat()
+            found.append(FileInfo(name, status.st_size, status.st_mtime))
         else:  # a broken link counts as an empty file, which is reported when it is read
-            found.files.append(FileInfo(name, 0, 0.0))
+            found.append(FileInfo(name, 0, 0.0))
+    return found, [prefix.rstrip("/")] if not entries and prefix else [], folders
 
 
 def _inode(path: str) -> tuple[int, int]:
@@ -243,7 +277,7 @@ def _inode(path: str) -> tuple[int, int]:
 
 
 def _match(folder: str, depth: int | None) -> Tree:
-    (matched,) = FileSystems.match([join(_literal(folder), "**")])
+    (matched,) = _beam().match([join(_literal(folder), "**")])
     found, empty = [], []
     for metadata in matched.metadata_list:
         name = metadata.path[len(folder.rstrip("/")) + 1 :]

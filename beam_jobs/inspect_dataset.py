@@ -10,11 +10,10 @@ import io
 import itertools
 import json
 import logging
-import statistics
 import struct
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from beam_jobs.shards import FINGERPRINTS, file_crc32c, fingerprint_term, frame
 from trainer.shared.blocks import block_extent, framed_records, locate
 from trainer.shared.errors import UserError, first_few, print_in_any_locale
 from trainer.shared.page import Picture, Section, data_uri, render
+from trainer.shared.progress import OnProgress, ProgressBars, silent
 from trainer.shared.records import (
     MANIFEST,
     RECORDS_PER_BLOCK,
@@ -45,12 +45,12 @@ _SHOWN_IMAGES = 8
 """Number of images of each class that the page shows."""
 _THUMBNAIL = 72
 """Longer side of a thumbnail in pixels."""
+_SEEN = np.dtype([("image_id", "i8"), ("label", "i4"), ("bytes", "i4"), ("width", "i4"), ("height", "i4"), ("grey", "?")])
+"""What is kept of a record, 25 bytes. The width is 0 if the image has no header of a JPEG."""
+_READING = "reading shards, MB"
+"""A phase of progress."""
 _LISTED = 200
 """Number of repaired or rejected images that the page lists."""
-
-
-def ignore(*_: object) -> None:
-    """Does nothing."""
 
 
 class Record(NamedTuple):
@@ -94,50 +94,54 @@ def load(folder: str) -> Manifest:
         raise UserError(f"{path} is not a manifest of this version ({error!r}); build the dataset again") from error
 
 
-def inspect(folder: str, *, full: bool = False, on_progress: Callable[[int, int], None] = ignore) -> Report:
+def inspect(folder: str, *, full: bool = False, on_progress: OnProgress = silent) -> Report:
     """Checks the shards of a dataset against its manifest, and measures images.
 
     Checks the size of every file and TFDS's counts. With `full`, reads every record and checks checksums, labels, fingerprint,
-    and that the IDs are exactly 0..N-1. Calls `on_progress(shards done, shards in all)`.
+    and that the IDs are exactly 0..N-1. It then keeps 25 bytes an image of one split.
     """
     manifest = load(folder)
     problems: list[str] = []
     measured = {}
     fingerprint = done = 0
+    on_progress("listing the dataset")
+    found = {info.name: info.size for info in files.tree(folder, depth=0)}
+    total = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards) // 10**6 + 1
     for name, split in manifest.splits.items():
-        found = {shard.file: files.find(files.join(folder, shard.file)) for shard in split.shards}
         for shard in split.shards:
-            info = found[shard.file]
-            if info is None or info.size != shard.bytes:
-                there = f"has {info.size:,} bytes" if info else "is missing"
+            if found.get(shard.file) != shard.bytes:
+                there = f"has {found[shard.file]:,} bytes" if shard.file in found else "is missing"
                 problems.append(f"{shard.file} {there}, and the manifest says {shard.bytes:,} bytes")
         if sum(shard.records for shard in split.shards) != split.records or sum(split.records_per_class) != split.records:
             problems.append(
                 f"{name} has {split.records} records in the manifest, but its shards or classes add up to another number"
             )
-        readable = [shard for shard in split.shards if (info := found[shard.file]) is not None and info.size == shard.bytes]
-        sizes: list[tuple[int, int, int, bool]] = []
+        readable = [shard for shard in split.shards if found.get(shard.file) == shard.bytes]
+        seen = np.empty(split.records if full else _SAMPLED_BLOCKS * RECORDS_PER_BLOCK, _SEEN)
+        count = 0
         if full:
-            seen: list[tuple[int, int]] = []
             for shard in readable:
+                on_progress(_READING, done // 10**6, total)
                 of_shard, wrong = _read_whole(folder, shard)
                 problems += wrong
                 for record in of_shard:
                     fingerprint += fingerprint_term(name, record.image_id, record.label, record.encoded)
-                    seen.append((record.image_id, record.label))
-                    sizes += _size(record)
-                done += 1
-                on_progress(done, sum(len(one.shards) for one in manifest.splits.values()))
-            problems += _check_records(name, split, seen)
+                    count = _note(seen, count, record)
+                done += shard.bytes
+            problems += _check_records(name, split, seen[:count], count)
             problems += sources.wrong_sources(folder, manifest, name)
         else:
             for shard, block in _evenly([(one, block) for one in readable for block in range(len(one.blocks))]):
                 try:
-                    sizes += [size for record in _read_block(folder, shard, block) for size in _size(record)]
+                    for record in _read_block(folder, shard, block):
+                        count = _note(seen, count, record)
                 except ValueError as error:
                     problems.append(f"{shard.file} is damaged: {error}")
-        if sizes:
-            measured[name] = _statistics(sizes)
+        sized = seen[:count][seen["width"][:count] > 0]
+        if len(sized):
+            measured[name] = _statistics(sized)
+    if full:
+        on_progress(_READING, total, total)
     if full and not problems and f"{fingerprint % FINGERPRINTS:064x}" != manifest.fingerprint:
         problems.append(f"the records have the fingerprint {fingerprint % FINGERPRINTS:064x}, not the manifest's")
     problems += _check_tfds(folder, manifest)
@@ -168,7 +172,7 @@ def find_image(folder: str, split: str, image_id: int) -> dict[str, Any]:
     }
 
 
-def page(folder: str, *, full: bool = False, on_progress: Callable[[int, int], None] = ignore) -> str:
+def page(folder: str, *, full: bool = False, on_progress: OnProgress = silent) -> str:
     """Returns the page of a dataset as HTML that needs no other file."""
     return to_html(inspect(folder, full=full, on_progress=on_progress))
 
@@ -231,11 +235,12 @@ def _read_block(folder: str, shard: Shard, block: int) -> Iterator[Record]:
         yield Record(image_id, label, encoded)
 
 
-def _check_records(name: str, split: Split, seen: list[tuple[int, int]]) -> list[str]:
+def _check_records(name: str, split: Split, seen: np.ndarray, count: int) -> list[str]:
+    """Returns what is wrong with the IDs and labels of a split's records. There may be more records than `seen` has room for."""
     problems = []
-    if sorted(image_id for image_id, _ in seen) != list(range(split.records)):
+    if count != split.records or not np.array_equal(np.sort(seen["image_id"]), np.arange(split.records)):
         problems.append(f"the image IDs of {name} are not exactly 0..{split.records - 1}, each once")
-    counts = np.bincount([label for _, label in seen], minlength=len(split.records_per_class)).tolist()
+    counts = np.bincount(seen["label"], minlength=len(split.records_per_class)).tolist()
     if counts != list(split.records_per_class):
         problems.append(f"the labels of {name} do not occur as often as the manifest says")
     return problems
@@ -263,19 +268,20 @@ def _images_by_class(folder: str, manifest: Manifest, split: str, labels: Sequen
         yield label, shown
 
 
-def _size(record: Record) -> list[tuple[int, int, int, bool]]:
-    header = read_jpeg_header(record.encoded)
-    return [(header.width, header.height, len(record.encoded), header.components == 1)] if header else []
+def _note(seen: np.ndarray, count: int, record: Record) -> int:
+    """Notes the `count`th record in `seen`, [n] of `_SEEN`, if there is room. Returns the number of records."""
+    if count < len(seen):
+        header = read_jpeg_header(record.encoded)
+        shape = (header.width, header.height, header.components == 1) if header else (0, 0, False)
+        seen[count] = (record.image_id, record.label, len(record.encoded), *shape)
+    return count + 1
 
 
-def _statistics(sizes: list[tuple[int, int, int, bool]]) -> Statistics:
-    def of(values: list[float]) -> tuple[float, ...]:
-        return min(values), statistics.median(values), statistics.mean(values), max(values)
+def _statistics(seen: np.ndarray) -> Statistics:
+    def of(values: np.ndarray) -> tuple[float, ...]:
+        return tuple(float(one) for one in (values.min(), np.median(values), values.mean(), values.max()))
 
-    widths, heights, num_bytes, grey = zip(*sizes, strict=True)
-    return Statistics(
-        len(sizes), of(list(widths)), of(list(heights)), of([size / 1000 for size in num_bytes]), sum(grey) / len(sizes)
-    )
+    return Statistics(len(seen), of(seen["width"]), of(seen["height"]), of(seen["bytes"] / 1000), float(seen["grey"].mean()))
 
 
 def _evenly(items: list, most: int = _SAMPLED_BLOCKS) -> list:
@@ -358,15 +364,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.debug:
         warnings.simplefilter("ignore")
 
-    def show(done: int, total: int) -> None:
-        print(f"[inspect] {done}/{total}", file=sys.stderr, flush=True)
-
     try:
         if args.image is not None:
             _print_image(find_image(args.folder, args.split, args.image), args.json)
             return 0
-        found = inspect(args.folder, full=args.full, on_progress=show)
-        files.write(args.output, to_html(found).encode())
+        with ProgressBars() as bars:
+            on_progress = bars.of("inspect")
+            found = inspect(args.folder, full=args.full, on_progress=on_progress)
+            on_progress("drawing the page")
+            files.write(args.output, to_html(found).encode())
     except UserError as error:
         if args.debug:
             raise

@@ -5,36 +5,30 @@ import os
 import re
 import sys
 import tempfile
-import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any
 
-import apache_beam as beam
-
-from beam_jobs import catalogue, dataflow, dry_run, files, images, unpack, verify
-from beam_jobs.convert import Convert, Index
+from beam_jobs import catalogue, dry_run, files, images, unpack, verify
 from beam_jobs.ending import ends_when_asked
+from beam_jobs.local import OnThisMachine, Steps
 from beam_jobs.plan import UNPACKED, Plan, make_plan
 from beam_jobs.pooled import Writers, local_writers
 from beam_jobs.publish import publish, was_made_by
 from beam_jobs.raw import Recognised
-from beam_jobs.runners import make_pipeline, names_runner, run
 from trainer.shared.errors import UserError, printable
 from trainer.shared.files import is_local
+from trainer.shared.progress import OnProgress, followed, silent
 from trainer.shared.records import MANIFEST, Manifest, manifest_from_json
 
 _SHARD_FILE = re.compile(r".+\.tfrecord-\d{5}-of-\d{5}")
 _IDENTITY = "IDENTITY"
 """File in the work folder: the `Plan.identity` of the unfinished job."""
-_SECONDS_BETWEEN_POLLS = 0.5
-_SECONDS_BETWEEN_REMOTE_POLLS = 10.0
-
-
-def ignore(*_: object) -> None:
-    """Does nothing."""
+_SECONDS_BETWEEN_POLLS, _SECONDS_BETWEEN_REMOTE_POLLS = 0.5, 10.0
+LISTING = "listing raw files"
+"""A phase of progress."""
 
 
 @ends_when_asked()
@@ -44,17 +38,17 @@ def build(
     *,
     processes: int | None = None,
     beam_args: Sequence[str] = (),
-    on_progress: Callable[[int, int], None] = ignore,
+    on_progress: OnProgress = silent,
     **options: Any,
 ) -> Manifest:
     """Converts the raw images in the folder `raw` to a dataset in the folder `output`, and returns its manifest.
 
     processes: number of processes on this machine, 1 by default
     beam_args: Beam's own options; they may choose another runner. Every runner writes the same bytes
-    on_progress: called from another thread with the number of finished parts of the job and the number of all parts
+    on_progress: called with the phase and how much of it is done, perhaps from another thread
     options: the arguments of `make_plan`
 
-    If the layout must be unpacked, a pipeline of its own does that first, with a progress of its own.
+    If the layout must be unpacked, that is done first, by a pipeline of its own on a runner.
 
     Leaves a dataset as it is if the same conversion finished it before. On Dataflow, waits for an earlier attempt's job of the
     same conversion if that still runs. SIGTERM, SIGHUP and Ctrl-C cancel the job.
@@ -77,38 +71,44 @@ def build(
                 _unpack(work, output, processes, beam_args, on_progress)
             return folder
 
+        on_progress(LISTING)
         plan = make_plan(raw, output, **options, unpack=unpacked)
         for note in plan.raw.notes:
             print(printable(f"note: {note}"), file=sys.stderr, flush=True)
-        pipeline = make_pipeline(beam_args, processes)
+        runs = _run(beam_args, processes, output, plan.identity)
         hold()
-        return _convert(plan, pipeline, Writers() if names_runner(beam_args) else local_writers(processes or 1), on_progress)
+        return _convert(plan, runs, on_progress)
 
 
-def _convert(plan: Plan, pipeline: beam.Pipeline, writers: Writers, on_progress: Callable[[int, int], None]) -> Manifest:
-    job = dataflow.Conversion(pipeline, plan.output, plan.identity) if dataflow.is_dataflow(pipeline) else None
-    running = job.running() if job else None
+def _run(beam_args: Sequence[str], processes: int | None, output: str, identity: str) -> Steps:
+    """Returns what runs the steps of a conversion: this machine, or Beam if any of its options are given.
+
+    Raises UserError for options that make no sense.
+    """
+    if processes is not None and processes < 1:
+        raise UserError(f"processes={processes} makes no sense: it must be at least 1")
+    if not beam_args:
+        return OnThisMachine(local_writers(processes or 1))
+    from beam_jobs.runners import OnRunner
+
+    return OnRunner(beam_args, processes, output, identity)
+
+
+def _convert(plan: Plan, runs: Steps, on_progress: OnProgress) -> Manifest:
     if files.find(files.join(plan.output, MANIFEST)):
         # The work folder still exists if the earlier job was interrupted during its cleanup.
         if _made_here(plan) != plan.identity and not was_made_by(plan):
             raise _finished(plan.output)
         print(f"{plan.output} is already there: the same conversion finished before", file=sys.stderr, flush=True)
         return publish(plan)
-    if not running:  # a running job's workers write to the output folder
+    if not runs.going_on:  # a running job's workers write to the output folder
         _prepare(plan)
-        pipeline | Convert(plan, writers)
-    # The parts of a conversion are its archives, its shards, and publishing.
-    parts = len(plan.raw.archives) + sum(plan.num_shards.values()) + 1
-    with _followed(partial(verify.count_reports, plan), parts, plan.work, on_progress), job.watched() if job else nullcontext():
-        try:
-            if job:
-                run(lambda: job.wait(running or pipeline.run()))
-            else:
-                run(lambda: pipeline.run().wait_until_finish())
-            return publish(plan)
-        except (verify.FaultsError, verify.LostRecordsError):
-            _remove_leftovers(plan)
-            raise
+    try:
+        runs.convert(plan, on_progress)
+        return publish(plan)
+    except (verify.FaultsError, verify.LostRecordsError):
+        _remove_leftovers(plan)
+        raise
 
 
 def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any) -> None:
@@ -122,6 +122,9 @@ def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any)
             raise UserError(f"{raw} has a layout that must be unpacked first, which no template does: run the job itself")
         return ""
 
+    from beam_jobs.runners import make_pipeline
+    from beam_jobs.transforms import Convert
+
     plan = make_plan(raw, output, **options, unpack=refused)
     pipeline = make_pipeline(beam_args, None)
     pipeline | Convert(plan, Writers())
@@ -129,7 +132,13 @@ def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any)
 
 
 def plan_only(
-    raw: str, output: str, *, processes: int | None = None, beam_args: Sequence[str] = (), **options: Any
+    raw: str,
+    output: str,
+    *,
+    processes: int | None = None,
+    beam_args: Sequence[str] = (),
+    on_progress: OnProgress = silent,
+    **options: Any,
 ) -> dry_run.DryRun:
     """Returns what `build` would do with the same arguments. Reads every image's header; leaves no file behind."""
     local = is_local(output)
@@ -140,16 +149,17 @@ def plan_only(
     def catalogued(recognised: Recognised, synsets: Sequence[str] | None) -> str:
         needed = unpack.make_work(raw, recognised, folder, synsets, to_check)
         if needed.sources:
-            _unpack(needed, output, processes, beam_args, ignore)
+            _unpack(needed, output, processes, beam_args, on_progress)
         return folder
 
     try:
+        on_progress(LISTING)
         plan = make_plan(raw, output, **options, unpack=catalogued)
-        pipeline = make_pipeline(beam_args, processes)
+        runs = _run(beam_args, processes, output, plan.identity)
         unpacked = catalogue.read_summary(folder).splits if catalogue.has_summary(folder) else {}
         checking = dry_run.check_only_plan(plan, work)
-        pipeline | Index(checking)
-        run(lambda: pipeline.run().wait_until_finish())
+        runs.index(checking, on_progress)
+        on_progress("measuring how long an image takes")
         return dry_run.summarise(plan, verify.archive_reports(checking), unpacked)
     finally:
         files.delete_folder(folder)
@@ -195,22 +205,17 @@ def _unpack(
     output: str,
     processes: int | None,
     beam_args: Sequence[str],
-    on_progress: Callable[[int, int], None],
+    on_progress: OnProgress,
 ) -> None:
     """Runs the pipeline that unpacks the source files. Files that are unpacked already stay as they are."""
-    pipeline = make_pipeline(beam_args, processes)
-    job = dataflow.Conversion(pipeline, output, work.identity) if dataflow.is_dataflow(pipeline) else None
-    running = job.running() if job else None
-    if not running:
+    runs = _run(beam_args, processes, output, work.identity)
+    if not runs.going_on:
         unpack.prepare(work)
-        pipeline | unpack.Unpack(work, Writers() if names_runner(beam_args) else local_writers(processes or 1))
-    following = _followed(partial(unpack.count_done, work), len(work.sources), work.unpacked, on_progress)
-    with following, job.watched() if job else nullcontext():
-        if job:
-            run(lambda: job.wait(running or pipeline.run()))
-        else:
-            run(lambda: pipeline.run().wait_until_finish())
-        unpack.finish(work)
+    pause = _SECONDS_BETWEEN_POLLS if is_local(work.unpacked) else _SECONDS_BETWEEN_REMOTE_POLLS
+    with followed(on_progress, "unpacking files", partial(unpack.count_done, work), len(work.sources), pause):
+        runs.unpack(work)
+    on_progress("sorting what was unpacked")
+    unpack.finish(work)
 
 
 def _finished(output: str) -> UserError:
@@ -245,26 +250,3 @@ def _remove_leftovers(plan: Plan) -> None:
     files.delete([files.join(plan.output, name) for name in files.names(plan.output) if _SHARD_FILE.fullmatch(name)])
     files.delete_temporary(plan.output)
     files.delete_folder(plan.work)
-
-
-@contextmanager
-def _followed(count: Callable[[], int], total: int, folder: str, on_progress: Callable[[int, int], None]) -> Iterator[None]:
-    """Reports progress while the block runs. `count` looks into `folder` and returns the number of finished parts."""
-    ended = threading.Event()
-    pause = _SECONDS_BETWEEN_POLLS if is_local(folder) else _SECONDS_BETWEEN_REMOTE_POLLS
-
-    def watch() -> None:
-        done = 0
-        while not ended.wait(pause):
-            done = max(done, min(count(), total - 1))
-            on_progress(done, total)
-
-    on_progress(0, total)
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
-    on_progress(total, total)

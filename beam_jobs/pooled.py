@@ -1,17 +1,18 @@
-"""Work of one Beam worker in several processes or threads at the same time."""
+"""Calls of a function in several processes or threads at the same time."""
 
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-
-import apache_beam as beam
+from typing import Any, TypeVar
 
 from trainer.shared.processes import end_with
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -28,44 +29,35 @@ def local_writers(processes: int) -> Writers:
     return Writers(processes, min(os.cpu_count() or 1, 8))
 
 
-class Pooled(beam.DoFn):
-    """A step whose calls run as many at the same time as there are writers. A bundle ends when all its calls are done."""
+def make_pool(writers: Writers) -> Executor | None:
+    """Returns what makes as many calls at the same time as there are writers; None if there is one, in this thread."""
+    if writers.processes > 1:
+        # Forked processes start at once and share memory. Forking is safe on Linux only.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        return ProcessPoolExecutor(writers.processes, context, _begin_worker, (os.getpid(),))
+    return ThreadPoolExecutor(writers.threads) if writers.threads > 1 else None
 
-    def __init__(self, writers: Writers) -> None:
-        self.writers = writers
-        self._pool: Executor | None = None
-        self._pending: list[Future] = []
 
-    def setup(self) -> None:
-        if self.writers.processes > 1:
-            # Forked processes start at once and share memory. Forking is safe on Linux only.
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            self._pool = ProcessPoolExecutor(self.writers.processes, context, _begin_worker, (os.getpid(),))
-        elif self.writers.threads > 1:
-            self._pool = ThreadPoolExecutor(self.writers.threads)
+def in_parallel(writers: Writers, function: Callable[..., Result], calls: Iterable[tuple]) -> Iterator[Result]:
+    """Yields the result of `function` for the arguments of each call, in order. Takes few calls in advance.
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Calls `function`, at once or later."""
-        if self._pool:
-            self._pending.append(self._pool.submit(function, *arguments))
-        else:
-            self.called(function(*arguments))
-
-    def called(self, result: Any) -> None:
-        """Takes the result of a call."""
-
-    def finish_bundle(self) -> None:
-        pending, self._pending = self._pending, []
-        try:
-            for one in pending:
-                self.called(one.result())
-        finally:  # after a failure or an interrupt, cancel the calls that have not begun
-            for one in pending:
-                one.cancel()
-
-    def teardown(self) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
+    After a failure or an interrupt, the calls that have not begun are cancelled.
+    """
+    pool = make_pool(writers)
+    if pool is None:
+        for arguments in calls:
+            yield function(*arguments)
+        return
+    pending: deque[Future[Any]] = deque()
+    try:
+        for arguments in calls:
+            pending.append(pool.submit(function, *arguments))
+            if len(pending) > 2 * max(writers.processes, writers.threads):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _begin_worker(parent: int) -> None:

@@ -1,17 +1,72 @@
-"""Makes Beam's pipeline from its options, runs it, and unwraps this project's own errors from Beam's."""
+"""Runs a conversion's steps on Beam: makes its pipeline, runs it, and unwraps this project's own errors from Beam's."""
 
 import re
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, TestOptions
 
-from beam_jobs import verify
+from beam_jobs import dataflow, transforms, verify
+from beam_jobs.plan import Plan
+from beam_jobs.pooled import Writers, local_writers
+from beam_jobs.unpack import Work
 from trainer.shared.errors import UserError
+from trainer.shared.files import is_local
+from trainer.shared.progress import OnProgress, followed
 
+_SECONDS_BETWEEN_POLLS, _SECONDS_BETWEEN_REMOTE_POLLS = 0.5, 10.0
 _DASK = "--runner=DaskRunner"
 """Short name of Dask's runner. Beam accepts only a longer name."""
+
+
+class OnRunner:
+    """Runs the steps of a conversion on the runner that Beam's options choose, one pipeline for each step."""
+
+    def __init__(self, beam_args: Sequence[str], processes: int | None, output: str, identity: str) -> None:
+        """Finds the job on Dataflow that an earlier attempt at the same work started.
+
+        identity: digest of what the pipeline does in the folder `output`
+        """
+        self._pipeline = make_pipeline(beam_args, processes)
+        self._writers = Writers() if names_runner(beam_args) else local_writers(processes or 1)
+        self._job = dataflow.Conversion(self._pipeline, output, identity) if dataflow.is_dataflow(self._pipeline) else None
+        self._running = self._job.running() if self._job else None
+
+    @property
+    def going_on(self) -> bool:
+        """Whether an earlier attempt's job still runs. The next step then waits for it and starts none."""
+        return bool(self._running)
+
+    def index(self, plan: Plan, on_progress: OnProgress) -> None:
+        self._pipeline | transforms.Index(plan)
+        with _followed(plan, "checking archives", len(plan.raw.archives), on_progress):
+            run(lambda: self._pipeline.run().wait_until_finish())
+
+    def unpack(self, work: Work) -> None:
+        self._run(transforms.Unpack(work, self._writers))
+
+    def convert(self, plan: Plan, on_progress: OnProgress) -> None:
+        # The parts of a conversion are its archives, its shards, and publishing.
+        parts = len(plan.raw.archives) + sum(plan.num_shards.values()) + 1
+        with _followed(plan, "converting", parts, on_progress):
+            self._run(transforms.Convert(plan, self._writers))
+
+    def _run(self, step: beam.PTransform) -> None:
+        if not self._running:
+            self._pipeline | step
+        job = self._job
+        with job.watched() if job else nullcontext():
+            if job:
+                run(lambda: job.wait(self._running or self._pipeline.run()))
+            else:
+                run(lambda: self._pipeline.run().wait_until_finish())
+
+
+def _followed(plan: Plan, phase: str, parts: int, on_progress: OnProgress) -> AbstractContextManager[None]:
+    pause = _SECONDS_BETWEEN_POLLS if is_local(plan.work) else _SECONDS_BETWEEN_REMOTE_POLLS
+    return followed(on_progress, phase, lambda: verify.count_reports(plan), parts, pause)
 
 
 def make_pipeline(beam_args: Sequence[str], processes: int | None) -> beam.Pipeline:
@@ -19,8 +74,6 @@ def make_pipeline(beam_args: Sequence[str], processes: int | None) -> beam.Pipel
 
     Raises UserError for options that Beam does not know, and for `processes` with a runner that does not run on this machine.
     """
-    if processes is not None and processes < 1:
-        raise UserError(f"processes={processes} makes no sense: it must be at least 1")
     if processes is not None and names_runner(beam_args):
         raise UserError("--processes is for this machine: with --runner, give that runner's own options instead")
     arguments = list(beam_args)

@@ -13,9 +13,8 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import apache_beam as beam
 import pyarrow as pa
 
 from beam_jobs import catalogue, files, images
@@ -24,7 +23,6 @@ from beam_jobs.files import FileInfo
 from beam_jobs.layouts.layout import Stream, StreamedImage, StreamError
 from beam_jobs.layouts.names import canonical
 from beam_jobs.layouts.passed_over import PassedOver, Tallies, add
-from beam_jobs.pooled import Pooled, Writers
 from beam_jobs.raw import Recognised
 
 _FORMAT = 1
@@ -79,30 +77,6 @@ def make_work(
                 key = f"{split}-{number:05d}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
                 sources.append(Source(split, layout, info.name, found.labels, key))
     return Work(raw, unpacked, chosen, tuple(sources), check)
-
-
-class Unpack(beam.PTransform):
-    """Unpacks all source files of a raw folder."""
-
-    def __init__(self, work: Work, writers: Writers) -> None:
-        super().__init__()
-        self.work = work
-        self.writers = writers
-
-    def expand(self, pbegin: Any) -> Any:
-        sources = pbegin | "Sources" >> beam.Create(range(len(self.work.sources)))
-        return sources | "UnpackSources" >> beam.ParDo(UnpackSources(self.work, self.writers))
-
-
-class UnpackSources(Pooled):
-    """Unpacks source files, as many at the same time as there are writers."""
-
-    def __init__(self, work: Work, writers: Writers) -> None:
-        super().__init__(writers)
-        self.work = work
-
-    def process(self, number: int) -> None:
-        self.call(unpack_source, self.work, number)
 
 
 def unpack_source(work: Work, number: int) -> None:

@@ -60,6 +60,11 @@ def count_reports(plan: Plan) -> int:
     return len(_report_names(plan))
 
 
+def reported_shards(plan: Plan) -> set[str]:
+    """Returns the files of the shards that an earlier attempt reported as written."""
+    return {name.removesuffix(".json") for name in _report_names(plan)}
+
+
 def is_finished(plan: Plan, file: str, image_ids: Iterable[int], labels: Iterable[int]) -> bool:
     """Returns whether a shard of exactly these images is on disk with the checksum in its report."""
     report_file = files.join(plan.work, f"{file}.json")

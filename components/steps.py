@@ -71,7 +71,7 @@ def build_tfrecords(
             raw,
             dataset.uri,
             beam_args=beam_args,
-            on_progress=lambda done, total: on_progress("converting", done, total),
+            on_progress=on_progress,
             **options_of(settings),
         )
         train, validation = manifest.splits["train"], manifest.splits.get("validation", Split(0, (), ()))

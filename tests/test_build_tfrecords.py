@@ -43,6 +43,9 @@ from beam_jobs.verify import LostRecordsError
 from trainer.shared.errors import UserError
 from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, RECORDS_PER_BLOCK, read_manifest, reading_positions
 
+BEAM = ("--runner=FnApiRunner",)
+"""Beam's options that run a conversion in this process."""
+
 
 def test_stock_tfds_gives_back_every_image_with_its_id_and_label(built):
     import tensorflow_datasets as tfds
@@ -206,11 +209,12 @@ def test_what_goes_wrong_between_workers_is_caught_and_nothing_published(fault, 
 
     monkeypatch.setattr(convert, "assign_ids", faulty)
     with pytest.raises(LostRecordsError, match="nothing was published"):
-        build(str(raw), str(tmp_path / "output"), num_shards=2)
+        build(str(raw), str(tmp_path / "output"), num_shards=2, beam_args=BEAM)
     assert list((tmp_path / "output").iterdir()) == []
 
 
-def test_a_lost_archive_is_caught(raw, tmp_path, monkeypatch):
+@pytest.mark.parametrize("beam_args", [(), BEAM])
+def test_a_lost_archive_is_caught(beam_args, raw, tmp_path, monkeypatch):
     index_archive = convert.index_archive
 
     def faulty(number, plan):
@@ -218,7 +222,7 @@ def test_a_lost_archive_is_caught(raw, tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert, "index_archive", faulty)
     with pytest.raises(LostRecordsError, match=r"lost ILSVRC2012_img_train.tar/n01000002.tar"):
-        build(str(raw), str(tmp_path / "output"))
+        build(str(raw), str(tmp_path / "output"), beam_args=beam_args)
     assert list((tmp_path / "output").iterdir()) == []
 
 
@@ -308,7 +312,7 @@ def test_a_finished_dataset_of_the_same_conversion_is_already_there(raw, tmp_pat
     assert main(command) == 0
     again = capsys.readouterr()
     assert again.out == first.out
-    assert again.err == f"{output} is already there: the same conversion finished before\n"
+    assert without_progress(again.err) == [f"{output} is already there: the same conversion finished before"]
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.iterdir()} == before
 
     changed = tmp_path / "raw"
@@ -444,12 +448,44 @@ def test_arguments_that_make_no_sense_are_refused_before_anything_is_written(arg
     assert not (tmp_path / "output").exists()
 
 
-def test_progress_goes_from_nothing_to_all(raw, tmp_path):
-    seen: list[tuple[int, int]] = []
-    build(str(raw), str(tmp_path / "output"), num_shards=2, on_progress=lambda done, total: seen.append((done, total)))
-    assert {total for _, total in seen} == {4 + 4 + 1}
-    assert seen[0][0] == 0
-    assert seen[-1][0] == 9
+def without_progress(said: str) -> list[str]:
+    """The lines of stderr apart from those of the progress."""
+    return [line for line in said.splitlines() if not line.startswith("[build-tfrecords] ")]
+
+
+def phases_of(run) -> dict[str, list[tuple[int, int]]]:
+    """What `run(on_progress)` reports of each phase, in the order of the phases."""
+    seen: dict[str, list[tuple[int, int]]] = {}
+
+    def on_progress(phase: str, done: int = 0, total: int = 0, text: str = "") -> None:
+        seen.setdefault(phase, []).append((done, total))
+
+    run(on_progress)
+    return seen
+
+
+def test_each_phase_goes_from_nothing_to_all_and_counts_images_where_they_take_the_time(raw, tmp_path, monkeypatch):
+    def convert_to(output: Path):
+        return lambda on_progress: build(str(raw), str(output), num_shards=2, on_progress=on_progress)
+
+    seen = phases_of(convert_to(tmp_path / "output"))
+    assert [*seen] == ["listing raw files", "listing images, MB", "writing images", "verifying the dataset"]
+    assert (seen["writing images"][0], seen["writing images"][-1]) == ((0, 170), (170, 170))
+    assert all(reported == sorted(reported) and reported[-1][0] == reported[-1][1] for reported in seen.values())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(convert, "publish", {}.__getitem__)
+        with pytest.raises(TypeError):
+            build(str(raw), str(tmp_path / "again"), num_shards=2)
+    seen = phases_of(convert_to(tmp_path / "again"))
+    assert [*seen] == ["listing raw files", "listing images, MB", "verifying finished shards", "verifying the dataset"]
+
+
+def test_progress_of_a_runner_counts_archives_and_shards(raw, tmp_path):
+    seen = phases_of(lambda on_progress: build(str(raw), str(tmp_path), num_shards=2, beam_args=BEAM, on_progress=on_progress))[
+        "converting"
+    ]
+    assert (seen[0], seen[-1]) == ((0, 4 + 4 + 1), (9, 9))
     assert seen == sorted(seen)
 
 
@@ -479,7 +515,8 @@ def test_command_ends_with_one_line_and_code_2_where_raw_data_is_missing(tmp_pat
     done = run_main("--raw", str(tmp_path), "--output", str(tmp_path / "output"))
     assert done.returncode == 2
     missing = f"{TRAIN} (or train/ with images) and {VALIDATION} (or val/ with images)"
-    assert done.stderr == f"error: {tmp_path} holds no raw ImageNet: it lacks {missing}; docs/conversion.md lists every layout\n"
+    (line,) = without_progress(done.stderr)
+    assert line == f"error: {tmp_path} holds no raw ImageNet: it lacks {missing}; docs/conversion.md lists every layout"
 
 
 def test_command_ends_with_one_line_and_code_2_where_an_archive_is_bad(tmp_path):

@@ -150,8 +150,10 @@ def test_what_a_terminal_sends_to_a_conversion_in_two_processes_ends_it_without_
 def test_of_two_conversions_into_one_folder_the_second_is_refused(raw, tmp_path):
     from beam_jobs.job import build
 
-    def convert_again(done, total):
+    def convert_again(phase, done=0, total=0, text=""):
+        if phase == "listing raw files":
+            return  # the first has not claimed the folder yet
         with pytest.raises(UserError, match=r"another conversion writes to .+: wait until it ends, or give another folder"):
             build(str(raw), str(tmp_path))
 
-    build(str(raw), str(tmp_path), on_progress=lambda done, total: done or convert_again(done, total))
+    build(str(raw), str(tmp_path), on_progress=convert_again)

@@ -7,18 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from apache_beam.portability.api import beam_runner_api_pb2
 from support.raw_data import OF_VALIDATION, TRAIN, contents, picture
 
 from beam_jobs import build_tfrecords, convert, files
 from beam_jobs.job import build
+from beam_jobs.layouts.layout import RawImage
 from beam_jobs.plan import make_plan
 from beam_jobs.publish import CONVERSION
 from beam_jobs.raw import SPLITS
+from beam_jobs.references import ReferenceTable, pack_images
 from trainer.shared import files as shared
 from trainer.shared.errors import UserError
 from trainer.shared.records import MANIFEST, manifest_from_json, read_manifest
@@ -46,6 +50,42 @@ def fingerprint(written: dict[str, bytes]) -> str:
 def test_several_processes_write_the_bytes_of_one(processes, num_shards, raw, references, tmp_path):
     build(str(raw), str(tmp_path / "output"), num_shards=num_shards, processes=processes)
     assert contents(tmp_path / "output") == references[num_shards]
+
+
+def test_a_runner_of_beam_writes_the_bytes_of_one_process(raw, references, tmp_path):
+    build(str(raw), str(tmp_path / "output"), num_shards=8, beam_args=["--runner=FnApiRunner"])
+    assert contents(tmp_path / "output") == references[8]
+
+
+@pytest.mark.parametrize("more", [[], ["--processes", "2"], ["--dry-run"]])
+def test_beam_is_imported_for_a_runner_only(more, raw, tmp_path):
+    """Importing Beam takes longer than converting 10,000 images."""
+    code = f"""
+import sys
+from beam_jobs.build_tfrecords import main
+for _ in range(2):
+    assert main(["--raw", {str(raw)!r}, "--output", {str(tmp_path / "output")!r}, *{more!r}]) == 0
+sys.exit([name for name in sys.modules if name.startswith("apache_beam")][:1] or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_references_to_images_take_at_most_100_bytes_each():
+    """In objects they took 860 bytes: 12 GB for 14 million images."""
+    names = [f"n01440764.tar/n01440764_{number}.JPEG" for number in range(20_000)]
+    for images in (
+        [RawImage(name, 7, TRAIN, 512 * number, 1000 + number) for number, name in enumerate(names)],
+        [RawImage("", 7, f"train/{name}", 0, 1000 + number) for number, name in enumerate(names)],
+    ):
+        packed = pack_images(images)
+        tracemalloc.start()
+        table = ReferenceTable.joined([ReferenceTable.of(packed[:7]), ReferenceTable.of([]), ReferenceTable.of(packed[7:])])
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert held / len(images) <= 100
+        assert list(table.take(np.arange(len(images)))) == packed
+        assert list(table.take(np.array([9, 0, 19_999]))) == [packed[9], packed[0], packed[19_999]]
 
 
 def test_the_fingerprint_is_that_of_any_number_of_shards(references, built):

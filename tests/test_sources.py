@@ -1,6 +1,7 @@
 """The raw file of every image: known by ID whatever the layout, and named where a record turns out to be bad."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from support.raw_data import (
 from beam_jobs import images, inspect_dataset
 from beam_jobs.job import build
 from beam_jobs.sources import source_of
+from trainer import bad_records
 from trainer.presets import resolve
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
@@ -152,3 +154,19 @@ def test_fine_tuning_on_a_subset_names_a_torn_record(built, tmp_path):
     config, manifest = resolve("demo"), read_manifest(str(folder))
     with pytest.raises(UserError, match=rf"{shard.name} is torn or altered after record -?\d+.*; it is image \d+, from {TRAIN}/"):
         labelled_batches(config.views, 8, config.run, str(folder), manifest, np.arange(100))
+
+
+def test_only_the_shard_of_a_bad_record_is_read_one_by_one(let_through, built, monkeypatch, capsys):
+    one_by_one = []
+    monkeypatch.setattr(bad_records, "_first_of_shard", lambda *arguments: one_by_one.append(arguments[3].file))
+    bad_records.first_bad_record(str(built), read_manifest(str(built)), "train")
+    assert not one_by_one
+    bad_records.first_bad_record(str(let_through), read_manifest(str(let_through)), "train")
+    assert len(one_by_one) == 1
+    assert "searching the 150 train images for it" in capsys.readouterr().err
+
+
+def test_the_search_says_how_far_it_is(built, monkeypatch, capsys):
+    monkeypatch.setattr(bad_records, "_SECONDS_BETWEEN_LINES", 0.0)
+    assert bad_records.first_bad_record(str(built), read_manifest(str(built)), "train") is None
+    assert re.search(r"searched \d+ of 150 images, about \d+ s left", capsys.readouterr().err)

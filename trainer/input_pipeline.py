@@ -5,16 +5,14 @@ consists of TensorFlow operations only, so each host of a TPU slice can run its 
 """
 
 import os
-import sys
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from trainer.augmentation import NUM_DRAWS, central_crop, one_view, two_views
+from trainer.bad_records import naming_bad_records, parse
 from trainer.config import Config
-from trainer.origin import origin
 from trainer.sampler import Sampler
 from trainer.settings import RunSettings, ViewSettings
 from trainer.shared import records
@@ -23,7 +21,6 @@ from trainer.shared.errors import UserError
 from trainer.shared.records import Manifest
 
 Batch = dict[str, tf.Tensor]
-T = TypeVar("T")
 
 _LOCAL_BLOCKS_AT_ONCE, _BLOCKS_AT_ONCE = 4, 16
 """Blocks to read in parallel from a local disk, and from Cloud Storage, where a request takes tens of milliseconds."""
@@ -52,7 +49,7 @@ def training_batches(
     taken = _in_order(batch_size, config.run, data_dir, manifest, first_step, host, hosts)
 
     def example(item: dict[str, tf.Tensor]) -> Batch:
-        parsed = _parse(item["serialized"], split.records, manifest.num_classes)
+        parsed = parse(item["serialized"], split.records, manifest.num_classes)
         image_id = parsed[records.IMAGE_ID]
         epoch_key = _epoch_key(config.run.seed, item["epoch"])
         views, draws = two_views(
@@ -105,7 +102,7 @@ def labelled_batches(
         taken = sampler.windows(first_step, host, hosts).map(lambda window: _taken(window, stored, window["positions"]))
 
     def example(item: dict[str, tf.Tensor]) -> Batch:
-        parsed = _parse(item["serialized"], split.records, manifest.num_classes)
+        parsed = parse(item["serialized"], split.records, manifest.num_classes)
         view = one_view(
             parsed[records.ENCODED],
             size,
@@ -156,10 +153,10 @@ def evaluation_batches(
     wanted = np.ones(split.records, bool) if image_ids is None else np.isin(np.arange(split.records), image_ids)
 
     def is_wanted(serialized: tf.Tensor) -> tf.Tensor:
-        return tf.gather(wanted, _parse(serialized, split.records, manifest.num_classes)[records.IMAGE_ID])
+        return tf.gather(wanted, parse(serialized, split.records, manifest.num_classes)[records.IMAGE_ID])
 
     def example(serialized: tf.Tensor) -> Batch:
-        parsed = _parse(serialized, split.records, manifest.num_classes)
+        parsed = parse(serialized, split.records, manifest.num_classes)
         image = central_crop(parsed[records.ENCODED], size, views.eval_crop_proportion)
         return {
             "image": tf.ensure_shape(image, [size, size, 3]),
@@ -211,55 +208,6 @@ def make_sampler(batch_size: int, run: RunSettings, manifest: Manifest) -> Sampl
     return Sampler(sizes, batch_size, run.shuffle_window, run.seed)
 
 
-def naming_bad_records(batches: Iterable[T], data_dir: str, manifest: Manifest, split_name: str) -> Iterator[T]:
-    """Yields the batches or records of a split. If one fails, raises UserError that names the bad record and its raw file."""
-    coming = iter(batches)
-    while True:
-        try:
-            batch = next(coming)
-        except StopIteration:
-            return
-        except tf.errors.OpError as error:
-            print("a record is bad; searching for it", file=sys.stderr)
-            found = first_bad_record(data_dir, manifest, split_name)
-            raise found or UserError(f"{data_dir} cannot be read: {str(error).splitlines()[0]}") from error
-        yield batch
-
-
-def first_bad_record(data_dir: str, manifest: Manifest, split_name: str) -> UserError | None:
-    """Reads a split from its beginning. Returns an error that names its first bad record by file, number and raw file, or None.
-
-    The parallel input pipeline cannot tell which record it failed at; this slower reading can.
-    """
-    split = manifest.splits[split_name]
-    seen: dict[int, str] = {}
-    before = 0
-
-    def told(text: str, number: int) -> UserError:
-        return UserError(text + origin(data_dir, manifest, split_name, before + number))
-
-    for shard in split.shards:
-        path = f"{data_dir.rstrip('/')}/{shard.file}"
-        number = -1
-        try:
-            for number, serialized in enumerate(_untuned(tf.data.TFRecordDataset(path, buffer_size=_BYTES_A_READ))):
-                where = f"record {number} of {path}"
-                parsed = _parse(serialized, split.records, manifest.num_classes)
-                image_id = int(parsed[records.IMAGE_ID])
-                if image_id in seen:
-                    return told(
-                        f"{where} has image ID {image_id}, which {seen[image_id]} has too: build the dataset again", number
-                    )
-                seen[image_id] = where
-                tf.io.decode_jpeg(parsed[records.ENCODED], channels=3)
-        except tf.errors.DataLossError:
-            return told(f"{path} is torn or altered after record {number}: build the dataset again", number + 1)
-        except tf.errors.OpError as error:
-            return told(f"record {number} of {path}: {_first_line(error)}", number)
-        before += shard.records
-    return None
-
-
 def _in_order(
     batch_size: int, run: RunSettings, data_dir: str, manifest: Manifest, first_step: int, host: int, hosts: int
 ) -> tf.data.Dataset:
@@ -281,7 +229,7 @@ def _stored(data_dir: str, manifest: Manifest, image_ids: np.ndarray) -> tf.Tens
     every = tf.data.TFRecordDataset(files, buffer_size=_BYTES_A_READ)
     chosen = _untuned(
         every.filter(
-            lambda serialized: tf.gather(wanted, _parse(serialized, split.records, manifest.num_classes)[records.IMAGE_ID])
+            lambda serialized: tf.gather(wanted, parse(serialized, split.records, manifest.num_classes)[records.IMAGE_ID])
         )
     )
     return tf.constant([record.numpy() for record in naming_bad_records(chosen, data_dir, manifest, "train")])
@@ -361,25 +309,3 @@ def _block_sizes(shard: records.Shard) -> list[int]:
 
 def _taken(window: dict[str, tf.Tensor], serialized: tf.Tensor, indices: tf.Tensor) -> dict[str, tf.Tensor]:
     return {"serialized": tf.gather(serialized, indices), "epoch": tf.fill(tf.shape(indices), window["epoch"])}
-
-
-def _parse(serialized: tf.Tensor, num_images: int, num_classes: int) -> dict[str, tf.Tensor]:
-    """Parses a record. Fails if its image ID or label is out of range, because a wrong ID would corrupt another image's u."""
-    parsed = records.parse_example(serialized)
-    image_id, label = parsed[records.IMAGE_ID], parsed[records.LABEL]
-    checks = [
-        tf.debugging.Assert(
-            tf.logical_and(image_id >= 0, image_id < num_images),
-            [tf.strings.format(f"image ID {{}} is not within 0..{num_images - 1}: build the dataset again", image_id)],
-        ),
-        tf.debugging.Assert(
-            tf.logical_and(label >= 0, label < num_classes),
-            [tf.strings.format(f"label {{}} is not within 0..{num_classes - 1}: build the dataset again", label)],
-        ),
-    ]
-    with tf.control_dependencies(checks):
-        return {name: tf.identity(value) for name, value in parsed.items()}
-
-
-def _first_line(error: tf.errors.OpError) -> str:
-    return str(error.message).splitlines()[0].rpartition("}} ")[2]

@@ -10,11 +10,12 @@ import numpy as np
 import tensorflow as tf
 
 from trainer import checkpoint as checkpoints
+from trainer.bad_records import naming_bad_records
 from trainer.config import Config
 from trainer.distribution import check_divides, jit_compile, make_strategy
 from trainer.folder import CONFIG, RESULT, claim_folder, recorded_source
 from trainer.initial import find_source, initialise
-from trainer.input_pipeline import Batch, naming_bad_records, training_batches, training_split
+from trainer.input_pipeline import Batch, training_batches, training_split
 from trainer.losses import make_loss
 from trainer.optimizer import peak_learning_rate, total_steps
 from trainer.preemption import PreemptedError

@@ -22,10 +22,11 @@ from eval.measure import parts
 from eval.measure.alone import alone
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import as_floats
+from trainer.bad_records import naming_bad_records
 from trainer.config import Config, values_of
 from trainer.distribution import jit_compile
 from trainer.encoder import make_encoder
-from trainer.input_pipeline import PADDING, evaluation_batches, naming_bad_records
+from trainer.input_pipeline import PADDING, evaluation_batches
 from trainer.preemption import PreemptedError
 from trainer.shared.errors import UserError
 from trainer.shared.files import make_folder, write_whole

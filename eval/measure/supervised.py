@@ -19,10 +19,11 @@ import tensorflow as tf
 from eval.measure.features import digest_of, features_of_pixels
 from trainer import checkpoint as checkpoints
 from trainer.augmentation import as_floats
+from trainer.bad_records import naming_bad_records
 from trainer.config import Config
 from trainer.distribution import Replicas, jit_compile
 from trainer.heads import make_classifier
-from trainer.input_pipeline import Batch, labelled_batches, naming_bad_records
+from trainer.input_pipeline import Batch, labelled_batches
 from trainer.optimizer import Optimizer, learning_rate, make_optimizer, total_steps
 from trainer.preemption import PreemptedError
 from trainer.settings import OptimizerSettings
