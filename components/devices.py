@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def claimed_devices(
-    run: "StepRun", on_progress: OnProgress, say: Callable[[str], object], environ: Mapping[str, str] = os.environ
+    run: "StepRun", on_progress: OnProgress, say: Callable[[str], None], environ: Mapping[str, str] = os.environ
 ) -> "tf.distribute.Strategy":
     """Returns the strategy of the devices that the step uses. Raises UserError if they are not those that it was given."""
     from trainer.distribution import claim_devices, describe_run
