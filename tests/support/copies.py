@@ -1,4 +1,4 @@
-"""Commands of this project in copies of one process that has imported what they import: their imports take longer than their work.
+"""Commands of this project in copies of one process that has imported what they need, which takes longer than their work.
 
 `Copies` starts that process. It forks a copy for each command, and a copy forks one for each process of this project that it
 starts, where Popen would start an interpreter: sessions, parents, signals and files are those of processes of their own.
