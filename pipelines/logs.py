@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from trainer.shared.files import make_folder, naming_unwritable
+from trainer.shared.files import make_folder, naming_full_disk, naming_unwritable
 
 _COMMAND, _RUNNER = 0, 1
 """The bytes that the command and its runner lock."""
@@ -46,7 +46,8 @@ def log_of_new_run(root: Path, start: Callable[[str], str], started: Callable[[s
     make_folder(str(beginning.parent))
     with naming_unwritable(str(beginning)):
         file = beginning.open("w")
-    with file:
+    # Closing the file writes the rest of the log, so it can fail as the block's own writes do.
+    with naming_full_disk(str(beginning.parent)), file:
         fcntl.lockf(file, fcntl.LOCK_EX, 1, _COMMAND)
         try:
             run_id = start(token)

@@ -10,11 +10,13 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
+from kfp import dsl
 from support.full_disk import fill_disk
 from support.processes import search_path, started
 
 from beam_jobs import inspect_dataset
 from components import tracking
+from components.tracking import recorded
 from eval import task as evaluation
 from pipelines import cli, ui
 from trainer import task as pretraining
@@ -132,6 +134,40 @@ def test_a_full_disk_is_seen_before_the_ui_s_server_starts(tmp_path):
     log.symlink_to("/dev/full")
     with pytest.raises(UserError, match=rf"{log} cannot be written: No space left on device; make room and start the same"):
         ui.serve(f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path), 0, log, lambda url: None)
+
+
+@pytest.mark.parametrize("where", ["/somewhere/artifact", None])
+def test_a_disk_that_fills_while_a_step_copies_its_output_is_one_line(where, tmp_path):
+    store = tracking.open_root(tmp_path)
+    pipeline = tracking.start_pipeline(store, "p", command=["sogclr"], root="", code_version="", params={})
+    names = {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        "MLFLOW_EXPERIMENT_NAME": "sogclr",
+        "MLFLOW_RUN_ID": pipeline,
+    }
+    artifact = dsl.Model("model", str(tmp_path / "model"), {})
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
+    line = f"{where or artifact.uri} cannot be written: No space left on device; make room and start the same command again"
+    with pytest.raises(UserError, match=line), tracking.step("pretrain", {}, {"model": artifact}, environ=names):
+        raise full
+    (step,) = recorded.lineage(store, pipeline).steps
+    assert (step.error, step.user_error) == (line, True)
+
+
+def test_a_disk_that_fills_while_a_run_writes_its_log_is_one_line(raw, tmp_path, capsys, monkeypatch):
+    def fill(request, environment, log, *_):
+        with open("/dev/full", "w") as full:
+            os.dup2(full.fileno(), log.file.fileno())
+        log.file.write("a line of a step\n" * 1000)
+
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pipelines.local.run", fill)
+    assert cli.main(["run", "--preset", "demo", "--raw", str(raw), "--root", str(tmp_path)]) == 2
+    (*_, said) = capsys.readouterr().err.splitlines()
+    assert said == (
+        f"error: {tmp_path}/logs cannot be written: No space left on device; make room and start the same command again"
+    )
 
 
 # ---- Ctrl-C

@@ -23,6 +23,7 @@ from components.tracking.pipeline_runs import find_job, job_of, pipeline_of_job
 from components.tracking.step_file import KfpArtifact
 from components.tracking.store import Store, impatient, open_job_store
 from trainer.shared.errors import UserError
+from trainer.shared.files import naming_full_disk
 
 _LOCAL_JOB = "pipeline run "
 """Prefix of the name of a pipeline job on this machine, before the ID of its run."""
@@ -147,9 +148,10 @@ def step(
     run.log_params(arguments)
     step_file.begin(store, run_id, arguments)
     try:
-        yield run
-        run.metrics.flush()
-        step_file.complete(store, run_id, arguments, outputs)
+        with naming_full_disk(first.uri, or_its_own=True):
+            yield run
+            run.metrics.flush()
+            step_file.complete(store, run_id, arguments, outputs)
     except LostLeaseError:
         # The new holder of the folder may be the next attempt, which writes to the same run.
         run.metrics.abandon()

@@ -57,7 +57,6 @@ _ASKED, _LEFT = "asked.json", "left.json"
 KEPT = REPOSITORY / "build" / "rehearsal"
 _COMPLAINTS, _LINES, _WIDTH = 4, 6, 160
 """What is shown of a job that is not as it should be: complaints, and lines of each failed attempt, so wide."""
-_STORAGE = r"(www|storage)\.googleapis\.com/.*storage|storage\.googleapis\.com/"
 
 
 # ---- What goes wrong

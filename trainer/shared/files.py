@@ -43,7 +43,7 @@ def whole_file(path: str, partial: str = "") -> Iterator[BinaryIO]:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         file = _create(partial)
     try:
-        with _naming_full_disk(path), file:
+        with naming_full_disk(path), file:
             yield file
         with naming_unwritable(path):
             os.replace(partial, path)
@@ -65,7 +65,7 @@ def whole_folder(path: str, replaces: bool = False) -> Iterator[str]:
     with naming_unwritable(path):
         partial = tempfile.mkdtemp(prefix=f".{name}-", dir=parent)
     try:
-        with _naming_full_disk(path):
+        with naming_full_disk(path):
             yield partial
         os.chmod(partial, 0o755)
         if replaces:
@@ -165,13 +165,16 @@ def naming_unwritable(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _naming_full_disk(path: str) -> Iterator[None]:
-    """Does so for a block that also reads: only the errors of a disk that takes no more."""
+def naming_full_disk(path: str, *, or_its_own: bool = False) -> Iterator[None]:
+    """Does so for a block that also reads: only the errors of a disk that takes no more.
+
+    With `or_its_own`, names the file of the error, if it has one, in place of `path`.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in _OF_WRITING:
-            raise _unwritable(path, error) from error
+            raise _unwritable((or_its_own and error.filename) or path, error) from error
         raise
 
 
