@@ -36,7 +36,7 @@ SECRETS = {f"MLFLOW_TRACKING_{name}": f"planted-{name.lower()}" for name in ("US
 
 
 def sogclr(*arguments, cwd, **environ):
-    """Runs the command line here."""
+    """Runs a command that starts no process here."""
     out, err = io.StringIO(), io.StringIO()
     with chdir(cwd), redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
@@ -96,7 +96,7 @@ def interrupted(folder, raw, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def first(folder, raw, interrupted, tmp_path_factory):
+def first(copies, folder, raw, interrupted, tmp_path_factory):
     """What the first run that ends answers, and what it says on the way in `said`.
 
     Its machine has a GPU, which a variable hides from TensorFlow.
@@ -105,7 +105,7 @@ def first(folder, raw, interrupted, tmp_path_factory):
     driver.write_text("#!/bin/sh\necho 'NVIDIA L4, 550.54.15'\n")
     driver.chmod(0o755)
     environ = {**SECRETS, "PATH": f"{driver.parent}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "-1"}
-    done = sogclr("run", "--preset", "demo", "--raw", raw, "--set", *TINY, "--json", cwd=folder, **environ)
+    done = copies.run("pipelines.cli", "run", "--preset", "demo", "--raw", raw, "--set", *TINY, "--json", cwd=folder, **environ)
     return answer(done) | {"said": done.stderr}
 
 
@@ -119,7 +119,7 @@ def second(folder, raw, first):
 
 
 @pytest.fixture(scope="module")
-def rerun(folder, second, tmp_path_factory):
+def rerun(copies, folder, second, tmp_path_factory):
     """What a linear eval with another setting answers, of a run that took every step from the cache.
 
     The store that the environment names wins over the root's.
@@ -127,7 +127,7 @@ def rerun(folder, second, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     uri = f"sqlite:///{folder / 'runs' / 'mlflow.db'}"
     arguments = ("linear-eval", "--run", second[1][:8], "--root", "other", "--set", "linear_eval.holdout_fraction=0.5", "--json")
-    done = answer(sogclr("rerun", *arguments, cwd=elsewhere, MLFLOW_TRACKING_URI=uri))
+    done = answer(copies.run("pipelines.cli", "rerun", *arguments, cwd=elsewhere, MLFLOW_TRACKING_URI=uri))
     assert not (elsewhere / "other" / "mlflow.db").exists()
     return done
 
@@ -298,10 +298,11 @@ def test_a_second_run_reuses_every_step_and_says_so(first, second):
 
 
 @pytest.mark.thorough
-def test_a_changed_linear_eval_setting_reuses_the_two_steps_before(folder, raw, first, tmp_path):
+def test_a_changed_linear_eval_setting_reuses_the_two_steps_before(copies, folder, raw, first, tmp_path):
     root = folder / "runs"
     changed = ("--set", *TINY, "linear_eval.seed=1")
-    third = answer(sogclr("run", "--preset", "demo", "--raw", raw, "--root", root, *changed, "--json", cwd=tmp_path))
+    arguments = ("--preset", "demo", "--raw", raw, "--root", root, *changed, "--json")
+    third = answer(copies.run("pipelines.cli", "run", *arguments, cwd=tmp_path))
     assert [step(third, component)["reused"] for component in COMPONENTS] == [True, True, False]
     note = client_of(folder).get_run(step(first, "pretrain")["run_id"]).data.tags["mlflow.note.content"]
     assert third["run_id"] in note
@@ -324,10 +325,10 @@ def test_a_rerun_nests_under_a_run_that_points_back_even_where_steps_came_from_t
 
 
 @pytest.mark.thorough
-def test_pretraining_starts_from_an_earlier_runs_encoder_and_mlflow_leads_back_to_it(folder, first):
+def test_pretraining_starts_from_an_earlier_runs_encoder_and_mlflow_leads_back_to_it(copies, folder, first):
     model = step(first, "pretrain")["outputs"]["model"]
     given = ("--init-from", model["uri"], "--set", "epochs=1", "--json")
-    done = sogclr("rerun", "pretrain", "--run", first["run_id"], *given, cwd=folder)
+    done = copies.run("pipelines.cli", "rerun", "pretrain", "--run", first["run_id"], *given, cwd=folder)
     rerun = answer(done)
     (checkpoint,) = Path(model["uri"]).glob("checkpoint-00000025.npz")
     assert f"[pretrain] starts with encoder, projection, classifier, u of {checkpoint}" in done.stderr
@@ -374,11 +375,11 @@ def test_a_rerun_on_artifacts_that_are_gone_is_refused(folder, first):
 
 
 @pytest.mark.thorough
-def test_a_half_written_dataset_is_refused_by_the_step_that_reads_it(folder, first):
+def test_a_half_written_dataset_is_refused_by_the_step_that_reads_it(copies, folder, first):
     dataset = Path(step(first, "build-tfrecords")["outputs"]["dataset"]["uri"])
     shard = next(dataset.glob("*train*tfrecord*"))
     with gone(shard):
-        done = sogclr("rerun", "pretrain", "--run", first["run_id"][:12], cwd=folder)
+        done = copies.run("pipelines.cli", "rerun", "pretrain", "--run", first["run_id"][:12], cwd=folder)
     assert shard.name in one_line_and_exit_code_2(done)
     failed = client_of(folder).search_runs(["1"], "tags.`sogclr.user_error` = 'true'")[0]
     assert (failed.info.run_name, failed.info.status) == ("pretrain", "FAILED")
@@ -397,7 +398,7 @@ def test_reruns_of_nothing_and_of_other_kinds_are_refused(folder, first):
 
 
 @pytest.mark.thorough
-def test_a_step_of_a_job_on_vertex_is_done_again_on_this_machine(folder, first, tmp_path, monkeypatch):
+def test_a_step_of_a_job_on_vertex_is_done_again_on_this_machine(copies, folder, first, tmp_path, monkeypatch):
     with serving() as google:
         give_credentials(monkeypatch, tmp_path, "my-project", google.url)
         place = ("--project", "my-project", "--region", "europe-west4", "--endpoint", google.url)
@@ -410,7 +411,7 @@ def test_a_step_of_a_job_on_vertex_is_done_again_on_this_machine(folder, first, 
         left = {name: step(first, name)["outputs"] for name in COMPONENTS[:2]}
         google.vertex.leave("mine", left)
         arguments = ("linear-eval", "--run", "vertex:mine", *place, "--set", "linear_eval.seed=3", "--json")
-        rerun = answer(sogclr("rerun", *arguments, cwd=tmp_path))
+        rerun = answer(copies.run("pipelines.cli", "rerun", *arguments, cwd=tmp_path))
     # In a store of its own, which knows neither the encoder's run nor the encoder.
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
     run = client.get_run(step(rerun, "linear-eval")["run_id"])

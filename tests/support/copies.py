@@ -1,4 +1,4 @@
-"""Commands of this project in copies of one process that has imported what they need, which takes longer than their work.
+"""Commands of this project in copies of one process that has imported what they import, which takes longer than their work.
 
 `Copies` starts that process. It forks a copy for each command, and a copy forks one for each process of this project that it
 starts, where Popen would start an interpreter: sessions, parents, signals and files are those of processes of their own.
@@ -31,6 +31,10 @@ _IMPORTED = (
     *("eval.export.encoder", "eval.export.card", "eval.show.figures", "eval.show.report"),
 )
 _PR_SET_CHILD_SUBREAPER = 36
+_set_by_imports: dict[str, str] = {}
+"""The environment variables that the imports have set."""
+_abandoned: list[object] = []
+"""Pools of connections that belong to the process that forked. Freeing one would close its files."""
 
 
 class Copies:
@@ -135,7 +139,7 @@ def _become(
     os.closerange(3, 4096)
     os.chdir(cwd or ".")
     os.environ.clear()
-    os.environ.update(environ)
+    os.environ.update({**_set_by_imports, **environ})
     tempfile.tempdir = None
     weakref.finalize._registry.clear()  # the folders of the process that forked stay
     _forget_stores()
@@ -163,9 +167,6 @@ def _become(
     os._exit(code)
 
 
-_abandoned: list[object] = []
-
-
 def _forget_stores() -> None:
     """Leaves the connections to MLflow's databases to the process that forked."""
     from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as Registry
@@ -180,8 +181,10 @@ def _serve() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints is no reply
+    given = dict(os.environ)
     for name in _IMPORTED:
         importlib.import_module(name)
+    _set_by_imports.update({name: value for name, value in os.environ.items() if name not in given})
     subprocess.Popen = _Copied  # type: ignore[misc]
     ended: dict[int, int] = {}
 
