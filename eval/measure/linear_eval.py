@@ -67,12 +67,12 @@ def linear_eval(
     `overrides` change `linear_eval.` settings. Writes predictions.parquet, the classifiers and, last, result.json into `output`.
     Writes intermediate state into `workspace`, by default `output`, and features into `features_dir`, by default `workspace`.
     Other evaluations of this machine may use the same `features_dir` at the same time and find the
-    features there. With the same `workspace`, resumes an earlier attempt: reuses
-    its finished protocols and its finished epochs. Runs on the replicas of `strategy`, by default all devices of the machine.
+    features there. With the same `workspace`, resumes an earlier attempt: reuses its finished protocols and its finished epochs.
+    Runs on the replicas of `strategy`, by default all devices of the machine.
 
-    Calls `log_metrics` once, with the step of the checkpoint, and `on_progress` regularly: each forward pass, each path of
-    fits, each training and the search for neighbours is a phase with a count of its own. Calls `should_stop()` often, and raises PreemptedError soon after it returns True. Raises UserError if
-    the dataset, the checkpoint or a setting cannot be used.
+    Calls `log_metrics` once, with the step of the checkpoint, and `on_progress` regularly: each forward pass, each path of fits,
+    each training and the search for neighbours is a phase with a count of its own. Calls `should_stop()` often, and raises
+    PreemptedError soon after it returns True. Raises UserError if the dataset, the checkpoint or a setting cannot be used.
     """
     strategy = strategy or make_strategy()
     workspace = (workspace or output).rstrip("/")
