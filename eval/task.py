@@ -31,11 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        from eval.measure.evaluation import read_evaluation, read_result
-        from eval.measure.linear_eval import linear_eval
-        from trainer.distribution import claim_devices
-
         with exits_if_preempted(), ProgressBars() as bars, ending_noted() as should_stop:
+            bars("linear-eval", "loading TensorFlow")
+            from eval.measure.evaluation import read_evaluation, read_result
+            from eval.measure.linear_eval import linear_eval
+            from trainer.distribution import claim_devices
+
             bars("linear-eval", "finding devices")
             strategy = claim_devices(say=lambda line: bars.note("linear-eval", line))
             result = linear_eval(

@@ -277,7 +277,10 @@ def test_all_that_is_kept_is_under_the_root_and_nothing_but_progress_is_said(fol
     assert sorted(path.name for path in (folder / "runs").iterdir()) == [
         *("artifacts", "cache", "checkpoints", "datasets", "features", "kfp", "logs", "mlflow.db")
     ]
-    assert second[0].stderr.splitlines() == [f"[{component}] reused: 1/1" for component in COMPONENTS]
+    assert second[0].stderr.splitlines() == [
+        *("[run] loading Beam and MLflow ...", "[run] identifying the raw folder ..."),
+        *(f"[{component}] reused: 1/1" for component in COMPONENTS),
+    ]
 
 
 def test_no_secret_of_the_environment_is_in_what_a_run_leaves_or_says(folder, first):

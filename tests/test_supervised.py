@@ -174,7 +174,7 @@ def test_every_protocol_runs_on_a_checkpoint_of_the_middle_of_a_run(dataset, tmp
             f"linear_eval.finetune_10_subset={tmp_path / 'ids.txt'}",
             "linear_eval.finetune_batch_size=10",
         ],
-        on_progress=lambda done, total, text: reported.append((done, total)),
+        on_progress=lambda phase, done=0, total=0, text="": reported.append((phase, done, total)),
     )
     rows = {row.protocol: row for row in result.accuracies if row.encoder == "pretrained"}
     assert list(rows) == ["cached", "official", "finetune-1", "finetune-10", "finetune-100"]
@@ -190,5 +190,11 @@ def test_every_protocol_runs_on_a_checkpoint_of_the_middle_of_a_run(dataset, tmp
         "finetune-100": (48, 10),
     }
     assert result.metrics["eval/finetune_10_top_1_accuracy"] == rows["finetune-10"].top_1
-    assert reported[-1][0] == reported[-1][1]
-    assert [done for done, _ in reported] == sorted(done for done, _ in reported)
+    phases = dict.fromkeys(phase for phase, _, _ in reported)
+    assert {"features of train, images", "fit, passes", "untrained control, fit, passes", "official, images"} <= set(phases)
+    assert {"finetune-10, images", "features of finetune-10, images"} <= set(phases)
+    for phase in phases:
+        counts = [(done, total) for name, done, total in reported if name == phase]
+        assert counts == sorted(counts)
+        if phase.endswith("images"):
+            assert counts[-1][0] == counts[-1][1]

@@ -39,10 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = resolve_pretraining(args.preset, args.overrides)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        from trainer.distribution import claim_devices
-        from trainer.train import train
-
         with exits_if_preempted(), ProgressBars() as bars, ending_noted() as should_stop:
+            bars("pretrain", "loading TensorFlow")
+            from trainer.distribution import claim_devices
+            from trainer.train import train
+
             bars("pretrain", "finding devices")
             strategy = claim_devices(say=lambda line: bars.note("pretrain", line))
             result = train(

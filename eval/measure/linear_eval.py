@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,11 @@ import tensorflow as tf
 from eval.measure.evaluation import Accuracy, read_accuracy, write_predictions, write_result
 from eval.measure.features import Features, StoredFeatures, digest_of, extract, load_encoder
 from eval.measure.logistic import top_k_accuracy
-from eval.measure.protocols import Context, Protocol, Scores, Sizes, Work, chosen, work_of
+from eval.measure.protocols import Context, Protocol, Scores, chosen
 from eval.measure.statistics import bootstrap_interval, confusion_matrix
 from trainer import checkpoint as checkpoints
 from trainer.config import Config, override
 from trainer.distribution import make_strategy
-from trainer.encoder_cost import forward_cost
 from trainer.folder import read_config
 from trainer.named_files import with_digest
 from trainer.settings import LINEAR_EVAL, LinearEvalSettings
@@ -69,12 +68,12 @@ def linear_eval(
     `overrides` change `linear_eval.` settings. Writes predictions.parquet, the classifiers and, last, result.json into `output`.
     Writes intermediate state into `workspace`, by default `output`, and features into `features_dir`, by default `workspace`.
     Other evaluations of this machine may use the same `features_dir` at the same time and find the
-    features there. With the same `workspace`, resumes an earlier attempt: reuses
-    its finished protocols and its finished epochs. Runs on the replicas of `strategy`, by default all devices of the machine.
+    features there. With the same `workspace`, resumes an earlier attempt: reuses its finished protocols and its finished epochs.
+    Runs on the replicas of `strategy`, by default all devices of the machine.
 
-    Calls `log_metrics` once, with the step of the checkpoint, and `on_progress(done, total, text)` regularly, counted in images
-    through the encoder. Calls `should_stop()` often, and raises PreemptedError soon after it returns True. Raises UserError if
-    the dataset, the checkpoint or a setting cannot be used.
+    Calls `log_metrics` once, with the step of the checkpoint, and `on_progress` regularly: each forward pass, each path of fits,
+    each training and the search for neighbours is a phase with a count of its own. Calls `should_stop()` often, and raises
+    PreemptedError soon after it returns True. Raises UserError if the dataset, the checkpoint or a setting cannot be used.
     """
     strategy = strategy or make_strategy()
     workspace = (workspace or output).rstrip("/")
@@ -96,17 +95,13 @@ def linear_eval(
         encoder = load_encoder(config, stored)
     make_folder(output)
     images = {split: manifest.splits[split].records for split in SPLITS}
-    sizes = Sizes(images["train"], images["validation"], manifest.num_classes, encoder.output_shape[-1])
-    progress = _Progress(work_of(config, sizes), forward_cost(config.encoder, config.views.image_size).flops, on_progress)
-
     features: dict[str, StoredFeatures] = {}
     seconds: dict[str, float] = {}
-    on_features = progress.part("features")
     for split in SPLITS:
-        begun, before = time.perf_counter(), sum(one.count for one in features.values())
+        begun = time.perf_counter()
 
-        def on_images(done: int, before: int = before) -> None:
-            on_features((before + done) / sum(images.values()), "features")
+        def on_images(done: int, split: str = split) -> None:
+            on_progress(f"features of {split}, images", done, images[split])
 
         features[split] = extract(
             encoder,
@@ -144,11 +139,10 @@ def linear_eval(
         found = _Measured.read(path)
         if found is None:
             begun = time.perf_counter() - sum(seconds[split] for split in protocol.uses_features_of)
-            scores = protocol.scores(replace(context, on_progress=progress.part(protocol.row)))
+            scores = protocol.scores(replace(context, on_progress=on_progress))
             found = _measure(protocol, scores, validation, begun)
             found.write(path)
         measured.append(found)
-    progress.end()
 
     accuracies = tuple(one.accuracy for one in measured)
     cached = measured[0]
@@ -252,41 +246,6 @@ def _digest_of_rows(encoder: Any, config: Config, manifest: Manifest) -> str:
     settings = {name: value for name, value in asdict(config.linear_eval).items() if name not in ("protocols", "batch_size")}
     about = {"features": digest_of(encoder, config, manifest, "validation"), "settings": settings}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@dataclass
-class _Progress:
-    """Progress of an evaluation, counted in images through the encoder."""
-
-    work: Mapping[str, Work]
-    """Row of `work_of` -> work, in order of execution."""
-    flops_per_image: float
-    """FLOPs of a forward pass."""
-    on_progress: OnProgress
-    done: int = field(default=0)
-
-    @property
-    def total(self) -> int:
-        return sum(map(self._images, self.work.values()))
-
-    def part(self, row: str) -> Callable[[float, str], None]:
-        """Returns the progress callback of a row. It takes the finished fraction of the row's work, in [0, 1], and a text."""
-        names = list(self.work)
-        begun = sum(self._images(self.work[name]) for name in names[: names.index(row)])
-        own = self._images(self.work[row])
-
-        def on_row(done: float, text: str) -> None:
-            self.done = max(self.done, begun + int(own * min(1.0, done)))
-            self.on_progress("evaluating", self.done, self.total, text)
-
-        return on_row
-
-    def end(self) -> None:
-        self.on_progress("evaluating", self.total, self.total)
-
-    def _images(self, work: Work) -> int:
-        # A backward pass takes about twice as long as a forward pass.
-        return work.forward + 3 * work.trained + round(work.flops / self.flops_per_image)
 
 
 def _require_every_class(data_dir: str, manifest: Manifest) -> None:

@@ -16,8 +16,10 @@ def balanced_subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarra
     the arguments. With the same seed, the subset of a smaller fraction is part of that of a larger one.
     """
     order = np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(len(labels))
-    each = balanced_counts(np.bincount(labels), fraction)
-    return np.sort(np.concatenate([order[labels[order] == label][:count] for label, count in enumerate(each)]))
+    per_class = np.bincount(labels)
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(per_class) - per_class, per_class)
+    return np.sort(by_class[rank < np.repeat(balanced_counts(per_class, fraction), per_class)])
 
 
 def balanced_counts(per_class: Sequence[int] | np.ndarray, fraction: float) -> np.ndarray:
@@ -51,9 +53,11 @@ def read_subset(path: str, manifest: Manifest, names: str = "") -> np.ndarray:
     beyond = next((one for one in ids if one >= count), None)
     if beyond is not None:
         raise UserError(f"{path} lists image ID {beyond}: training images have the IDs 0..{count - 1}")
-    if len(set(ids)) < len(ids):
-        again = next(one for index, one in enumerate(ids) if one in ids[:index])
-        raise UserError(f"{path} lists image ID {again} twice")
+    seen: set[int] = set()
+    for one in ids:
+        if one in seen:
+            raise UserError(f"{path} lists image ID {one} twice")
+        seen.add(one)
     return np.sort(np.array(ids, np.int64))
 
 

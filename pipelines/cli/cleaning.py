@@ -48,9 +48,13 @@ def clean(options: CleanOptions) -> int:
     """Prints each thing that a root keeps, with its size, its age and what needs it, and removes it if it may."""
     root = options.root
     check_runs(root)
-    from components import tracking
-    from pipelines.kept import Reference, examined, listed, remove
-    from pipelines.logs import logged_runs
+    from trainer.shared.progress import ProgressBars
+
+    with ProgressBars() as bars:
+        bars("clean", "loading MLflow")
+        from components import tracking
+        from pipelines.kept import Reference, examined, listed, remove
+        from pipelines.logs import logged_runs
 
     things = listed(root)
     if unknown := [path for path in options.paths if path not in things]:

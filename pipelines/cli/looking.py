@@ -79,8 +79,12 @@ def _read_doctor(args: Namespace) -> DoctorOptions:
 
 def examine_machine(options: DoctorOptions) -> int:
     """Prints each finding as soon as it is known. Returns 2 if something is wrong, else 0."""
-    from components.tracking import move_credentials
-    from pipelines.doctor import examine
+    from trainer.shared.progress import ProgressBars
+
+    with ProgressBars() as bars:
+        bars("doctor", "loading MLflow")
+        from components.tracking import move_credentials
+        from pipelines.doctor import examine
 
     move_credentials()
     names = mlflow_names(options.root)

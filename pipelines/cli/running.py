@@ -82,9 +82,13 @@ def run(options: RunOptions) -> int:
     """Runs the whole pipeline on this machine."""
     root = make_root(options.root)
 
-    from beam_jobs.raw import raw_identity
-    from pipelines.cli.executing import Record, execute
-    from pipelines.local import Request
+    from trainer.shared.progress import ProgressBars
+
+    with ProgressBars() as bars:
+        bars("run", "loading Beam and MLflow")
+        from beam_jobs.raw import raw_identity
+        from pipelines.cli.executing import Record, execute
+        from pipelines.local import Request
 
     experiment = options.experiment
     started = init_parameters(options.init_from, experiment.config)
@@ -93,7 +97,9 @@ def run(options: RunOptions) -> int:
     imported = encoder_parameters(options.encoder, experiment.preset, experiment.overrides)
     raw = options.raw or _demo_raw(root)
     data = experiment.config.data
-    identity = raw_identity(raw, data.files.values(), validation=data.validation)
+    with ProgressBars() as bars:
+        bars("run", "identifying the raw folder")
+        identity = raw_identity(raw, data.files.values(), validation=data.validation)
     arguments = {"raw": raw, "raw_identity": identity, **parameters, **started, **imported}
     settings = ("--set", *experiment.overrides) if experiment.overrides else ()
     named = ("--raw", raw) if options.raw else ()

@@ -4,7 +4,7 @@ Its only hyperparameter, the penalty, is chosen on held-out training images.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Wo
 from trainer.config import Config
 from trainer.preemption import PreemptedError
 from trainer.settings import LinearEvalSettings
+from trainer.shared.progress import OnProgress, silent
 
 EVALUATIONS = 12
 """Expected evaluations of the objective for one penalty. docs/evaluation.md lists measurements."""
@@ -59,7 +60,7 @@ def fit_with_choice(
     settings: LinearEvalSettings,
     *,
     strategy: tf.distribute.Strategy | None = None,
-    on_progress: Callable[[float, str], None] = lambda done, text: None,
+    on_progress: OnProgress = silent,
     stop: Callable[[], None] = lambda: None,
 ) -> LinearClassifier:
     """Returns the classifier fitted to all of `train`, with the penalty that is best on held-out images.
@@ -71,7 +72,7 @@ def fit_with_choice(
     """
     penalties = sorted(settings.l2_penalties, reverse=True)
     chosen_with = min(train.count, settings.choice_images)
-    progress = _Progress(work_of_fits(settings, train.count), on_progress, stop)
+    progress = _Progress(on_progress, stop)
     with train.on_this_machine() as features:
         best = None
         if len(penalties) > 1:
@@ -80,12 +81,12 @@ def fit_with_choice(
             held_out = max(1, round(chosen_with * settings.holdout_fraction))
             out, kept, rest = (_mask(of, int(ids.max()) + 1) for of in np.split(drawn, [held_out, chosen_with]))
             how: dict[str, Any] = {"tolerance": _TOLERANCE_OF_CHOICE, "strategy": strategy}
-            how["on_evaluation"] = progress.of_path("choice of the penalty", chosen_with, len(penalties))
+            how["on_evaluation"] = progress.of_path("choice of the penalty, passes", len(penalties))
             candidates = list(fit_path(features.examples(kept), num_classes, penalties, **how))
             best = candidates[int(np.argmax(accuracies(candidates, features.examples(out))))]
             if rest.any():
                 smaller = [one for one in penalties if one <= best.l2_penalty]
-                how["on_evaluation"] = progress.of_path("choice of the penalty, of all", train.count, _TRIED_ON_ALL)
+                how["on_evaluation"] = progress.of_path("choice of the penalty on all images, passes", _TRIED_ON_ALL)
                 most = -1.0
                 for candidate in fit_path(features.examples(kept | rest), num_classes, smaller, best, **how):
                     (now,) = accuracies([candidate], features.examples(out))
@@ -99,7 +100,7 @@ def fit_with_choice(
             best,
             tolerance=TOLERANCE,
             strategy=strategy,
-            on_evaluation=progress.of_path("fit", train.count, 1),
+            on_evaluation=progress.of_path("fit, passes", 1),
         )
 
 
@@ -112,25 +113,26 @@ def work_of_fits(settings: LinearEvalSettings, images: int) -> float:
     return EVALUATIONS * passes
 
 
+@dataclass(frozen=True)
 class _Progress:
-    """Converts evaluations of the objective to the finished fraction of the protocol's work."""
+    """Counts evaluations of the objective: each is a pass over the examples."""
 
-    def __init__(self, planned: float, on_progress: Callable[[float, str], None], stop: Callable[[], None]) -> None:
-        self._planned, self._on_progress, self._stop = planned, on_progress, stop
-        self._begun = 0.0
+    on_progress: OnProgress
+    stop: Callable[[], None]
 
-    def of_path(self, what: str, images: int, penalties: int) -> Callable[[float, int, float], None]:
-        """Returns the `on_evaluation` callback of a path of `penalties` penalties on `images` images."""
-        begun, own = self._begun, float(images * penalties * EVALUATIONS)
-        self._begun += own
-        passes = 0
+    def of_path(self, phase: str, penalties: int) -> Callable[[float, int, float], None]:
+        """Returns the `on_evaluation` callback of a path of `penalties` penalties, which is a phase of its own.
+
+        How many evaluations a fit takes is known when it ends, so a penalty counts as `EVALUATIONS` once the next one begins.
+        """
+        begun: dict[float, int] = {}
+        self.on_progress(phase, 0, penalties * EVALUATIONS)
 
         def on_evaluation(penalty: float, number: int, loss: float) -> None:
-            nonlocal passes
-            passes += 1
-            done = begun + min(own, images * passes)
-            self._on_progress(done / self._planned, f"{what}: penalty {penalty:g}, pass {number}, loss {loss:.4f}")
-            self._stop()
+            begun.setdefault(penalty, len(begun) * EVALUATIONS)
+            done = begun[penalty] + min(number, EVALUATIONS - 1)
+            self.on_progress(phase, done, max(penalties, len(begun)) * EVALUATIONS, f"penalty {penalty:g}, loss {loss:.4f}")
+            self.stop()
 
         return on_evaluation
 

@@ -14,9 +14,6 @@ from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Wo
 from trainer.config import Config
 from trainer.encoder import make_encoder
 
-_FORWARD_SHARE = 0.9
-"""Fraction of the displayed progress for the forward pass. The rest is the fit."""
-
 
 def scores(context: Context) -> Scores:
     count, most = context.train.count, context.settings.control_images
@@ -28,7 +25,7 @@ def scores(context: Context) -> Scores:
 
     def features(split: str, image_ids: np.ndarray | None, before: int) -> StoredFeatures:
         def on_images(done: int) -> None:
-            context.on_progress(_FORWARD_SHARE * (before + done) / images, "features, untrained")
+            context.on_progress("features of the untrained control, images", before + done, images)
 
         return extract(
             encoder,
@@ -44,8 +41,8 @@ def scores(context: Context) -> Scores:
             should_stop=context.should_stop,
         )
 
-    def on_fit(done: float, text: str) -> None:
-        context.on_progress(_FORWARD_SHARE + (1 - _FORWARD_SHARE) * done, f"untrained, {text}")
+    def on_fit(phase: str, done: int = 0, total: int = 0, text: str = "") -> None:
+        context.on_progress(f"untrained control, {phase}", done, total, text)
 
     train, validation = features("train", chosen, 0), features("validation", None, fitted).whole()
     found = cached.scores(replace(context, encoder=encoder, train=train, validation=validation, on_progress=on_fit))

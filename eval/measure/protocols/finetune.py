@@ -31,8 +31,6 @@ _PARTS = (
     _Part("finetune-10", 0.1, lambda one: one.finetune_10_epochs, lambda one: one.finetune_10_subset),
     _Part("finetune-100", 1.0, lambda one: one.finetune_100_epochs),
 )
-_TRAINING_SHARE = 0.95
-"""Fraction of the displayed progress for training. The rest is the forward pass over the validation images."""
 
 
 def _scores(part: _Part, context: Context) -> Scores:
@@ -51,7 +49,7 @@ def _scores(part: _Part, context: Context) -> Scores:
         image_ids,
         folder,
         strategy=context.strategy,
-        on_progress=lambda done: context.on_progress(_TRAINING_SHARE * done / visits, part.name),
+        on_progress=lambda done: context.on_progress(f"{part.name}, images", done, visits),
         should_stop=context.should_stop,
     )
     count = len(context.validation.labels)
@@ -63,9 +61,7 @@ def _scores(part: _Part, context: Context) -> Scores:
         "validation",
         folder,
         strategy=context.strategy,
-        on_progress=lambda done: context.on_progress(
-            _TRAINING_SHARE + (1 - _TRAINING_SHARE) * done / count, f"{part.name}, features"
-        ),
+        on_progress=lambda done: context.on_progress(f"features of {part.name}, images", done, count),
         should_stop=context.should_stop,
     )
     used = {name: value for name, value in asdict(recipe).items() if name != "frozen"}

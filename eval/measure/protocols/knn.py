@@ -15,7 +15,7 @@ def scores(context: Context) -> Scores:
     k, temperature = min(context.settings.knn_k, context.train.count), context.settings.knn_temperature
 
     def on_progress(done: float) -> None:
-        context.on_progress(done, "neighbours")
+        context.on_progress("nearest neighbours, images", round(done * context.train.count), context.train.count)
         if context.should_stop():
             raise PreemptedError("stopped in the neighbour search, kept the features: start the same command again to continue")
 

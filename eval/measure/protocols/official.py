@@ -20,7 +20,7 @@ def scores(context: Context) -> Scores:
         recipe,
         folder=f"{context.work_dir}/official",
         strategy=context.strategy,
-        on_progress=lambda done: context.on_progress(done / visits, "official"),
+        on_progress=lambda done: context.on_progress("official, images", done, visits),
         should_stop=context.should_stop,
     )
     used = {name: value for name, value in asdict(recipe).items() if name != "frozen"}

@@ -12,6 +12,7 @@ from eval.measure.features import Features, StoredFeatures
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.settings import LinearEvalSettings
+from trainer.shared.progress import OnProgress, silent
 from trainer.shared.records import Manifest
 
 
@@ -61,8 +62,7 @@ class Context:
     """Whether other evaluations of this machine use `features_dir` too."""
     work_dir: str
     """Folder for the state that an interrupted protocol resumes from."""
-    on_progress: Callable[[float, str], None] = lambda done, text: None
-    """Called with the finished fraction of the work, in [0, 1], and a text."""
+    on_progress: OnProgress = silent
     should_stop: Callable[[], bool] = lambda: False
     """Returns whether to raise PreemptedError soon."""
 
