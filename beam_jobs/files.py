@@ -121,6 +121,14 @@ def names(folder: str) -> list[str]:
     return sorted(_beam().split(metadata.path)[1] for metadata in found.metadata_list)
 
 
+def folders(folder: str) -> list[str]:
+    """Returns the sorted names of the folders in a local `folder`; an empty list if there is no such folder."""
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def open_to_read(path: str, request: int = WHOLE) -> BinaryIO:
     """Opens a file. For a remote file, each request asks for at least `request` bytes."""
     if is_local(path):

@@ -6,7 +6,7 @@ Image IDs are the same in every layout: training images are ordered by (synset, 
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,9 @@ from trainer.shared.files import is_local
 
 SPLITS = ("train", "validation")
 NOT_CHOSEN = "its class is not in the subset"
-"""Reason of a `PassedOver`."""
+BESIDE = "a file beside the images, which is not read"
+FOLDER_BESIDE = "a folder beside the images, which is not read"
+"""Reasons of a `PassedOver`."""
 Recognised = dict[str, tuple[Layout | Stream, Found]]
 """The layout of each split, with its files."""
 
@@ -135,7 +137,8 @@ def open_raw(
     not_chosen = (
         PassedOver(archive.name, NOT_CHOSEN, archive.size) for archive in train.archives if archive.synset not in chosen
     )
-    passed_over = {"train": merge((train.passed_over, tally(not_chosen))), "validation": validation.passed_over}
+    beside = tally(_beside(folder, [found for _, found in by_split.values()]))
+    passed_over = {"train": merge((train.passed_over, tally(not_chosen), beside)), "validation": validation.passed_over}
     return Raw(
         folder,
         readers,
@@ -270,6 +273,23 @@ def _where_else(folder: str, splits: Sequence[str]) -> str:
         if all(any(layout.recognise(other, split) for layout in LAYOUTS) for split in splits):
             return f"; {other} has them: give --raw {other}"
     return ""
+
+
+def _beside(folder: str, by_split: Sequence[Found]) -> Iterator[PassedOver]:
+    """Yields what lies in the raw folder itself and belongs to no split. A folder counts as one, and is not looked into.
+
+    A bucket has no folders to list: of those, only files count.
+    """
+    used = {info.name for found in by_split for info in (*found.files, *filter(None, (found.labels,)))}
+    used |= {one.name for found in by_split for one in found.others} | {found.top for found in by_split}
+    tops = {name.strip("/").partition("/")[0] for name in used}
+    for name in files.names(folder):
+        if name not in tops:
+            info = files.find(files.join(folder, name))
+            yield PassedOver(name, BESIDE, info.size if info else 0)
+    for name in files.folders(folder) if is_local(folder) else ():
+        if name not in tops:
+            yield PassedOver(name, FOLDER_BESIDE, 0)
 
 
 def _refuse_same_printable(classes: Set[str]) -> None:

@@ -53,6 +53,25 @@ def refused(raw: Path, output: Path, **options) -> str:
     return said
 
 
+def test_what_lies_beside_the_images_is_named(tmp_path):
+    raw = folders(tmp_path / "raw")
+    (raw / "notes.txt").write_text("mine")
+    (raw / "ILSVRC2012_img_val.tar.part").write_bytes(bytes(100))
+    (raw / "Annotations" / "n01440764").mkdir(parents=True)
+    (raw / "Annotations" / "n01440764" / "box.xml").write_text("<box/>")
+    (raw / ".DS_Store").write_text("")
+    manifest = build(str(raw), str(tmp_path / "output"))
+    beside = {reason: names for reason, names in passed_over(manifest).items() if "beside" in reason}
+    assert beside == {
+        "a file beside the images, which is not read": (".DS_Store", "ILSVRC2012_img_val.tar.part", "notes.txt"),
+        "a folder beside the images, which is not read": ("Annotations",),
+    }
+    assert passed_over(manifest, "validation") == {}
+    seen = manifest.splits["train"].seen
+    assert seen.entries == 12 + 4
+    assert manifest.fingerprint == build(str(folders(tmp_path / "clean")), str(tmp_path / "other")).fingerprint
+
+
 def test_images_in_deeper_folders_are_taken_in_the_order_of_their_paths(tmp_path):
     train = train_images(4)
     train[SYNSETS[1]] = {f"{'more/' * (number % 3)}{name}": data for number, (name, data) in enumerate(train[SYNSETS[1]].items())}

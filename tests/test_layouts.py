@@ -28,7 +28,7 @@ from beam_jobs import inspect_dataset
 from beam_jobs.build_tfrecords import main
 from beam_jobs.job import build, plan_only
 from beam_jobs.layouts.hugging_face_archives import HuggingFaceArchives
-from beam_jobs.raw import raw_identity
+from beam_jobs.raw import BESIDE, raw_identity
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
 
@@ -44,6 +44,7 @@ PASSED_OVER = {
     },
     "hugging face parquet": {TEST: ("data/test-00000-of-00001.parquet",)},
     "hugging face archives": {TEST: ("data/test_images.tar.gz",)},
+    "tfds": {BESIDE: ("dataset_info.json", "features.json")},
 }
 
 

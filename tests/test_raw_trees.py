@@ -99,8 +99,8 @@ def compressed(folder: Path) -> bool:
     return bool(there)
 
 
-def unpacked_to(folder: Path, recognised: Recognised, synsets) -> str:
-    work = unpack.make_work(str(folder), recognised, str(folder / "unpacked"), synsets)
+def unpacked_to(to: Path, folder: Path, recognised: Recognised, synsets) -> str:
+    work = unpack.make_work(str(folder), recognised, str(to), synsets)
     for number in range(len(work.sources)):
         unpack.unpack_source(work, number)
     unpack.finish(work)
@@ -115,7 +115,7 @@ def test_compressed_archives_are_taken_or_refused_as_they_are_without(count, tmp
         fault = write_tree(folder, Random(seed), lambda number: b"image %d" % number)
         truth = naively(folder)
         if compressed(folder):
-            plan, line = refusal(folder, unpack=partial(unpacked_to, folder))
+            plan, line = refusal(folder, unpack=partial(unpacked_to, tmp_path / f"{seed}-unpacked", folder))
             assert (truth is None) == bool(line), f"seed {seed}: {fault}: {line}"
             if truth is not None:
                 check_plan(plan, truth)
