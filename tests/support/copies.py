@@ -30,7 +30,7 @@ _IMPORTED = (
     *("beam_jobs.job", "beam_jobs.inspect_dataset", "trainer.train", "eval.measure.linear_eval"),
     *("eval.export.encoder", "eval.export.card", "eval.show.figures", "eval.show.report"),
 )
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _set_by_imports: dict[str, str] = {}
 """The environment variables that the imports have set."""
 _abandoned: list[object] = []
@@ -191,7 +191,9 @@ def _forget_stores() -> None:
 
 
 def _serve() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # even where a test is killed while it waits
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints is no reply
     given = dict(os.environ)
@@ -204,6 +206,7 @@ def _serve() -> None:
     def start(module: str, arguments: list[str], output: str, cwd: str, environ: dict[str, str]) -> int:
         child = os.fork()
         if not child:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             files = [os.open("/dev/null", os.O_RDONLY)]
             files += [os.open(f"{output}.{end}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644) for end in ("out", "err")]
             _become(module, arguments, files, cwd, environ, session=True)
