@@ -30,7 +30,7 @@ _IMPORTED = (
     *("beam_jobs.job", "beam_jobs.inspect_dataset", "trainer.train", "eval.measure.linear_eval"),
     *("eval.export.encoder", "eval.export.card", "eval.show.figures", "eval.show.report"),
 )
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _set_by_imports: dict[str, str] = {}
 """The environment variables that the imports have set."""
 _abandoned: list[object] = []
@@ -43,7 +43,7 @@ class Copies:
     def __enter__(self) -> "Copies":
         self._server = subprocess.Popen(
             [sys.executable, "-m", __name__],
-            env={**os.environ, **search_path()},
+            env=_variables(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -60,8 +60,7 @@ class Copies:
         Its stdout goes to the file `output`.out and its stderr to `output`.err. It has the variables of this process that are not
         MLflow's, and `environ`.
         """
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-        given = [module, list(map(str, arguments)), str(output), str(cwd or Path.cwd()), {**kept, **search_path(), **environ}]
+        given = [module, list(map(str, arguments)), str(output), str(cwd or Path.cwd()), {**_variables(), **environ}]
         return self._ask("start", *given)
 
     def poll(self, child: int) -> int | None:
@@ -90,14 +89,20 @@ class Copies:
         return json.loads(self._server.stdout.readline())
 
 
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")} | search_path()
+
+
 class _Copied(subprocess.Popen):
-    """Popen that forks where the command is a module of Python."""
+    """Popen that forks where the command is a module of Python. After TensorFlow has made its threads, which a fork has not, it
+    starts an interpreter.
+    """
 
     def _execute_child(self, *given: Any) -> None:
         about = inspect.signature(super()._execute_child).bind(*given).arguments
         environ = dict(os.environ if about["env"] is None else about["env"])
         module, arguments = _module_of(about["args"], environ)
-        if not module:
+        if not module or _has_computed():
             super()._execute_child(*given)
             return
         ends = [about[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
@@ -107,6 +112,14 @@ class _Copied(subprocess.Popen):
             _become(module, arguments, (ends[0], ends[3], ends[5]), about["cwd"], environ, session)
         self._child_created = True
         self._close_pipe_fds(*ends)
+
+
+def _has_computed() -> bool:
+    """Returns whether TensorFlow has made its devices and threads in this process."""
+    from tensorflow.python.eager import context
+
+    made = context.context_safe()
+    return made is not None and made._initialized
 
 
 def _module_of(command: Sequence[str], environ: dict[str, str]) -> tuple[str, Sequence[str]]:
@@ -178,7 +191,9 @@ def _forget_stores() -> None:
 
 
 def _serve() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # even where a test is killed while it waits
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints is no reply
     given = dict(os.environ)
@@ -191,6 +206,7 @@ def _serve() -> None:
     def start(module: str, arguments: list[str], output: str, cwd: str, environ: dict[str, str]) -> int:
         child = os.fork()
         if not child:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             files = [os.open("/dev/null", os.O_RDONLY)]
             files += [os.open(f"{output}.{end}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644) for end in ("out", "err")]
             _become(module, arguments, files, cwd, environ, session=True)
