@@ -7,8 +7,8 @@ PLACES is a list with commas between:
     term:WHERE       SIGTERM at a progress
     end              to the end
 
-WHERE is the number of steps done, as `kill:3`, or a text and a count, as `kill:official:3`: at the third progress of this child
-whose text begins so. Writes into OUTPUT, as JSON, how each ended: its exit code, -9 for SIGKILL, and what it said. The children
+WHERE is the number of steps done, as `kill:3`, or a phase and a count, as `kill:official:3`: at the third progress of this child
+in phases whose names begin so. Writes into OUTPUT, as JSON, how each ended: its exit code, -9 for SIGKILL, and what it said. The children
 share the import of TensorFlow, and nothing else: it makes its devices and threads when it is used.
 """
 
@@ -28,16 +28,16 @@ create, shown = files._create, ProgressBars.__call__
 
 
 def comes_at(where: str) -> Callable[[int, str], bool]:
-    """Returns what says of each progress, by how much is done and the text, whether it is the place."""
-    text, _, count = where.rpartition(":")
+    """Returns what says of each progress, by how much is done and the phase, whether it is the place."""
+    name, _, count = where.rpartition(":")
     met = 0
 
-    def is_place(done: int, said: str) -> bool:
+    def is_place(done: int, phase: str) -> bool:
         nonlocal met
-        if not text:
+        if not name:
             return done == int(where)
-        met += said.startswith(text)
-        return said.startswith(text) and met == int(count)
+        met += phase.startswith(name)
+        return phase.startswith(name) and met == int(count)
 
     return is_place
 
@@ -58,7 +58,7 @@ def end_at(place: str) -> None:
 
         def signalled(self: ProgressBars, job: str, phase: str, done: int = 0, total: int = 0, text: str = "") -> None:
             shown(self, job, phase, done, total, text)
-            if total and is_place(done, text):
+            if total and is_place(done, phase):
                 os.kill(os.getpid(), signal.SIGTERM if what == "term" else signal.SIGKILL)
 
         ProgressBars.__call__ = signalled  # type: ignore[method-assign]
