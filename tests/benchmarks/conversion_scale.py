@@ -20,7 +20,7 @@ import apache_beam as beam
 import numpy as np
 from PIL import Image
 
-from beam_jobs import convert
+from beam_jobs import convert, transforms
 from beam_jobs.job import build
 from beam_jobs.layouts.archives import TRAIN_ARCHIVE, VALIDATION_ARCHIVE
 from beam_jobs.layouts.labels import VALIDATION_LABELS
@@ -76,7 +76,7 @@ def index_and_plan(raw: Path, output: Path) -> int:
         (seen / file).write_text(str(sum(map(len, groups))))
 
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
-        indexed = pipeline | convert.Index(plan)
+        indexed = pipeline | transforms.Index(plan)
         counts = indexed | beam.Map(convert.count_images)
         grouped = indexed | beam.FlatMap(convert.assign_ids, plan, beam.pvalue.AsDict(counts)) | beam.GroupByKey()
         grouped | beam.Map(count)
