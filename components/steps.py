@@ -303,11 +303,11 @@ def linear_eval(
     from components.devices import claimed_devices
     from components.showing import progress_bars
     from eval.export.card import evaluated_card
+    from eval.measure.linear_eval import evaluation_config
     from eval.measure.linear_eval import linear_eval as evaluate
     from eval.show.report import write_report
-    from trainer.named_files import FILES_SHA256, with_digest
+    from trainer.named_files import FILES_SHA256
     from trainer.preemption import ending_noted, exits_if_preempted
-    from trainer.presets import resolve
 
     arguments = {"overrides": overrides, "code_version": code_version}
     inputs, outputs = {"model": model, "dataset": dataset}, {"metrics": metrics, "report": report}
@@ -318,7 +318,7 @@ def linear_eval(
         strategy = claimed_devices(run, on_progress, say=lambda line: bars.note("linear-eval", line))
         run.datasets.log(dataset, "eval")
         run.encoders.use(model)
-        digest = with_digest(resolve(model.metadata["preset"], overrides)).linear_eval.files_sha256
+        digest = evaluation_config(model.uri, overrides).linear_eval.files_sha256
         run.log_params({FILES_SHA256: digest} if digest else {})
         claim = workspace.Claim(metrics.uri)
         if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):

@@ -20,6 +20,7 @@ from trainer import distribution, hardware
 from trainer.distribution import claim_devices, describe_run
 from trainer.hardware import Devices, choose_build, visible
 from trainer.shared.errors import UserError
+from trainer.shared.progress import parse_line
 
 REPOSITORY = Path(__file__).parents[1]
 A100 = "NVIDIA A100-SXM4-40GB, 550.54.15"
@@ -428,7 +429,7 @@ def test_the_command_of_a_job_says_it_before_it_reads_anything(tmp_path, task):
     given = ["--preset", "demo", "--checkpoint-dir"] if task == "trainer.task" else ["--checkpoint", "/nowhere", "--output"]
     command = [sys.executable, "-m", task, "--data", "/nowhere", *given, tmp_path / "out"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True)
-    running, warning, error = done.stderr.splitlines()
+    running, warning, error = (line for line in done.stderr.splitlines() if not parse_line(line))
     job = {"trainer.task": "pretrain", "eval.task": "linear-eval"}[task]
     assert running.startswith(f"[{job}] running on ")
     assert f"[{job}] warning: " in warning

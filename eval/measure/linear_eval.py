@@ -79,8 +79,8 @@ def linear_eval(
     workspace = (workspace or output).rstrip("/")
     shared, features_dir = bool(features_dir), (features_dir or workspace).rstrip("/")
     folder = checkpoints.run_folder(checkpoint)
-    pretraining, about = read_config(folder)
-    config = with_digest(_with_settings(pretraining, overrides))
+    _, about = read_config(folder)
+    config = evaluation_config(folder, overrides)
     settings = config.linear_eval
     stored = checkpoints.open_checkpoint(checkpoint)
     manifest = read_manifest(data_dir)
@@ -279,11 +279,16 @@ def _note_other_classes(data_dir: str, folder: str, settings: LinearEvalSettings
     print(f"note: {text}", file=sys.stderr)
 
 
-def _with_settings(config: Config, overrides: Iterable[str]) -> Config:
+def evaluation_config(folder: str, overrides: Iterable[str]) -> Config:
+    """Returns the config of an evaluation of the encoder in a checkpoint folder, with the digest of the files that it names.
+
+    Raises UserError if one of `overrides` is no setting of the linear eval, or if the files differ from a digest among them.
+    """
+    config, _ = read_config(folder)
     items = list(overrides)
     for item in items:
         if not item.strip().startswith(LINEAR_EVAL):
             raise UserError(
                 f"{item} cannot be set here: pretraining is finished, and only settings that begin with {LINEAR_EVAL} apply"
             )
-    return override(config, items)
+    return with_digest(override(config, items))
