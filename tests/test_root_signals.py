@@ -147,6 +147,15 @@ def test_what_a_terminal_sends_to_a_conversion_in_two_processes_ends_it_without_
     assert job.returncode == 128 + number
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_worker_leaves_to_its_parent_what_a_terminal_sends_to_both(number):
+    program = (
+        f"import os; from beam_jobs.pooled import _begin_worker as begin; begin(os.getppid()); os.kill(os.getpid(), {number:d})"
+    )
+    done = subprocess.run([sys.executable, "-c", f"{program}; os._exit(7)"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
 def test_of_two_conversions_into_one_folder_the_second_is_refused(raw, tmp_path):
     from beam_jobs.job import build
 
