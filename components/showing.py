@@ -8,4 +8,5 @@ from trainer.shared.progress import SECONDS_BETWEEN_LINES, ProgressBars
 
 
 def progress_bars(environ: Mapping[str, str] = os.environ) -> ProgressBars:
+    """Returns what shows the progress of a step, with the seconds between two lines that `environ` names."""
     return ProgressBars(float(environ.get(variables.SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LINES)))

@@ -306,6 +306,7 @@ def linear_eval(
     from eval.measure.linear_eval import evaluation_config
     from eval.measure.linear_eval import linear_eval as evaluate
     from eval.show.report import write_report
+    from trainer.folder import read_config
     from trainer.named_files import FILES_SHA256
     from trainer.preemption import ending_noted, exits_if_preempted
 
@@ -318,7 +319,7 @@ def linear_eval(
         strategy = claimed_devices(run, on_progress, say=lambda line: bars.note("linear-eval", line))
         run.datasets.log(dataset, "eval")
         run.encoders.use(model)
-        digest = evaluation_config(model.uri, overrides).linear_eval.files_sha256
+        digest = evaluation_config(read_config(model.uri)[0], overrides).linear_eval.files_sha256
         run.log_params({FILES_SHA256: digest} if digest else {})
         claim = workspace.Claim(metrics.uri)
         if checkpoints := os.environ.get("AIP_CHECKPOINT_DIR"):

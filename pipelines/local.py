@@ -25,7 +25,7 @@ from components.lineage import COMPONENTS, Artifact
 from pipelines.cache import folder_of
 from pipelines.logs import Log, lock_as_runner
 from trainer.shared.processes import end_with
-from trainer.shared.progress import SECONDS_BETWEEN_LINES, ProgressBars, parse_line
+from trainer.shared.progress import SECONDS_BETWEEN_LINES, parse_line
 
 _COLOUR = re.compile(r"\x1b\[\d*m")
 _REUSED = re.compile(r"Task ([\w-]+) cache hit ")
@@ -54,7 +54,7 @@ def run(
     request: Request,
     environment: Mapping[str, str],
     log: Log,
-    on_progress: ProgressBars,
+    on_progress: Callable[[str, str, int, int, str], None],
     echo: Callable[[str], None] | None = None,
 ) -> list[str] | None:
     """Runs a pipeline and returns the IDs of the MLflow runs that it made or reused, or None if it failed.
@@ -104,7 +104,7 @@ def run(
                 if echo:
                     echo(text)
                 if reused := _REUSED.search(text):
-                    on_progress(reused[1], "reused", 1, 1)
+                    on_progress(reused[1], "reused", 1, 1, "")
                 elif not progress and _NOTE.match(said) and not echo:
                     print(said, file=sys.stderr, flush=True)
             process.wait()

@@ -209,11 +209,10 @@ def extract(
 ) -> StoredFeatures:
     """Computes the features of `split`, or of `image_ids` in it, into a subfolder of `folder` that is named by their digest.
 
-    Skips the parts that the subfolder already has. If evaluations of this machine have `shared` the folder,
-    waits for another one that computes the same features. `encoder` must be made in the scope of `strategy`, by default
-    TensorFlow's current one. Calls `on_progress(finished images)` after each batch. Soon after `should_stop()` returns True,
-    raises PreemptedError and keeps the finished parts. Raises UserError if the split does not hold every image ID exactly once,
-    or if features are not finite.
+    Skips the parts that the subfolder already has. In a `shared` folder, waits for another evaluation of this machine that
+    computes the same features. `encoder` must be made in the scope of `strategy`, by default TensorFlow's current one. Calls
+    `on_progress(finished images)` after each batch. Soon after `should_stop()` returns True, raises PreemptedError and keeps
+    the finished parts. Raises UserError if the split does not hold every image ID exactly once, or if features are not finite.
     """
     strategy = strategy or tf.distribute.get_strategy()
     digest = digest_of(encoder, config, manifest, split, image_ids)

@@ -67,9 +67,9 @@ def linear_eval(
 
     `overrides` change `linear_eval.` settings. Writes predictions.parquet, the classifiers and, last, result.json into `output`.
     Writes intermediate state into `workspace`, by default `output`, and features into `features_dir`, by default `workspace`.
-    Other evaluations of this machine may use the same `features_dir` at the same time and find the
-    features there. With the same `workspace`, resumes an earlier attempt: reuses its finished protocols and its finished epochs.
-    Runs on the replicas of `strategy`, by default all devices of the machine.
+    Other evaluations of this machine may use the same `features_dir` at the same time and find the features there. With the same
+    `workspace`, resumes an earlier attempt: reuses its finished protocols and its finished epochs. Runs on the replicas of
+    `strategy`, by default all devices of the machine.
 
     Calls `log_metrics` once, with the step of the checkpoint, and `on_progress` regularly: each forward pass, each path of fits,
     each training and the search for neighbours is a phase with a count of its own. Calls `should_stop()` often, and raises
@@ -79,8 +79,8 @@ def linear_eval(
     workspace = (workspace or output).rstrip("/")
     shared, features_dir = bool(features_dir), (features_dir or workspace).rstrip("/")
     folder = checkpoints.run_folder(checkpoint)
-    _, about = read_config(folder)
-    config = evaluation_config(folder, overrides)
+    pretraining, about = read_config(folder)
+    config = evaluation_config(pretraining, overrides)
     settings = config.linear_eval
     stored = checkpoints.open_checkpoint(checkpoint)
     manifest = read_manifest(data_dir)
@@ -279,16 +279,15 @@ def _note_other_classes(data_dir: str, folder: str, settings: LinearEvalSettings
     print(f"note: {text}", file=sys.stderr)
 
 
-def evaluation_config(folder: str, overrides: Iterable[str]) -> Config:
-    """Returns the config of an evaluation of the encoder in a checkpoint folder, with the digest of the files that it names.
+def evaluation_config(pretraining: Config, overrides: Iterable[str]) -> Config:
+    """Returns the config of an evaluation of an encoder with the config `pretraining`, with the digest of the files it names.
 
     Raises UserError if one of `overrides` is no setting of the linear eval, or if the files differ from a digest among them.
     """
-    config, _ = read_config(folder)
     items = list(overrides)
     for item in items:
         if not item.strip().startswith(LINEAR_EVAL):
             raise UserError(
                 f"{item} cannot be set here: pretraining is finished, and only settings that begin with {LINEAR_EVAL} apply"
             )
-    return with_digest(override(config, items))
+    return with_digest(override(pretraining, items))

@@ -80,6 +80,7 @@ class Seen:
 def watch(command: Sequence[str], end: tuple[str, float, signal.Signals] | None = None) -> Seen:
     """Runs a command and returns what it showed. `end` is a phase, a fraction of it, and the signal that is sent there."""
     begun = last = time.monotonic()
+    cut: Phase | None = None
     phases = [Phase("before the first line", begun, counted=begun)]
     environ = {**os.environ, **search_path(Path(__file__).parents[1] / "support" / "often"), "TF_CPP_MIN_LOG_LEVEL": "2"}
     process = subprocess.Popen(
@@ -107,6 +108,9 @@ def watch(command: Sequence[str], end: tuple[str, float, signal.Signals] | None 
         if end and name == end[0] and total and done / total >= end[1]:
             process.send_signal(end[2])
             end = None
+            cut = phase
+    if cut:  # its time left was that of a whole phase
+        cut.promised.clear()
     _, status, used = os.wait4(process.pid, 0)
     now = time.monotonic()
     phases[-1].silent, phases[-1].ended = max(phases[-1].silent, now - last), now
@@ -170,7 +174,7 @@ def main() -> None:
         evaluate += ["--set", "linear_eval.protocols=cached,knn"]
         for name, command, end, codes in (
             ("dry run", [*convert, "--dry-run"], None, (0,)),
-            ("conversion, SIGTERM at a third", convert, ("converting, images", 1 / 3, signal.SIGTERM), (143, -15, 130)),
+            ("conversion, SIGTERM at a third", convert, ("writing images", 1 / 3, signal.SIGTERM), (143, -15, 130)),
             ("conversion, gone on with", convert, None, (0,)),
             ("the same conversion again", convert, None, (0,)),
             ("pretraining, SIGKILL at a third", pretrain, ("training", 1 / 3, signal.SIGKILL), (-9,)),

@@ -166,7 +166,7 @@ def naming_unwritable(path: str) -> Iterator[None]:
 
 @contextmanager
 def naming_full_disk(path: str, *, or_its_own: bool = False) -> Iterator[None]:
-    """Does so for a block that also reads: only the errors of a disk that takes no more.
+    """Raises UserError in place of the errors of a disk that takes no more. The block may also read: other errors pass.
 
     With `or_its_own`, names the file of the error, if it has one, in place of `path`.
     """

@@ -63,6 +63,10 @@ class _Phase:
         return time.monotonic() - self.begun
 
     @property
+    def is_over(self) -> bool:
+        return self.done == self.total > 0
+
+    @property
     def left(self) -> str:
         """How long the rest takes at the rate of this process, as `0:31 left`; empty where that is not known."""
         if not self.first < self.done < self.total:
@@ -125,7 +129,7 @@ class ProgressBars:
             now.done, now.total, now.text = done, total, text
             if self._bars:
                 self._draw(self._bars, now, new)
-            elif new or done == total > 0 or time.monotonic() - self._last_line >= self._between:
+            elif new or now.is_over or time.monotonic() - self._last_line >= self._between:
                 self._print(now.line())
 
     def of(self, job: str) -> OnProgress:
@@ -160,13 +164,10 @@ class ProgressBars:
         """Says of a phase that nothing is reported of that it lasts."""
         while not self._ended.wait(min(1.0, self._between)):
             with self._lock:
-                if self._now and not self._is_over(self._now) and time.monotonic() - self._last_line >= self._between:
+                if self._now and not self._now.is_over and time.monotonic() - self._last_line >= self._between:
                     # Nobody may read any longer. The job's own next line says so where it can be handled.
                     with suppress(BrokenPipeError):
                         self._print(self._now.line(waited=True))
-
-    def _is_over(self, now: _Phase) -> bool:
-        return now.done == now.total > 0
 
     def _print(self, line: str) -> None:
         self._last_line = time.monotonic()
