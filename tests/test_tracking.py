@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 import uuid
 from contextlib import suppress
@@ -451,3 +452,23 @@ def test_a_run_shows_the_phase_that_it_is_in_and_keeps_the_one_that_it_failed_in
     assert tag() == "training"
     phase.close(finished=True)
     assert tag() is None
+
+
+def test_a_finished_run_shows_no_phase_though_the_server_was_slow_to_take_it(bench, monkeypatch):
+    asked, answered = threading.Event(), threading.Event()
+    run_id = bench.store.client.create_run(bench.store.experiment_id).info.run_id
+    set_tag = MlflowClient.set_tag
+
+    def slowly(self, *args, **more):
+        asked.set()
+        answered.wait()
+        set_tag(self, *args, **more)
+
+    monkeypatch.setattr(MlflowClient, "set_tag", slowly)
+    phase = Phase(bench.store, run_id, seconds_to_last=0.001)
+    phase.of(lambda *args: None)("training")
+    asked.wait()
+    phase.close(finished=True)
+    answered.set()
+    phase.thread.join()
+    assert "sogclr.phase" not in bench.store.client.get_run(run_id).data.tags

@@ -21,7 +21,9 @@ class Phase:
         self._store, self._run_id, self._seconds_to_last = store, run_id, seconds_to_last
         self._changed = threading.Condition()
         """Guards the attributes below."""
-        self._now, self._told, self._closed, self._working = "", "", False, False
+        self._now, self._told, self._closed, self._finished = "", "", False, False
+        self.thread: threading.Thread | None = None
+        """Sets the tag, from the first phase on."""
 
     def of(self, on_progress: OnProgress) -> OnProgress:
         """Returns a callable that shows what it is told in both places."""
@@ -35,18 +37,21 @@ class Phase:
     def close(self, finished: bool) -> None:
         """Removes the tag of a finished run. A run that failed keeps the phase that it failed in."""
         with self._changed:
-            self._closed = True
+            self._closed, self._finished = True, finished
             self._changed.notify_all()
             told = self._told
         if finished and told:
-            with suppress(MlflowException):
-                self._store.client.delete_tag(self._run_id, names.PHASE)
+            self._remove()
+
+    def _remove(self) -> None:
+        with suppress(MlflowException):
+            self._store.client.delete_tag(self._run_id, names.PHASE)
 
     def _enter(self, phase: str) -> None:
         with self._changed:
-            if not self._working:
-                self._working = True
-                threading.Thread(target=self._tell_until_closed, daemon=True).start()
+            if not self.thread:
+                self.thread = threading.Thread(target=self._tell_until_closed, daemon=True)
+                self.thread.start()
             self._now = phase
             self._changed.notify_all()
 
@@ -63,6 +68,10 @@ class Phase:
                 self._told = lasting
             with suppress(Exception):
                 client.set_tag(self._run_id, names.PHASE, lasting)
+            with self._changed:
+                late = self._finished
+            if late:  # the run finished while the server took the tag
+                self._remove()
 
     def _left(self, phase: str) -> Callable[[], bool]:
         return lambda: self._closed or self._now != phase
