@@ -61,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for one in result.accuracies:
         low, high = (f"{100 * end:.1f}" for end in one.top_1_interval)
         print(f"{one.protocol:14} {one.encoder:11} {one.top_1:6.1%}  {f'{low} to {high}':13} {one.top_5:7.1%} {one.seconds:8.1f}")
+    for measurement in result.measurements:
+        for name, value in measurement.values.items():
+            print(f"{name.replace('_', ' '):46} {value:.6g}")
     print(f"{result.num_images} validation images; intervals by bootstrap over them")
     print(f"untrained control: {read_evaluation(args.output).about_control}")
 

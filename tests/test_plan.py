@@ -172,7 +172,7 @@ FORWARD = {"fits": True, "flops": 256 * 8e9, "bytes_accessed": 256 * 40e6}
 def evaluated(tmp_path, monkeypatch):
     """Plans an evaluation of `work` on what a compiler said of 256 images, with round figures."""
     monkeypatch.setattr(evaluation, "IMAGES_A_CORE", 1000.0)
-    monkeypatch.setattr(protocols, "memory_bytes", lambda sizes: 40e9)
+    monkeypatch.setattr(protocols, "memory_bytes", lambda config, sizes: 40e9)
     monkeypatch.setattr(protocols, "disk_bytes", lambda config, sizes: 150e9)
 
     def evaluated(work, accelerator="v5e-8", forward=FORWARD, overrides=(), **limits):

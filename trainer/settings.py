@@ -155,7 +155,7 @@ class RunSettings(Group):
 LINEAR_EVAL = "linear_eval."
 """Prefix of the keys of the linear eval. All keys without a prefix belong to pretraining."""
 
-ProtocolName = Literal["cached", "knn", "online", "official", "finetune-1", "finetune-10", "finetune-100"]
+ProtocolName = Literal["cached", "knn", "online", "official", "finetune-1", "finetune-10", "finetune-100", "global-objective"]
 """Protocols that measure an encoder; docs/evaluation.md describes them."""
 
 
@@ -184,6 +184,9 @@ class LinearEvalSettings(Group):
     """Neighbours that vote, at most the number of training images."""
     knn_temperature: Annotated[float, Gt(0)] = 0.07
     """A neighbour of cosine s has the weight exp(s / temperature)."""
+
+    objective_anchors: Annotated[int, Ge(100)] = 100_000
+    """Number of images up to which `global-objective` is exact. From a larger split, this many anchors are drawn by `seed`."""
 
     official_epochs: Annotated[int, Ge(1)] = 90
     official_batch_size: Annotated[int, Ge(2)] = 4096

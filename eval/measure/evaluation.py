@@ -1,5 +1,7 @@
 """Reads and writes the files of an evaluation: result.json and predictions.parquet.
 
+A row of result.json is an accuracy, or the measurement of a protocol that classifies nothing.
+
 predictions.parquet has one row for each validation image, with the int64 columns `image_id`, `label`, and for each accuracy in
 result.json the predictions, in the column `Accuracy.column`.
 """
@@ -57,6 +59,31 @@ class Accuracy:
         return ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in settings)
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """Numbers of the pretrained encoder by a protocol that has no accuracy."""
+
+    protocol: str
+    values: Mapping[str, float]
+    """Numbers by name. MLflow's names are `eval/` and these; the first is the one that stands for the protocol."""
+    conditions: Mapping[str, Any]
+    """What the numbers depend on, besides the dataset and the encoder. Only numbers of equal conditions are comparable."""
+    settings: Mapping[str, Any]
+    """Other settings that the protocol used."""
+    seconds: float
+    """Duration of the protocol."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """MLflow's metrics by name."""
+        return {f"eval/{name}": value for name, value in self.values.items()}
+
+    @property
+    def headline(self) -> float:
+        """The number that stands for the protocol."""
+        return next(iter(self.values.values()))
+
+
 def read_accuracy(row: Mapping[str, Any]) -> Accuracy:
     """Returns the accuracy of an entry of `accuracies` in result.json, the inverse of `asdict`."""
     return Accuracy(**{**row, "top_1_interval": tuple(row["top_1_interval"])})
@@ -68,6 +95,7 @@ class Evaluation:
     result: Mapping[str, Any]
     """Content of result.json."""
     rows: tuple[Accuracy, ...]
+    measurements: tuple[Measurement, ...]
     labels: np.ndarray
     """[n] int64, labels of the validation images in the order of their IDs."""
     predictions: Mapping[str, np.ndarray]
@@ -103,6 +131,9 @@ class Evaluation:
         fitted = control.settings["images"]
         part = "" if fitted == count else f", fitted to {fitted:,} of {count:,} training images"
         return f"{low:.1%} to {high:.1%}{part}"
+
+    def measurement(self, protocol: str) -> Measurement | None:
+        return next((row for row in self.measurements if row.protocol == protocol), None)
 
     def correct(self, key: str) -> np.ndarray:
         """Returns whether each validation image was classified correctly, [n] bool."""
@@ -145,4 +176,7 @@ def read_evaluation(folder: str) -> Evaluation:
         stored = parquet.read_table(io.BytesIO(file.read()))
     columns = {name: stored[name].to_numpy() for name in stored.column_names if name != _IMAGE_ID}
     labels = columns.pop(_LABEL)
-    return Evaluation(folder, result, tuple(map(read_accuracy, result["accuracies"])), labels, columns)
+    rows = tuple(map(read_accuracy, result["accuracies"]))
+    # An evaluation of an earlier version has no measurements.
+    measurements = tuple(Measurement(**row) for row in result.get("measurements", ()))
+    return Evaluation(folder, result, rows, measurements, labels, columns)

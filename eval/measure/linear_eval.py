@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from eval.measure.evaluation import Accuracy, read_accuracy, write_predictions, write_result
-from eval.measure.features import Features, StoredFeatures, digest_of, extract, load_encoder
+from eval.measure.evaluation import Accuracy, Measurement, read_accuracy, write_predictions, write_result
+from eval.measure.features import StoredFeatures, digest_of, extract, load_encoder
 from eval.measure.logistic import top_k_accuracy
-from eval.measure.protocols import Context, Protocol, Scores, chosen
+from eval.measure.protocols import Context, Protocol, Values, chosen
 from eval.measure.statistics import bootstrap_interval, confusion_matrix
 from trainer import checkpoint as checkpoints
-from trainer.config import Config, override
+from trainer.config import Config, override, pretraining_of
 from trainer.distribution import make_strategy
 from trainer.folder import read_config
 from trainer.named_files import with_digest
@@ -39,6 +39,7 @@ class LinearEvalResult:
     metrics: Mapping[str, float]
     """MLflow's metrics by name, as `eval/top_1_accuracy`. Accuracies are fractions in [0, 1]."""
     accuracies: tuple[Accuracy, ...]
+    measurements: tuple[Measurement, ...]
     per_class_accuracy: tuple[float, ...]
     """Top-1 accuracy of each class by the protocol `cached`, in label order."""
     confusion: np.ndarray
@@ -90,6 +91,7 @@ def linear_eval(
         _note_other_classes(data_dir, folder, settings)
     protocols = chosen(config)
     for protocol in protocols:
+        _require_part(protocol, stored, settings)
         protocol.check(config, manifest, strategy.num_replicas_in_sync)
     with strategy.scope():
         encoder = load_encoder(config, stored)
@@ -118,7 +120,7 @@ def linear_eval(
         seconds[split] = time.perf_counter() - begun
     validation = features["validation"].whole()
 
-    protocols_dir = f"{workspace}/protocols-{_digest_of_rows(encoder, config, manifest)}"
+    protocols_dir = f"{workspace}/protocols-{_digest_of_rows(encoder, config, manifest, stored)}"
     context = Context(
         config,
         data_dir,
@@ -133,20 +135,23 @@ def linear_eval(
         work_dir=protocols_dir,
         should_stop=should_stop,
     )
-    measured: list[_Measured] = []
+    rows: list[_Measured | Measurement] = []
     for protocol in protocols:
         path = f"{protocols_dir}/scores-{protocol.row}.npz"
-        found = _Measured.read(path)
+        found = _read_row(path)
         if found is None:
             begun = time.perf_counter() - sum(seconds[split] for split in protocol.uses_features_of)
-            scores = protocol.scores(replace(context, on_progress=on_progress))
-            found = _measure(protocol, scores, validation, begun)
-            found.write(path)
-        measured.append(found)
+            found = _measure(protocol, replace(context, on_progress=on_progress), begun)
+            _write_row(path, found)
+        rows.append(found)
 
+    measured = [row for row in rows if isinstance(row, _Measured)]
+    measurements = tuple(row for row in rows if isinstance(row, Measurement))
     accuracies = tuple(one.accuracy for one in measured)
     cached = measured[0]
     metrics = {"eval/l2_penalty": float(cached.arrays["l2_penalty"]), **_metrics(accuracies)}
+    for measurement in measurements:
+        metrics |= measurement.metrics
     log_metrics(metrics, stored.step)
     confusion = confusion_matrix(validation.labels, cached.predictions, manifest.num_classes)
     files = {
@@ -154,10 +159,11 @@ def linear_eval(
         for split, one in features.items()
     }
     per_class = tuple((np.diag(confusion) / confusion.sum(axis=1)).tolist())
-    result = LinearEvalResult(metrics, accuracies, per_class, confusion, images["validation"], files)
+    result = LinearEvalResult(metrics, accuracies, measurements, per_class, confusion, images["validation"], files)
     written = {
         "metrics": metrics,
         "accuracies": [asdict(one) for one in accuracies],
+        "measurements": [asdict(row) for row in measurements],
         "num_images": result.num_images,
         "train_images": images["train"],
         "features": files,
@@ -205,25 +211,35 @@ class _Measured:
     arrays: Mapping[str, np.ndarray]
     """Weights that the protocol learned, if they are to be saved."""
 
-    def write(self, path: str) -> None:
-        make_folder(path.rpartition("/")[0])
-        kept = {f"array/{name}": np.asarray(value) for name, value in self.arrays.items()}
-        text = np.array(json.dumps(asdict(self.accuracy)))
-        write_arrays(path, {"accuracy": text, "predictions": self.predictions, **kept})
 
-    @classmethod
-    def read(cls, path: str) -> "_Measured | None":
-        """Reads the file that `write` wrote in an earlier attempt. Returns None if there is none."""
-        if not tf.io.gfile.exists(path):
-            return None
-        with tf.io.gfile.GFile(path, "rb") as file, np.load(io.BytesIO(file.read())) as stored:
-            arrays = {name.removeprefix("array/"): stored[name] for name in stored.files if name.startswith("array/")}
-            about = json.loads(str(stored["accuracy"]))
-            return cls(read_accuracy(about), stored["predictions"], arrays)
+def _write_row(path: str, row: _Measured | Measurement) -> None:
+    make_folder(path.rpartition("/")[0])
+    if isinstance(row, Measurement):
+        write_arrays(path, {"measurement": np.array(json.dumps(asdict(row)))})
+        return
+    kept = {f"array/{name}": np.asarray(value) for name, value in row.arrays.items()}
+    text = np.array(json.dumps(asdict(row.accuracy)))
+    write_arrays(path, {"accuracy": text, "predictions": row.predictions, **kept})
 
 
-def _measure(protocol: Protocol, scores: Scores, validation: Features, begun: float) -> _Measured:
-    """Returns accuracy and predictions from the scores of a protocol. `begun` is its start by `time.perf_counter()`."""
+def _read_row(path: str) -> _Measured | Measurement | None:
+    """Reads the file that `_write_row` wrote in an earlier attempt. Returns None if there is none."""
+    if not tf.io.gfile.exists(path):
+        return None
+    with tf.io.gfile.GFile(path, "rb") as file, np.load(io.BytesIO(file.read())) as stored:
+        if "measurement" in stored.files:
+            return Measurement(**json.loads(str(stored["measurement"])))
+        arrays = {name.removeprefix("array/"): stored[name] for name in stored.files if name.startswith("array/")}
+        about = json.loads(str(stored["accuracy"]))
+        return _Measured(read_accuracy(about), stored["predictions"], arrays)
+
+
+def _measure(protocol: Protocol, context: Context, begun: float) -> _Measured | Measurement:
+    """Runs a protocol. `begun` is its start by `time.perf_counter()`."""
+    scores, validation = protocol.measure(context), context.validation
+    if isinstance(scores, Values):
+        seconds = time.perf_counter() - begun
+        return Measurement(protocol.name, scores.values, scores.conditions, scores.settings, seconds)
     top_1, top_5 = (top_k_accuracy(scores.logits, validation.labels, k) for k in (1, 5))
     predicted = scores.logits.argmax(axis=1)
     seconds = time.perf_counter() - begun
@@ -241,11 +257,27 @@ def _metrics(accuracies: Iterable[Accuracy]) -> dict[str, float]:
     return metrics
 
 
-def _digest_of_rows(encoder: Any, config: Config, manifest: Manifest) -> str:
-    """Returns a short digest of everything that accuracies depend on, except the selection of protocols."""
+def _digest_of_rows(encoder: Any, config: Config, manifest: Manifest, checkpoint: checkpoints.Checkpoint) -> str:
+    """Returns a short digest of everything that rows depend on, except the selection of protocols."""
     settings = {name: value for name, value in asdict(config.linear_eval).items() if name not in ("protocols", "batch_size")}
-    about = {"features": digest_of(encoder, config, manifest, "validation"), "settings": settings}
+    heads = {name: array for name, array in checkpoint.arrays.items() if name.split("/")[0] in ("classifier", "projection")}
+    about = {
+        "features": digest_of(encoder, config, manifest, "validation"),
+        "heads": checkpoints.sha256_of(heads),
+        "pretraining": pretraining_of(config),
+        "settings": settings,
+    }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _require_part(protocol: Protocol, checkpoint: checkpoints.Checkpoint, settings: LinearEvalSettings) -> None:
+    """Raises UserError if `checkpoint` lacks the part that a protocol needs."""
+    if protocol.needs and not any(name.startswith(f"{protocol.needs}/") for name in checkpoint.arrays):
+        others = [one for one in settings.protocols if one != protocol.name] or ["cached"]
+        raise UserError(
+            f"{checkpoint.path} has no {protocol.needs}, which the protocol {protocol.name} needs: "
+            f"set linear_eval.protocols={','.join(others)}"
+        )
 
 
 def _require_every_class(data_dir: str, manifest: Manifest) -> None:

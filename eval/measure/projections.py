@@ -15,22 +15,14 @@ from trainer.augmentation import augment
 from trainer.config import Config
 from trainer.heads import make_projection
 from trainer.input_pipeline import view_batches
-from trainer.shared.errors import UserError
 from trainer.shared.records import Manifest
 from trainer.state import model_variables
 
 _INPUTS = ("views", "draws")
 
 
-def has_head(checkpoint: checkpoints.Checkpoint) -> bool:
-    """Returns whether a checkpoint has a projection head. That of an imported encoder has none."""
-    return any(name.startswith("projection/") for name in checkpoint.arrays)
-
-
 def load_head(config: Config, checkpoint: checkpoints.Checkpoint) -> keras.Model:
     """Returns the projection head in a checkpoint. Raises UserError if it has none, or one of another architecture."""
-    if not has_head(checkpoint):
-        raise UserError(f"{checkpoint.path} has no projection head: take a checkpoint of a pretraining run")
     head = make_head(config)
     checkpoints.restore(model_variables("projection", head), checkpoint)
     return head

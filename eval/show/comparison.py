@@ -9,7 +9,7 @@ from typing import Any
 from eval.measure.evaluation import Accuracy, Evaluation, read_evaluation
 from eval.measure.protocols import description_of
 from eval.measure.statistics import MeanAndSpread, PairedTest, holm_correction, mean_and_spread, paired_test
-from eval.show import figures
+from eval.show import figures, measurements
 from eval.show.figures import SERIES, History, Interval
 from trainer.checkpoint import run_folder
 from trainer.config import pretraining_of
@@ -58,11 +58,17 @@ class Comparison:
     """Pairs of runs that were evaluated on different images, and therefore are not tested."""
     seeds: Mapping[tuple[str, str], MeanAndSpread]
     """(protocol, names of runs) -> top-1 accuracy over these runs, which differ only in their seeds."""
+    alike: Sequence[Sequence[str]]
+    """Names of runs that differ only in their seeds, in groups. A run without another like it is a group of its own."""
 
     @property
     def protocols(self) -> list[str]:
         rows = [row for one in self.runs.values() for row in one.evaluation.rows if row.encoder == "pretrained"]
         return list(dict.fromkeys(row.protocol for row in rows))
+
+    @property
+    def evaluations(self) -> dict[str, Evaluation]:
+        return {name: one.evaluation for name, one in self.runs.items()}
 
 
 def read_candidate(run_id: str, folder: str, history: History) -> Candidate:
@@ -104,7 +110,8 @@ def compare(candidates: Sequence[Candidate]) -> Comparison:
             if a.evaluation.row(protocol) and b.evaluation.row(protocol) and protocol in b.evaluation.predictions:
                 test = paired_test(a.evaluation.correct(protocol), b.evaluation.correct(protocol))
                 pairs.append(Pair(protocol, first, second, test, test.p_value))
-    return Comparison(runs, differences, _corrected(pairs), apart, dict(_over_seeds(runs)))
+    alike = _alike(runs)
+    return Comparison(runs, differences, _corrected(pairs), apart, dict(_over_seeds(runs, alike)), alike)
 
 
 def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
@@ -116,11 +123,15 @@ def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
     return corrected
 
 
-def _over_seeds(runs: Mapping[str, Candidate]) -> Iterable[tuple[tuple[str, str], MeanAndSpread]]:
+def _alike(runs: Mapping[str, Candidate]) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     for name, one in runs.items():
         groups.setdefault(repr({key: value for key, value in one.settings.items() if key != "seed"}), []).append(name)
-    for names in groups.values():
+    return list(groups.values())
+
+
+def _over_seeds(runs: Mapping[str, Candidate], alike: Sequence[Sequence[str]]) -> Iterable[tuple[tuple[str, str], MeanAndSpread]]:
+    for names in alike:
         evaluations = [runs[name].evaluation for name in names]
         for protocol in evaluations[0].predictions:
             rows = [row for evaluation in evaluations if (row := evaluation.row(protocol))]
@@ -130,14 +141,20 @@ def _over_seeds(runs: Mapping[str, Candidate]) -> Iterable[tuple[tuple[str, str]
 
 def as_dict(found: Comparison) -> dict[str, Any]:
     """Returns a comparison in types that JSON has."""
+    measured = measurements.protocols_of(found.evaluations)
     return {
         "runs": {
-            name: {"run_id": one.run_id, "accuracies": [asdict(row) for row in one.evaluation.rows]}
+            name: {
+                "run_id": one.run_id,
+                "accuracies": [asdict(row) for row in one.evaluation.rows],
+                "measurements": measurements.as_dicts(one.evaluation),
+            }
             for name, one in found.runs.items()
         },
         "differences": {name: dict(zip(found.runs, values, strict=True)) for name, values in found.differences.items()},
         "pairs": [asdict(pair) for pair in found.pairs],
         "not_tested": [list(names) for names in found.apart],
+        "not_comparable": [line for one in measured for line in measurements.not_comparable(found.evaluations, one)],
         "seeds": [{"protocol": protocol, "runs": names, **asdict(one)} for (protocol, names), one in found.seeds.items()],
     }
 
@@ -156,6 +173,9 @@ def as_text(found: Comparison) -> list[str]:
             lines += [*_aligned([head, *tests]), ""]
     lines += [_why_not(names) for names in found.apart]
     lines += [f"{protocol}, {line}" for protocol in found.protocols for line in _seeds(found, protocol)]
+    for protocol in measurements.protocols_of(found.evaluations):
+        (_, *names), *cells = measurements.side_by_side(found.evaluations, protocol)
+        lines += ["", *_aligned([(protocol, *names), *cells]), *_on_measurement(found, protocol)]
     if found.differences:
         table = [["setting", *(name.split()[0] for name in found.runs)]]
         table += [[name, *map(str, values)] for name, values in found.differences.items()]
@@ -166,6 +186,12 @@ def as_text(found: Comparison) -> list[str]:
 def to_html(found: Comparison) -> str:
     """Returns a comparison as a self-contained HTML page."""
     sections = [_section(found, protocol) for protocol in found.protocols]
+    for protocol in measurements.protocols_of(found.evaluations):
+        head, *rows = measurements.side_by_side(found.evaluations, protocol)
+        kinds = ["", *("number" for _ in head[2:]), "small"]
+        content = {"columns": list(zip(head, kinds, strict=True)), "rows": rows, "notes": _on_measurement(found, protocol)}
+        title = protocol.replace("-", " ").capitalize()
+        sections.append(Section(f"measurement-{protocol}", title, description_of(protocol), content))
     if found.apart:
         lede = "A paired test needs the same validation images."
         sections.append(Section("apart", "Not tested", lede, {"reasons": list(map(_why_not, found.apart))}))
@@ -248,6 +274,11 @@ def _seeds(found: Comparison, protocol: str) -> list[str]:
         for (of_protocol, names), one in found.seeds.items()
         if of_protocol == protocol
     ]
+
+
+def _on_measurement(found: Comparison, protocol: str) -> list[str]:
+    lines = measurements.not_comparable(found.evaluations, protocol)
+    return lines + [f"{protocol}, {line}" for line in measurements.over_seeds(found.evaluations, found.alike, protocol)]
 
 
 def _why_not(names: tuple[str, str]) -> str:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from eval.measure.evaluation import Accuracy
+from eval.measure.evaluation import Accuracy, Measurement
 from eval.measure.protocols import description_of
-from eval.show import figures, samples
+from eval.show import figures, measurements, samples
 from eval.show.figures import History, Interval
 from eval.show.run import Run, read_run
 from trainer import checkpoint as checkpoints
@@ -58,6 +58,7 @@ def write_report(
     drawn = _figures(run)
     sections = [
         _accuracies(run, drawn),
+        *map(_measurement, run.evaluation.measurements),
         _training(run, drawn),
         _u(run, drawn),
         samples.views(run),
@@ -146,6 +147,18 @@ def _accuracies(run: Run, drawn: Mapping[str, Figure]) -> Section:
             "svg": figures.svg(drawn["accuracies.png"], f"top-1 with intervals: {said}"),
             "rows": list(map(_row, rows)),
             "note": f"Published for {run.preset}: {published.published} ({published.source})." if published else "",
+        },
+    )
+
+
+def _measurement(row: Measurement) -> Section:
+    return Section(
+        f"measurement-{row.protocol}",
+        row.protocol.replace("-", " ").capitalize(),
+        f"{description_of(row.protocol)}. Compare only values of the same dataset and the same {', '.join(row.conditions)}.",
+        {
+            "rows": measurements.values_in_words(row),
+            "note": f"Measured with {measurements.about(row)}, in {row.seconds:,.0f} s.",
         },
     )
 

@@ -130,7 +130,9 @@ def make_evaluation_estimate(
     if compiled is not None and fits:
         cost = Cost(compiled["flops"] / at_once, compiled["bytes_accessed"] / at_once)
     sizes = Sizes(assumed.num_images, assumed.num_validation, assumed.num_classes, config.encoder.feature_dim)
-    demand = Demand(work_of(config, sizes), cost, config.encoder.precision, memory_bytes(sizes), disk_bytes(config, sizes))
+    demand = Demand(
+        work_of(config, sizes), cost, config.encoder.precision, memory_bytes(config, sizes), disk_bytes(config, sizes)
+    )
     protocols = estimate_protocols(demand, accelerator, assumed.dollars_per_device_hour)
     host = host_of(accelerator)
     values: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from eval.measure.features import PART_BYTES
 from eval.measure.logistic import HELD_BYTES
 from eval.measure.protocols.cached import CACHED
 from eval.measure.protocols.control import CONTROL
-from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
+from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Values, Work
 from trainer.config import Config
 from trainer.settings import ProtocolName
 
@@ -28,6 +28,7 @@ __all__ = [
     "Protocol",
     "Scores",
     "Sizes",
+    "Values",
     "Work",
     "description_of",
     "disk_bytes",
@@ -46,23 +47,25 @@ PROTOCOLS: dict[str, Protocol] = {name: _FOUND[name] for name in get_args(Protoc
 """Protocols by name, in the order of `trainer.settings.ProtocolName`."""
 
 
-def memory_bytes(sizes: Sizes) -> float:
+def memory_bytes(config: Config, sizes: Sizes) -> float:
     """Returns the estimated peak memory of an evaluation. docs/evaluation.md lists measurements.
 
-    Counts the features and scores of the validation images, the vectors of L-BFGS, the features that a fit holds, and the parts
-    that are read ahead. Of the training images, only IDs and labels grow with their number.
+    Counts what a protocol needs for itself, the features and scores of the validation images, the vectors of L-BFGS, the
+    features that a fit holds, and the parts that are read ahead. For other protocols than `global-objective`, of the training
+    images only IDs and labels grow with their number.
     """
     validation = 4.0 * sizes.validation * (2 * sizes.features + 3 * sizes.classes)
     search = 8.0 * _SEARCH_VECTORS * sizes.features * sizes.classes
     held = min(4.0 * sizes.train * sizes.features, HELD_BYTES)
-    return _BASE_BYTES + validation + search + held + 4.0 * PART_BYTES + 40.0 * sizes.train
+    shared = _BASE_BYTES + validation + search + held + 4.0 * PART_BYTES + 40.0 * sizes.train
+    return shared + sum(one.memory_bytes for one in work_of(config, sizes).values())
 
 
 def disk_bytes(config: Config, sizes: Sizes) -> float:
-    """Returns the size of an evaluation's features on disk, including those of the control."""
+    """Returns the size of an evaluation's features on disk, including those of the control, and of projections."""
     control = min(sizes.train, config.linear_eval.control_images)
     images = sizes.train + sizes.validation + (control + sizes.validation if control else 0)
-    return 4.0 * images * sizes.features
+    return 4.0 * images * sizes.features + sum(one.disk_bytes for one in work_of(config, sizes).values())
 
 
 def chosen(config: Config) -> list[Protocol]:

@@ -24,5 +24,6 @@ PROTOCOLS = (
         work,
         scores,
         uses_features_of=("validation",),
+        needs="classifier",
     ),
 )

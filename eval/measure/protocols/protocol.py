@@ -1,4 +1,4 @@
-"""The interface of a protocol: a name, a description, the work it takes, and a function from a context to scores."""
+"""The interface of a protocol: a name, a description, the work it takes, and a function from a context to scores or values."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -38,7 +38,11 @@ class Work:
     trained: int = 0
     """Number of images in forward and backward passes of training."""
     flops: float = 0.0
-    """FLOPs of the matrix products in fits and neighbour searches."""
+    """FLOPs of the matrix products in fits, neighbour searches and the global objective."""
+    memory_bytes: float = 0.0
+    """Memory that no other protocol needs."""
+    disk_bytes: float = 0.0
+    """Size of the files that no other protocol reads."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +92,32 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Values:
+    """The output of a protocol that classifies nothing: numbers."""
+
+    values: Mapping[str, float]
+    """Numbers by name. MLflow's names are `eval/` and these; the first is the one that stands for the protocol."""
+    conditions: Mapping[str, Any]
+    """What the numbers depend on, besides the dataset and the encoder. Only numbers of equal conditions are comparable."""
+    settings: Mapping[str, Any]
+    """Other settings that the protocol used, to record with the values."""
+
+
+@dataclass(frozen=True)
 class Protocol:
     name: str
     description: str
     """One line for reports."""
     work: Callable[[Config, Sizes], Work]
-    scores: Callable[[Context], Scores]
+    measure: Callable[[Context], Scores | Values]
     check: Callable[[Config, Manifest, int], None] = lambda config, manifest, replicas: None
     """Raises UserError if the settings do not fit the dataset or the number of replicas. Runs before any computation."""
     uses_features_of: tuple[str, ...] = ()
     """Splits whose features it uses. The duration of their forward pass is added to the protocol's."""
     encoder: str = "pretrained"
     """The encoder that it measures: `pretrained` or `untrained`."""
+    needs: str = ""
+    """The part of a checkpoint that it needs besides the encoder: `classifier` or `projection`. Imported encoders may lack it."""
 
     @property
     def row(self) -> str:
