@@ -188,7 +188,7 @@ def test_the_report_shows_it_in_a_section_of_its_own(evaluated, dataset, tmp_pat
     assert '<section id="measurement-global-objective">' in page
     for name in NAMES:
         assert f"{result.metrics[f'eval/global_objective{name}']:.6g}" in page
-    assert "lower is better. Compare only values of the same dataset and the same temperature, images, views" in page
+    assert "lower is better. Compare only values of the same dataset and the same images, temperature, views" in page
 
 
 def changed(candidate, number: int, value: float, seed: int = 0, **conditions):

@@ -65,7 +65,7 @@ class Measurement:
 
     protocol: str
     values: Mapping[str, float]
-    """Numbers by name. MLflow's names are `eval/` and these; the first is the one that stands for the protocol."""
+    """Numbers by name. MLflow's names are `eval/` and these. The one named `name` stands for the protocol."""
     conditions: Mapping[str, Any]
     """What the numbers depend on, besides the dataset and the encoder. Only numbers of equal conditions are comparable."""
     settings: Mapping[str, Any]
@@ -79,9 +79,14 @@ class Measurement:
         return {f"eval/{name}": value for name, value in self.values.items()}
 
     @property
+    def name(self) -> str:
+        """Name of the number that stands for the protocol, as `global_objective`."""
+        return self.protocol.replace("-", "_")
+
+    @property
     def headline(self) -> float:
         """The number that stands for the protocol."""
-        return next(iter(self.values.values()))
+        return self.values[self.name]
 
 
 def read_accuracy(row: Mapping[str, Any]) -> Accuracy:

@@ -10,9 +10,9 @@ from eval.measure.statistics import mean_and_spread
 
 
 def values_in_words(row: Measurement) -> list[tuple[str, str]]:
-    """Returns name and text of each number. The names after the first one lack the first one's words."""
-    first = next(iter(row.values))
-    return [(name.removeprefix(f"{first}_").replace("_", " "), _number(value)) for name, value in row.values.items()]
+    """Returns name and text of each number, first of the one that stands for the protocol, whose words the others' names lack."""
+    values = {row.name: row.headline, **row.values}
+    return [(name.removeprefix(f"{row.name}_").replace("_", " "), _number(value)) for name, value in values.items()]
 
 
 def about(row: Measurement) -> str:

@@ -96,7 +96,7 @@ class Values:
     """The output of a protocol that classifies nothing: numbers."""
 
     values: Mapping[str, float]
-    """Numbers by name. MLflow's names are `eval/` and these; the first is the one that stands for the protocol."""
+    """Numbers by name. MLflow's names are `eval/` and these. The one with the protocol's name stands for it."""
     conditions: Mapping[str, Any]
     """What the numbers depend on, besides the dataset and the encoder. Only numbers of equal conditions are comparable."""
     settings: Mapping[str, Any]
