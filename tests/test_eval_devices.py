@@ -20,7 +20,7 @@ from trainer.train import train
 
 TINY = ["depth=10", "width_multiplier=0.0625", "image_size=16", "global_batch_size=24", "epochs=1", "warmup_epochs=0"]
 SETTINGS = [
-    "linear_eval.protocols=cached,knn,online,official",
+    "linear_eval.protocols=cached,knn,online,official,global-objective",
     "linear_eval.batch_size=5",
     "linear_eval.l2_penalties=1e-1,1e-2",
     "linear_eval.official_batch_size=12",
@@ -66,6 +66,8 @@ def test_several_replicas_measure_what_one_measures(evaluated, replicas):
     assert [row.column for row in several.rows] == ["cached", "untrained_cached", "knn", "online", "official"]
     assert [row.top_1 for row in several.rows] == [row.top_1 for row in one.rows]
     assert [row.settings for row in several.rows] == [row.settings for row in one.rows]
+    expected, found = (of.measurement("global-objective").values for of in (one, several))
+    assert found == pytest.approx(expected, rel=1e-4)
     # An optimum is found to a gradient of 1e-5, and the last step of SGD to rounding.
     for name, tolerance in {"classifier": 3e-3, "classifier-official": 1e-4}.items():
         expected, found = (np.load(evaluated / str(count) / f"{name}.npz") for count in (1, replicas))
