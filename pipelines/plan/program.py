@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,13 @@ from jax.experimental import topologies
 
 
 def read(path: Path) -> str:
+    """Returns the program in a file, a serialized HloModuleProto, as StableHLO text."""
+    return text_of(path.read_bytes())
+
+
+def text_of(serialized: bytes) -> str:
     """Returns the program of a serialized HloModuleProto as StableHLO text."""
-    computation = xla_client.XlaComputation(path.read_bytes())
+    computation = xla_client.XlaComputation(serialized)
     text = xla_client._xla.mlir.xla_computation_to_mlir_module(computation)
     # The importer lacks mhlo.copy, which keeps a value apart from others. An optimization barrier does the same.
     return re.sub(r"\bmhlo\.copy\b", "stablehlo.optimization_barrier", text if isinstance(text, str) else text.decode())
@@ -85,23 +91,31 @@ def needs(executable: Any) -> dict[str, float]:
     }
 
 
-def run(text: str, arguments: list[np.ndarray], steps: int, repeat: int) -> tuple[list[np.ndarray], float]:
-    """Returns the results of the last of `steps` executions, and the fastest time of `repeat` more in seconds, 0 without any."""
+def loaded(text: str) -> tuple[Callable[[list[Any]], list[Any]], dict[int, int]]:
+    """Compiles a program for JAX's first device. Returns a function from arguments to results there, and `aliases(text)`.
+
+    The function takes over the arguments that a result updates. JAX has 64-bit integers from here on.
+    """
     jax.config.update("jax_enable_x64", True)  # otherwise JAX turns int64 into int32
     device = jax.devices()[0]
     options = compiler.get_compile_options(num_replicas=1, num_partitions=1, backend=device.client)
     with mlir.make_ir_context():
         module = ir.Module.parse(text)
         executable = device.client.compile_and_load(module, xla_client.DeviceList((device,)), options)
-    next_of = aliases(text)
-    held = [jax.device_put(value, device) for value in arguments]
+    return lambda arguments: list(executable.execute(arguments)), aliases(text)
+
+
+def run(text: str, arguments: list[np.ndarray], steps: int, repeat: int) -> tuple[list[np.ndarray], float]:
+    """Returns the results of the last of `steps` executions, and the fastest time of `repeat` more in seconds, 0 without any."""
+    execute, next_of = loaded(text)
+    held = [jax.device_put(value) for value in arguments]
 
     def once() -> list[Any]:
-        results = executable.execute(held)
+        results = execute(held)
         for result, argument in next_of.items():
             held[argument] = results[result]
         jax.block_until_ready(results)
-        return list(results)
+        return results
 
     results: list[Any] = []
     for _ in range(steps):

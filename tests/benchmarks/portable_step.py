@@ -29,7 +29,8 @@ import numpy as np
 PROJECT = Path(__file__).absolute().parents[2]
 PROGRAM, ABOUT = "step.hlo", "step.json"
 PEAKS = {"H200": 989.4e12, "H100 80GB HBM3": 989.4e12, "A100": 312e12}
-"""FLOP/s in bfloat16 of dense matrices, as NVIDIA publishes them; by a part of the device's name that no other device has."""
+"""FLOP/s in bfloat16 of dense matrices, as NVIDIA publishes them in November 2026; by a part of the device's name that no other
+device has."""
 
 
 def write(preset: str, overrides: list[str], output: Path, fuses: bool = True, forward: int = 0) -> None:
@@ -121,6 +122,20 @@ def measure(folder: Path, repeat: int) -> dict[str, Any]:
     }
 
 
+def report(folder: Path, repeat: int) -> None:
+    """Prints what `measure` finds: one line for a reader on stderr, and one line of JSON."""
+    found = measure(folder, repeat)
+    peak = found["share_of_bfloat16_peak"]
+    print(
+        f"{found['preset']} {' '.join(found['settings'])} on {found['device']}: {1e3 * found['step_seconds']:.1f} ms a step, "
+        f"{found['samples_per_second']:,.0f} samples/s, {found['flops_per_second'] / 1e12:.2f} TFLOP/s, "
+        f"{found['share_of_product']:.1%} of a matrix product's"
+        + (f", {peak:.1%} of the device's peak in bfloat16" if peak else ""),
+        file=sys.stderr,
+    )
+    print(json.dumps(found), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -138,16 +153,7 @@ def main() -> None:
         write(args.preset, args.set, args.output, fuses=not args.for_gpu, forward=args.forward)
         return
     for folder in args.folders:
-        found = measure(folder, args.repeat)
-        peak = found["share_of_bfloat16_peak"]
-        print(
-            f"{found['preset']} {' '.join(found['settings'])} on {found['device']}: {1e3 * found['step_seconds']:.1f} ms a step, "
-            f"{found['samples_per_second']:,.0f} samples/s, {found['flops_per_second'] / 1e12:.2f} TFLOP/s, "
-            f"{found['share_of_product']:.1%} of a matrix product's"
-            + (f", {peak:.1%} of the device's peak in bfloat16" if peak else ""),
-            file=sys.stderr,
-        )
-        print(json.dumps(found), flush=True)
+        report(folder, args.repeat)
 
 
 if __name__ == "__main__":
