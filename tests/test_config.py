@@ -56,6 +56,8 @@ def test_overrides_reach_every_type_of_setting():
         ("gamma=1.5", "gamma=1.5 makes no sense: it must be in (0, 1]"),
         ("warmup_epochs=17", "warmup_epochs=17.0 makes no sense: it must be between 0 and epochs=16"),
         ("global_batch_size=1", "global_batch_size=1 makes no sense"),
+        ("ghost_batch_size=1", "ghost_batch_size=1 makes no sense: it must be at least 2, or 0 for the global batch"),
+        ("ghost_batch_size=48", "ghost_batch_size=48 does not divide the 128 images of a replica: take 32, or 0 for the global"),
         ("linear_eval.holdout_fraction=1", "linear_eval.holdout_fraction=1.0 makes no sense"),
         ("linear_eval.protocols=cached,onlin", "linear_eval.protocols=onlin is not one of cached, "),
         ("epochs", "'epochs' is not an override: write key=value, as in epochs=100"),

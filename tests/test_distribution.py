@@ -22,6 +22,7 @@ CASES = {
     "pt_official, LARS": (2, False, ["variant=pt_official", "optimizer=lars"]),
     "isogclr": (2, False, ["variant=isogclr"]),
     "nt_xent": (2, False, ["loss=nt_xent"]),
+    "ghost batches": (2, False, ["ghost_batch_size=4"]),
     "gradients as on a TPU": (2, True, ["depth=50"]),
 }
 """By name: number of replicas, whether their device's compiler fuses, settings."""

@@ -73,6 +73,61 @@ def test_in_bfloat16_a_fused_layer_errs_as_the_plain_one_does():
     assert 0.0 < error(Fusing()) < 1.2 * error(Replicas())
 
 
+def layer_of(kind, **more):
+    layer = kind(**({"filters": 32} if kind is PointwiseNorm else {}), **more)
+    layer.build(INPUTS.shape if kind is PointwiseNorm else UPSTREAM.shape)
+    for name, value in (("kernel", KERNEL), ("gamma", GAMMA), ("beta", BETA)):
+        if hasattr(layer, name):
+            getattr(layer, name).assign(value)
+    return layer
+
+
+@pytest.mark.parametrize("replicas", [Replicas(), Fusing()], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("kind", [BatchNorm, PointwiseNorm])
+def test_ghost_batches_have_statistics_and_gradients_of_their_own(kind, replicas):
+    """Against float64, each ghost batch alone; the moving moments are the mean over ghost batches."""
+    layer = layer_of(kind, replicas=replicas, ghost_rows=2)
+    inputs = INPUTS if kind is PointwiseNorm else UPSTREAM * UPSTREAM
+    ours = tf.constant(inputs, tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(ours)
+        outputs = layer(ours, training=True)
+        loss = tf.reduce_sum(outputs * tf.constant(UPSTREAM, tf.float32))
+    variables = [layer.gamma.value, layer.beta.value] + ([layer.kernel.value] if kind is PointwiseNorm else [])
+    found = [outputs, *tape.gradient(loss, [ours, *variables])]
+
+    exact = tf.constant(inputs)
+    gamma, beta, kernel = (tf.constant(array) for array in (GAMMA, BETA, KERNEL))
+    with tf.GradientTape() as tape:
+        tape.watch([exact, gamma, beta, kernel])
+        weights = kernel if kind is PointwiseNorm else tf.eye(32, dtype=tf.float64)[None, None]
+        parts = [by_autodiff(rows, weights, gamma, beta, relu=False) for rows in tf.split(exact, 3)]
+        normal = tf.concat([part for part, *_ in parts], axis=0)
+        loss = tf.reduce_sum(normal * tf.constant(UPSTREAM))
+    expected = [normal, *tape.gradient(loss, [exact, gamma, beta] + ([kernel] if kind is PointwiseNorm else []))]
+    for name, one, other in zip(("outputs", "by inputs", "by gamma", "by beta", "by kernel"), found, expected, strict=False):
+        np.testing.assert_allclose(one, other, rtol=0, atol=5e-6 * np.abs(other).max(), err_msg=name)
+    mean, variance = (np.mean([part[which] for part in parts], axis=0) for which in (1, 2))
+    np.testing.assert_allclose(layer.moving_mean, 0.1 * mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer.moving_variance, 0.9 + 0.1 * variance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("replicas", [Replicas(), Fusing()], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("kind", [BatchNorm, PointwiseNorm])
+def test_one_ghost_batch_of_all_rows_has_the_bits_of_the_whole_batch(kind, replicas):
+    inputs = tf.constant(INPUTS if kind is PointwiseNorm else UPSTREAM, tf.float32)
+    ends = []
+    for rows in (0, len(INPUTS)):
+        layer = layer_of(kind, replicas=replicas, ghost_rows=rows)
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = layer(inputs, training=True)
+        ends.append([outputs, tape.gradient(outputs, inputs, tf.constant(UPSTREAM, tf.float32)), *layer.get_weights()])
+        ends[-1].append(layer(inputs, training=False))
+    for whole, ghost in zip(*ends, strict=True):
+        np.testing.assert_array_equal(whole, ghost)
+
+
 @pytest.mark.parametrize("kind", [BatchNorm, PointwiseNorm])
 def test_moving_moments_are_the_same_either_way_and_serve_alike_afterwards(kind):
     ends = []

@@ -167,6 +167,7 @@ def test_a_key_file_that_is_none_is_named(google, monkeypatch, capsys):
         (["--accelerator", "v5e-16", "--force-accelerator", "--spot"], "leave out --spot"),
         (["--set", "global_batch_size=500"], "does not divide among the 8 replicas"),
         (["--set", "global_batch_size=4"], "take --set global_batch_size=8"),
+        (["--set", "ghost_batch_size=32", "global_batch_size=64"], "does not divide the 8 images of a replica: take 8, or 0"),
         (["--pipeline-root", "/tmp/runs"], "--pipeline-root"),
         (["--raw", "/data"], "--raw"),
         (["--project", "My Project"], "--project"),

@@ -15,7 +15,9 @@ import tensorflow as tf
 from support.datasets import write_dataset
 from support.processes import run_module
 
+from trainer.augmentation import augment
 from trainer.input_pipeline import evaluation_batches, labelled_batches, training_batches
+from trainer.losses.loss import alignment, uniformity_kernel
 from trainer.preemption import EXIT_CODE, PreemptedError
 from trainer.presets import resolve
 from trainer.shared import records
@@ -110,6 +112,33 @@ def test_the_online_classifier_sends_no_gradient_into_the_encoder(dataset):
         name.split("/")[0] for name in ends[0] if not np.array_equal(ends[0][name], ends[1][name]) and "momentum" not in name
     }
     assert differ == {"classifier"}
+
+
+def test_a_ghost_batch_is_both_views_of_its_images_and_the_loss_is_of_the_whole_batch(dataset):
+    """What a step reports, beside networks that get the images of one ghost batch at a time and know nothing of the others."""
+    config = tiny("ghost_batch_size=5", "blur=true")
+    batch = next(iter(training_batches(config, str(dataset), read_manifest(str(dataset)), 0)))
+    found = make_train_step(config, create_train_state(config, 48, 6))(batch)
+
+    apart = create_train_state(tiny("blur=true"), 48, 6)
+    first, second, losses = [], [], []
+    for part in (slice(begin, begin + 5) for begin in range(0, 20, 5)):
+        both, draws = (tf.concat([batch[name][part, 0], batch[name][part, 1]], axis=0) for name in ("views", "draws"))
+        features = apart.encoder(augment(both, draws, config.views.color_jitter_strength, True), training=True)
+        z1, z2 = tf.split(tf.math.l2_normalize(apart.projection(features, training=True), axis=1), 2)
+        first.append(z1)
+        second.append(z2)
+        labels = tf.tile(batch["label"][part], [2])
+        losses.append(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, apart.classifier(features)))
+    z1, z2 = tf.concat(first, axis=0), tf.concat(second, axis=0)
+    positions = tf.range(20)
+    expected = {
+        "train/alignment": alignment(z1, z2),
+        "train/uniformity": tf.math.log(uniformity_kernel(z1, z1, positions)),
+        "train/online_loss": tf.reduce_mean(tf.concat(losses, axis=0)),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.thorough

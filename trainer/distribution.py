@@ -174,6 +174,17 @@ class Replicas:
         return values if self.count == 1 else tf.distribute.get_replica_context().all_reduce(how, values)
 
 
+class Alone(Replicas):
+    """A replica that does not communicate with the others."""
+
+    @property
+    def count(self) -> int:
+        return 1
+
+    def index(self) -> int:
+        return 0
+
+
 def check_divides(batch_size: int, replicas: int, setting: str = "global_batch_size") -> None:
     """Raises UserError if a batch does not divide evenly over the replicas. The message names the nearest sizes that do."""
     below = batch_size // replicas * replicas

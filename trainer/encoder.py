@@ -14,14 +14,17 @@ IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's pixels, R, G and B in [0, 1], as torchvision has them."""
 
 
-def make_encoder(settings: EncoderSettings, image_size: int, seed: int = 0, replicas: Replicas | None = None) -> keras.Model:
+def make_encoder(
+    settings: EncoderSettings, image_size: int, seed: int = 0, replicas: Replicas | None = None, ghost_rows: int = 0
+) -> keras.Model:
     """Returns a model from images, [B, S, S, 3] float32 in [0, 1] with S = `image_size`, to features, [B, F] float32.
 
     F is `settings.feature_dim`. The initial value of a weight depends only on `seed` and its name. Convolutions compute in
-    `settings.precision`. BN takes its statistics over `replicas`, by default those of tf.distribute.
+    `settings.precision`. BN takes its statistics over `replicas`, by default those of tf.distribute, or, with `ghost_rows` above
+    0, over that many rows of a replica's batch.
     """
     dtype = "float32" if settings.precision == "float32" else "mixed_bfloat16"
-    build = _Builder(seed, settings.selective_kernel_ratio, dtype, replicas)
+    build = _Builder(seed, settings.selective_kernel_ratio, dtype, replicas, ghost_rows)
     images = keras.Input((image_size, image_size, 3), name="images")
     width = int(64 * settings.width_multiplier)
     x = images if settings.input_normalization == "none" else build.normalized(images)
@@ -46,6 +49,7 @@ class _Builder:
     dtype: str
     """Name of Keras's dtype policy."""
     replicas: Replicas | None
+    ghost_rows: int
 
     def normalized(self, images: tf.Tensor) -> tf.Tensor:
         variance = [deviation**2 for deviation in IMAGENET_DEVIATION]
@@ -129,7 +133,9 @@ class _Builder:
         )(x)
 
     def norm(self, x: tf.Tensor, name: str, zero_scale: bool = False, relu: bool = False) -> tf.Tensor:
-        return BatchNorm(zero_scale=zero_scale, relu=relu, replicas=self.replicas, name=name, dtype=self.dtype)(x)
+        return BatchNorm(
+            zero_scale=zero_scale, relu=relu, replicas=self.replicas, ghost_rows=self.ghost_rows, name=name, dtype=self.dtype
+        )(x)
 
     def pointwise_norm(self, x: tf.Tensor, filters: int, name: str, zero_scale: bool = False) -> tf.Tensor:
         return PointwiseNorm(
@@ -137,6 +143,7 @@ class _Builder:
             kernel_initializer=initializer("kernel", self.seed, name),
             zero_scale=zero_scale,
             replicas=self.replicas,
+            ghost_rows=self.ghost_rows,
             name=name,
             dtype=self.dtype,
         )(x)

@@ -7,12 +7,19 @@ from trainer.layers import BatchNorm, initializer
 
 
 def make_projection(
-    feature_dim: int, layers: int, out_dim: int, seed: int = 0, replicas: Replicas | None = None, hidden_dim: int = 0
+    feature_dim: int,
+    layers: int,
+    out_dim: int,
+    seed: int = 0,
+    replicas: Replicas | None = None,
+    hidden_dim: int = 0,
+    ghost_rows: int = 0,
 ) -> keras.Model:
     """Returns SimCLR's projection head, from features, [B, F] float32, to projections, [B, out_dim] float32, not normalised.
 
     Hidden layers have `hidden_dim` units, by default F. BN follows every layer, ReLU every layer but the last; the last BN has no
-    offset. BN takes its statistics over `replicas`, by default those of tf.distribute.
+    offset. BN takes its statistics over `replicas`, by default those of tf.distribute, or, with `ghost_rows` above 0, over that
+    many rows of a replica's batch.
     """
     features = keras.Input((feature_dim,), name="features")
     x = features
@@ -25,7 +32,7 @@ def make_projection(
             kernel_initializer=initializer("head", seed, f"projection/{name}"),
             name=name,
         )(x)
-        x = BatchNorm(center=not last, relu=not last, replicas=replicas, name=f"norm{layer}")(x)
+        x = BatchNorm(center=not last, relu=not last, replicas=replicas, ghost_rows=ghost_rows, name=f"norm{layer}")(x)
     return keras.Model(features, x, name="projection")
 
 

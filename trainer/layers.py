@@ -1,12 +1,16 @@
 """Batch normalisation over all replicas, and initializers that do not depend on the order in which layers are created."""
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from trainer.distribution import Replicas
+from trainer.distribution import Alone, Replicas
+
+OfBatch = Callable[[tf.Tensor, Replicas], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
+"""Normalises rows over replicas. Returns outputs, mean and variance."""
 
 
 def initializer(kind: str, seed: int, name: str) -> keras.initializers.Initializer:
@@ -27,6 +31,10 @@ class BatchNorm(keras.layers.Layer):
 
     If `relu`, a ReLU follows. `replicas` are by default those of tf.distribute.
 
+    With `ghost_rows` above 0, every so many consecutive rows of a replica's batch are normalised by their own statistics in
+    training, as a ghost batch (Hoffer et al. 2017). They must divide the batch. The moving averages then take the mean over all
+    ghost batches of all replicas.
+
     The moving variance averages the batch variance without Bessel's correction, so it does not depend on how a batch is divided
     over replicas. Statistics are float32, whatever the type of the inputs.
     """
@@ -39,6 +47,7 @@ class BatchNorm(keras.layers.Layer):
         replicas: Replicas | None = None,
         momentum: float = 0.9,
         epsilon: float = 1e-5,
+        ghost_rows: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -48,6 +57,7 @@ class BatchNorm(keras.layers.Layer):
         self.replicas = replicas or Replicas()
         self.momentum = momentum
         self.epsilon = epsilon
+        self.ghost_rows = ghost_rows
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         def weight(name: str, initial: str, trainable: bool = True) -> keras.Variable:
@@ -67,10 +77,23 @@ class BatchNorm(keras.layers.Layer):
             scale, offset = self._of_moving_moments(gamma, beta)
             outputs = inputs * tf.cast(scale, inputs.dtype) + tf.cast(offset, inputs.dtype)
             return tf.nn.relu(outputs) if self.relu else outputs
-        if self.replicas.count == 1 and not self.replicas.recompute_in_backward:
-            outputs, mean, variance = self._of_one_replica(inputs, gamma, beta)
+
+        def of_batch(rows: tf.Tensor, replicas: Replicas) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            if replicas.count == 1 and not self.replicas.recompute_in_backward:
+                return self._of_one_replica(rows, gamma, beta)
+            return normalized(rows, gamma, beta, self.epsilon, self.relu, replicas)
+
+        return self._trained(inputs, of_batch)
+
+    def _trained(self, inputs: tf.Tensor, of_batch: OfBatch) -> tf.Tensor:
+        """Returns the outputs of `of_batch` on the global batch, or on each ghost batch, and moves the moving moments."""
+        if self.ghost_rows == 0:
+            outputs, mean, variance = of_batch(inputs, self.replicas)
         else:
-            outputs, mean, variance = normalized(inputs, gamma, beta, self.epsilon, self.relu, self.replicas)
+            parts = [of_batch(rows, Alone()) for rows in tf.split(inputs, inputs.shape[0] // self.ghost_rows)]
+            outputs = tf.concat([part for part, *_ in parts], axis=0)
+            moments = tf.reduce_mean(tf.stack([part[1:] for part in parts]), axis=0)
+            mean, variance = tf.unstack(self.replicas.mean(moments))
         self._move(mean, variance)
         return outputs
 
@@ -120,9 +143,9 @@ class PointwiseNorm(BatchNorm):
             outputs = tf.nn.conv2d(inputs, tf.cast(kernel, inputs.dtype), 1, "VALID")
             return super().call(outputs, training=training)
         gamma, beta = tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta)
-        outputs, mean, variance = pointwise_normalized(inputs, kernel, gamma, beta, self.epsilon, self.replicas)
-        self._move(mean, variance)
-        return outputs
+        return self._trained(
+            inputs, lambda rows, replicas: pointwise_normalized(rows, kernel, gamma, beta, self.epsilon, replicas)
+        )
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return (*input_shape[:-1], self.filters)

@@ -65,11 +65,12 @@ def create_train_state(config: Config, num_images: int, num_classes: int, replic
     Within the scope of a strategy, creates it on all of the strategy's replicas.
     """
     seed = config.run.seed
-    encoder = make_encoder(config.encoder, config.views.image_size, seed, replicas)
+    ghost_rows = 2 * config.optimizer.ghost_batch_size
+    encoder = make_encoder(config.encoder, config.views.image_size, seed, replicas, ghost_rows)
     features = encoder.output_shape[-1]
     heads = config.encoder
     projection = make_projection(
-        features, heads.projection_layers, heads.projection_dim, seed, replicas, heads.projection_hidden_dim
+        features, heads.projection_layers, heads.projection_dim, seed, replicas, heads.projection_hidden_dim, ghost_rows
     )
     classifier = make_classifier(features, num_classes, seed)
     contrastive = [v.value for v in (*encoder.trainable_variables, *projection.trainable_variables)]

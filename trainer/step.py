@@ -54,6 +54,7 @@ def make_replica_step(config: Config, state: TrainState, replicas: Replicas) -> 
 
     def replica_step(batch: Batch) -> dict[str, tf.Tensor]:
         per_replica = config.optimizer.global_batch_size // replicas.count
+        ghosts = per_replica // (config.optimizer.ghost_batch_size or per_replica)
         positions = replicas.index() * per_replica + tf.range(per_replica)
         both = tf.concat([batch["views"][:, 0], batch["views"][:, 1]], axis=0)
         draws = tf.concat([batch["draws"][:, 0], batch["draws"][:, 1]], axis=0)
@@ -61,8 +62,11 @@ def make_replica_step(config: Config, state: TrainState, replicas: Replicas) -> 
         images = augment(both, draws, config.views.color_jitter_strength, config.views.blur)
         rate = learning_rate(config.optimizer, num_images, state.step)
         with tf.GradientTape() as tape:
-            features = state.encoder(images, training=True)
-            projected = tf.math.l2_normalize(state.projection(features, training=True), axis=1)
+            # The rows of a ghost batch, both views of its images, follow each other in the networks, and only there.
+            by_ghost = state.encoder(_swapped(images, 2, ghosts), training=True)
+            projected = _swapped(state.projection(by_ghost, training=True), ghosts, 2)
+            projected = tf.math.l2_normalize(projected, axis=1)
+            features = _swapped(by_ghost, ghosts, 2)
             z1, z2 = tf.split(projected, 2)
             all_z1, all_z2 = tf.unstack(replicas.gather(tf.stack([z1, z2], axis=1)), axis=1)
             contrastive = contrast(Projections(z1, z2, all_z1, all_z2, positions), tf.cast(batch["image_id"], tf.int32))
@@ -90,6 +94,14 @@ def make_replica_step(config: Config, state: TrainState, replicas: Replicas) -> 
         }
 
     return replica_step
+
+
+def _swapped(values: tf.Tensor, outer: int, inner: int) -> tf.Tensor:
+    """Reorders rows, [outer * inner * n, ...], from `outer` blocks of `inner` parts to `inner` blocks of `outer` parts."""
+    if outer == 1 or inner == 1:
+        return values
+    parts = tf.reshape(values, [outer, inner, -1, *values.shape[1:]])
+    return tf.reshape(tf.transpose(parts, [1, 0, *range(2, len(parts.shape))]), values.shape)
 
 
 def _entries(vector: tf.Variable, image_id: tf.Tensor) -> tf.Tensor:

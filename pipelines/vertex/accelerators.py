@@ -160,7 +160,8 @@ def check_usable(accelerator: Accelerator, option: str, *, spot: bool = False, f
 def check(accelerator: Accelerator, config: Config) -> None:
     """Raises UserError if the global batch of `config` does not divide among the replicas of `accelerator`.
 
-    Does not check whether a training step fits into a device's memory.
+    The same if the batch of a replica does not divide into ghost batches. Does not check whether a training step fits into a
+    device's memory.
     """
     batch, replicas = config.optimizer.global_batch_size, accelerator.replicas
     if batch % replicas or batch // replicas < 1:
@@ -170,6 +171,7 @@ def check(accelerator: Accelerator, config: Config) -> None:
             f"global_batch_size={batch} does not divide among the {replicas} replicas of {accelerator.name}: "
             f"take --set global_batch_size={near}, or another accelerator"
         )
+    config.optimizer.check_ghosts(replicas)
 
 
 def check_region(accelerator: Accelerator, region: str) -> None:
