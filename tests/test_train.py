@@ -16,7 +16,7 @@ from support.datasets import write_dataset
 from support.processes import run_module
 
 from trainer.augmentation import augment
-from trainer.input_pipeline import evaluation_batches, labelled_batches, training_batches
+from trainer.input_pipeline import evaluation_batches, labelled_batches, training_batches, view_batches
 from trainer.losses.loss import alignment, uniformity_kernel
 from trainer.preemption import EXIT_CODE, PreemptedError
 from trainer.presets import resolve
@@ -419,6 +419,7 @@ def test_no_pipeline_is_tuned_by_a_thread_that_its_iterator_waits_for(dataset):
         labelled_batches(config.views, config.optimizer.global_batch_size, config.run, data, manifest),
         labelled_batches(config.views, config.optimizer.global_batch_size, config.run, data, manifest, np.arange(20)),
         evaluation_batches(config.views, data, manifest, "validation", 5),
+        view_batches(config.views, 0, data, manifest, 5),
     ):
         assert batches.options().autotune.enabled is False
 

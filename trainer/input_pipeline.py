@@ -5,6 +5,7 @@ consists of TensorFlow operations only, so each host of a TPU slice can run its 
 """
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -122,7 +123,9 @@ def labelled_batches(
 
 
 PADDING = -1
-"""Image ID of the padding in `evaluation_batches`."""
+"""Image ID of the padding in `evaluation_batches` and `view_batches`."""
+_NO_EPOCH = 2**32 - 1
+"""Number of an epoch that no training reaches. It keys the random numbers of `view_batches`."""
 
 
 def evaluation_batches(
@@ -145,39 +148,82 @@ def evaluation_batches(
     [b, S, S, 3] uint8, the evaluation crop, `image_id` [b] int64 and `label` [b] int64. All batches have this shape and all hosts
     have the same number of batches: padding, whose image ID is PADDING, fills them up at the end.
     """
+
+    def example(parsed: dict[str, tf.Tensor]) -> Batch:
+        image = central_crop(parsed[records.ENCODED], views.image_size, views.eval_crop_proportion)
+        return {"image": tf.ensure_shape(image, [views.image_size, views.image_size, 3])}
+
+    return _every_image(example, data_dir, manifest, split_name, batch_size, image_ids, first_step, host, hosts, replicas)
+
+
+def view_batches(
+    views: ViewSettings,
+    seed: int,
+    data_dir: str,
+    manifest: Manifest,
+    batch_size: int,
+    image_ids: np.ndarray | None = None,
+    first_step: int = 0,
+    *,
+    host: int = 0,
+    hosts: int = 1,
+    replicas: int = 1,
+) -> tf.data.Dataset:
+    """Returns batches with two views of every training image once, in the order of the shards, from `first_step` on.
+
+    As `evaluation_batches`, with `views` and `draws` as those of `training_batches` in place of `image`. The views of an image
+    depend on `seed`, its ID and the settings only, and are those of no epoch of training.
+    """
+    size = views.image_size
+
+    def example(parsed: dict[str, tf.Tensor]) -> Batch:
+        pair, draws = two_views(
+            parsed[records.ENCODED],
+            size,
+            views.crop_min_area,
+            _epoch_key(seed, tf.constant(_NO_EPOCH, tf.int64)),
+            parsed[records.IMAGE_ID],
+            views.crop_interpolation,
+        )
+        return {"views": tf.ensure_shape(pair, [2, size, size, 3]), "draws": tf.ensure_shape(draws, [2, NUM_DRAWS])}
+
+    return _every_image(example, data_dir, manifest, "train", batch_size, image_ids, first_step, host, hosts, replicas)
+
+
+def _every_image(
+    example: Callable[[dict[str, tf.Tensor]], Batch],
+    data_dir: str,
+    manifest: Manifest,
+    split_name: str,
+    batch_size: int,
+    image_ids: np.ndarray | None,
+    first_step: int,
+    host: int,
+    hosts: int,
+    replicas: int,
+) -> tf.data.Dataset:
+    """Returns batches of `example(parsed record)` with image IDs and labels, padded at the end, as `evaluation_batches` says."""
     split = _split(manifest, split_name, data_dir)
     images_of = [sum(shard.records for shard in split.shards[number::hosts]) for number in range(hosts)]
     most = max(images_of) if image_ids is None else min(max(images_of), len(image_ids))
     steps = -(-most // (batch_size * replicas))
-    size = views.image_size
     wanted = np.ones(split.records, bool) if image_ids is None else np.isin(np.arange(split.records), image_ids)
 
     def is_wanted(serialized: tf.Tensor) -> tf.Tensor:
         return tf.gather(wanted, parse(serialized, split.records, manifest.num_classes)[records.IMAGE_ID])
 
-    def example(serialized: tf.Tensor) -> Batch:
+    def labelled(serialized: tf.Tensor) -> Batch:
         parsed = parse(serialized, split.records, manifest.num_classes)
-        image = central_crop(parsed[records.ENCODED], size, views.eval_crop_proportion)
-        return {
-            "image": tf.ensure_shape(image, [size, size, 3]),
-            "image_id": parsed[records.IMAGE_ID],
-            "label": parsed[records.LABEL],
-        }
+        return {**example(parsed), "image_id": parsed[records.IMAGE_ID], "label": parsed[records.LABEL]}
 
-    padding = tf.data.Dataset.from_tensors(
-        {
-            "image": tf.zeros([size, size, 3], tf.uint8),
-            "image_id": tf.constant(PADDING, tf.int64),
-            "label": tf.constant(0, tf.int64),
-        }
-    ).repeat()
     files = [f"{data_dir.rstrip('/')}/{shard.file}" for shard in split.shards[host::hosts]]
     serialized = tf.data.TFRecordDataset(tf.constant(files, tf.string), buffer_size=_BYTES_A_READ)
     chosen = serialized if image_ids is None else serialized.filter(is_wanted)
+    examples = chosen.skip(first_step * batch_size * replicas).map(labelled, num_parallel_calls=_CORES, deterministic=True)
+    blank = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in examples.element_spec.items()}
+    padding = tf.data.Dataset.from_tensors(blank | {"image_id": tf.constant(PADDING, tf.int64)}).repeat()
     return _untuned(
-        chosen.skip(first_step * batch_size * replicas)
-        .map(example, num_parallel_calls=_CORES, deterministic=True)
-        .concatenate(padding)
+        examples.concatenate(padding)
         .batch(batch_size, drop_remainder=True)
         .take(max(0, steps - first_step) * replicas)
         .prefetch(2 * replicas)

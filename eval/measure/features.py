@@ -94,12 +94,11 @@ class StoredFeatures:
     def whole(self) -> Features:
         """Returns all features in memory, in the order of image IDs. For small splits."""
         ids, labels = self.ids_and_labels()
-        row = np.empty(self.count, np.int64)
-        row[ids] = np.arange(self.count)
+        order = np.argsort(ids)
         values = np.empty((self.count, self.dim), np.float32)
         for part in self.parts():
-            values[part.image_ids] = part.values
-        return Features(np.arange(self.count), labels[row], values)
+            values[np.searchsorted(ids, part.image_ids, sorter=order)] = part.values
+        return Features(ids[order], labels[order], values)
 
     def ids_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns image IDs and labels, [n] int64 each, in the order of the parts."""
@@ -215,78 +214,106 @@ def extract(
     the finished parts. Raises UserError if the split does not hold every image ID exactly once, or if features are not finite.
     """
     strategy = strategy or tf.distribute.get_strategy()
-    digest = digest_of(encoder, config, manifest, split, image_ids)
-    folder = f"{folder.rstrip('/')}/features-{split}-{digest[:16]}"
-    with alone(folder, should_stop) if shared else nullcontext():
-        if tf.io.gfile.exists(f"{folder}/{INDEX}"):
-            stored = read_features(folder)
-            if stored.digest == digest:
-                on_progress(stored.count)
-                return stored
-        return _computed(
-            encoder, config, data_dir, manifest, split, folder, digest, image_ids, strategy, on_progress, should_stop
-        )
+
+    def steps(first: int) -> Iterator[Features]:
+        return forward_pass(encoder, config, data_dir, manifest, split, image_ids, first, strategy=strategy)
+
+    stored = StoredPass(
+        kind="features",
+        digest=digest_of(encoder, config, manifest, split, image_ids),
+        dim=encoder.output_shape[-1],
+        data_dir=data_dir,
+        split=split,
+        image_ids=np.arange(manifest.splits[split].records) if image_ids is None else np.sort(image_ids),
+        batch_sizes=(strategy.num_replicas_in_sync, config.linear_eval.batch_size),
+        steps=steps,
+    )
+    return stored.read_or_compute(folder, shared, on_progress, should_stop)
 
 
-def _computed(
-    encoder: keras.Model,
-    config: Config,
-    data_dir: str,
-    manifest: Manifest,
-    split: str,
-    folder: str,
-    digest: str,
-    image_ids: np.ndarray | None,
-    strategy: tf.distribute.Strategy,
-    on_progress: Callable[[int], None],
-    should_stop: Callable[[], bool],
-) -> StoredFeatures:
-    """Computes the features that are not in `folder` yet, as `extract` says."""
-    expected = np.arange(manifest.splits[split].records) if image_ids is None else np.sort(image_ids)
-    dim = encoder.output_shape[-1]
-    replicas, at_once = strategy.num_replicas_in_sync, config.linear_eval.batch_size
-    steps_a_part = max(1, PART_BYTES // (4 * dim * at_once * replicas))
-    # A part of an earlier attempt can be reused only if its batches had the same size.
-    layout = f"{digest} {steps_a_part} x {replicas} x {at_once}"
-    rows: list[int] = []
-    seen: list[np.ndarray] = []
-    while sum(rows) < len(expected) and (ids := parts.ids_of(parts.path_of(folder, len(rows)), layout)) is not None:
-        seen.append(ids)
-        rows.append(len(ids))
-    done = sum(rows)
-    on_progress(done)
-    pending: list[Features] = []
+@dataclass(frozen=True)
+class StoredPass:
+    """A forward pass over images of a split whose outputs are stored as features are."""
 
-    def write() -> None:
-        part = Features(*(np.concatenate(columns) for columns in zip(*map(_columns, pending), strict=True)))
-        _require_finite(part, split)
-        make_folder(folder)
-        parts.write(parts.path_of(folder, len(rows)), *_columns(part), layout)
-        seen.append(part.image_ids)
-        rows.append(len(part.image_ids))
-        pending.clear()
+    kind: str
+    """What the outputs are, in the plural: the name of the folder and errors have it."""
+    digest: str
+    """Digest of everything that the outputs depend on."""
+    dim: int
+    """Number of outputs of an image."""
+    data_dir: str
+    split: str
+    image_ids: np.ndarray
+    """[n] int64, in ascending order."""
+    batch_sizes: tuple[int, int]
+    """Number of replicas, and images of a step on each."""
+    steps: Callable[[int], Iterator[Features]]
+    """Yields the outputs of one step of all replicas after another, from the given step on."""
 
-    for batch in forward_pass(encoder, config, data_dir, manifest, split, image_ids, len(rows) * steps_a_part, strategy=strategy):
-        pending.append(batch)
-        done += len(batch.image_ids)
+    def read_or_compute(
+        self, folder: str, shared: bool, on_progress: Callable[[int], None], should_stop: Callable[[], bool]
+    ) -> StoredFeatures:
+        """Returns the outputs in a subfolder of `folder`; computes those that are not there. `extract` explains the arguments."""
+        folder = f"{folder.rstrip('/')}/{self.kind}-{self.split}-{self.digest[:16]}"
+        with alone(folder, should_stop) if shared else nullcontext():
+            if tf.io.gfile.exists(f"{folder}/{INDEX}"):
+                stored = read_features(folder)
+                if stored.digest == self.digest:
+                    on_progress(stored.count)
+                    return stored
+            return self._computed(folder, on_progress, should_stop)
+
+    def _computed(self, folder: str, on_progress: Callable[[int], None], should_stop: Callable[[], bool]) -> StoredFeatures:
+        replicas, at_once = self.batch_sizes
+        steps_a_part = max(1, PART_BYTES // (4 * self.dim * at_once * replicas))
+        # A part of an earlier attempt can be reused only if its batches had the same size.
+        layout = f"{self.digest} {steps_a_part} x {replicas} x {at_once}"
+        expected, rows, seen = len(self.image_ids), list[int](), list[np.ndarray]()
+        while sum(rows) < expected and (ids := parts.ids_of(parts.path_of(folder, len(rows)), layout)) is not None:
+            seen.append(ids)
+            rows.append(len(ids))
+        done = sum(rows)
         on_progress(done)
-        if len(pending) == steps_a_part:
+        pending: list[Features] = []
+
+        def write() -> None:
+            part = Features(*(np.concatenate(columns) for columns in zip(*map(_columns, pending), strict=True)))
+            self._require_finite(part)
+            make_folder(folder)
+            parts.write(parts.path_of(folder, len(rows)), *_columns(part), layout)
+            seen.append(part.image_ids)
+            rows.append(len(part.image_ids))
+            pending.clear()
+
+        for batch in self.steps(len(rows) * steps_a_part):
+            pending.append(batch)
+            done += len(batch.image_ids)
+            on_progress(done)
+            if len(pending) == steps_a_part:
+                write()
+            if should_stop():
+                raise PreemptedError(
+                    f"stopped in the forward pass, kept the {self.kind} of {sum(rows):,} of {expected:,} images of {self.split}: "
+                    "start the same command again to continue"
+                )
+        if pending:
             write()
-        if should_stop():
-            kept = f"{sum(rows):,} of {len(expected):,} images of {split}"
-            raise PreemptedError(
-                f"stopped in the forward pass, kept the features of {kept}: start the same command again to continue"
+        if not np.array_equal(np.sort(np.concatenate(seen)), self.image_ids):
+            raise UserError(
+                f"split {self.split} of {self.data_dir} holds {done} records, not image IDs 0..{self.image_ids[-1]} once each: "
+                "build the dataset again"
             )
-    if pending:
-        write()
-    if not np.array_equal(np.sort(np.concatenate(seen)), expected):
-        raise UserError(
-            f"split {split} of {data_dir} holds {done} records, not image IDs 0..{manifest.splits[split].records - 1} once each: "
-            "build the dataset again"
-        )
-    index = {"digest": digest, "split": split, "images": done, "dimensions": dim, "rows": rows}
-    write_whole(f"{folder}/{INDEX}", (json.dumps(index, indent=1) + "\n").encode())
-    return StoredFeatures(folder, digest, dim, tuple(rows))
+        index = {"digest": self.digest, "split": self.split, "images": done, "dimensions": self.dim, "rows": rows}
+        write_whole(f"{folder}/{INDEX}", (json.dumps(index, indent=1) + "\n").encode())
+        return StoredFeatures(folder, self.digest, self.dim, tuple(rows))
+
+    def _require_finite(self, part: Features) -> None:
+        finite = np.isfinite(part.values).all(axis=1)
+        if not finite.all():
+            bad = int(part.image_ids[~finite].min())
+            raise UserError(
+                f"the {self.kind} of image ID {bad} of {self.split} are not finite: the checkpoint is of a run that diverged"
+            )
 
 
 def forward_pass(
@@ -317,9 +344,26 @@ def forward_pass(
             replicas=context.num_replicas_in_sync // context.num_input_pipelines,
         )
 
+    return outputs_of_steps(of_host, features_of_pixels(encoder), ("image",), data_dir, manifest, split, strategy)
+
+
+def outputs_of_steps(
+    of_host: Callable[[tf.distribute.InputContext], tf.data.Dataset],
+    outputs: Callable[..., tf.Tensor],
+    inputs: tuple[str, ...],
+    data_dir: str,
+    manifest: Manifest,
+    split: str,
+    strategy: tf.distribute.Strategy,
+) -> Iterator[Features]:
+    """Yields what `outputs`, [b, F] float32, makes of the `inputs` of each batch, one step of all replicas after another.
+
+    `of_host` returns batches of a host, with these names, `image_id` and `label`. Images of padding are left out.
+    """
+
     @tf.function(autograph=False, jit_compile=jit_compile(strategy) or None)
-    def forward(images: tf.Tensor) -> tf.Tensor:
-        return strategy.run(features_of_pixels(encoder), args=(images,))
+    def forward(*given: tf.Tensor) -> tf.Tensor:
+        return strategy.run(outputs, args=given)
 
     def fetched(batch: dict[str, tf.Tensor], values: tf.Tensor) -> Features:
         columns = [
@@ -333,7 +377,7 @@ def forward_pass(
     before: tuple[dict[str, tf.Tensor], tf.Tensor] | None = None
     batches = strategy.distribute_datasets_from_function(of_host)
     for batch in naming_bad_records(batches, data_dir, manifest, split):
-        now = batch, forward(batch["image"])
+        now = batch, forward(*(batch[name] for name in inputs))
         if before is not None:
             yield fetched(*before)
         before = now
@@ -348,10 +392,3 @@ def features_of_pixels(encoder: keras.Model) -> Callable[[tf.Tensor], tf.Tensor]
 
 def _columns(features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return features.image_ids, features.labels, features.values
-
-
-def _require_finite(features: Features, split: str) -> None:
-    finite = np.isfinite(features.values).all(axis=1)
-    if not finite.all():
-        bad = int(features.image_ids[~finite].min())
-        raise UserError(f"the features of image ID {bad} of {split} are not finite: the checkpoint is of a run that diverged")

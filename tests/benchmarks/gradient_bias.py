@@ -16,6 +16,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -32,17 +33,15 @@ from matplotlib.figure import Figure
 
 from benchmarks.evidence_page import dress, put_between, table, wrapped
 from eval.measure.features import load_encoder
+from eval.measure.projections import load_head, projected_views
+from eval.measure.protocols.cached import drawn_order
 from trainer import checkpoint as checkpoints
-from trainer.augmentation import augment
 from trainer.config import Config
 from trainer.folder import read_config
-from trainer.heads import make_projection
-from trainer.input_pipeline import training_batches
 from trainer.losses.global_contrastive import VARIANTS, gamma_of_visit, global_contrastive
 from trainer.losses.nt_xent import nt_xent
 from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
-from trainer.state import model_variables
 
 DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = "gradient_bias.json"
@@ -70,22 +69,12 @@ class Bias:
 
 
 def projections(config: Config, data: str, stored: checkpoints.Checkpoint, count: int) -> tf.Tensor:
-    """Returns what encoder and head make of two views of the first `count` images, [count, 2, d] float32, not normalised."""
-    encoder = load_encoder(config, stored)
-    head = make_projection(
-        encoder.output_shape[-1], config.encoder.projection_layers, config.encoder.projection_dim, config.run.seed
-    )
-    checkpoints.restore(model_variables("projection", head), stored)
-    parts: list[tf.Tensor] = []
-    for batch in training_batches(config, data, read_manifest(data), 0).take(
-        math.ceil(count / config.optimizer.global_batch_size)
-    ):
-        both = [
-            augment(batch["views"][:, view], batch["draws"][:, view], config.views.color_jitter_strength, config.views.blur)
-            for view in (0, 1)
-        ]
-        parts.append(tf.stack([head(encoder(images, training=False), training=False) for images in both], axis=1))
-    return tf.concat(parts, axis=0)[:count]
+    """Returns what encoder and head make of two views of `count` images that are drawn, [count, 2, d] float32, not normalised."""
+    manifest = read_manifest(data)
+    drawn = drawn_order(manifest.splits["train"].records, 0)[:count]
+    encoder, head = load_encoder(config, stored), load_head(config, stored)
+    with tempfile.TemporaryDirectory() as folder:
+        return tf.constant(projected_views(encoder, head, config, data, manifest, folder, drawn))
 
 
 def global_gradient(hidden: tf.Tensor, temperature: float) -> np.ndarray:
