@@ -1,43 +1,55 @@
-"""The page of the evidence, of made-up runs: the numbers that stand in it, whatever runs there are."""
+"""The evidence, with made-up runs: which runs are due, and the numbers that the page states of those that there are."""
 
 import json
 import subprocess
 import sys
+import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import evidence, evidence_page
+from benchmarks import evidence, evidence_page, evidence_runs
+from benchmarks.evidence_runs import ARMS, Cell, Run, best_rate, due, planned, rates_to_try
 
-IMAGES = 203
-"""No multiple of 8."""
+PLANNED = len(list(planned()))
 
 
-def line(run: evidence.Run, right: int) -> dict:
-    """A run that classifies the first `right` images rightly, but for one a seed."""
-    correct = np.arange(IMAGES) < right
-    correct[run.seed % 100] = False
+def line(run: Run) -> dict:
+    """SimCLR's objective is higher the smaller its batch is, and so is SogCLR .9's, a tenth as much. 0.3 is the best rate."""
+    of_arm = {"SimCLR": 8.0, "SogCLR .9": 0.8}.get(run.cell.arm, 0.0) / run.cell.batch
+    value = -0.5 + of_arm + 0.01 * run.seed * (run.cell.batch == 16) + (0.0 if run.rate == 0.3 else 0.1)
+    temperatures = ("0.1", "0.05") if run.group == "untrained" else (f"{run.cell.temperature:g}",)
+    objective = {one: {"value": value, "alignment": 0.5, "contrast": 0.0, "gradient_norm": 0.25} for one in temperatures}
+    measured = {"objective": objective, "top_1": 0.5, "knn_top_1": 0.4}
     return {
         "name": run.name,
         "group": run.group,
-        "arm": run.arm,
-        "batch": run.batch,
+        "arm": run.cell.arm,
+        "batch": run.cell.batch,
+        "temperature": run.cell.temperature,
         "seed": run.seed,
-        "top_1": float(correct.mean()),
-        "untrained_top_1": 0.3,
-        "steps": 10,
-        "state_sha256": "5" * 64,
+        "rate": run.rate,
+        "settings": list(run.settings),
         "dataset_fingerprint": "f" * 64,
         "code": "c" * 40,
-        "core_minutes": 1.5,
         "command": run.command,
-        "correct": np.packbits(correct).tobytes().hex(),
+        "own_objective": value,
+        **measured,
+        "with_statistics_of_large_batches": measured,
+        **({} if run.group == "untrained" else {"steps": 10, "state_sha256": "5" * 64, "core_minutes": 1.5}),
     }
 
 
-def right_of(run: evidence.Run) -> int:
-    """SogCLR has 150 at every batch; SimCLR less the smaller the batch is."""
-    return {"simclr": 130 - 320 // run.batch, "decoupled": 140}.get(run.arm, 150)
+def all_runs() -> list[dict]:
+    """Does every run as soon as it is due."""
+    done: dict[str, dict] = {}
+    while run := next(due(done), None):
+        done[run.name] = line(run)
+    return list(done.values())
+
+
+EVERY = all_runs()
 
 
 def page(tmp_path: Path, lines: list[dict]) -> str:
@@ -48,53 +60,89 @@ def page(tmp_path: Path, lines: list[dict]) -> str:
     return (tmp_path / "results.md").read_text()
 
 
-def test_the_page_says_what_the_runs_came_to(tmp_path):
-    every = list(evidence.runs())
-    text = page(tmp_path, [line(run, right_of(run)) for run in every])
+def test_a_rate_is_probed_until_it_has_worse_neighbours():
+    assert list(rates_to_try({})) == [0.15, 0.3, 0.6]
+    assert list(rates_to_try({0.15: 1.0, 0.6: 3.0})) == [0.3]
+    assert list(rates_to_try({0.15: 1.0, 0.3: 0.5, 0.6: 3.0})) == []
+    assert list(rates_to_try({0.15: 0.4, 0.3: 0.5, 0.6: 3.0})) == [0.075]
+    # The largest diverged, the best is next to it.
+    assert list(rates_to_try({0.15: 0.4, 0.3: 0.3, 0.6: 0.2, 1.2: None})) == []
+    assert best_rate({0.6: 0.2, 1.2: None}) == 0.6
+
+
+def test_a_cells_rate_is_chosen_by_its_own_probes_only():
+    """Cells of other arms, batches and temperatures have other best rates."""
+    cell, other = Cell("SimCLR", 16, 0.1), Cell("SimCLR", 128, 0.1)
+    lines = {}
+    for own, best in ((cell, 0.15), (other, 0.6)):
+        for rate in (0.075, 0.15, 0.3, 0.6, 1.2):
+            run = Run("probe", own, 100, rate)
+            lines[run.name] = line(run) | {"own_objective": abs(rate - best)}
+    rates = {run.cell: run.rate for run in due(lines) if run.group == "main"}
+    assert rates == {cell: 0.15, other: 0.6}
+
+
+def test_a_run_is_due_once_and_not_when_it_is_done():
+    names = [run.name for run in due({})]
+    assert len(names) == len(set(names))
+    assert all(name.startswith(("probe", "untrained")) for name in names)
+    done = {one["name"]: one for one in EVERY}
+    assert not list(due(done))
+    dropped = done.pop("main-SogCLR.1-t0.05-b16-s2")
+    assert [run.name for run in due(done)] == [dropped["name"]]
+
+
+def test_every_command_is_one_that_the_trainer_takes():
+    from trainer.presets import resolve
+
+    for one in EVERY:
+        settings = one["command"].partition(" --set ")[2].split()
+        config = resolve(evidence_runs.PRESET, settings)
+        assert config.optimizer.global_batch_size == one["batch"]
+        assert config.run.seed == one["seed"]
+
+
+def test_the_page_states_what_the_runs_reached(tmp_path):
+    text = page(tmp_path, EVERY)
     assert text.startswith("# Before\n")
     assert text.endswith("\n\nAfter\n")
     assert "old" not in text
-    assert f"{len(every)} of {len(every)} runs are recorded, 36 of them of the three arms at a temperature of .3." in text
-    # 149 of 203 at each seed; 109 of SimCLR at batch 16, 126.5 at 128, where it counts down to 127.
-    assert "| 73.4 ± 0.0 (3) [" in text
-    assert "| SogCLR | 0, 1, 2 | +0.0 [+0.0, +0.0] |  |" in text
-    assert "| SimCLR | 0, 1, 2 | -8.9 [" in text
-    assert "| 16 | SimCLR | 3 | +19.7 [" in text
-    # 109 of 203 at batch 16, at both temperatures.
-    assert text.count("| 16 | 53.7 ± 0.0 (3) [") == 2
-    assert "### From batch 128 to batch 16, at a temperature of .1" in text
-    assert all(run.name in text for run in every)
+    assert f"{PLANNED} of {PLANNED} runs are recorded" in text
+    # SimCLR: 8/16 - 8/128 = .4375, and .01 more for each seed: mean .4475, t = 4.303 over sqrt(3) times a deviation of .01.
+    row = next(row for row in text.splitlines() if row.startswith("| 0.1 | F | SimCLR |"))
+    assert "| SimCLR | +0.4475 ([+0.4227, +0.4723], 3) | +0.3937 ([+0.3937, +0.3937], 3) |" in row
+    assert "| F | 16 | 0.0100 ± 0.0100 (3) |" in text
+    assert all(one["name"] in text for one in EVERY)
     assert (tmp_path / "images" / "evidence.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_is_made_of_any_runs(tmp_path):
-    """Each run alone is as good as its whole group; two thirds, at random, have gaps everywhere."""
-    every = list(evidence.runs())
-    chosen = np.random.default_rng(0).random(len(every)) < 0.66
-    subsets = [[], every[:1], every[:4], every[4:5], every[4:10:5], every[-1:], [every[i] for i in np.flatnonzero(chosen)]]
-    for subset in subsets:
-        lines = [line(run, right_of(run)) for run in subset]
-        text = evidence_page.tables(lines, len(every))
-        assert text.startswith(f"{len(subset)} of {len(every)} runs are recorded")
+def test_the_page_is_made_of_any_runs():
+    """Each first run of a group stands alone; two thirds, at random, have gaps everywhere."""
+    chosen = np.random.default_rng(0).random(len(EVERY)) < 0.66
+    firsts = {one["group"]: one for one in reversed(EVERY)}
+    for subset in [[], *([one] for one in firsts.values()), [EVERY[i] for i in np.flatnonzero(chosen)]]:
+        text = evidence_page.tables(subset, PLANNED)
         assert "nan" not in text
-        assert all(run.name in text for run in subset)
-        if evidence_page.of_group(lines, "main"):
-            evidence_page.figure(lines)
+        assert all(one["name"] in text for one in subset)
+        if evidence_page.of_group(subset, "main"):
+            evidence_page.figure(subset)
 
 
-def test_what_a_small_batch_loses_is_told_of_the_same_seeds():
-    """A third seed that SogCLR lacks at the large batch, where all fare worse, moves no loss of SogCLR's."""
-    main = [line(run, right_of(run)) for run in evidence.runs() if run.group == "main" and run.seed < 2]
-    late = [
-        line(run, 40)
-        for run in evidence.runs()
-        if run.group == "main" and run.seed == 2 and (run.arm, run.batch) != ("sogclr", 128)
-    ]
-    text = evidence_page.tables([*main, *late], 76)
-    assert "| SogCLR | 0, 1 | +0.0 [+0.0, +0.0] |  |" in text
-    row = next(row for row in text.splitlines() if row.startswith("| SimCLR | 0, 1, 2 | -5.9 ["))
-    # Of the two seeds that SogCLR has too.
-    assert "| +8.9 [" in row
+def test_a_run_that_diverged_is_listed_and_chooses_nothing():
+    diverged = line(Run("probe", Cell("SimCLR", 16, 0.1), 100, 0.6))
+    del diverged["state_sha256"]
+    diverged |= {"objective": None, "own_objective": None, "diverged": "the loss is nan"}
+    text = evidence_page.tables([diverged], PLANNED)
+    assert "| the loss is nan |" in text
+
+
+def test_a_difference_is_of_seeds_that_both_arms_have():
+    main = [one for one in EVERY if one["group"] == "main" and one["temperature"] == 0.1]
+    fewer = [one for one in main if not (one["arm"] == "SogCLR .9" and one["batch"] == 16 and one["seed"] == 2)]
+    rows = evidence_page.tables(fewer, PLANNED).splitlines()
+    row = next(row for row in rows if row.startswith("| 0.1 | F | SimCLR |"))
+    assert ", 3) | +0.3937 (" in row
+    assert ", 2) | " in row
 
 
 def test_a_page_without_the_marks_is_left_alone(tmp_path):
@@ -102,3 +150,48 @@ def test_a_page_without_the_marks_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="must have the lines"):
         evidence_page.write_page([], 1, tmp_path)
     assert (tmp_path / "results.md").read_text() == "mine"
+
+
+def _tar(path: Path, members: Iterable[tuple[str, bytes]]) -> bytes:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            (path.parent / "member").write_bytes(content)
+            archive.add(path.parent / "member", name)
+    return path.read_bytes()
+
+
+def test_the_first_images_of_each_class_are_kept(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    classes = [
+        (f"n0000000{number}.tar", _tar(tmp_path / "class", [(f"{i}.JPEG", b"%d" % (10 * number + i) * 600) for i in range(4)]))
+        for number in range(2)
+    ]
+    _tar(tmp_path / "train", classes)
+    (tmp_path / "train").rename(raw / "ILSVRC2012_img_train.tar")
+    (raw / "labels.txt").write_text("labels")
+    evidence.first_images(raw, tmp_path / "few", 3)
+    found = {}
+    with tarfile.open(tmp_path / "few" / "ILSVRC2012_img_train.tar") as train:
+        for member in train:
+            with tarfile.open(fileobj=train.extractfile(member)) as images:
+                found[member.name] = {image.name: images.extractfile(image).read() for image in images}
+    assert found == {
+        f"n0000000{number}.tar": {f"{i}.JPEG": b"%d" % (10 * number + i) * 600 for i in range(3)} for number in range(2)
+    }
+    assert (tmp_path / "few" / "labels.txt").read_text() == "labels"
+
+
+def test_the_loss_of_batches_is_that_of_nt_xent():
+    """Batches of all images are one batch, whose loss is known in float64."""
+    projections = np.random.default_rng(0).normal(size=(8, 2, 4)).astype(np.float32)
+    z = projections.astype(np.float64) / np.linalg.norm(projections.astype(np.float64), axis=2, keepdims=True)
+    flat = z.reshape(16, 4)
+    logits = np.where(np.eye(16, dtype=bool), -np.inf, flat @ flat.T / 0.1)
+    positives = logits[np.arange(16), np.arange(16) ^ 1]
+    expected = 0.1 * np.mean(np.log(np.exp(logits).sum(axis=1)) - positives)
+    assert evidence.loss_of_batches(projections, 8, 0.1, decoupled=False) == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_arm_has_a_colour_of_its_own():
+    assert len(set(evidence_page.COLOURS.values())) == len(ARMS)

@@ -1,32 +1,67 @@
-"""The page of the evidence: the tables in docs/results.md and the figure beside it, of whatever runs there are."""
+"""The page of the evidence: the tables in docs/results.md and the figure beside them, made of whatever runs there are."""
 
-import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.measure.statistics import bootstrap_interval, mean_and_spread, paired_test
+from benchmarks.evidence_runs import (
+    ARMS,
+    BATCHES,
+    ENDS,
+    GHOST_SIZES,
+    TEMPERATURES,
+    Cell,
+    Line,
+    best_rate,
+    is_probe_of,
+    rates_to_try,
+)
+from eval.measure.statistics import MeanAndSpread, mean_and_spread
 
 BEGIN, END = "<!-- evidence: written by tests/benchmarks/evidence.py page -->", "<!-- end of the evidence -->"
 FIGURE = "images/evidence.png"
-NAMES = {"simclr": "SimCLR", "decoupled": "decoupled (gamma = 1)", "sogclr": "SogCLR"}
-COLOURS = {"simclr": "#b7791f", "decoupled": "#66727f", "sogclr": "#2f6db5"}
-OURS = "sogclr"
-PANELS = {"main": "temperature .3", "temperature": "temperature .1"}
-"""Of the figure: a group of runs, and what tells it from the other."""
+COLOURS = dict(zip(ARMS, ("#b7791f", "#66727f", "#1f4e8c", "#4f8fdc", "#9cc5f5"), strict=True))
+PAPER = {
+    "SimCLR": {128: 64.5, 256: 66.5, 512: 67.4, 1024: 68.3, 2048: 68.8, 4096: 69.1, 8192: 69.1},
+    "SogCLR .9": {128: 67.8, 256: 69.3, 512: 69.5, 1024: 69.4, 2048: 69.3, 4096: 69.4, 8192: 69.1},
+}
+"""Linear top-1 on ImageNet-1K, ResNet-50, 800 epochs, by global batch size: the official repository's figure, read to .1."""
 
-Line = dict
-"""What `evidence.py run` recorded of a run."""
+Value = Callable[[Line], float]
+
+
+def objective(line: Line) -> float:
+    return line["objective"][f"{line['temperature']:g}"]["value"]
+
+
+def gradient_norm(line: Line) -> float:
+    return line["objective"][f"{line['temperature']:g}"]["gradient_norm"]
+
+
+def top_1(line: Line) -> float:
+    return 100 * line["top_1"]
+
+
+def knn_top_1(line: Line) -> float:
+    return 100 * line["knn_top_1"]
+
+
+def anew_objective(line: Line) -> float:
+    return line["with_statistics_of_large_batches"]["objective"][f"{line['temperature']:g}"]["value"]
+
+
+def anew_top_1(line: Line) -> float:
+    return 100 * line["with_statistics_of_large_batches"]["top_1"]
 
 
 def write_page(lines: Sequence[Line], planned: int, docs: Path) -> None:
     """Puts the tables between the two marks of `docs`/results.md, and draws the figure that they show.
 
-    Raises ValueError where the marks are not there.
+    Raises ValueError if the marks are not there.
     """
     put_between(docs / "results.md", BEGIN, END, tables(lines, planned))
     if of_group(lines, "main"):
@@ -35,7 +70,7 @@ def write_page(lines: Sequence[Line], planned: int, docs: Path) -> None:
 
 
 def put_between(page: Path, begin: str, end: str, text: str) -> None:
-    """Puts `text` between the lines `begin` and `end` of a page. Raises ValueError where one of them is not there once."""
+    """Puts `text` between the lines `begin` and `end` of a page. Raises ValueError if one of them is not there once."""
     found = page.read_text()
     if found.count(begin) != 1 or found.count(end) != 1:
         raise ValueError(f"{page} must have the lines {begin} and {end}, each once: the tables go between them")
@@ -44,46 +79,58 @@ def put_between(page: Path, begin: str, end: str, text: str) -> None:
 
 
 def tables(lines: Sequence[Line], planned: int) -> str:
-    """Returns the page's part in Markdown. Says of what is missing that it is."""
+    """Returns the page's part in Markdown. It counts the runs that are missing."""
+    probes = of_group(lines, "probe")
+    finished = [line for line in lines if line["group"] not in ("probe", "untrained")]
+    parts = [f"{len(finished)} of {planned} runs are recorded, and {len(probes)} probes."]
     main = of_group(lines, "main")
-    parts = [f"{len(lines)} of {planned} runs are recorded, {len(main)} of them of the three arms at a temperature of .3."]
     if main:
-        parts += [f"![Top-1 against batch size]({FIGURE})", *_comparison(main)]
-    parts += _ablations(main, of_group(lines, "ablation"))
-    parts += _comparison(of_group(lines, "temperature"), ", at a temperature of .1")
-    parts += _probe(of_group(lines, "probe"))
+        parts.append(f"![The objective and top-1 against batch size]({FIGURE})")
+        text = wrapped(
+            "Each cell is the mean over seeds ± the sample standard deviation (number of seeds). Lower is better for F and the "
+            "norm of its gradient."
+        )
+        parts += ["### What the arms reach", text]
+    for temperature in TEMPERATURES:
+        there = [line for line in main if line["temperature"] == temperature]
+        if there:
+            parts += [f"Temperature {temperature:g}:", _arms(there, [line for line in lines if line["group"] == "untrained"])]
+    parts += _losses(main)
+    parts += _batch_norm(main, of_group(lines, "ghost"))
+    parts += _isogclr(of_group(lines, "isogclr"), main)
+    parts += _rates(probes)
     parts += _runs(lines)
     return "\n\n".join(parts)
 
 
 def of_group(lines: Iterable[Line], group: str) -> list[Line]:
-    return [line for line in lines if line["group"] == group]
-
-
-def correct(line: Line) -> np.ndarray:
-    """Returns which validation images a run classifies rightly, by ID, [n] bool."""
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(line["correct"]), np.uint8))
-    # The last byte is filled up with zeros.
-    images = round(bits.sum() / line["top_1"]) if line["top_1"] else len(bits)
-    return bits[:images].astype(bool)
-
-
-def mean_correct(lines: Sequence[Line]) -> np.ndarray:
-    """Returns how many of the runs classify each image rightly, as a part, [n] float64."""
-    return np.mean([correct(line) for line in lines], axis=0)
+    """Returns the runs of a group that did not diverge."""
+    return [line for line in lines if line["group"] == group and line["objective"] is not None]
 
 
 def figure(lines: Sequence[Line]) -> Figure:
-    """Draws top-1 against batch size, a line an arm: means over seeds with 95% over images, and each seed as a dot."""
-    groups = {title: of_group(lines, group) for group, title in PANELS.items()}
-    drawn = Figure(figsize=(8.4, 4.2), layout="constrained", facecolor="#ffffff")
-    panels = drawn.subplots(1, len(groups), sharex=True, sharey=True)
-    batches = sorted({line["batch"] for runs in groups.values() for line in runs})
-    for axes, (title, runs) in zip(panels, groups.items(), strict=True):
-        _draw(axes, runs)
-        dress(axes, title, batches)
-    panels[0].set_ylabel("top-1, %, linear eval (cached)")
-    panels[0].legend(frameon=False)
+    """Draws the objective (upper row) and top-1 (lower row) against batch size, and the paper's top-1 beside them.
+
+    Points are means over seeds. Bars are 95% intervals over seeds, if there are at least two. Dots are single runs.
+    """
+    main = of_group(lines, "main")
+    drawn = Figure(figsize=(11, 6.4), layout="constrained", facecolor="#ffffff")
+    panels = drawn.subplots(2, len(TEMPERATURES) + 1, sharex="col")
+    for column, temperature in enumerate(TEMPERATURES):
+        there = [line for line in main if line["temperature"] == temperature]
+        for row, (value, name) in enumerate(((objective, "global objective F"), (top_1, "top-1, %, linear eval"))):
+            _draw(panels[row, column], there, value)
+            dress(panels[row, column], f"temperature {temperature:g}", BATCHES)
+            panels[row, column].set_ylabel(name)
+    paper, empty = panels[:, -1]
+    for arm, tops in PAPER.items():
+        paper.plot(list(tops), list(tops.values()), color=COLOURS[arm], marker="o", linewidth=1.8)
+    dress(paper, "the paper: ImageNet, ResNet-50,\n800 epochs (temperature .1)", (128, 512, 2048, 8192))
+    paper.set_ylabel("top-1, %, linear eval")
+    paper.tick_params(labelbottom=True)
+    empty.set_axis_off()
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    empty.legend(handles, labels, frameon=False, loc="center")
     return drawn
 
 
@@ -98,135 +145,164 @@ def dress(axes: Axes, title: str, batches: Sequence[int]) -> None:
     axes.grid(axis="y", color="#e3e8ee")
 
 
-def _draw(axes: Axes, runs: Sequence[Line]) -> None:
-    batches = sorted({line["batch"] for line in runs})
-    for shift, arm in enumerate(NAMES):
-        by_batch = {batch: _of(runs, arm, batch) for batch in batches}
-        there = [batch for batch in batches if by_batch[batch]]
-        if not there:
+def _draw(axes: Axes, runs: Sequence[Line], value: Value) -> None:
+    for shift, arm in enumerate(ARMS):
+        by_batch = {batch: values for batch in BATCHES if (values := list(map(value, _of(runs, arm, batch))))}
+        if not by_batch:
             continue
-        values = [mean_correct(by_batch[batch]) for batch in there]
-        means = np.array([100 * value.mean() for value in values])
-        ends = np.array([100 * np.array(bootstrap_interval(value)) for value in values])
-        xs = np.array(there) * 2.0 ** (0.06 * (shift - 1))
-        errors = np.abs(ends.T - means)
-        axes.errorbar(xs, means, errors, color=COLOURS[arm], label=NAMES[arm], marker="o", capsize=3, linewidth=1.8)
-        for x, batch in zip(xs, there, strict=True):
-            tops = [100 * line["top_1"] for line in by_batch[batch]]
-            axes.plot([x] * len(tops), tops, ".", color=COLOURS[arm], alpha=0.45, markersize=5)
+        spreads = [mean_and_spread(values) for values in by_batch.values()]
+        xs = np.array(list(by_batch)) * 2.0 ** (0.07 * (shift - len(ARMS) // 2))
+        axes.plot(xs, [spread.mean for spread in spreads], color=COLOURS[arm], label=arm, marker="o", linewidth=1.8)
+        for x, spread, values in zip(xs, spreads, by_batch.values(), strict=True):
+            axes.plot([x] * len(values), values, ".", color=COLOURS[arm], alpha=0.5, markersize=5)
+            if spread.count > 1:
+                axes.vlines(x, *spread.interval, color=COLOURS[arm], linewidth=1.2)
 
 
-def _of(main: Iterable[Line], arm: str, batch: int) -> list[Line]:
-    return sorted((line for line in main if (line["arm"], line["batch"]) == (arm, batch)), key=lambda line: line["seed"])
+def _of(lines: Iterable[Line], arm: str, batch: int) -> list[Line]:
+    return sorted((line for line in lines if (line["arm"], line["batch"]) == (arm, batch)), key=lambda line: line["seed"])
 
 
-def _comparison(main: Sequence[Line], where: str = "") -> list[str]:
-    """What the arms came to in `main`, runs that differ in nothing but arm, batch size and seed; `where` ends the titles."""
-    return [*_arms(main, where), *_small_batch(main, where), *_paired(main, where)] if main else []
-
-
-def _arms(main: Sequence[Line], where: str) -> list[str]:
+def _arms(main: Sequence[Line], untrained: Sequence[Line]) -> str:
+    temperature = f"{main[0]['temperature']:g}"
     rows = []
-    for batch in sorted({line["batch"] for line in main}):
-        cells = []
-        for arm in NAMES:
-            runs = _of(main, arm, batch)
-            cells.append(_accuracy(runs) if runs else "")
-        of_batch = [line["untrained_top_1"] for line in main if line["batch"] == batch]
-        rows.append([str(batch), *cells, f"{100 * np.mean(of_batch):.1f}"])
-    text = wrapped(
-        "Top-1 of the final checkpoint in per cent, by the protocol `cached`: mean over seeds ± sample standard deviation "
-        "(number of seeds). In brackets: the 95% interval by bootstrap over the validation images."
-    )
-    return [f"### The three arms{where}", text, table(["batch", *NAMES.values(), "untrained"], rows)]
+    for name, value, digits in _OUTCOMES:
+        for batch in BATCHES:
+            cells = [_spread([value(line) for line in _of(main, arm, batch)], digits) for arm in ARMS]
+            if any(cells):
+                rows.append([name, str(batch), *cells])
+        if untrained:
+            starts = [value(line | {"temperature": float(temperature)}) for line in untrained]
+            rows.append([name, "untrained", _spread(starts, digits), *[""] * (len(ARMS) - 1)])
+    return table(["", "batch", *ARMS], rows)
 
 
-def _accuracy(runs: Sequence[Line]) -> str:
-    spread = mean_and_spread([line["top_1"] for line in runs])
-    low, high = bootstrap_interval(mean_correct(runs))
-    deviation = f" ± {100 * spread.deviation:.1f}" if spread.count > 1 else ""
-    return f"{100 * spread.mean:.1f}{deviation} ({spread.count}) [{100 * low:.1f}, {100 * high:.1f}]"
+_OUTCOMES: Sequence[tuple[str, Value, int]] = (
+    ("F", objective, 4),
+    ("norm of F's gradient", gradient_norm, 4),
+    ("top-1, %", top_1, 1),
+    ("k-NN top-1, %", knn_top_1, 1),
+)
 
 
-def _small_batch(main: Sequence[Line], where: str) -> list[str]:
-    """What the claim is about: what an arm loses when its batch is small."""
-    batches = sorted({line["batch"] for line in main})
-    small, large = batches[0], batches[-1]
-    if small == large:
-        return []
+def _spread(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
+    spread = mean_and_spread(values)
+    deviation = f" ± {spread.deviation:.{digits}f}" if spread.count > 1 else ""
+    return f"{spread.mean:.{digits}f}{deviation} ({spread.count})"
 
-    def lost(arm: str, seeds: set[int]) -> np.ndarray:
-        there = [line for line in main if line["seed"] in seeds]
-        return mean_correct(_of(there, arm, small)) - mean_correct(_of(there, arm, large))
 
-    seeds = {
-        arm: {line["seed"] for line in _of(main, arm, small)} & {line["seed"] for line in _of(main, arm, large)} for arm in NAMES
-    }
+def losses_of_small_batches(main: Iterable[Line], arm: str, value: Value) -> dict[int, float]:
+    """Returns `value` at the smallest batch minus at the largest, by seed, for the seeds that `arm` has at both."""
+    small, large = ({line["seed"]: value(line) for line in _of(main, arm, batch)} for batch in ENDS)
+    return {seed: small[seed] - large[seed] for seed in sorted(small.keys() & large.keys())}
+
+
+def _losses(main: Sequence[Line]) -> list[str]:
+    """What the claim is about: how much the objective depends on the batch."""
+    small, large = ENDS
     rows = []
-    for arm, own in seeds.items():
-        shared = own & seeds[OURS]
-        less = _points(lost(OURS, shared) - lost(arm, shared)) if shared and arm != OURS else ""
-        if own:
-            rows.append([NAMES[arm], ", ".join(map(str, sorted(own))), _points(lost(arm, own)), less])
-    title = f"### From batch {large} to batch {small}{where}"
-    text = wrapped(
-        "Change: points of top-1 that an arm gains (+) or loses (-) with the small batch, over the seeds that it has at both "
-        "sizes. The last column is SogCLR's change with the same seeds, minus the arm's change. In brackets: the 95% interval "
-        "by bootstrap over the same images. If the last column is above 0, SogCLR needs a large batch less than the arm does."
-    )
-    return [title, text, table(["arm", "seeds", "change", "SogCLR's minus this one's"], rows)] if rows else []
-
-
-def _paired(main: Sequence[Line], where: str) -> list[str]:
-    rows = []
-    for batch in sorted({line["batch"] for line in main}):
-        for other in NAMES:
-            pairs = [
-                (a, b)
-                for a in _of(main, OURS, batch)
-                for b in _of(main, other, batch)
-                if other != OURS and a["seed"] == b["seed"]
-            ]
-            if not pairs:
-                continue
-            change = mean_correct([a for a, _ in pairs]) - mean_correct([b for _, b in pairs])
-            p_values = ", ".join(_p_value(paired_test(correct(a), correct(b)).p_value) for a, b in pairs)
-            seeds = mean_and_spread([a["top_1"] - b["top_1"] for a, b in pairs])
-            by_seed = f"[{100 * seeds.interval[0]:+.1f}, {100 * seeds.interval[1]:+.1f}]" if seeds.count > 1 else ""
-            rows.append([str(batch), NAMES[other], str(seeds.count), _points(change), by_seed, p_values])
+    for temperature in TEMPERATURES:
+        there = [line for line in main if line["temperature"] == temperature]
+        for name, value, digits in _OUTCOMES:
+            by_arm = {arm: losses_of_small_batches(there, arm, value) for arm in ARMS}
+            for arm, own in by_arm.items():
+                if own:
+                    against = [_difference(own, by_arm[ours], digits) if ours != arm else "" for ours in _OURS]
+                    rows.append([f"{temperature:g}", name, arm, _interval(list(own.values()), digits), *against])
     if not rows:
         return []
     text = wrapped(
-        "SogCLR minus the other arm, in points, for runs with the same seed on the same images. Over images: bootstrap of the "
-        "mean over seeds. Over seeds: Student's t interval, the only one that contains the variation from one seed's encoder to "
-        "another's. p: McNemar's exact test, one value a seed. Nothing is corrected for the number of comparisons."
+        f"Each value at batch {small} minus the one at batch {large}, mean over seeds. In brackets: the 95% interval over seeds "
+        "by Student's t, and the number of seeds. The last columns are the arm's difference minus SogCLR's, paired by seed: "
+        "above 0 for F, the arm's objective depends on the batch more than SogCLR's."
     )
-    header = ["batch", "against", "seeds", "difference, 95% over images", "95% over seeds", "p"]
-    return [f"### Paired comparisons{where}", text, table(header, rows)]
+    header = ["temperature", "", "arm", f"{small} minus {large}", *(f"minus {ours}'s" for ours in _OURS)]
+    return [f"### From batch {large} to batch {small}", text, table(header, rows)]
 
 
-def _ablations(main: Sequence[Line], ablations: Sequence[Line]) -> list[str]:
+_OURS = ("SogCLR .9", "SogCLR .1")
+
+
+def _difference(own: Mapping[int, float], ours: Mapping[int, float], digits: int) -> str:
+    return _interval([own[seed] - ours[seed] for seed in own if seed in ours], digits)
+
+
+def _interval(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
+    spread: MeanAndSpread = mean_and_spread(values)
+    interval = f"[{spread.interval[0]:+.{digits}f}, {spread.interval[1]:+.{digits}f}], " if spread.count > 1 else ""
+    return f"{spread.mean:+.{digits}f} ({interval}{spread.count})"
+
+
+def _batch_norm(main: Sequence[Line], ghosts: Sequence[Line]) -> list[str]:
+    """Where the accuracy goes that all arms lose: by the images that batch norm sees."""
     rows = []
-    for arm in dict.fromkeys(line["arm"] for line in ablations):
-        runs = [line for line in ablations if line["arm"] == arm]
-        pairs = [(a, b) for a in runs for b in _of(main, OURS, a["batch"]) if a["seed"] == b["seed"]]
-        change = _points(mean_correct([a for a, _ in pairs]) - mean_correct([b for _, b in pairs])) if pairs else ""
-        rows.append([arm, ", ".join(sorted({str(line["batch"]) for line in runs})), _accuracy(runs), change])
+    outcomes: Sequence[tuple[Value, int]] = ((objective, 4), (anew_objective, 4), (top_1, 1), (anew_top_1, 1))
+    temperature = TEMPERATURES[0]
+    for arm in ARMS:
+        own = [line for line in main if (line["arm"], line["temperature"]) == (arm, temperature)]
+        cases = [(f"{ENDS[-1]}", _of(own, arm, ENDS[-1]))]
+        of_arm = [line for line in ghosts if line["arm"] == arm]
+        for size in reversed(GHOST_SIZES):
+            cases.append(
+                (f"{ENDS[-1]}, ghosts of {size}", [line for line in of_arm if f"ghost_batch_size={size}" in line["settings"]])
+            )
+        cases.append((f"{ENDS[0]}", _of(own, arm, ENDS[0])))
+        rows += [
+            [arm, name, *(_spread(list(map(value, found)), digits) for value, digits in outcomes)]
+            for name, found in cases
+            if found
+        ]
     if not rows:
         return []
     text = wrapped(
-        "Each row is SogCLR (gamma = .9, variant `paper`) with one change. The difference is to SogCLR without the change, with "
-        "the same seeds and images."
+        f"Temperature {temperature:g}. Ghosts: batch norm takes its statistics over groups of so many images while it trains. "
+        "Anew: the final encoder, after batch norm has taken its statistics from large batches."
     )
-    return ["### Ablations", text, table(["changed", "batch", "top-1", "difference"], rows)]
+    header = ["arm", "batch", "F", "F, anew", "top-1, %", "top-1, anew"]
+    return ["### Batch norm of few images", text, table(header, rows)]
 
 
-def _probe(probe: Sequence[Line]) -> list[str]:
-    if not probe:
+def _isogclr(runs: Sequence[Line], main: Sequence[Line]) -> list[str]:
+    if not runs:
         return []
-    rows = [[line["arm"], str(line["batch"]), _accuracy([line])] for line in sorted(probe, key=lambda line: line["arm"])]
-    text = "Short runs to choose the base learning rate. Their loss is SimCLR's, not SogCLR's."
-    return ["### The rate", text, table(["run", "batch", "top-1"], rows)]
+    rows = []
+    for line in sorted(runs, key=lambda line: line["batch"]):
+        same = [
+            one
+            for one in _of(main, line["arm"], line["batch"])
+            if (one["temperature"], one["seed"]) == (line["temperature"], line["seed"])
+        ]
+        rows += [
+            [name, str(one["batch"]), f"{objective(one):.4f}", f"{top_1(one):.1f}"]
+            for name, one in (("iSogCLR", line), *((line["arm"], one) for one in same))
+        ]
+    text = wrapped(
+        f"iSogCLR learns a temperature for each image. F is at {TEMPERATURES[0]:g} for both, which iSogCLR does not minimise. "
+        "One seed, with the rates of the same arm without learned temperatures."
+    )
+    return ["### Learned temperatures", text, table(["", "batch", "F", "top-1, %"], rows)]
+
+
+def _rates(probes: Sequence[Line]) -> list[str]:
+    """The rate that each cell's probes chose, with all that were tried."""
+    if not probes:
+        return []
+    rows = []
+    for temperature in TEMPERATURES:
+        for batch in BATCHES:
+            for arm in ARMS:
+                cell = Cell(arm, batch, temperature)
+                tried = {line["rate"]: line["own_objective"] for line in probes if is_probe_of(line, cell)}
+                if tried:
+                    values = "; ".join(f"{rate:g}: {value:.4f}" for rate, value in sorted(tried.items()))
+                    chosen = "" if rates_to_try(tried) else f"{best_rate(tried):g}"
+                    rows.append([f"{temperature:g}", str(batch), arm, chosen, values])
+    text = wrapped("Base learning rates, and what an arm's own objective came to after ten epochs. Lower is better.")
+    return ["### The rate", text, table(["temperature", "batch", "arm", "chosen", "rate: own objective"], rows)]
 
 
 def _runs(lines: Sequence[Line]) -> list[str]:
@@ -235,10 +311,9 @@ def _runs(lines: Sequence[Line]) -> list[str]:
     rows = [
         [
             line["name"],
-            f"{100 * line['top_1']:.2f}",
-            str(line["steps"]),
+            str(line.get("steps", "")),
             f"{line['core_minutes']:.1f}" if "core_minutes" in line else "",
-            f"`{line['state_sha256'][:12]}`",
+            f"`{line['state_sha256'][:12]}`" if "state_sha256" in line else line.get("diverged", ""),
             f"`{line['code'][:12]}`",
             f"`{line['command'].partition('--set ')[2]}`",
         ]
@@ -246,11 +321,12 @@ def _runs(lines: Sequence[Line]) -> list[str]:
     ]
     command = lines[0]["command"].partition(" --set ")[0]
     datasets = ", ".join(f"`{one}`" for one in sorted({line["dataset_fingerprint"] for line in lines}))
-    header = ["run", "top-1", "steps", "core minutes", "state_sha256", "code", "settings"]
+    minutes = sum(line.get("core_minutes", 0.0) for line in lines)
+    header = ["run", "steps", "core minutes", "state_sha256", "code", "settings"]
     return [
         "### Every run",
-        "Each run is this command, on one core:",
-        f"    {command} --set data.allow_other_counts=true SETTINGS",
+        f"Each run is this command, on one core ({minutes / 60:.1f} core hours of training in all):",
+        f"    {command} --set SETTINGS",
         f"Dataset fingerprint: {datasets}.",
         f"<details><summary>{len(lines)} runs</summary>\n\n{table(header, rows)}\n\n</details>",
     ]
@@ -259,15 +335,6 @@ def _runs(lines: Sequence[Line]) -> list[str]:
 def wrapped(text: str) -> str:
     """Returns prose in lines of at most 100 columns."""
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
-
-
-def _points(change: np.ndarray) -> str:
-    low, high = bootstrap_interval(change)
-    return f"{100 * change.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def _p_value(p_value: float) -> str:
-    return f"{p_value:.3f}" if p_value >= 0.001 else re.sub(r"e-0?", "e-", f"{p_value:.0e}")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
