@@ -8,15 +8,16 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
-from beam_jobs import catalogue, dry_run, files, images, unpack, verify
+from beam_jobs import catalogue, dry_run, files, images, origin, unpack, verify
 from beam_jobs.ending import ends_when_asked
 from beam_jobs.local import OnThisMachine, Steps
 from beam_jobs.plan import UNPACKED, Plan, make_plan
 from beam_jobs.pooled import Writers, local_writers
-from beam_jobs.publish import publish, was_made_by
+from beam_jobs.publish import CONVERSION, origin_of, publish, refuse_lost_shards
 from beam_jobs.raw import Recognised
 from trainer.shared.errors import UserError, printable
 from trainer.shared.files import is_local
@@ -97,18 +98,41 @@ def _run(beam_args: Sequence[str], processes: int | None, output: str, identity:
 def _convert(plan: Plan, runs: Steps, on_progress: OnProgress) -> Manifest:
     if files.find(files.join(plan.output, MANIFEST)):
         # The work folder still exists if the earlier job was interrupted during its cleanup.
-        if _made_here(plan) != plan.identity and not was_made_by(plan):
-            raise _finished(plan.output)
-        print(f"{plan.output} is already there: the same conversion finished before", file=sys.stderr, flush=True)
+        differs = "" if _made_here(plan) == plan.identity else _differences(plan, on_progress)
+        print(f"{plan.output} is already there: the same conversion finished before{differs}", file=sys.stderr, flush=True)
         return publish(plan)
-    if not runs.going_on:  # a running job's workers write to the output folder
+    if not runs.going_on:  # a running job's workers write to the output folder, by a plan of their own
         _prepare(plan)
+        plan, _ = _with_pieces(plan, on_progress)
     try:
         runs.convert(plan, on_progress)
         return publish(plan)
     except (verify.FaultsError, verify.LostRecordsError):
         _remove_leftovers(plan)
         raise
+
+
+def _differences(plan: Plan, on_progress: OnProgress) -> str:
+    """Returns the end of a line that says how the finished dataset's conversion differed, although its result is the same.
+
+    Raises UserError if the finished dataset in the output folder is another than that of `plan`, or has lost a shard.
+    """
+    before, compared = origin_of(plan.output), ""
+    if before is None:
+        raise _finished(plan.output, f", and no usable {CONVERSION} that says of what it was made")
+    if before.raw != plan.raw.identity and before.names == plan.raw.names:
+        plan, compared = _with_pieces(plan, on_progress)
+    if why := origin.why_another(before, plan.origin):
+        raise _finished(plan.output, f", of {why}")
+    refuse_lost_shards(plan.output)
+    return origin.differences(before, plan.origin, compared)
+
+
+def _with_pieces(plan: Plan, on_progress: OnProgress) -> tuple[Plan, str]:
+    """Returns the plan with a digest of pieces of the raw files, and what the digest covers, for people."""
+    on_progress("reading pieces of the raw files")
+    pieces, compared = origin.read_pieces(plan.raw.folder, [*plan.raw.found.values()], plan.raw.archives)
+    return replace(plan, pieces=pieces), compared
 
 
 def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any) -> None:
@@ -125,7 +149,7 @@ def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any)
     from beam_jobs.runners import make_pipeline
     from beam_jobs.transforms import Convert
 
-    plan = make_plan(raw, output, **options, unpack=refused)
+    plan, _ = _with_pieces(make_plan(raw, output, **options, unpack=refused), silent)
     pipeline = make_pipeline(beam_args, None)
     pipeline | Convert(plan, Writers())
     pipeline.run()
@@ -192,12 +216,12 @@ def _alone(output: str) -> Iterator[None]:
 
 def _is_unpacked(work: unpack.Work, output: str) -> bool:
     """Returns whether nothing is left to unpack. Raises UserError if `output` has a dataset of other raw data."""
-    known = catalogue.has_summary(work.unpacked, work.identity)
+    summary = catalogue.read_summary(work.unpacked) if catalogue.has_summary(work.unpacked) else None
     if files.find(files.join(output, MANIFEST)):
-        if not known:
-            raise _finished(output)
+        if summary is None or summary.names != work.names:
+            raise _finished(output, ", of other raw data or classes")
         return True
-    return known and unpack.is_whole(work)
+    return summary is not None and summary.identity == work.identity and unpack.is_whole(work)
 
 
 def _unpack(
@@ -218,13 +242,14 @@ def _unpack(
     unpack.finish(work)
 
 
-def _finished(output: str) -> UserError:
+def _finished(output: str, why: str) -> UserError:
+    """Returns the error that `output` has a finished dataset, and `why` it is another one."""
     text = files.read(files.join(output, MANIFEST)).decode(errors="replace")
     try:
         holds = f"a finished dataset, fingerprint {manifest_from_json(text).fingerprint}"
     except (ValueError, KeyError, TypeError):
         holds = f"a {MANIFEST} of something else"
-    return UserError(f"{output} has {holds}: give another folder, or delete this one first")
+    return UserError(f"{output} has {holds}{why}: give another folder, or delete this one first")
 
 
 def _prepare(plan: Plan) -> None:

@@ -65,7 +65,8 @@ class OnThisMachine:
         if not total:
             return
         on_progress(phase, 0, total)
-        calls = ((plan, shard.split, shard.file, shard.references()) for shard in shards)
+        for_workers = plan.for_workers()
+        calls = ((for_workers, shard.split, shard.file, shard.references()) for shard in shards)
         written = in_parallel(self.writers, convert.write_references, calls)
         for shard, _ in zip(shards, written, strict=True):
             done += len(shard.image_ids)

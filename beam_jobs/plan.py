@@ -5,12 +5,13 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
 
 from beam_jobs import files, images, subsets
+from beam_jobs.origin import Origin
 from beam_jobs.raw import Raw, Recognised, open_raw, recognise
 from trainer.shared.data import ALLOWING, DATASETS, DataSettings, Expect, OnBadImage, Verify, other_classes
 from trainer.shared.errors import UserError, first_few
@@ -29,7 +30,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a conversion before any image is read. Workers need nothing else."""
+    """The plan of a conversion before any image is read. Workers need nothing but `for_workers()`."""
 
     raw: Raw
     output: str
@@ -50,6 +51,12 @@ class Plan:
     tool_version: str
     expected_of: str = "ImageNet"
     """The dataset that has the `expected` numbers of images."""
+    pieces: str = ""
+    """`Origin.pieces` of the raw data; "" if they were not read yet."""
+
+    def for_workers(self) -> "Plan":
+        """Returns the plan without the listing of the raw folder, which grows with the number of images."""
+        return replace(self, raw=replace(self.raw, found={}))
 
     @property
     def rejected(self) -> str:
@@ -62,6 +69,21 @@ class Plan:
         raw = self.raw.identity, self.raw.synsets, self.raw.images_per_class
         rest = self.name, sorted(self.num_shards.items()), self.images, self.check_first, images.CODECS, self.tool_version
         return hashlib.sha256(repr((raw, rest)).encode()).hexdigest()
+
+    @property
+    def origin(self) -> Origin:
+        """What a dataset of this plan is made of."""
+        options = {
+            "subset": hashlib.sha256(repr(self.raw.synsets).encode()).hexdigest()[:16],
+            "images_per_class": self.raw.images_per_class,
+            "name": self.name,
+            "num_shards": dict(self.num_shards),
+            "verify": "decode" if self.images.decode else "headers",
+            "max_side": self.images.max_side,
+            "on_bad_image": "skip" if self.check_first else "fail",
+        }
+        software = f"sogclr {self.tool_version}, {images.CODECS}"
+        return Origin(self.raw.identity, self.raw.names, self.pieces, options, software)
 
 
 @dataclass(frozen=True)

@@ -469,7 +469,13 @@ def test_each_phase_goes_from_nothing_to_all_and_counts_images_where_they_take_t
         return lambda on_progress: build(str(raw), str(output), num_shards=2, on_progress=on_progress)
 
     seen = phases_of(convert_to(tmp_path / "output"))
-    assert [*seen] == ["listing raw files", "listing images, MB", "writing images", "verifying the dataset"]
+    assert [*seen] == [
+        "listing raw files",
+        "reading pieces of the raw files",
+        "listing images, MB",
+        "writing images",
+        "verifying the dataset",
+    ]
     assert (seen["writing images"][0], seen["writing images"][-1]) == ((0, 170), (170, 170))
     assert all(reported == sorted(reported) and reported[-1][0] == reported[-1][1] for reported in seen.values())
 
@@ -478,7 +484,13 @@ def test_each_phase_goes_from_nothing_to_all_and_counts_images_where_they_take_t
         with pytest.raises(TypeError):
             build(str(raw), str(tmp_path / "again"), num_shards=2)
     seen = phases_of(convert_to(tmp_path / "again"))
-    assert [*seen] == ["listing raw files", "listing images, MB", "verifying finished shards", "verifying the dataset"]
+    assert [*seen] == [
+        "listing raw files",
+        "reading pieces of the raw files",
+        "listing images, MB",
+        "verifying finished shards",
+        "verifying the dataset",
+    ]
 
 
 def test_progress_of_a_runner_counts_archives_and_shards(raw, tmp_path):
