@@ -4,7 +4,6 @@ import fcntl
 import os
 import re
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from trainer.shared.errors import UserError, printable
 from trainer.shared.files import is_local
 from trainer.shared.progress import OnProgress, followed, silent
 from trainer.shared.records import MANIFEST, Manifest, manifest_from_json
+from trainer.shared.scratch import scratch_folder
 
 _SHARD_FILE = re.compile(r".+\.tfrecord-\d{5}-of-\d{5}")
 _IDENTITY = "IDENTITY"
@@ -39,6 +39,7 @@ def build(
     *,
     processes: int | None = None,
     beam_args: Sequence[str] = (),
+    listing: str = "",
     on_progress: OnProgress = silent,
     **options: Any,
 ) -> Manifest:
@@ -46,6 +47,7 @@ def build(
 
     processes: number of processes on this machine, 1 by default
     beam_args: Beam's own options; they may choose another runner. Every runner writes the same bytes
+    listing: the file in which `raw_identity` kept what it listed; "" to list the raw files
     on_progress: called with the phase and how much of it is done, perhaps from another thread
     options: the arguments of `make_plan`
 
@@ -73,7 +75,7 @@ def build(
             return folder
 
         on_progress(LISTING)
-        plan = make_plan(raw, output, **options, unpack=unpacked)
+        plan = make_plan(raw, output, **options, listing=listing, unpack=unpacked)
         for note in plan.raw.notes:
             print(printable(f"note: {note}"), file=sys.stderr, flush=True)
         runs = _run(beam_args, processes, output, plan.identity)
@@ -165,9 +167,6 @@ def plan_only(
     **options: Any,
 ) -> dry_run.DryRun:
     """Returns what `build` would do with the same arguments. Reads every image's header; leaves no file behind."""
-    local = is_local(output)
-    work = tempfile.mkdtemp(prefix="sogclr-plan-") if local else files.join(output, f".plan-{uuid.uuid4().hex}")
-    folder = files.join(work, "unpacked")
     to_check = images.Options(decode=options.get("verify") == "decode", max_side=options.get("max_side"))
 
     def catalogued(recognised: Recognised, synsets: Sequence[str] | None) -> str:
@@ -176,7 +175,8 @@ def plan_only(
             _unpack(needed, output, processes, beam_args, on_progress)
         return folder
 
-    try:
+    with _folder_of_reports(output) as work:
+        folder = files.join(work, "unpacked")
         on_progress(LISTING)
         plan = make_plan(raw, output, **options, unpack=catalogued)
         runs = _run(beam_args, processes, output, plan.identity)
@@ -185,9 +185,21 @@ def plan_only(
         runs.index(checking, on_progress)
         on_progress("measuring how long an image takes")
         return dry_run.summarise(plan, verify.archive_reports(checking), unpacked)
+
+
+@contextmanager
+def _folder_of_reports(output: str) -> Iterator[str]:
+    """Gives a folder for the reports of a dry run, on this machine if `output` is here, and removes it when the block ends."""
+    if is_local(output):
+        with scratch_folder() as folder:
+            yield folder
+        return
+    folder = files.join(output, f".plan-{uuid.uuid4().hex}")
+    try:
+        yield folder
     finally:
+        files.delete_folder(files.join(folder, "unpacked"))
         files.delete_folder(folder)
-        files.delete_folder(work)
 
 
 @contextmanager

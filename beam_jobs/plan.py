@@ -115,6 +115,7 @@ def make_plan(
     validation_labels: str | None = None,
     allow_other_counts: bool = False,
     validation: bool = True,
+    listing: str = "",
     unpack: Callable[[Recognised, Sequence[str] | None], str] | None = None,
 ) -> Plan:
     """Returns the plan of converting the raw images in the folder `raw` to a dataset in the folder `output`.
@@ -130,6 +131,7 @@ def make_plan(
     validation_labels: the file of labels of flat validation images; by default the one in `raw`
     allow_other_counts: whether ImageNet's synsets may have other numbers of images than ImageNet, and `expect` other classes
     validation: whether there is a validation split; linear eval needs one, pretraining does not
+    listing: the file in which `raw_identity` kept what it listed; "" to list the raw files
     unpack: called with the layouts and the chosen synsets once the other arguments are known to be valid; returns the folder of
         unpacked images
 
@@ -148,7 +150,7 @@ def make_plan(
     if not _NAME.fullmatch(name):
         raise UserError(f"name={name} cannot name a dataset: use small letters, digits and underscores, a letter first")
     synsets = subsets.synsets_of(subset) if subset else None
-    recognised = recognise(raw, validation=validation, validation_labels=validation_labels)
+    recognised = recognise(raw, validation=validation, validation_labels=validation_labels, listing=listing)
     unpacked = unpack(recognised, synsets) if unpack else files.join(output, UNPACKED)
     opened = open_raw(raw, synsets=synsets, images_per_class=images_per_class, unpacked=unpacked, recognised=recognised)
     known = None if subset or allow_other_counts else DATASETS.get(expect)

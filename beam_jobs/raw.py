@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 import os
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -226,31 +227,60 @@ def index(raw: Raw, archive: Archive) -> Index:
     return Index(images, found, rejected, list(listing.problems), account, repaired)
 
 
-def raw_identity(raw: str, beside: Iterable[str] = (), *, validation: bool = True) -> str:
+def raw_identity(raw: str, beside: Iterable[str] = (), *, validation: bool = True, listing: str = "") -> str:
     """Returns a short hex digest of the names, sizes and times of the raw files in the folder `raw`.
 
-    It also depends on the contents of the files `beside`, if there are any. Raises UserError naming what is missing if the folder
-    holds no raw data, or if one of those files does not exist. `validation` says whether there must be a validation split.
+    beside: files on whose contents the identity depends, too
+    validation: whether there must be a validation split
+    listing: a local file that gets what was listed, so that a conversion in another process does without
+
+    Raises UserError naming what is missing if the folder holds no raw data, or if one of the files `beside` does not exist.
     """
-    identity = digest_of([found for _, found in recognise(raw, validation=validation).values()], times=True)
+    by_split = recognise(raw, validation=validation)
+    identity = digest_of([found for _, found in by_split.values()], times=True)
     for path in beside:
         if not files.find(path):
             raise UserError(f"there is no file {path}")
         identity = hashlib.sha256(identity.encode() + files.read(path)).hexdigest()[:16]
+    if listing:
+        kept = {split: (LAYOUTS.index(layout), found) for split, (layout, found) in by_split.items()}
+        with open(listing, "wb") as file:
+            pickle.dump((raw, kept), file, pickle.HIGHEST_PROTOCOL)
     return identity
 
 
-def recognise(folder: str, *, validation: bool = True, validation_labels: str | None = None) -> Recognised:
+def recognise(folder: str, *, validation: bool = True, validation_labels: str | None = None, listing: str = "") -> Recognised:
     """Returns the layout of each split with its files.
 
     validation: whether there must be a validation split
     validation_labels: the path of the file of validation labels, by default one in `folder`
+    listing: the file in which `raw_identity` kept what it listed; "" to list the folder
 
     Raises UserError if no layout recognises a split, or if there is no file `validation_labels`.
     """
     splits = SPLITS if validation else SPLITS[:1]
     if validation_labels and not validation:
         raise UserError(f"validation_labels={validation_labels} has no effect: no validation images are converted; omit it")
+    by_split = _kept(listing, folder, splits) or _searched(folder, splits)
+    if validation_labels:
+        layout, found = by_split["validation"]
+        by_split["validation"] = layout, replace(found, labels=_labels_file(validation_labels))
+    return by_split
+
+
+def _kept(listing: str, folder: str, splits: Sequence[str]) -> Recognised:
+    """Returns what a file of `raw_identity` holds, or nothing if that is of another folder or of other splits."""
+    if not os.path.exists(listing):
+        return {}
+    with open(listing, "rb") as file:
+        of_folder, kept = pickle.load(file)
+    if (of_folder, [*kept]) != (folder, [*splits]):
+        return {}
+    return {split: (LAYOUTS[number], found) for split, (number, found) in kept.items()}
+
+
+def _searched(folder: str, splits: Sequence[str]) -> Recognised:
+    """Returns the layout of each split with its files. Raises UserError if no layout recognises a split."""
     by_split: Recognised = {}
     missing = []
     for split in splits:
@@ -270,9 +300,6 @@ def recognise(folder: str, *, validation: bool = True, validation_labels: str | 
             lacks.append(f"{first} (or {', '.join(others)})")
         hint = _where_else(folder, splits) or f"; docs/conversion.md lists every layout{advice}"
         raise UserError(f"{folder} holds no raw ImageNet: it lacks {' and '.join(lacks)}{hint}")
-    if validation_labels:
-        layout, found = by_split["validation"]
-        by_split["validation"] = layout, replace(found, labels=_labels_file(validation_labels))
     return by_split
 
 
