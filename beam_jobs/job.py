@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,8 @@ _SHARD_FILE = re.compile(r".+\.tfrecord-\d{5}-of-\d{5}")
 _IDENTITY = "IDENTITY"
 """File in the work folder: the `Plan.identity` of the unfinished job."""
 _SECONDS_BETWEEN_POLLS, _SECONDS_BETWEEN_REMOTE_POLLS = 0.5, 10.0
+_SLOW_DISK = 500.0
+"""Reads a second of a disk on which a conversion should not be done."""
 LISTING = "listing raw files"
 """A phase of progress."""
 
@@ -133,7 +136,16 @@ def _differences(plan: Plan, on_progress: OnProgress) -> str:
 def _with_pieces(plan: Plan, on_progress: OnProgress) -> tuple[Plan, str]:
     """Returns the plan with a digest of pieces of the raw files, and what the digest covers, for people."""
     on_progress("reading pieces of the raw files")
+    begun = time.perf_counter()
     pieces, compared = origin.read_pieces(plan.raw.folder, [*plan.raw.found.values()], plan.raw.archives)
+    rate = origin.PIECES / (time.perf_counter() - begun)
+    if compared and rate < _SLOW_DISK and is_local(plan.raw.folder):
+        print(
+            f"note: {plan.raw.folder} answers about {rate:.0f} reads a second, and each image takes one, so a million take "
+            f"{1e6 / rate / 3600:.1f} hours: copy the raw files to an SSD first",
+            file=sys.stderr,
+            flush=True,
+        )
     return replace(plan, pieces=pieces), compared
 
 

@@ -1,6 +1,7 @@
 """A conversion to a folder that has a finished dataset: of the same raw data, however they came there, or of others."""
 
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from support.layouts import write_all, zipped
 from support.raw_data import LABELS, OF_VALIDATION, SYNSETS, TRAIN, VALIDATION, picture, raw_as_usual, train_images
 
-from beam_jobs import images, origin, plan
+from beam_jobs import images, job, origin, plan
 from beam_jobs.build_tfrecords import main
 from beam_jobs.publish import CONVERSION
 
@@ -72,6 +73,14 @@ def test_of_much_raw_data_pieces_are_compared_and_the_line_says_so(world, raw, c
     capsys.readouterr()
     assert main(command) == 0
     assert "the same names, sizes and bytes in 7 pieces of 16 bytes" in capsys.readouterr().err
+
+
+def test_a_slow_disk_is_named_before_the_images_are_read(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(origin, "PIECES", 7)
+    monkeypatch.setattr(origin, "PIECE_BYTES", 16)
+    monkeypatch.setattr(job, "_SLOW_DISK", float("inf"))
+    assert main(["--raw", str(world / "archives"), "--output", str(tmp_path / "output")]) == 0
+    assert re.search(r"note: \S+ answers about \d+ reads a second, .* to an SSD first\n", capsys.readouterr().err)
 
 
 def test_labels_in_another_file_of_the_same_content_are_the_same(world, capsys, tmp_path):
