@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 from beam_jobs import catalogue, dry_run, files, images, origin, unpack, verify
@@ -260,7 +260,8 @@ def _unpack(
     if not runs.going_on:
         unpack.prepare(work)
     pause = _SECONDS_BETWEEN_POLLS if is_local(work.unpacked) else _SECONDS_BETWEEN_REMOTE_POLLS
-    with followed(on_progress, "unpacking files", partial(unpack.count_done, work), len(work.sources), pause):
+    total = sum(source.size for source in work.sources) // 10**6 + 1
+    with followed(on_progress, "unpacking files, MB", lambda: unpack.bytes_done(work) // 10**6, total, pause):
         runs.unpack(work)
     on_progress("sorting what was unpacked")
     unpack.finish(work)

@@ -141,9 +141,16 @@ def prepare(work: Work) -> None:
     )
 
 
-def count_done(work: Work) -> int:
-    """Returns the number of source files that are unpacked."""
-    return sum(name.endswith(".index") for name in files.names(work.unpacked))
+def bytes_done(work: Work) -> int:
+    """Returns about how many bytes of the source files are unpacked. Counts files that are being unpacked by what is written."""
+    infos = files.tree(work.unpacked, depth=0)
+    finished = {info.name.removesuffix(".index") for info in infos if info.name.endswith(".index")}
+    begun: dict[str, int] = {}
+    for info in infos:
+        key, _, rest = info.name.partition(".")
+        if rest.startswith("images"):
+            begun[key] = max(begun.get(key, 0), info.size)
+    return sum(source.size if source.key in finished else min(begun.get(source.key, 0), source.size) for source in work.sources)
 
 
 def is_whole(work: Work) -> bool:
