@@ -14,13 +14,13 @@ PIECE = 2**22
 _SMALL = 2**12
 """Bytes of a request that skips."""
 _TRIED = 8
-"""Requests that show how fast skipping is."""
+"""Requests that show how fast skipping is. The first of a file may be answered from the system's cache, so all are watched."""
 _BYTES_A_SECOND = 200e6
 """How fast a hard disk reads forward. Skipping must get ahead faster than that."""
 
 
 class Forward(io.RawIOBase):
-    """A local file to read. Its first requests skip; if they get ahead slowly, all others read forward."""
+    """A local file to read. Its requests skip until some of them get ahead slowly; from then on, all read forward."""
 
     def __init__(self, path: str, clock: Callable[[], float] = time.perf_counter) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -64,9 +64,11 @@ class Forward(io.RawIOBase):
     def _request(self, size: int) -> bytes:
         begun = self._clock()
         data = os.pread(self._file, max(size, PIECE if self.reads_forward else _SMALL), self._position)
+        if self._requests == 0:
+            self._first, self._seconds = self._position, 0.0
         self._seconds += self._clock() - begun
-        self._first = self._first if self._requests else self._position
         self._requests += 1
         if self._requests == _TRIED:
-            self.reads_forward = self._position - self._first < self._seconds * _BYTES_A_SECOND
+            self.reads_forward |= self._position - self._first < self._seconds * _BYTES_A_SECOND
+            self._requests = 0
         return data

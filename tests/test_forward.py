@@ -54,6 +54,19 @@ def test_headers_are_skipped_to_on_a_fast_disk_and_read_past_on_a_slow_one(
     assert disk.requests < 20 if forwards else disk.requests >= 200
 
 
+def test_a_slow_disk_is_known_although_its_first_answers_come_from_the_cache(archive, monkeypatch):
+    disk = Disk(0.01, 150e6)
+
+    def cached(file: int, size: int, offset: int) -> bytes:
+        return disk(file, size, offset) if offset > 3_000_000 else disk.pread(file, size, offset)
+
+    monkeypatch.setattr(forward.os, "pread", cached)
+    with Forward(str(archive), clock=lambda: disk.now) as file:
+        assert len(tars.members(file, "archive.tar", 0, archive.stat().st_size).files) == 200
+        assert file.reads_forward
+    assert disk.requests < 20
+
+
 def test_the_file_is_read_as_any_other(archive):
     with Forward(str(archive)) as file, archive.open("rb") as plain:
         for offset, whence, size in (
