@@ -31,6 +31,7 @@ from pipelines.cli.options import (
     read_init_from,
     read_output,
 )
+from pipelines.cli.phases import showing
 from pipelines.cli.raw_data import identified
 from pipelines.cli.sending import Sending, add_sending, job_id_of, read_sending, send
 from pipelines.cli.store import check_runs, make_root, open_store, root_of
@@ -166,12 +167,13 @@ def rerun(options: FromRun | FromJob | OnVertex) -> int:
 
 
 def _rerun_run(options: FromRun) -> int:
-    from components import tracking
-
     again, component = options.again, options.again.component
     root = root_of(again.root)
     check_runs(root)
-    store = open_store(root)
+    with showing("rerun", "loading MLflow"):
+        from components import tracking
+
+        store = open_store(root)
     run_id = tracking.find_run(store, options.run)
     source = tracking.find_step(store, run_id, component)
     inputs = {name: tracking.find_step(store, source.run_id, *MADE_BY[name]).outputs[name] for name in NEEDS[component]}

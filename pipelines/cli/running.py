@@ -22,6 +22,7 @@ from pipelines.cli.options import (
     read_output,
     with_absolute_files,
 )
+from pipelines.cli.phases import showing
 from pipelines.cli.raw_data import identified
 from pipelines.cli.store import absolute, make_root
 from trainer.shared.errors import UserError
@@ -83,10 +84,7 @@ def run(options: RunOptions) -> int:
     """Runs the whole pipeline on this machine."""
     root = make_root(options.root)
 
-    from trainer.shared.progress import ProgressBars
-
-    with ProgressBars() as bars:
-        bars("run", "loading MLflow")
+    with showing("run", "loading MLflow"):
         from pipelines.cli.executing import Record, execute
         from pipelines.local import Request
 
