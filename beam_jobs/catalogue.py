@@ -23,6 +23,7 @@ from beam_jobs import files
 from beam_jobs.layouts.layout import Archive, Contents, Found, ListedImage, Listing, RawImage, Reader, and_more, name_problems
 from beam_jobs.layouts.names import base_name_first, canonical
 from beam_jobs.layouts.passed_over import Tallies, merge, tally
+from beam_jobs.texts import decoded
 
 ROWS = pa.schema(
     [
@@ -34,7 +35,7 @@ ROWS = pa.schema(
         ("repaired", pa.string()),
     ]
 )
-"""An image of a source file. Names and synsets are `packed`. `fault` and `repaired` are empty unless the images were checked."""
+"""An image of a source file. Names and synsets are `encoded`. `fault` and `repaired` are empty unless the images were checked."""
 _PART = re.compile(r"-(\d{5})-of-(\d{5})")
 _SOURCE = "source"
 _CLASSES, _SOURCES, _CHECKED = b"classes", b"sources", b"checked"
@@ -61,7 +62,9 @@ class Summary:
     """What the streamed files of a raw folder hold, by split."""
 
     identity: str
-    """Digest of the source files and of the chosen classes."""
+    """Digest of the source files, with their times, and of the chosen classes."""
+    names: str
+    """Digest of the source files, without times, and of the chosen classes."""
     splits: Mapping[str, SplitSummary]
 
 
@@ -76,11 +79,6 @@ class SourceIndex:
     passed_over: Tallies
     bytes: int
     seconds: float
-
-
-def packed(name: str) -> bytes:
-    """Returns the bytes of a name, which may have other bytes than UTF-8 (PEP 383)."""
-    return name.encode(errors="surrogateescape")
 
 
 def images_file(unpacked: str, key: str) -> str:
@@ -117,7 +115,7 @@ def write_split(unpacked: str, split: str, indexes: Mapping[str, SourceIndex], *
     keys = _sort_keys(rows, split)
     rows = rows.take(pa.array(sorted(range(len(rows)), key=keys.__getitem__), pa.int64())).combine_chunks()
     counts = rows.group_by("synset").aggregate([("size", "count"), ("size", "sum")]).to_pylist()
-    classes = tuple(sorted((_unpacked(one["synset"]), one["size_count"], one["size_sum"]) for one in counts))
+    classes = tuple(sorted((decoded(one["synset"]), one["size_count"], one["size_sum"]) for one in counts))
     ends = [0]
     for _, count, _ in classes if split == "train" else (("", len(rows), 0),):
         ends.append(ends[-1] + count)
@@ -141,11 +139,9 @@ def write_summary(unpacked: str, summary: Summary) -> None:
     files.write(_summary_file(unpacked), json.dumps(asdict(summary)).encode())
 
 
-def has_summary(unpacked: str, identity: str = "") -> bool:
-    """Returns whether images, those of `identity` if it is given, were unpacked to a folder. They may have been deleted since."""
-    if files.find(_summary_file(unpacked)) is None:
-        return False
-    return not identity or read_summary(unpacked).identity == identity
+def has_summary(unpacked: str) -> bool:
+    """Returns whether images were unpacked to a folder. They may have been deleted since."""
+    return files.find(_summary_file(unpacked)) is not None
 
 
 def read_summary(unpacked: str) -> Summary:
@@ -155,7 +151,7 @@ def read_summary(unpacked: str) -> Summary:
         split: SplitSummary(**one | {"classes": tuple(map(tuple, one["classes"])), "problems": tuple(one["problems"])})
         for split, one in content["splits"].items()
     }
-    return Summary(content["identity"], splits)
+    return Summary(content["identity"], content["names"], splits)
 
 
 @dataclass(frozen=True)
@@ -194,7 +190,7 @@ class Unpacked(Reader):
             number = json.loads(metadata[_CLASSES]).index(archive.synset)
             rows = (reader.get_batch(number) if reader.num_record_batches else reader.read_all()).to_pydict()
         sources = [source for _, source in json.loads(metadata[_SOURCES])]
-        names, synsets = ([*map(_unpacked, rows[column])] for column in ("name", "synset"))
+        names, synsets = ([*map(decoded, rows[column])] for column in ("name", "synset"))
         images = tuple(
             ListedImage(name, sources[source], offset, size, synset, fault)
             for name, synset, source, offset, size, fault in zip(
@@ -229,16 +225,12 @@ def _unpacked_files(unpacked: str, split: str, identity: str) -> Mapping[str, st
     return {source: images_file(unpacked, key) for key, source in sources}
 
 
-def _unpacked(name: bytes) -> str:
-    return name.decode(errors="surrogateescape")
-
-
 def _sort_keys(rows: pa.Table, split: str) -> list[tuple[str, str]]:
     """Returns a key for each image that gives the order of image IDs in every layout."""
-    names = map(_unpacked, rows["name"].to_pylist())
+    names = map(decoded, rows["name"].to_pylist())
     if split != "train":
         return [*map(base_name_first, names)]
-    return [*zip(map(_unpacked, rows["synset"].to_pylist()), map(canonical, names), strict=True)]
+    return [*zip(map(decoded, rows["synset"].to_pylist()), map(canonical, names), strict=True)]
 
 
 def _passed_over(summary: SplitSummary, found: Found) -> Tallies:

@@ -12,8 +12,10 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
+from beam_jobs.listings import FileInfo, FileTable, Tree
+from beam_jobs.texts import decoded, encoded
 from trainer.shared.errors import UserError
 from trainer.shared.files import is_local, whole_file
 
@@ -25,26 +27,6 @@ _FOLDERS_AT_ONCE = 16
 _SECONDS_OF_A_SLOW_ENTRY = 1e-4
 """A file system that takes longer for a file or folder, such as NFS, answers many requests at a time."""
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")
-
-
-class FileInfo(NamedTuple):
-    """What is known of a file without opening it."""
-
-    name: str
-    """Path relative to the listed folder. Its bytes are UTF-8 in every locale; others are lone surrogates (PEP 383)."""
-    size: int
-    """Size in bytes."""
-    changed: float
-    """Time of the last change, in seconds since 1970."""
-
-
-class Tree(NamedTuple):
-    """All that lies in a folder, at any depth."""
-
-    files: list[FileInfo]
-    """Sorted by name."""
-    empty_folders: list[str]
-    """Paths relative to the listed folder, sorted."""
 
 
 def join(folder: str, name: str) -> str:
@@ -70,7 +52,7 @@ def tree(folder: str, depth: int) -> list[FileInfo]:
     Skips names that begin with a dot, because file managers leave such files anywhere. Returns none if there is no such folder.
     """
     found = walk(folder, depth).files
-    return [info for info in found if not any(part.startswith(".") for part in info.name.split("/"))]
+    return sorted(info for info in found if not any(part.startswith(".") for part in info.name.split("/")))
 
 
 def walk(folder: str, depth: int | None = None) -> Tree:
@@ -81,8 +63,7 @@ def walk(folder: str, depth: int | None = None) -> Tree:
     """
     if not is_local(folder):
         return _match(folder, depth)
-    found = _walk(folder, depth) if os.path.isdir(folder) else Tree([], [])
-    return Tree(sorted(found.files), sorted(found.empty_folders))
+    return _walk(folder, depth) if os.path.isdir(folder) else Tree(FileTable.of([]), [])
 
 
 def read_lines(path: str) -> list[str]:
@@ -156,6 +137,16 @@ def read_range(path: str, offset: int, size: int) -> bytes:
     file = _opened_by(threading.get_ident(), path)
     file.seek(offset)
     return file.read(size)
+
+
+def forget(path: str, offset: int, size: int) -> None:
+    """Drops a part of a local file from the system's cache, so that the next reading shows how fast the disk is."""
+    if is_local(path) and hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 @functools.lru_cache(maxsize=64)
@@ -235,26 +226,30 @@ def _info(name: str, path: str) -> FileInfo:
 
 def _walk(top: str, depth: int | None) -> Tree:
     """Returns what lies in the local folder `top`. Lists folders in parallel if this file system makes each listing wait."""
-    found = Tree([], [])
+    tables: dict[bytes, FileTable] = {}
+    empty_folders: list[str] = []
     level = [(top, "", frozenset({_inode(top)}))]
+    entries = 0
     slow = False
     with ThreadPoolExecutor(_FOLDERS_AT_ONCE) as pool:
         while level:
             below = []
             begun = time.perf_counter()
-            for infos, empty, folders in pool.map(_scan, level) if slow else map(_scan, level):
-                found.files.extend(infos)
-                found.empty_folders.extend(empty)
+            listed = pool.map(_scan, level) if slow else map(_scan, level)
+            for (_, prefix, _), (table, is_empty, folders) in zip(level, listed, strict=True):
+                if len(table):
+                    tables[encoded(prefix)] = table
+                empty_folders += [prefix.rstrip("/")] if is_empty and prefix else []
                 below += folders
-            entries = len(found.files) + len(below)
+                entries += len(table) + len(folders)
             slow = time.perf_counter() - begun > _SECONDS_OF_A_SLOW_ENTRY * max(entries, 1)
             level = below if depth is None or depth > 0 else []
             depth = None if depth is None else depth - 1
-    return found
+    return Tree(FileTable.joined([tables[prefix] for prefix in sorted(tables)]), sorted(empty_folders))
 
 
-def _scan(at: tuple[str, str, frozenset]) -> tuple[list[FileInfo], list[str], list[tuple[str, str, frozenset]]]:
-    """Returns a folder's files, its name if it is empty and below the top, and its subfolders in the form of `at`.
+def _scan(at: tuple[str, str, frozenset]) -> tuple[FileTable, bool, list[tuple[str, str, frozenset]]]:
+    """Returns a folder's files sorted by name, whether it is empty, and its subfolders in the form of `at`.
 
     at: path, prefix of the names, and the inodes of the folder and of those that hold it
     """
@@ -265,7 +260,7 @@ def _scan(at: tuple[str, str, frozenset]) -> tuple[list[FileInfo], list[str], li
         raise UserError(f"{folder} cannot be read: {error.strerror}") from error
     found, folders = [], []
     for entry in entries:
-        name = prefix + os.fsencode(entry.name).decode(errors="surrogateescape")
+        name = prefix + decoded(os.fsencode(entry.name))
         if entry.is_dir():
             inode = _inode(entry.path)
             if inode in above:
@@ -276,7 +271,7 @@ def _scan(at: tuple[str, str, frozenset]) -> tuple[list[FileInfo], list[str], li
             found.append(FileInfo(name, status.st_size, status.st_mtime))
         else:  # a broken link counts as an empty file, which is reported when it is read
             found.append(FileInfo(name, 0, 0.0))
-    return found, [prefix.rstrip("/")] if not entries and prefix else [], folders
+    return FileTable.of(sorted(found)), not entries, folders
 
 
 def _inode(path: str) -> tuple[int, int]:
@@ -296,7 +291,8 @@ def _match(folder: str, depth: int | None) -> Tree:
         elif name:
             found.append(FileInfo(name, metadata.size_in_bytes, metadata.last_updated_in_seconds))
     names_of_files = sorted(info.name for info in found)
-    return Tree(sorted(found), [name for name in sorted(empty) if not _has_below(names_of_files, f"{name}/")])
+    found.sort(key=lambda info: (encoded(info.name[: info.name.rfind("/") + 1]), info.name))
+    return Tree(FileTable.of(found), [name for name in sorted(empty) if not _has_below(names_of_files, f"{name}/")])
 
 
 def _has_below(sorted_names: list[str], prefix: str) -> bool:

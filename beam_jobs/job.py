@@ -4,29 +4,33 @@ import fcntl
 import os
 import re
 import sys
-import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
-from beam_jobs import catalogue, dry_run, files, images, unpack, verify
+from beam_jobs import catalogue, dry_run, files, images, origin, unpack, verify
 from beam_jobs.ending import ends_when_asked
 from beam_jobs.local import OnThisMachine, Steps
 from beam_jobs.plan import UNPACKED, Plan, make_plan
 from beam_jobs.pooled import Writers, local_writers
-from beam_jobs.publish import publish, was_made_by
+from beam_jobs.publish import CONVERSION, origin_of, publish, refuse_lost_shards
 from beam_jobs.raw import Recognised
 from trainer.shared.errors import UserError, printable
 from trainer.shared.files import is_local
 from trainer.shared.progress import OnProgress, followed, silent
 from trainer.shared.records import MANIFEST, Manifest, manifest_from_json
+from trainer.shared.scratch import scratch_folder
 
 _SHARD_FILE = re.compile(r".+\.tfrecord-\d{5}-of-\d{5}")
 _IDENTITY = "IDENTITY"
 """File in the work folder: the `Plan.identity` of the unfinished job."""
 _SECONDS_BETWEEN_POLLS, _SECONDS_BETWEEN_REMOTE_POLLS = 0.5, 10.0
+_SLOW_DISK = 500.0
+"""Reads a second of a disk on which a conversion should not be done."""
 LISTING = "listing raw files"
 """A phase of progress."""
 
@@ -38,6 +42,7 @@ def build(
     *,
     processes: int | None = None,
     beam_args: Sequence[str] = (),
+    listing: str = "",
     on_progress: OnProgress = silent,
     **options: Any,
 ) -> Manifest:
@@ -45,6 +50,7 @@ def build(
 
     processes: number of processes on this machine, 1 by default
     beam_args: Beam's own options; they may choose another runner. Every runner writes the same bytes
+    listing: the file in which `raw_identity` kept what it listed; "" to list the raw files
     on_progress: called with the phase and how much of it is done, perhaps from another thread
     options: the arguments of `make_plan`
 
@@ -72,7 +78,7 @@ def build(
             return folder
 
         on_progress(LISTING)
-        plan = make_plan(raw, output, **options, unpack=unpacked)
+        plan = make_plan(raw, output, **options, listing=listing, unpack=unpacked)
         for note in plan.raw.notes:
             print(printable(f"note: {note}"), file=sys.stderr, flush=True)
         runs = _run(beam_args, processes, output, plan.identity)
@@ -97,18 +103,50 @@ def _run(beam_args: Sequence[str], processes: int | None, output: str, identity:
 def _convert(plan: Plan, runs: Steps, on_progress: OnProgress) -> Manifest:
     if files.find(files.join(plan.output, MANIFEST)):
         # The work folder still exists if the earlier job was interrupted during its cleanup.
-        if _made_here(plan) != plan.identity and not was_made_by(plan):
-            raise _finished(plan.output)
-        print(f"{plan.output} is already there: the same conversion finished before", file=sys.stderr, flush=True)
+        differs = "" if _made_here(plan) == plan.identity else _differences(plan, on_progress)
+        print(f"{plan.output} is already there: the same conversion finished before{differs}", file=sys.stderr, flush=True)
         return publish(plan)
-    if not runs.going_on:  # a running job's workers write to the output folder
+    if not runs.going_on:  # a running job's workers write to the output folder, by a plan of their own
         _prepare(plan)
+        plan, _ = _with_pieces(plan, on_progress)
     try:
         runs.convert(plan, on_progress)
         return publish(plan)
     except (verify.FaultsError, verify.LostRecordsError):
         _remove_leftovers(plan)
         raise
+
+
+def _differences(plan: Plan, on_progress: OnProgress) -> str:
+    """Returns the end of a line that says how the finished dataset's conversion differed, although its result is the same.
+
+    Raises UserError if the finished dataset in the output folder is another than that of `plan`, or has lost a shard.
+    """
+    before, compared = origin_of(plan.output), ""
+    if before is None:
+        raise _finished(plan.output, f", and no usable {CONVERSION} that says of what it was made")
+    if before.raw != plan.raw.identity and before.names == plan.raw.names:
+        plan, compared = _with_pieces(plan, on_progress)
+    if why := origin.why_another(before, plan.origin):
+        raise _finished(plan.output, f", of {why}")
+    refuse_lost_shards(plan.output)
+    return origin.differences(before, plan.origin, compared)
+
+
+def _with_pieces(plan: Plan, on_progress: OnProgress) -> tuple[Plan, str]:
+    """Returns the plan with a digest of pieces of the raw files, and what the digest covers, for people."""
+    on_progress("reading pieces of the raw files")
+    begun = time.perf_counter()
+    pieces, compared = origin.read_pieces(plan.raw.folder, [*plan.raw.found.values()], plan.raw.archives)
+    rate = origin.PIECES / (time.perf_counter() - begun)
+    if compared and rate < _SLOW_DISK and is_local(plan.raw.folder):
+        print(
+            f"note: {plan.raw.folder} answers about {rate:.0f} reads a second, and each image takes one, so a million take "
+            f"{1e6 / rate / 3600:.1f} hours: copy the raw files to an SSD first",
+            file=sys.stderr,
+            flush=True,
+        )
+    return replace(plan, pieces=pieces), compared
 
 
 def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any) -> None:
@@ -125,7 +163,7 @@ def describe(raw: str, output: str, *, beam_args: Sequence[str], **options: Any)
     from beam_jobs.runners import make_pipeline
     from beam_jobs.transforms import Convert
 
-    plan = make_plan(raw, output, **options, unpack=refused)
+    plan, _ = _with_pieces(make_plan(raw, output, **options, unpack=refused), silent)
     pipeline = make_pipeline(beam_args, None)
     pipeline | Convert(plan, Writers())
     pipeline.run()
@@ -141,9 +179,6 @@ def plan_only(
     **options: Any,
 ) -> dry_run.DryRun:
     """Returns what `build` would do with the same arguments. Reads every image's header; leaves no file behind."""
-    local = is_local(output)
-    work = tempfile.mkdtemp(prefix="sogclr-plan-") if local else files.join(output, f".plan-{uuid.uuid4().hex}")
-    folder = files.join(work, "unpacked")
     to_check = images.Options(decode=options.get("verify") == "decode", max_side=options.get("max_side"))
 
     def catalogued(recognised: Recognised, synsets: Sequence[str] | None) -> str:
@@ -152,7 +187,8 @@ def plan_only(
             _unpack(needed, output, processes, beam_args, on_progress)
         return folder
 
-    try:
+    with _folder_of_reports(output) as work:
+        folder = files.join(work, "unpacked")
         on_progress(LISTING)
         plan = make_plan(raw, output, **options, unpack=catalogued)
         runs = _run(beam_args, processes, output, plan.identity)
@@ -161,9 +197,21 @@ def plan_only(
         runs.index(checking, on_progress)
         on_progress("measuring how long an image takes")
         return dry_run.summarise(plan, verify.archive_reports(checking), unpacked)
+
+
+@contextmanager
+def _folder_of_reports(output: str) -> Iterator[str]:
+    """Gives a folder for the reports of a dry run, on this machine if `output` is here, and removes it when the block ends."""
+    if is_local(output):
+        with scratch_folder() as folder:
+            yield folder
+        return
+    folder = files.join(output, f".plan-{uuid.uuid4().hex}")
+    try:
+        yield folder
     finally:
+        files.delete_folder(files.join(folder, "unpacked"))
         files.delete_folder(folder)
-        files.delete_folder(work)
 
 
 @contextmanager
@@ -192,12 +240,12 @@ def _alone(output: str) -> Iterator[None]:
 
 def _is_unpacked(work: unpack.Work, output: str) -> bool:
     """Returns whether nothing is left to unpack. Raises UserError if `output` has a dataset of other raw data."""
-    known = catalogue.has_summary(work.unpacked, work.identity)
+    summary = catalogue.read_summary(work.unpacked) if catalogue.has_summary(work.unpacked) else None
     if files.find(files.join(output, MANIFEST)):
-        if not known:
-            raise _finished(output)
+        if summary is None or summary.names != work.names:
+            raise _finished(output, ", of other raw data or classes")
         return True
-    return known and unpack.is_whole(work)
+    return summary is not None and summary.identity == work.identity and unpack.is_whole(work)
 
 
 def _unpack(
@@ -212,19 +260,21 @@ def _unpack(
     if not runs.going_on:
         unpack.prepare(work)
     pause = _SECONDS_BETWEEN_POLLS if is_local(work.unpacked) else _SECONDS_BETWEEN_REMOTE_POLLS
-    with followed(on_progress, "unpacking files", partial(unpack.count_done, work), len(work.sources), pause):
+    total = sum(source.size for source in work.sources) // 10**6 + 1
+    with followed(on_progress, "unpacking files, MB", lambda: unpack.bytes_done(work) // 10**6, total, pause):
         runs.unpack(work)
     on_progress("sorting what was unpacked")
     unpack.finish(work)
 
 
-def _finished(output: str) -> UserError:
+def _finished(output: str, why: str) -> UserError:
+    """Returns the error that `output` has a finished dataset, and `why` it is another one."""
     text = files.read(files.join(output, MANIFEST)).decode(errors="replace")
     try:
         holds = f"a finished dataset, fingerprint {manifest_from_json(text).fingerprint}"
     except (ValueError, KeyError, TypeError):
         holds = f"a {MANIFEST} of something else"
-    return UserError(f"{output} has {holds}: give another folder, or delete this one first")
+    return UserError(f"{output} has {holds}{why}: give another folder, or delete this one first")
 
 
 def _prepare(plan: Plan) -> None:

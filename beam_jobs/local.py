@@ -17,6 +17,9 @@ from beam_jobs.references import PackedImage, PackedReference, ReferenceTable, p
 from trainer.shared.progress import OnProgress
 from trainer.shared.records import reading_positions
 
+CHECKING, LISTING = "checking images, MB", "listing images, MB"
+"""Phases of progress that go through the archives."""
+
 
 class Steps(Protocol):
     """What runs the steps of a conversion."""
@@ -65,7 +68,8 @@ class OnThisMachine:
         if not total:
             return
         on_progress(phase, 0, total)
-        calls = ((plan, shard.split, shard.file, shard.references()) for shard in shards)
+        for_workers = plan.for_workers()
+        calls = ((for_workers, shard.split, shard.file, shard.references()) for shard in shards)
         written = in_parallel(self.writers, convert.write_references, calls)
         for shard, _ in zip(shards, written, strict=True):
             done += len(shard.image_ids)
@@ -91,7 +95,7 @@ class _Shard:
 
 def _indexed(plan: Plan, on_progress: OnProgress) -> Iterator[list[PackedImage]]:
     """Yields the images of each archive. Counts bytes, because one archive may have fifty times as many images as another."""
-    phase = "checking images, MB" if plan.check_first else "listing images, MB"
+    phase = CHECKING if plan.check_first else LISTING
     ends = np.cumsum([archive.size for archive in plan.raw.archives])
     total = int(ends[-1]) // 10**6 + 1
     on_progress(phase, 0, total)

@@ -5,12 +5,13 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
 
 from beam_jobs import files, images, subsets
+from beam_jobs.origin import Origin
 from beam_jobs.raw import Raw, Recognised, open_raw, recognise
 from trainer.shared.data import ALLOWING, DATASETS, DataSettings, Expect, OnBadImage, Verify, other_classes
 from trainer.shared.errors import UserError, first_few
@@ -29,7 +30,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a conversion before any image is read. Workers need nothing else."""
+    """The plan of a conversion before any image is read. Workers need nothing but `for_workers()`."""
 
     raw: Raw
     output: str
@@ -50,6 +51,12 @@ class Plan:
     tool_version: str
     expected_of: str = "ImageNet"
     """The dataset that has the `expected` numbers of images."""
+    pieces: str = ""
+    """`Origin.pieces` of the raw data; "" if they were not read yet."""
+
+    def for_workers(self) -> "Plan":
+        """Returns the plan without the listing of the raw folder, which grows with the number of images."""
+        return replace(self, raw=replace(self.raw, found={}))
 
     @property
     def rejected(self) -> str:
@@ -62,6 +69,21 @@ class Plan:
         raw = self.raw.identity, self.raw.synsets, self.raw.images_per_class
         rest = self.name, sorted(self.num_shards.items()), self.images, self.check_first, images.CODECS, self.tool_version
         return hashlib.sha256(repr((raw, rest)).encode()).hexdigest()
+
+    @property
+    def origin(self) -> Origin:
+        """What a dataset of this plan is made of."""
+        options = {
+            "subset": hashlib.sha256(repr(self.raw.synsets).encode()).hexdigest()[:16],
+            "images_per_class": self.raw.images_per_class,
+            "name": self.name,
+            "num_shards": dict(self.num_shards),
+            "verify": "decode" if self.images.decode else "headers",
+            "max_side": self.images.max_side,
+            "on_bad_image": "skip" if self.check_first else "fail",
+        }
+        software = f"sogclr {self.tool_version}, {images.CODECS}"
+        return Origin(self.raw.identity, self.raw.names, self.pieces, options, software)
 
 
 @dataclass(frozen=True)
@@ -93,6 +115,7 @@ def make_plan(
     validation_labels: str | None = None,
     allow_other_counts: bool = False,
     validation: bool = True,
+    listing: str = "",
     unpack: Callable[[Recognised, Sequence[str] | None], str] | None = None,
 ) -> Plan:
     """Returns the plan of converting the raw images in the folder `raw` to a dataset in the folder `output`.
@@ -108,6 +131,7 @@ def make_plan(
     validation_labels: the file of labels of flat validation images; by default the one in `raw`
     allow_other_counts: whether ImageNet's synsets may have other numbers of images than ImageNet, and `expect` other classes
     validation: whether there is a validation split; linear eval needs one, pretraining does not
+    listing: the file in which `raw_identity` kept what it listed; "" to list the raw files
     unpack: called with the layouts and the chosen synsets once the other arguments are known to be valid; returns the folder of
         unpacked images
 
@@ -126,7 +150,7 @@ def make_plan(
     if not _NAME.fullmatch(name):
         raise UserError(f"name={name} cannot name a dataset: use small letters, digits and underscores, a letter first")
     synsets = subsets.synsets_of(subset) if subset else None
-    recognised = recognise(raw, validation=validation, validation_labels=validation_labels)
+    recognised = recognise(raw, validation=validation, validation_labels=validation_labels, listing=listing)
     unpacked = unpack(recognised, synsets) if unpack else files.join(output, UNPACKED)
     opened = open_raw(raw, synsets=synsets, images_per_class=images_per_class, unpacked=unpacked, recognised=recognised)
     known = None if subset or allow_other_counts else DATASETS.get(expect)

@@ -4,14 +4,15 @@ import json
 from typing import Any
 
 from beam_jobs import files, sources, verify
+from beam_jobs.origin import Origin, from_json
 from beam_jobs.plan import UNPACKED, Plan
 from trainer.shared.errors import UserError
 from trainer.shared.records import ENCODED, IMAGE_ID, LABEL, MANIFEST, Manifest, manifest_from_json, manifest_to_json
 
 CONVERSION = ".conversion"
-"""File of a dataset that holds the `Plan.identity` of the conversion that made it.
+"""File of a dataset that holds the `Origin` of the conversion that made it.
 
-Not part of the manifest: the identity depends on the raw files' times, and equal datasets must have equal manifests.
+Not part of the manifest: the origin depends on the raw files' times, and equal datasets must have equal manifests.
 """
 _FEATURES = "tensorflow_datasets.core.features"
 
@@ -31,30 +32,27 @@ def publish(plan: Plan) -> Manifest:
         for split in manifest.splits:
             sources.join_parts(plan, split)
         files.delete_temporary(plan.output)
-        files.write(files.join(plan.output, CONVERSION), plan.identity.encode())
+        files.write(files.join(plan.output, CONVERSION), plan.origin.to_json().encode())
         files.write(path, manifest_to_json(manifest).encode())
     files.delete_folder(plan.work)
     files.delete_folder(files.join(plan.output, UNPACKED))
     return manifest
 
 
-def was_made_by(plan: Plan) -> bool:
-    """Returns whether `plan` made the finished dataset in the output folder.
+def origin_of(output: str) -> Origin | None:
+    """Returns what the finished dataset in a folder was made of, or None if the folder does not say."""
+    path = files.join(output, CONVERSION)
+    return from_json(files.read(path).decode(errors="replace")) if files.find(path) else None
 
-    Raises UserError if it did, but a shard is missing or has another length.
-    """
-    path = files.join(plan.output, CONVERSION)
-    if not files.find(path) or files.read(path).decode() != plan.identity:
-        return False
-    manifest = manifest_from_json(files.read(files.join(plan.output, MANIFEST)).decode())
-    sizes = {file.name: file.size for file in files.tree(plan.output, depth=0)}
+
+def refuse_lost_shards(output: str) -> None:
+    """Raises UserError if a shard of the finished dataset in a folder is missing or has another length."""
+    manifest = manifest_from_json(files.read(files.join(output, MANIFEST)).decode())
+    sizes = {file.name: file.size for file in files.tree(output, depth=0)}
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
         if sizes.get(shard.file) != shard.bytes:
             found = f"has {sizes[shard.file]} bytes, not {shard.bytes}" if shard.file in sizes else "is missing"
-            raise UserError(
-                f"{plan.output} has a finished dataset whose {shard.file} {found}: delete the folder to make it again"
-            )
-    return True
+            raise UserError(f"{output} has a finished dataset whose {shard.file} {found}: delete the folder to make it again")
 
 
 def _tfds_metadata(plan: Plan, manifest: Manifest) -> dict[str, str]:

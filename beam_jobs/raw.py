@@ -4,8 +4,10 @@ Image IDs are the same in every layout: training images are ordered by (synset, 
 """
 
 import hashlib
+import itertools
 import logging
 import os
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,9 +15,12 @@ from typing import Any
 from beam_jobs import files
 from beam_jobs.catalogue import Unpacked, read_summary
 from beam_jobs.layouts import LAYOUTS, name_of
+from beam_jobs.layouts.folders import Folders
 from beam_jobs.layouts.layout import Archive, Contents, Found, Layout, RawImage, Reader, Stream
 from beam_jobs.layouts.names import canonical
 from beam_jobs.layouts.passed_over import PassedOver, Tallies, merge, tally
+from beam_jobs.listings import FileInfo
+from beam_jobs.origin import digest_of
 from trainer.shared.errors import UserError, first_few, printable
 from trainer.shared.files import is_local
 
@@ -48,13 +53,17 @@ class Raw:
     problems: tuple[str, ...]
     """Faults that stop the conversion."""
     identity: str
-    """Digest of the raw files. Changes when a file changes."""
+    """Digest of the raw files' names, sizes and times."""
+    names: str
+    """Digest of their names and sizes."""
     passed_over: Mapping[str, Tallies]
     """What each split has outside of `archives`."""
     without_validation: tuple[str, ...]
     """Chosen synsets of which no validation image is known to be there."""
     notes: tuple[str, ...]
     """What the user should know, although it stops nothing."""
+    found: Mapping[str, Found]
+    """The files of each split; empty on a worker, which lists the folders of its archives again."""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -147,14 +156,16 @@ def open_raw(
         images_per_class,
         (*(archive for archive in train.archives if archive.synset in chosen), *validation.archives),
         train.problems + validation.problems,
-        _identity([found for _, found in by_split.values()]),
+        digest_of([found for _, found in by_split.values()], times=True),
+        digest_of([found for _, found in by_split.values()], times=False),
         {split: passed_over[split] for split in by_split},
         tuple(absent),
         _notes(folder, by_split),
+        {split: found for split, (_, found) in by_split.items()},
     )
 
 
-def _labels_file(path: str) -> files.FileInfo:
+def _labels_file(path: str) -> FileInfo:
     info = files.find(path)
     if info is None:
         raise UserError(f"validation_labels={path} is not a file")
@@ -177,7 +188,12 @@ def _refuse_unused_labels(layout: Layout | Stream, found: Found, validation: Con
 
 def index(raw: Raw, archive: Archive) -> Index:
     """Returns the images of an archive that have a chosen synset. Reads headers only."""
-    listing = raw.layouts[archive.split].list_images(raw.folder, archive)
+    layout, found_before = raw.layouts[archive.split], raw.found.get(archive.split)
+    if found_before and found_before.tree and not archive.file:
+        within = archive.name.removeprefix(found_before.top).strip("/")
+        listing = layout.list_tree(archive, found_before.tree.below(within) if within else found_before.tree)
+    else:
+        listing = layout.list_images(raw.folder, archive)
     ranks = {synset: label for label, synset in enumerate(raw.synsets)}
     images, rejected = [], []
     passed_over = list(listing.passed_over)
@@ -211,31 +227,60 @@ def index(raw: Raw, archive: Archive) -> Index:
     return Index(images, found, rejected, list(listing.problems), account, repaired)
 
 
-def raw_identity(raw: str, beside: Iterable[str] = (), *, validation: bool = True) -> str:
+def raw_identity(raw: str, beside: Iterable[str] = (), *, validation: bool = True, listing: str = "") -> str:
     """Returns a short hex digest of the names, sizes and times of the raw files in the folder `raw`.
 
-    It also depends on the contents of the files `beside`, if there are any. Raises UserError naming what is missing if the folder
-    holds no raw data, or if one of those files does not exist. `validation` says whether there must be a validation split.
+    beside: files on whose contents the identity depends, too
+    validation: whether there must be a validation split
+    listing: a local file that gets what was listed, so that a conversion in another process does without
+
+    Raises UserError naming what is missing if the folder holds no raw data, or if one of the files `beside` does not exist.
     """
-    identity = _identity([found for _, found in recognise(raw, validation=validation).values()])
+    by_split = recognise(raw, validation=validation)
+    identity = digest_of([found for _, found in by_split.values()], times=True)
     for path in beside:
         if not files.find(path):
             raise UserError(f"there is no file {path}")
         identity = hashlib.sha256(identity.encode() + files.read(path)).hexdigest()[:16]
+    if listing:
+        kept = {split: (LAYOUTS.index(layout), found) for split, (layout, found) in by_split.items()}
+        with open(listing, "wb") as file:
+            pickle.dump((raw, kept), file, pickle.HIGHEST_PROTOCOL)
     return identity
 
 
-def recognise(folder: str, *, validation: bool = True, validation_labels: str | None = None) -> Recognised:
+def recognise(folder: str, *, validation: bool = True, validation_labels: str | None = None, listing: str = "") -> Recognised:
     """Returns the layout of each split with its files.
 
     validation: whether there must be a validation split
     validation_labels: the path of the file of validation labels, by default one in `folder`
+    listing: the file in which `raw_identity` kept what it listed; "" to list the folder
 
     Raises UserError if no layout recognises a split, or if there is no file `validation_labels`.
     """
     splits = SPLITS if validation else SPLITS[:1]
     if validation_labels and not validation:
         raise UserError(f"validation_labels={validation_labels} has no effect: no validation images are converted; omit it")
+    by_split = _kept(listing, folder, splits) or _searched(folder, splits)
+    if validation_labels:
+        layout, found = by_split["validation"]
+        by_split["validation"] = layout, replace(found, labels=_labels_file(validation_labels))
+    return by_split
+
+
+def _kept(listing: str, folder: str, splits: Sequence[str]) -> Recognised:
+    """Returns what a file of `raw_identity` holds, or nothing if that is of another folder or of other splits."""
+    if not os.path.exists(listing):
+        return {}
+    with open(listing, "rb") as file:
+        of_folder, kept = pickle.load(file)
+    if (of_folder, [*kept]) != (folder, [*splits]):
+        return {}
+    return {split: (LAYOUTS[number], found) for split, (number, found) in kept.items()}
+
+
+def _searched(folder: str, splits: Sequence[str]) -> Recognised:
+    """Returns the layout of each split with its files. Raises UserError if no layout recognises a split."""
     by_split: Recognised = {}
     missing = []
     for split in splits:
@@ -255,9 +300,6 @@ def recognise(folder: str, *, validation: bool = True, validation_labels: str | 
             lacks.append(f"{first} (or {', '.join(others)})")
         hint = _where_else(folder, splits) or f"; docs/conversion.md lists every layout{advice}"
         raise UserError(f"{folder} holds no raw ImageNet: it lacks {' and '.join(lacks)}{hint}")
-    if validation_labels:
-        layout, found = by_split["validation"]
-        by_split["validation"] = layout, replace(found, labels=_labels_file(validation_labels))
     return by_split
 
 
@@ -280,9 +322,11 @@ def _beside(folder: str, by_split: Sequence[Found]) -> Iterator[PassedOver]:
 
     A bucket has no folders to list: of those, only files count.
     """
-    used = {info.name for found in by_split for info in (*found.files, *filter(None, (found.labels,)))}
-    used |= {one.name for found in by_split for one in found.others} | {found.top for found in by_split}
-    tops = {name.strip("/").partition("/")[0] for name in used}
+    others = (other.name for found in by_split for other in found.others)
+    labels = (found.labels.name for found in by_split if found.labels)
+    in_no_folder = (info.name for found in by_split if not found.top for info in found.files)
+    names = itertools.chain(others, labels, in_no_folder, (found.top for found in by_split))
+    tops = {name.strip("/").partition("/")[0] for name in names}
     for name in files.names(folder):
         if name not in tops:
             info = files.find(files.join(folder, name))
@@ -313,19 +357,13 @@ def _notes(folder: str, by_split: Recognised) -> tuple[str, ...]:
         f"{split}: {found.why}, and {layout.expects(split)} is there too, which is not read"
         for split, (taken, found) in by_split.items()
         for layout in LAYOUTS[LAYOUTS.index(taken) + 1 :]
+        if not (isinstance(layout, Folders) and layout.shares_folder(found, split))
         if (other := layout.recognise(folder, split)) and not {*other.files} & {*found.files}
     ]
-    names = [info.name for _, found in by_split.values() for info in found.files if not info.name.isascii()]
+    names = (info.name for _, found in by_split.values() for info in found.files if not info.name.isascii())
     if decomposed := [name for name in names if canonical(name) != name]:
         notes.append(
             f"{len(decomposed):,} names are decomposed (NFD), the first is {decomposed[0]}: they are taken as the same names "
             "composed (NFC)"
         )
     return tuple(notes)
-
-
-def _identity(found: Sequence[Found]) -> str:
-    digest = hashlib.sha256()
-    for info in (*(info for one in found for info in one.files), *(one.labels for one in found if one.labels)):
-        digest.update(repr(tuple(info)).encode())
-    return digest.hexdigest()[:16]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from beam_jobs.layouts.layout import RawImage
+from beam_jobs.texts import Texts, decoded, encoded
 
 PackedImage = tuple
 PackedReference = tuple
@@ -28,7 +29,7 @@ class Reference(NamedTuple):
 
 
 def pack_images(images: Iterable[RawImage]) -> list[PackedImage]:
-    return [(_encoded(name), label, _encoded(file), offset, size) for name, label, file, offset, size in images]
+    return [(encoded(name), label, encoded(file), offset, size) for name, label, file, offset, size in images]
 
 
 def pack_reference(place: int, image_id: int, image: PackedImage) -> PackedReference:
@@ -37,7 +38,7 @@ def pack_reference(place: int, image_id: int, image: PackedImage) -> PackedRefer
 
 def unpack_references(packed: Iterable[PackedReference]) -> list[Reference]:
     return [
-        Reference(place, image_id, RawImage(_decoded(name), label, _decoded(file), offset, size))
+        Reference(place, image_id, RawImage(decoded(name), label, decoded(file), offset, size))
         for place, image_id, name, label, file, offset, size in packed
     ]
 
@@ -54,8 +55,8 @@ class ReferenceTable:
     """int64 [n]"""
     file: np.ndarray
     """The number of each image's file in `files`, int32 [n]."""
-    names: "_Texts"
-    files: "_Texts"
+    names: Texts
+    files: Texts
 
     @classmethod
     def of(cls, images: Sequence[PackedImage]) -> "ReferenceTable":
@@ -67,8 +68,8 @@ class ReferenceTable:
             np.array(offsets, np.int64),
             np.array(sizes, np.int64),
             np.cumsum(np.array(starts, bool), dtype=np.int32) - 1,
-            _Texts.of(names),
-            _Texts.of([*itertools.compress(files, starts)]),
+            Texts.of(names),
+            Texts.of([*itertools.compress(files, starts)]),
         )
 
     @classmethod
@@ -80,8 +81,8 @@ class ReferenceTable:
             np.concatenate([one.offset for one in tables]),
             np.concatenate([one.size for one in tables]),
             np.concatenate([one.file + np.int32(first) for one, first in zip(tables, before.tolist(), strict=False)]),
-            _Texts.joined([one.names for one in tables]),
-            _Texts.joined([one.files for one in tables]),
+            Texts.joined([one.names for one in tables]),
+            Texts.joined([one.files for one in tables]),
         )
 
     def __len__(self) -> int:
@@ -93,35 +94,3 @@ class ReferenceTable:
         names, files = self.names.take(numbers), self.files.take(self.file[numbers])
         for name, file, label, offset, size in zip(names, files, *columns, strict=True):
             yield name, label, file, offset, size
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """Byte strings, one after another."""
-
-    ends: np.ndarray
-    """The end of each in `joint`, int64 [n]."""
-    joint: bytes
-
-    @classmethod
-    def of(cls, texts: Sequence[bytes]) -> "_Texts":
-        return cls(np.cumsum([len(text) for text in texts], dtype=np.int64), b"".join(texts))
-
-    @classmethod
-    def joined(cls, parts: Sequence["_Texts"]) -> "_Texts":
-        before = np.cumsum([0, *(len(part.joint) for part in parts)])
-        ends = [part.ends + first for part, first in zip(parts, before.tolist(), strict=False)]
-        return cls(np.concatenate(ends), b"".join(part.joint for part in parts))
-
-    def take(self, numbers: np.ndarray) -> Iterator[bytes]:
-        ends = self.ends[numbers].tolist()
-        begins = np.where(numbers > 0, self.ends[numbers - 1], 0).tolist()
-        return (self.joint[begin:end] for begin, end in zip(begins, ends, strict=True))
-
-
-def _encoded(name: str) -> bytes:
-    return name.encode(errors="surrogateescape")
-
-
-def _decoded(name: bytes) -> str:
-    return name.decode(errors="surrogateescape")

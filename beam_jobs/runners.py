@@ -2,19 +2,20 @@
 
 import re
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, TestOptions
 
 from beam_jobs import dataflow, transforms, verify
+from beam_jobs.local import CHECKING, LISTING
 from beam_jobs.plan import Plan
 from beam_jobs.pooled import Writers, local_writers
 from beam_jobs.unpack import Work
 from trainer.shared.errors import UserError
 from trainer.shared.files import is_local
-from trainer.shared.progress import OnProgress, followed
+from trainer.shared.progress import OnProgress, polled
 
 _SECONDS_BETWEEN_POLLS, _SECONDS_BETWEEN_REMOTE_POLLS = 0.5, 10.0
 _DASK = "--runner=DaskRunner"
@@ -41,16 +42,14 @@ class OnRunner:
 
     def index(self, plan: Plan, on_progress: OnProgress) -> None:
         self._pipeline | transforms.Index(plan)
-        with _followed(plan, "checking archives", len(plan.raw.archives), on_progress):
+        with _followed(plan, CHECKING, "", on_progress):
             run(lambda: self._pipeline.run().wait_until_finish())
 
     def unpack(self, work: Work) -> None:
         self._run(transforms.Unpack(work, self._writers))
 
     def convert(self, plan: Plan, on_progress: OnProgress) -> None:
-        # The parts of a conversion are its archives, its shards, and publishing.
-        parts = len(plan.raw.archives) + sum(plan.num_shards.values()) + 1
-        with _followed(plan, "converting", parts, on_progress):
+        with _followed(plan, LISTING, "writing images, MB", on_progress):
             self._run(transforms.Convert(plan, self._writers))
 
     def _run(self, step: beam.PTransform) -> None:
@@ -64,9 +63,23 @@ class OnRunner:
                 run(lambda: self._pipeline.run().wait_until_finish())
 
 
-def _followed(plan: Plan, phase: str, parts: int, on_progress: OnProgress) -> AbstractContextManager[None]:
-    pause = _SECONDS_BETWEEN_POLLS if is_local(plan.work) else _SECONDS_BETWEEN_REMOTE_POLLS
-    return followed(on_progress, phase, lambda: verify.count_reports(plan), parts, pause)
+@contextmanager
+def _followed(plan: Plan, first: str, second: str, on_progress: OnProgress) -> Iterator[None]:
+    """Reports two phases while the block runs: `first` lists the archives, `second` writes the shards. Counts bytes."""
+    size = sum(archive.size for archive in plan.raw.archives)
+    total = size // 10**6 + 1
+
+    def report() -> None:
+        listed, written = verify.bytes_done(plan)
+        if listed < size or not second:
+            on_progress(first, listed // 10**6, total)
+        else:
+            on_progress(second, written // 10**6, total)
+
+    on_progress(first, 0, total)
+    with polled(report, _SECONDS_BETWEEN_POLLS if is_local(plan.work) else _SECONDS_BETWEEN_REMOTE_POLLS):
+        yield
+    on_progress(second or first, total, total)
 
 
 def make_pipeline(beam_args: Sequence[str], processes: int | None) -> beam.Pipeline:

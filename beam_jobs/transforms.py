@@ -31,7 +31,7 @@ class Convert(beam.PTransform):
 
     def __init__(self, plan: Plan, writers: Writers) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan = plan.for_workers()
         self.writers = writers
 
     def expand(self, pbegin: Any) -> Any:
@@ -52,7 +52,7 @@ class Index(beam.PTransform):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan = plan.for_workers()
 
     def expand(self, pbegin: Any) -> Any:
         numbers = range(len(self.plan.raw.archives))

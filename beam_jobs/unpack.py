@@ -19,11 +19,12 @@ import pyarrow as pa
 
 from beam_jobs import catalogue, files, images
 from beam_jobs.catalogue import SourceIndex, Summary
-from beam_jobs.files import FileInfo
 from beam_jobs.layouts.layout import Stream, StreamedImage, StreamError
 from beam_jobs.layouts.names import canonical
 from beam_jobs.layouts.passed_over import PassedOver, Tallies, add
+from beam_jobs.listings import FileInfo
 from beam_jobs.raw import Recognised
+from beam_jobs.texts import encoded
 
 _FORMAT = 1
 """Changes when the unpacked files change, so that those of an earlier version are not used."""
@@ -37,6 +38,8 @@ class Source:
     stream: Stream
     name: str
     """Path relative to the raw folder."""
+    size: int
+    """Size in bytes."""
     labels: FileInfo | None
     """The file of labels, if the split has one."""
     key: str
@@ -59,8 +62,14 @@ class Work:
     """How to check the images. Then nothing but their index is written: a dry run. None for a conversion."""
 
     @property
+    def names(self) -> str:
+        """Digest of the sources' names and sizes and of the chosen classes."""
+        sources = [(source.split, source.name, source.size) for source in self.sources]
+        return hashlib.sha256(repr((_FORMAT, sources, sorted(self.synsets or ()))).encode()).hexdigest()[:32]
+
+    @property
     def identity(self) -> str:
-        """Digest of the sources and of the chosen classes."""
+        """Digest of the sources, with their times, and of the chosen classes."""
         return hashlib.sha256(repr([source.key for source in self.sources]).encode()).hexdigest()[:32]
 
 
@@ -75,7 +84,7 @@ def make_work(
             for number, info in enumerate(found.files):
                 about = repr((_FORMAT, tuple(info), found.labels and tuple(found.labels), sorted(chosen or ())))
                 key = f"{split}-{number:05d}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
-                sources.append(Source(split, layout, info.name, found.labels, key))
+                sources.append(Source(split, layout, info.name, info.size, found.labels, key))
     return Work(raw, unpacked, chosen, tuple(sources), check)
 
 
@@ -109,8 +118,8 @@ def unpack_source(work: Work, number: int) -> None:
                     position += size if chosen else 0
                 if out and chosen:
                     out.write(image.data)
-                names.append(catalogue.packed(image.name))
-                synsets.append(catalogue.packed(synset))
+                names.append(encoded(image.name))
+                synsets.append(encoded(synset))
                 faults.append(image.fault or fault)
                 repairs.append(repair)
                 offsets.append(offset)
@@ -132,9 +141,16 @@ def prepare(work: Work) -> None:
     )
 
 
-def count_done(work: Work) -> int:
-    """Returns the number of source files that are unpacked."""
-    return sum(name.endswith(".index") for name in files.names(work.unpacked))
+def bytes_done(work: Work) -> int:
+    """Returns about how many bytes of the source files are unpacked. Counts files that are being unpacked by what is written."""
+    infos = files.tree(work.unpacked, depth=0)
+    finished = {info.name.removesuffix(".index") for info in infos if info.name.endswith(".index")}
+    begun: dict[str, int] = {}
+    for info in infos:
+        key, _, rest = info.name.partition(".")
+        if rest.startswith("images"):
+            begun[key] = max(begun.get(key, 0), info.size)
+    return sum(source.size if source.key in finished else min(begun.get(source.key, 0), source.size) for source in work.sources)
 
 
 def is_whole(work: Work) -> bool:
@@ -153,7 +169,7 @@ def finish(work: Work) -> None:
         indexes = {source.key: catalogue.read_source(work.unpacked, source.key) for source in of_split}
         checked = work.check is not None and not of_split[0].stream.in_place
         splits[split] = catalogue.write_split(work.unpacked, split, indexes, checked=checked)
-    catalogue.write_summary(work.unpacked, Summary(work.identity, splits))
+    catalogue.write_summary(work.unpacked, Summary(work.identity, work.names, splits))
 
 
 def _is_done(work: Work, source: Source) -> bool:

@@ -55,9 +55,15 @@ def report_shard(plan: Plan, written: WrittenShard, resized: int, repaired: List
     _report(plan, written.shard.file, {**asdict(written), "resized": resized, "repaired": repaired, "rejected": rejected})
 
 
-def count_reports(plan: Plan) -> int:
-    """Returns the number of indexed archives and written shards."""
-    return len(_report_names(plan))
+def bytes_done(plan: Plan) -> tuple[int, int]:
+    """Returns how many bytes of the raw images the reported archives have, and how many the reported shards, about."""
+    names = {name.removesuffix(".json") for name in _report_names(plan)}
+    listed = sum(archive.size for number, archive in enumerate(plan.raw.archives) if _archive_report(number) in names)
+    written = 0
+    for split, num_shards in plan.num_shards.items():
+        size = sum(plan.raw.archives[number].size for number in plan.raw.of_split(split))
+        written += sum(name.startswith(f"{plan.name}-{split}.tfrecord-") for name in names) * size // num_shards
+    return listed, written
 
 
 def reported_shards(plan: Plan) -> set[str]:

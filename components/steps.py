@@ -31,12 +31,13 @@ def build_tfrecords(
             shards of an interrupted conversion of the same raw data, settings and code.
     """
     import logging
+    import os
     import sys
 
     from beam_jobs import inspect_dataset
     from beam_jobs.job import build
     from beam_jobs.plan import options_of
-    from components import datasets, tracking
+    from components import datasets, tracking, variables
     from components.dataflow import JOB_LABEL, label_of
     from components.showing import progress_bars
     from trainer.config import data_from
@@ -71,6 +72,7 @@ def build_tfrecords(
             raw,
             dataset.uri,
             beam_args=beam_args,
+            listing=os.environ.get(variables.LISTING, ""),
             on_progress=on_progress,
             **options_of(settings),
         )

@@ -29,3 +29,6 @@ DATASETS = "SOGCLR_DATASETS"
 
 FEATURES = "SOGCLR_FEATURES"
 """Parent folder of stored features. Every evaluation of this machine finds them again in it."""
+
+LISTING = "SOGCLR_LISTING"
+"""File with the listing of the raw folder that the command made for the raw data's identity."""

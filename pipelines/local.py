@@ -26,6 +26,7 @@ from pipelines.cache import folder_of
 from pipelines.logs import Log, lock_as_runner
 from trainer.shared.processes import end_with
 from trainer.shared.progress import SECONDS_BETWEEN_LINES, parse_line
+from trainer.shared.scratch import scratch_folder
 
 _COLOUR = re.compile(r"\x1b\[\d*m")
 _REUSED = re.compile(r"Task ([\w-]+) cache hit ")
@@ -48,6 +49,8 @@ class Request:
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
     reuses: bool = True
     """Whether finished steps are reused. Has no effect on a single component, which always runs."""
+    listing: str = ""
+    """The file of `beam_jobs.raw.raw_identity` that spares the conversion another listing; empty if there is none."""
 
 
 def run(
@@ -64,7 +67,7 @@ def run(
     """
     project = str(Path(__file__).absolute().parents[1])
     search = os.pathsep.join(filter(None, (project, os.environ.get("PYTHONPATH"))))
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         request_file, answer_file = Path(scratch, "request.json"), Path(scratch, "answer.json")
         request_file.write_text(json.dumps(asdict(request)))
         process = subprocess.Popen(

@@ -33,9 +33,11 @@ from support.raw_data import (
     write_raw,
 )
 
-from beam_jobs import convert, files, shards
+from beam_jobs import convert, files, runners, shards, verify
 from beam_jobs.build_tfrecords import main
+from beam_jobs.convert import index_archive
 from beam_jobs.job import build
+from beam_jobs.plan import make_plan
 from beam_jobs.publish import CONVERSION
 from beam_jobs.raw import open_raw, raw_identity
 from beam_jobs.references import pack_images, pack_reference, unpack_references
@@ -469,7 +471,13 @@ def test_each_phase_goes_from_nothing_to_all_and_counts_images_where_they_take_t
         return lambda on_progress: build(str(raw), str(output), num_shards=2, on_progress=on_progress)
 
     seen = phases_of(convert_to(tmp_path / "output"))
-    assert [*seen] == ["listing raw files", "listing images, MB", "writing images", "verifying the dataset"]
+    assert [*seen] == [
+        "listing raw files",
+        "reading pieces of the raw files",
+        "listing images, MB",
+        "writing images",
+        "verifying the dataset",
+    ]
     assert (seen["writing images"][0], seen["writing images"][-1]) == ((0, 170), (170, 170))
     assert all(reported == sorted(reported) and reported[-1][0] == reported[-1][1] for reported in seen.values())
 
@@ -478,15 +486,35 @@ def test_each_phase_goes_from_nothing_to_all_and_counts_images_where_they_take_t
         with pytest.raises(TypeError):
             build(str(raw), str(tmp_path / "again"), num_shards=2)
     seen = phases_of(convert_to(tmp_path / "again"))
-    assert [*seen] == ["listing raw files", "listing images, MB", "verifying finished shards", "verifying the dataset"]
-
-
-def test_progress_of_a_runner_counts_archives_and_shards(raw, tmp_path):
-    seen = phases_of(lambda on_progress: build(str(raw), str(tmp_path), num_shards=2, beam_args=BEAM, on_progress=on_progress))[
-        "converting"
+    assert [*seen] == [
+        "listing raw files",
+        "reading pieces of the raw files",
+        "listing images, MB",
+        "verifying finished shards",
+        "verifying the dataset",
     ]
-    assert (seen[0], seen[-1]) == ((0, 4 + 4 + 1), (9, 9))
-    assert seen == sorted(seen)
+
+
+def test_progress_of_a_runner_counts_bytes_listed_and_bytes_written(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(runners, "_SECONDS_BETWEEN_POLLS", 0.01)
+    seen = phases_of(lambda on_progress: build(str(raw), str(tmp_path), num_shards=2, beam_args=BEAM, on_progress=on_progress))
+    assert [*seen][-2:] == ["listing images, MB", "writing images, MB"]
+    plan = make_plan(str(raw), str(tmp_path / "other"), num_shards=2)
+    total = sum(archive.size for archive in plan.raw.archives) // 10**6 + 1
+    assert (seen["listing images, MB"][0], seen["writing images, MB"][-1]) == ((0, total), (total, total))
+    assert all(reported == sorted(reported) for reported in seen.values())
+
+
+def test_bytes_done_on_a_runner_are_those_of_the_reported_archives_and_shards(raw, tmp_path):
+    plan = make_plan(str(raw), str(tmp_path), num_shards=4)
+    listed = [archive.size for archive in plan.raw.archives]
+    assert verify.bytes_done(plan) == (0, 0)
+    index_archive(0, plan)
+    index_archive(3, plan)
+    assert verify.bytes_done(plan) == (listed[0] + listed[3], 0)
+    for name in ("images-train.tfrecord-00000-of-00004", "images-validation.tfrecord-00002-of-00004"):
+        (Path(plan.work) / f"{name}.json").write_text("{}")
+    assert verify.bytes_done(plan) == (listed[0] + listed[3], sum(listed[:3]) // 4 + listed[3] // 4)
 
 
 def run_main(*arguments: str) -> subprocess.CompletedProcess[str]:

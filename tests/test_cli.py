@@ -420,3 +420,28 @@ def test_a_run_s_summary_shows_the_control_if_there_was_one(controlled, tmp_path
     said = "\n".join(executing.summary(Lineage("0" * 32, "run", (step,)), "lineage.png", tmp_path))
     assert re.search(r"top-1 +68\.6%" + (r" +53\.7%" if controlled else "$"), said, re.M)
     assert ("untrained" in said) == controlled
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "says"),
+    [
+        (["ui"], "mlflow", "[ui] loading MLflow ..."),
+        (["compare", "0123456789"], "mlflow", "[compare] loading MLflow ..."),
+        (["clean", "--dry-run"], "mlflow", "[clean] loading MLflow ..."),
+        (["rerun", "build-tfrecords", "--run", "0123456789"], "mlflow", "[rerun] loading MLflow ..."),
+        (["plan", "--preset", "demo", "--accelerator", "v5e-8"], "tensorflow", "[plan] loading TensorFlow ..."),
+    ],
+)
+def test_a_command_says_what_it_loads_before_it_does(command, package, says, tmp_path):
+    (tmp_path / "mlflow.db").touch()
+    code = f"import sys; sys.modules[{package!r}] = None; from pipelines.cli import main; main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--root", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+    said = done.stderr.splitlines()
+    assert said[0] == says
+    assert f"No module named '{package}." in said[-1]

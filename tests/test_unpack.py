@@ -15,7 +15,7 @@ from beam_jobs.build_tfrecords import main
 from beam_jobs.job import build, plan_only
 from beam_jobs.layouts.hugging_face_parquet import HuggingFaceParquet
 from beam_jobs.pooled import Writers
-from beam_jobs.raw import NOT_CHOSEN
+from beam_jobs.raw import NOT_CHOSEN, recognise
 from trainer.shared.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +37,22 @@ def test_a_dry_run_checks_the_images_of_a_stream(tmp_path):
     assert planned.unpacked == sum(map(len, images.values()))
     manifest = build(str(tmp_path / "raw"), str(tmp_path / "output"), validation=False, on_bad_image="skip")
     assert manifest.splits["train"].rejected == split.rejected
+
+
+def test_progress_of_unpacking_counts_bytes_of_files_that_are_not_finished_too(tmp_path):
+    raw, unpacked = tmp_path / "raw", tmp_path / "unpacked"
+    members = [{f"n01000001_{part}{number}_n01000001.JPEG": picture(number) for number in range(9)} for part in range(2)]
+    write_all({raw / f"train_images_{part}.tar.gz": zipped(members[part]) for part in range(2)})
+    sizes = [(raw / f"train_images_{part}.tar.gz").stat().st_size for part in range(2)]
+    work = unpack.make_work(str(raw), recognise(str(raw), validation=False), str(unpacked), None)
+    assert unpack.bytes_done(work) == 0
+    unpack.unpack_source(work, 1)
+    assert unpack.bytes_done(work) == sizes[1]
+    begun = unpacked / f"{work.sources[0].key}.images.{'0' * 32}.tmp"
+    begun.write_bytes(bytes(100))
+    assert unpack.bytes_done(work) == sizes[1] + 100
+    begun.write_bytes(bytes(10**6))
+    assert unpack.bytes_done(work) == sum(sizes)
 
 
 def test_a_killed_job_unpacks_only_the_files_that_are_left(as_layout, fingerprint, tmp_path, monkeypatch):

@@ -1,9 +1,8 @@
 """Bad records: what a record must be, the search for the first that is not so, and the raw file that it comes from."""
 
 import os
-import sys
-import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import numpy as np
@@ -11,6 +10,7 @@ import tensorflow as tf
 
 from trainer.shared import records
 from trainer.shared.errors import UserError
+from trainer.shared.progress import OnProgress, ProgressBars, silent
 from trainer.shared.records import Manifest, Shard, reading_positions
 from trainer.shared.sources import sources_file, unpack_source
 
@@ -19,11 +19,17 @@ T = TypeVar("T")
 _BYTES_A_READ = 8 * 2**20
 _SHARDS_AT_ONCE = max(8, os.cpu_count() or 1)
 """Shards that the search reads and decodes in parallel: at least a few, because Cloud Storage makes each wait."""
-_SECONDS_BETWEEN_LINES = 5.0
+_JOB = "bad-record"
+"""What the search is called where it is no phase of a job."""
 
 
-def naming_bad_records(batches: Iterable[T], data_dir: str, manifest: Manifest, split_name: str) -> Iterator[T]:
-    """Yields the batches or records of a split. If one fails, raises UserError that names the bad record and its raw file."""
+def naming_bad_records(
+    batches: Iterable[T], data_dir: str, manifest: Manifest, split_name: str, on_progress: OnProgress | None = None
+) -> Iterator[T]:
+    """Yields the batches or records of a split. If one fails, raises UserError that names the bad record and its raw file.
+
+    The search for it is a phase of `on_progress`; without one, it shows its own progress.
+    """
     coming = iter(batches)
     while True:
         try:
@@ -31,12 +37,13 @@ def naming_bad_records(batches: Iterable[T], data_dir: str, manifest: Manifest, 
         except StopIteration:
             return
         except tf.errors.OpError as error:
-            found = first_bad_record(data_dir, manifest, split_name)
+            with nullcontext(on_progress) if on_progress else _shown() as search:
+                found = first_bad_record(data_dir, manifest, split_name, search)
             raise found or UserError(f"{data_dir} cannot be read: {str(error).splitlines()[0]}") from error
         yield batch
 
 
-def first_bad_record(data_dir: str, manifest: Manifest, split_name: str) -> UserError | None:
+def first_bad_record(data_dir: str, manifest: Manifest, split_name: str, on_progress: OnProgress = silent) -> UserError | None:
     """Reads a split from its beginning. Returns an error that names its first bad record by file, number and raw file, or None.
 
     Reads many shards in parallel until one has a bad record, then that shard record by record. Keeps 4 bytes an image.
@@ -44,8 +51,8 @@ def first_bad_record(data_dir: str, manifest: Manifest, split_name: str) -> User
     split = manifest.splits[split_name]
     position_of = np.full(split.records, -1, np.int32)
     before = 0
-    begun = said = time.monotonic()
-    print(f"a record is bad; searching the {split.records:,} {split_name} images for it", file=sys.stderr, flush=True)
+    phase = f"searching the {split_name} images for the bad record"
+    on_progress(phase, 0, split.records)
     whole = _ids_by_shard(data_dir, manifest, split_name)
     for shard in split.shards:
         try:
@@ -56,11 +63,7 @@ def first_bad_record(data_dir: str, manifest: Manifest, split_name: str) -> User
             return _first_of_shard(data_dir, manifest, split_name, shard, before, position_of)
         position_of[image_ids] = np.arange(before, before + len(image_ids))
         before += shard.records
-        now = time.monotonic()
-        if now - said >= _SECONDS_BETWEEN_LINES:
-            said = now
-            left = (now - begun) * (split.records - before) / before
-            print(f"searched {before:,} of {split.records:,} images, about {left:.0f} s left", file=sys.stderr, flush=True)
+        on_progress(phase, before, split.records)
     return None
 
 
@@ -80,6 +83,12 @@ def parse(serialized: tf.Tensor, num_images: int, num_classes: int) -> dict[str,
     ]
     with tf.control_dependencies(checks):
         return {name: tf.identity(value) for name, value in parsed.items()}
+
+
+@contextmanager
+def _shown() -> Iterator[OnProgress]:
+    with ProgressBars() as bars:
+        yield bars.of(_JOB)
 
 
 def _ids_by_shard(data_dir: str, manifest: Manifest, split_name: str) -> Iterator[np.ndarray]:

@@ -108,7 +108,7 @@ def train(
     pending = _Pending(config.optimizer.global_batch_size, latest.pending if latest else ())
     schedule = checkpoints.Schedule(config.run.checkpoint_every_minutes, clock)
     on_progress("compiling the training step")
-    for step, batch in zip(range(begun + 1, total + 1), pending.timed(batches.from_step(begun)), strict=False):
+    for step, batch in zip(range(begun + 1, total + 1), pending.timed(batches.from_step(begun, on_progress)), strict=False):
         pending.add(train_step(batch))
         if step == begun + 1:
             on_progress("training", begun, total)
@@ -141,7 +141,7 @@ class _Batches:
     manifest: Manifest
     strategy: tf.distribute.Strategy
 
-    def from_step(self, first_step: int) -> Iterator[Batch]:
+    def from_step(self, first_step: int, on_progress: OnProgress) -> Iterator[Batch]:
         """Yields the arguments of `train_step`. At a bad record, raises UserError that names it."""
 
         def of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
@@ -157,7 +157,7 @@ class _Batches:
             )
 
         batches = self.strategy.distribute_datasets_from_function(of_host)
-        yield from naming_bad_records(batches, self.data_dir, self.manifest, "train")
+        yield from naming_bad_records(batches, self.data_dir, self.manifest, "train", on_progress)
 
 
 class _Pending:

@@ -5,13 +5,16 @@ ILSVRC2012_img_val.tar      a flat tar of images, whose labels are in validation
 """
 
 from collections.abc import Set
+from typing import BinaryIO, cast
 
 from beam_jobs import files, tars
+from beam_jobs.forward import Forward
 from beam_jobs.layouts.labels import archive_of, find_labels, read_labels, synsets_of
 from beam_jobs.layouts.layout import Archive, Contents, Found, Layout, ListedImage, Listing, name_problems
 from beam_jobs.layouts.names import base_name, base_name_first, canonical, why_passed_over
 from beam_jobs.layouts.passed_over import EMPTY_FOLDER, PassedOver, tally
 from trainer.shared.errors import first_few
+from trainer.shared.files import is_local
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VALIDATION_ARCHIVE = "ILSVRC2012_img_val.tar"
@@ -67,7 +70,8 @@ class Archives(Layout):
 
 def list_tar(folder: str, archive: Archive) -> Listing:
     """Returns the images of a tar: of one synset sorted by path, of several sorted by name without folders."""
-    with files.open_to_read(files.join(folder, archive.file)) as file:
+    path = files.join(folder, archive.file)
+    with cast(BinaryIO, Forward(path)) if is_local(path) else files.open_to_read(path) as file:
         found = tars.members(file, archive.name, archive.start, archive.end)
     members, passed_over = _sorted_out(archive.name, found)
     members.sort(key=lambda member: canonical(member.name) if archive.synset else base_name_first(member.name))

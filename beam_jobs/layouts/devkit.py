@@ -13,6 +13,7 @@ import tarfile
 import zlib
 
 from beam_jobs import files
+from beam_jobs.listings import FileInfo
 from trainer.shared.errors import UserError
 
 ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
@@ -21,12 +22,12 @@ META = "meta.mat"
 _FOLDERS = ("ILSVRC2012_devkit_t12/data/", "data/", "")
 
 
-def find(folder: str) -> files.FileInfo | None:
+def find(folder: str) -> FileInfo | None:
     """Returns the file in a raw folder that has the ground truth, or None if there is none. Size and time are meta.mat's too."""
     for within in _FOLDERS:
         if found := files.find(files.join(folder, f"{within}{GROUND_TRUTH}")):
             meta = files.find(files.join(folder, f"{within}{META}")) or found
-            return files.FileInfo(f"{within}{GROUND_TRUTH}", found.size + meta.size, max(found.changed, meta.changed))
+            return FileInfo(f"{within}{GROUND_TRUTH}", found.size + meta.size, max(found.changed, meta.changed))
     found = files.find(files.join(folder, ARCHIVE))
     return found._replace(name=ARCHIVE) if found else None
 

@@ -7,6 +7,7 @@ Images lie at any depth below the folder of their synset. Links are followed. Wh
 images is passed over.
 """
 
+import itertools
 import posixpath
 from collections.abc import Set
 from dataclasses import replace
@@ -17,6 +18,7 @@ from beam_jobs.layouts.labels import archive_of, find_labels, read_labels, synse
 from beam_jobs.layouts.layout import Archive, Contents, Found, Layout, ListedImage, Listing, and_more, name_problems
 from beam_jobs.layouts.names import base_name_first, canonical, why_passed_over
 from beam_jobs.layouts.passed_over import EMPTY_FOLDER, PassedOver, tally
+from beam_jobs.listings import FileInfo, FileTable, Tree
 from trainer.shared.errors import first_few
 
 TRAIN_FOLDER = "train"
@@ -34,6 +36,10 @@ class Folders(Layout):
 
     def recognise(self, folder: str, split: str) -> Found | None:
         return self.find(folder, split, "")
+
+    def shares_folder(self, found: Found, split: str) -> bool:
+        """Returns whether this layout itself, not one that is made of it, would find files that are `found` already."""
+        return found.top.partition("/")[0] in _FOLDERS[split]
 
     def find(self, folder: str, split: str, base: str) -> Found | None:
         """Returns the files of a split whose folder lies in the folder `base` of a raw folder, or None if there are none."""
@@ -101,9 +107,11 @@ class Folders(Layout):
     def list_images(self, folder: str, archive: Archive) -> Listing:
         if archive.file:
             return list_tar(folder, archive)
-        tree = files.walk(files.join(folder, archive.name))
-        infos, passed_over = _sorted_out(archive.name, tree)
-        infos.sort(key=lambda info: canonical(info.name) if archive.synset else base_name_first(info.name))
+        return self.list_tree(archive, files.walk(files.join(folder, archive.name)))
+
+    def list_tree(self, archive: Archive, tree: Tree) -> Listing:
+        found, passed_over = _sorted_out(archive.name, tree)
+        infos = sorted(found, key=lambda info: canonical(info.name) if archive.synset else base_name_first(info.name))
         names = [info.name for info in infos]
         of_labels: tuple[str, ...] = ()
         if archive.synset:
@@ -123,33 +131,35 @@ class Folders(Layout):
 
 def find_folder(folder: str, top: str) -> Found | None:
     """Returns the files in the folder `top` of a raw folder, or None if it holds no images."""
-    infos, others = _sorted_out(top, files.walk(files.join(folder, top)))
-    found = tuple(info._replace(name=posixpath.join(top, info.name)) for info in infos)
-    return Found(found, f"{top}/ holds {len(found):,} files", others=tuple(others), top=top) if found else None
+    tree = files.walk(files.join(folder, top))
+    found, others = _sorted_out(top, tree)
+    if not found:
+        return None
+    why = f"{top}/ holds {len(found):,} files"
+    return Found(found.within(f"{top}/"), why, others=tuple(others), top=top, tree=tree)
 
 
-def _sorted_out(folder: str, tree: files.Tree) -> tuple[list[files.FileInfo], list[PassedOver]]:
+def _sorted_out(folder: str, tree: Tree) -> tuple[FileTable, list[PassedOver]]:
     """Returns the files that may be images, and what is none."""
-    infos = []
     passed_over = [PassedOver(posixpath.join(folder, name), EMPTY_FOLDER, 0) for name in tree.empty_folders]
-    for info in tree.files:
-        path = posixpath.join(folder, info.name)
+
+    def may_be_image(info: FileInfo) -> bool:
         # The name of the listed folder itself is the user's choice, even if it begins with a dot.
         if reason := why_passed_over(info.name):
-            passed_over.append(PassedOver(path, reason, info.size))
-        else:
-            infos.append(info)
-    return infos, sorted(passed_over)
+            passed_over.append(PassedOver(posixpath.join(folder, info.name), reason, info.size))
+        return not reason
+
+    return tree.files.chosen(may_be_image), sorted(passed_over)
 
 
 def _classes(found: Found) -> tuple[dict[str, int], dict[str, list[str]]]:
     """Returns by synset the size of its images, and the names of its folders: more than one if they differ in Unicode's form."""
     sizes: dict[str, int] = {}
     forms: dict[str, list[str]] = {}
-    below = [(info.name, info.size) for info in found.files if "/" in _within(found.top, info.name)]
+    below = ((info.name, info.size) for info in found.files if "/" in _within(found.top, info.name))
     # A folder that holds no image is a class too, and the reason of a problem.
-    below += [(other.name, 0) for other in found.others if _may_be_class(found.top, other)]
-    for name, size in below:
+    without = ((other.name, 0) for other in found.others if _may_be_class(found.top, other))
+    for name, size in itertools.chain(below, without):
         of_class = _class_of(found.top, name)
         synset = canonical(of_class)
         sizes[synset] = sizes.get(synset, 0) + size
@@ -187,11 +197,12 @@ def _unpack(folder: str, name: str) -> str:
 
 def _one_folder_deeper(found: Found, synsets: set[str]) -> list[str]:
     """Returns a problem if all images lie in the folders of one folder, which then is no class but holds the classes."""
-    parts = [_within(found.top, info.name).split("/") for info in found.files]
-    if len(synsets) != 1 or min(map(len, parts), default=0) < 3:
+    if len(synsets) != 1 or not found.files or any(_within(found.top, info.name).count("/") < 2 for info in found.files):
         return []
-    outer = f"{found.top}/{parts[0][0]}"
-    inner = sorted({one[1] for one in parts})
+    parts = (_within(found.top, info.name).split("/") for info in found.files)
+    folders = {(one[0], one[1]) for one in parts}
+    outer = f"{found.top}/{min(folders)[0]}"
+    inner = sorted({one for _, one in folders})
     return [
         f"{outer} holds the folders {first_few(inner, ', ')}, so the images are one folder deeper than the synsets: "
         f"mv {outer}/* {found.top}/ && rmdir {outer}"

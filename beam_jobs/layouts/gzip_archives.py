@@ -18,6 +18,7 @@ from beam_jobs.layouts.labels import archive_of, find_labels, read_labels, synse
 from beam_jobs.layouts.layout import Found, Stream, StreamedImage, StreamError, name_problems
 from beam_jobs.layouts.names import base_name, base_name_first, canonical, why_passed_over
 from beam_jobs.layouts.passed_over import EMPTY_FOLDER, PassedOver
+from beam_jobs.listings import FileInfo
 from beam_jobs.tars import Member
 from trainer.shared.errors import first_few
 
@@ -40,7 +41,7 @@ class GzipArchives(Stream):
             return None
         return Found((info._replace(name=name),), f"{name} is there", find_labels(folder) if split == "validation" else None)
 
-    def images(self, folder: str, name: str, labels: files.FileInfo | None) -> Iterator[StreamedImage | PassedOver]:
+    def images(self, folder: str, name: str, labels: FileInfo | None) -> Iterator[StreamedImage | PassedOver]:
         if name == _FILES["validation"]:
             yield from _validation_images(folder, name, labels)
             return
@@ -75,7 +76,7 @@ def _training_images(folder: str, name: str) -> Iterator[StreamedImage | PassedO
         raise StreamError(first_few(problems))
 
 
-def _validation_images(folder: str, name: str, labels: files.FileInfo | None) -> Iterator[StreamedImage | PassedOver]:
+def _validation_images(folder: str, name: str, labels: FileInfo | None) -> Iterator[StreamedImage | PassedOver]:
     # Labels are in the order of the names, or have them, and the names are known at the end of a first reading.
     with opened(folder, name) as file:
         names = sorted((one.name for one in members(file, name) if isinstance(one, Member)), key=base_name_first)

@@ -14,6 +14,7 @@ from beam_jobs import files
 from beam_jobs.layouts.hugging_face import find_files, official_name
 from beam_jobs.layouts.layout import Found, Stream, StreamedImage, StreamError
 from beam_jobs.layouts.passed_over import PassedOver
+from beam_jobs.listings import FileInfo
 from trainer.shared.errors import first_few
 
 _PREFIXES = {split: f"{split}-" for split in ("train", "validation", "test")}
@@ -31,7 +32,7 @@ class HuggingFaceParquet(Stream):
     def recognise(self, folder: str, split: str) -> Found | None:
         return find_files(folder, split, _PREFIXES, _FILE)
 
-    def images(self, folder: str, name: str, labels: files.FileInfo | None) -> Iterator[StreamedImage | PassedOver]:
+    def images(self, folder: str, name: str, labels: FileInfo | None) -> Iterator[StreamedImage | PassedOver]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 

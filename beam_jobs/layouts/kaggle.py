@@ -17,6 +17,7 @@ from beam_jobs.layouts.folders import Folders
 from beam_jobs.layouts.layout import Contents, Found
 from beam_jobs.layouts.names import why_passed_over
 from beam_jobs.layouts.passed_over import PassedOver, unlabelled_images
+from beam_jobs.listings import FileInfo
 from trainer.shared.files import is_local
 
 LABELS = "LOC_val_solution.csv"
@@ -53,7 +54,7 @@ class Kaggle(Folders):
         return super().validation_archives(folder, found, known)
 
 
-def _find_labels(folder: str, levels: int) -> files.FileInfo | None:
+def _find_labels(folder: str, levels: int) -> FileInfo | None:
     """Returns the file of labels in the raw folder or up to `levels` above it, or None."""
     for up in range(levels + 1):
         name = "../" * up + LABELS

@@ -18,6 +18,7 @@ from beam_jobs import files
 from beam_jobs.layouts import devkit
 from beam_jobs.layouts.layout import Archive, and_more
 from beam_jobs.layouts.names import IMAGES, base_name, canonical, out_of_order
+from beam_jobs.listings import FileInfo
 from trainer.shared.errors import UserError, first_few
 from trainer.shared.files import is_local
 
@@ -38,14 +39,14 @@ class Labels:
     """The file that they come from: a path relative to the raw folder, or a path of its own. Empty for ImageNet's list."""
 
 
-def find_labels(folder: str) -> files.FileInfo | None:
+def find_labels(folder: str) -> FileInfo | None:
     """Returns the file of labels in a raw folder, or None if there is none."""
     found = files.find(files.join(folder, VALIDATION_LABELS))
     return found._replace(name=VALIDATION_LABELS) if found else devkit.find(folder)
 
 
 def read_labels(
-    folder: str, labels: files.FileInfo | None, known: Set[str] | None, images: Iterable[str] = ()
+    folder: str, labels: FileInfo | None, known: Set[str] | None, images: Iterable[str] = ()
 ) -> tuple[Labels, tuple[str, ...]]:
     """Returns the labels of the validation images in the file `labels`, and the problems of the labels.
 

@@ -3,14 +3,14 @@
 import itertools
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from beam_jobs import files
-from beam_jobs.files import FileInfo
 from beam_jobs.layouts.names import canonical
 from beam_jobs.layouts.passed_over import PassedOver, Tallies
+from beam_jobs.listings import FileInfo, Tree
 
 
 class RawImage(NamedTuple):
@@ -77,7 +77,7 @@ class Archive:
 class Found:
     """The files of a split in a layout, recognised by their names alone."""
 
-    files: tuple[FileInfo, ...]
+    files: Sequence[FileInfo]
     """Files that hold images. Names are paths relative to the raw folder."""
     why: str
     """Why the layout was recognised, for people."""
@@ -87,6 +87,8 @@ class Found:
     """Files and empty folders that hold no images to take. They do not count in the identity of the raw data."""
     top: str = ""
     """The folder that holds `files`, as a path relative to the raw folder, if the layout has one for each split."""
+    tree: Tree | None = None
+    """All that lies in `top`, if the layout has listed it."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,10 @@ class Reader(ABC):
     @abstractmethod
     def list_images(self, folder: str, archive: Archive) -> Listing:
         """Returns the images of an archive, sorted by name in every layout. Reads headers only."""
+
+    def list_tree(self, archive: Archive, tree: Tree) -> Listing:
+        """Does the same for an archive that is a folder, from all that lies in it. Needed only of a layout with `Found.tree`."""
+        raise NotImplementedError
 
     def read(self, folder: str, image: RawImage, start: int, size: int) -> bytes:
         """Returns `size` bytes of an image from byte `start`; fewer if the file ends before. Thread-safe."""

@@ -19,6 +19,7 @@ from typing import BinaryIO, ClassVar
 from beam_jobs import files
 from beam_jobs.layouts.layout import Found, Stream, StreamedImage, StreamError
 from beam_jobs.layouts.passed_over import TEST, PassedOver
+from beam_jobs.listings import FileInfo
 
 LABEL_NAMES, INFO = "label.labels.txt", "dataset_info.json"
 _FILE = re.compile(r"\w+-(train|validation|test)\.tfrecord-(\d{5})-of-\d{5}")
@@ -46,9 +47,9 @@ class Tfds(Stream):
         why = f"{LABEL_NAMES} and {len(found):,} files as {found[0].name} are there" if found else ""
         return Found(found, why, labels._replace(name=LABEL_NAMES), tests) if found else None
 
-    def images(self, folder: str, name: str, labels: files.FileInfo | None) -> Iterator[StreamedImage | PassedOver]:
+    def images(self, folder: str, name: str, labels: FileInfo | None) -> Iterator[StreamedImage | PassedOver]:
         synsets = files.read_lines(files.join(folder, LABEL_NAMES))
-        size = (files.find(files.join(folder, name)) or files.FileInfo("", 0, 0)).size
+        size = (files.find(files.join(folder, name)) or FileInfo("", 0, 0)).size
         count = 0
         with files.open_to_read(files.join(folder, name)) as file:
             for start, end in _records(file, name, size):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipelines.cli.options import Commands, Output, add_command, add_json, add_root, read_output
+from pipelines.cli.phases import showing
 from pipelines.cli.store import check_runs, open_store, root_of, shown
 from trainer.shared.errors import UserError
 
@@ -48,10 +49,7 @@ def clean(options: CleanOptions) -> int:
     """Prints each thing that a root keeps, with its size, its age and what needs it, and removes it if it may."""
     root = options.root
     check_runs(root)
-    from trainer.shared.progress import ProgressBars
-
-    with ProgressBars() as bars:
-        bars("clean", "loading MLflow")
+    with showing("clean", "loading MLflow"):
         from components import tracking
         from pipelines.kept import Reference, examined, listed, remove
         from pipelines.logs import logged_runs

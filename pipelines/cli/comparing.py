@@ -8,6 +8,7 @@ from pathlib import Path
 
 from components.lineage import short
 from pipelines.cli.options import Commands, Output, add_command, add_json, add_root, read_output
+from pipelines.cli.phases import showing
 from pipelines.cli.store import check_runs, open_store, root_of, shown
 from trainer.shared.errors import UserError
 
@@ -45,17 +46,19 @@ def _read(args: Namespace) -> CompareOptions:
 def print_comparison(options: CompareOptions) -> int:
     """Prints a comparison of linear evals and writes a page. Raises UserError if one of them has not finished."""
     check_runs(options.root)
-    store = open_store(options.root)
-    from components import tracking
+    with showing("compare", "loading MLflow"):
+        from components import tracking
 
+        store = open_store(options.root)
     steps = [tracking.find_step(store, tracking.find_run(store, run), "linear-eval") for run in options.runs]
     for step in steps:
         if step.status != "FINISHED":
             raise UserError(f"the linear-eval {short(step.run_id)} has not finished: it is {step.status.lower()}")
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from eval.show.comparison import as_dict, as_text, compare, read_candidate, to_html
-    from trainer.shared.files import write_whole
+    with showing("compare", "loading TensorFlow"):
+        from eval.show.comparison import as_dict, as_text, compare, read_candidate, to_html
+        from trainer.shared.files import write_whole
 
     found = compare(
         [

@@ -97,6 +97,7 @@ def _environment(root: Path, pipeline_id: str, request: local.Request) -> dict[s
         # Vertex AI sets the same variable. An interrupted step resumes from this folder.
         "AIP_CHECKPOINT_DIR": str(root / "checkpoints"),
         variables.DATASETS: str(root / "datasets"),
+        **({variables.LISTING: request.listing} if request.listing else {}),
         **({variables.FEATURES: str(root / "features")} if request.reuses else {}),
         **({variables.REUSE: "true"} if request.reuses and not request.component else {}),
     }

@@ -3,10 +3,12 @@
 import json
 import os
 from argparse import Namespace
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipelines.cli.options import Commands, Output, add_command, add_json, add_root, read_output
+from pipelines.cli.phases import showing
 from pipelines.cli.store import check_runs, mlflow_names, open_store, root_of, shown
 from pipelines.vertex.accelerators import ACCELERATORS
 from trainer.presets import PRESETS
@@ -55,12 +57,20 @@ def open_ui(options: UiOptions) -> int:
         raise UserError(f"the runs are on a server, as MLFLOW_TRACKING_URI says: open {without_credentials(uri)}")
     # If the root has moved, its records follow before they are shown.
     if not os.environ.get("MLFLOW_TRACKING_URI"):
-        open_store(root)
+        with showing("ui", "loading MLflow"):
+            open_store(root)
     log = root / "logs" / "ui.log"
-    try:
-        serve(uri, str(root / "artifacts"), options.port, log, lambda url: print(f"MLflow: {url} (Ctrl-C ends it)", flush=True))
-    except KeyboardInterrupt:
-        return 0
+    with ExitStack() as starting:
+
+        def ready(url: str) -> None:
+            starting.close()
+            print(f"MLflow: {url} (Ctrl-C ends it)", flush=True)
+
+        starting.enter_context(showing("ui", "starting the server"))
+        try:
+            serve(uri, str(root / "artifacts"), options.port, log, ready)
+        except KeyboardInterrupt:
+            return 0
     raise RuntimeError(f"the server has stopped unexpectedly; see the log {shown(log)}")
 
 
@@ -79,10 +89,7 @@ def _read_doctor(args: Namespace) -> DoctorOptions:
 
 def examine_machine(options: DoctorOptions) -> int:
     """Prints each finding as soon as it is known. Returns 2 if something is wrong, else 0."""
-    from trainer.shared.progress import ProgressBars
-
-    with ProgressBars() as bars:
-        bars("doctor", "loading MLflow")
+    with showing("doctor", "loading MLflow"):
         from components.tracking import move_credentials
         from pipelines.doctor import examine
 

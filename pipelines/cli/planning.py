@@ -23,6 +23,7 @@ from pipelines.cli.options import (
     read_experiment,
     read_output,
 )
+from pipelines.cli.phases import showing
 from pipelines.cli.store import make_root, open_store
 from pipelines.vertex import accelerators
 from pipelines.vertex.accelerators import Accelerator
@@ -133,11 +134,13 @@ def plan(options: PlanOptions) -> int:
 
 
 def _estimate(options: PlanOptions, cache: Path, eval_price: float | None) -> "tuple[Estimate, EvaluationEstimate]":
-    from pipelines.code import PROJECT, program_version
-    from pipelines.plan.compiler import tpu_python
-    from pipelines.plan.estimate import assumptions, make_estimate
-    from pipelines.plan.evaluation import Limits, make_evaluation_estimate
-    from trainer.shared.records import read_manifest
+    with showing("plan", "loading TensorFlow"):
+        from eval.measure import protocols  # noqa: F401  the estimates import it when they need it
+        from pipelines.code import PROJECT, program_version
+        from pipelines.plan.compiler import tpu_python
+        from pipelines.plan.estimate import assumptions, make_estimate
+        from pipelines.plan.evaluation import Limits, make_evaluation_estimate
+        from trainer.shared.records import read_manifest
 
     experiment, python = options.experiment, tpu_python(PROJECT)
     manifest = read_manifest(options.data) if options.data else None

@@ -3,6 +3,7 @@
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ from pipelines.cli.options import (
     read_init_from,
     read_output,
 )
+from pipelines.cli.phases import showing
+from pipelines.cli.raw_data import identified
 from pipelines.cli.sending import Sending, add_sending, job_id_of, read_sending, send
 from pipelines.cli.store import check_runs, make_root, open_store, root_of
 from pipelines.cli.submitting import check_place
@@ -164,12 +167,13 @@ def rerun(options: FromRun | FromJob | OnVertex) -> int:
 
 
 def _rerun_run(options: FromRun) -> int:
-    from components import tracking
-
     again, component = options.again, options.again.component
     root = root_of(again.root)
     check_runs(root)
-    store = open_store(root)
+    with showing("rerun", "loading MLflow"):
+        from components import tracking
+
+        store = open_store(root)
     run_id = tracking.find_run(store, options.run)
     source = tracking.find_step(store, run_id, component)
     inputs = {name: tracking.find_step(store, source.run_id, *MADE_BY[name]).outputs[name] for name in NEEDS[component]}
@@ -196,12 +200,11 @@ def _run_here(
 
     component = again.component
     arguments = {**_usual(component), **before, "code_version": step_version(component)}
+    listed: AbstractContextManager[tuple[str, str]] = nullcontext(("", ""))
     if component == "build-tfrecords":
-        from beam_jobs.raw import raw_identity
-
         data = absolute_files(_data_again(before, again.overrides))
-        identity = raw_identity(arguments["raw"], data.files.values(), validation=data.validation)
-        arguments |= {"raw_identity": identity, "data_settings": as_overrides(data), "beam_args": []}
+        arguments |= {"data_settings": as_overrides(data), "beam_args": []}
+        listed = identified(arguments["raw"], data, "rerun")
     else:
         arguments["overrides"] = [*without_digest(before["overrides"]), *again.overrides]
         config = resolve(arguments.get("preset", "demo"), arguments["overrides"])
@@ -213,7 +216,9 @@ def _run_here(
     begun = ("--init-from", arguments["init_from"]) if again.init_from else ()
     command = ("sogclr", "rerun", component, "--run", run, *settings, *begun)
     record = Record(f"rerun {component}", command, again.root, rerun_of)
-    return execute(Request(str(root), arguments, component, inputs), record, again.output)
+    with listed as (identity, listing):
+        arguments |= {"raw_identity": identity} if identity else {}
+        return execute(Request(str(root), arguments, component, inputs, listing=listing), record, again.output)
 
 
 def _usual(component: str) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from pipelines.cli.options import (
     read_output,
     with_absolute_files,
 )
+from pipelines.cli.phases import showing
+from pipelines.cli.raw_data import identified
 from pipelines.cli.store import absolute, make_root
 from trainer.shared.errors import UserError
 
@@ -82,11 +84,7 @@ def run(options: RunOptions) -> int:
     """Runs the whole pipeline on this machine."""
     root = make_root(options.root)
 
-    from trainer.shared.progress import ProgressBars
-
-    with ProgressBars() as bars:
-        bars("run", "loading Beam and MLflow")
-        from beam_jobs.raw import raw_identity
+    with showing("run", "loading MLflow"):
         from pipelines.cli.executing import Record, execute
         from pipelines.local import Request
 
@@ -96,11 +94,6 @@ def run(options: RunOptions) -> int:
     parameters["linear_eval_overrides"] = linear_eval_overrides(experiment.config, parameters["linear_eval_overrides"])
     imported = encoder_parameters(options.encoder, experiment.preset, experiment.overrides)
     raw = options.raw or _demo_raw(root)
-    data = experiment.config.data
-    with ProgressBars() as bars:
-        bars("run", "identifying the raw folder")
-        identity = raw_identity(raw, data.files.values(), validation=data.validation)
-    arguments = {"raw": raw, "raw_identity": identity, **parameters, **started, **imported}
     settings = ("--set", *experiment.overrides) if experiment.overrides else ()
     named = ("--raw", raw) if options.raw else ()
     begun = ("--init-from", started["init_from"]) if started else ()
@@ -108,7 +101,9 @@ def run(options: RunOptions) -> int:
     again = () if options.reuses else ("--no-cache",)
     command = ("sogclr", "run", "--preset", experiment.preset, *named, *settings, *begun, *again)
     record = Record(experiment.preset, command, options.root)
-    return execute(Request(str(root), arguments, reuses=options.reuses), record, options.output)
+    with identified(raw, experiment.config.data, "run") as (identity, listing):
+        arguments = {"raw": raw, "raw_identity": identity, **parameters, **started, **imported}
+        return execute(Request(str(root), arguments, reuses=options.reuses, listing=listing), record, options.output)
 
 
 def _demo_raw(root: Path) -> str:

@@ -179,16 +179,28 @@ def followed(
     on_progress: OnProgress, phase: str, count: Callable[[], int], total: int, seconds: float = 1.0, text: str = ""
 ) -> Iterator[None]:
     """Reports a phase while the block runs, whose work is done elsewhere. `count()` says how much is done, every `seconds`."""
+    done = min(count(), total)
+
+    def report() -> None:
+        nonlocal done
+        done = max(done, min(count(), total - 1))
+        on_progress(phase, done, total, text)
+
+    on_progress(phase, done, total, text)
+    with polled(report, seconds):
+        yield
+    on_progress(phase, total, total, text)
+
+
+@contextmanager
+def polled(report: Callable[[], None], seconds: float = 1.0) -> Iterator[None]:
+    """Calls `report()` every `seconds` while the block runs, in another thread."""
     ended = threading.Event()
 
     def watch() -> None:
-        done = first
         while not ended.wait(seconds):
-            done = max(done, min(count(), total - 1))
-            on_progress(phase, done, total, text)
+            report()
 
-    first = min(count(), total)
-    on_progress(phase, first, total, text)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -196,7 +208,6 @@ def followed(
     finally:
         ended.set()
         watcher.join()
-    on_progress(phase, total, total, text)
 
 
 def parse_line(line: str) -> tuple[str, str, int, int, str] | None:
