@@ -53,6 +53,7 @@ def fit_path(
     *,
     tolerance: float = 5e-4,
     strategy: tf.distribute.Strategy | None = None,
+    on_read: Callable[[int], None] = lambda rows: None,
     on_rows: Callable[[int], None] = lambda rows: None,
     on_evaluation: Callable[[float, float, float], None] = lambda penalty, loss, gradient: None,
 ) -> Iterator[LinearClassifier]:
@@ -61,10 +62,11 @@ def fit_path(
     Each search starts from the previous optimum, the first from the weights `start` (zeros if None). Yields each classifier
     before the next search begins, so the caller can stop early. A search ends when no component of the gradient along the scaled
     axes exceeds `tolerance`. For a penalty above 0 the optimum is unique, and `start` affects only the duration. Calls
-    `on_rows(number)` after that many examples of a pass over them. Calls `on_evaluation(penalty, loss, gradient)` after each pass
-    of a search, with the largest component of the gradient; one or two passes come before the first search.
+    `on_read(number)` after that many examples of the `passes_before` the first search. Calls `on_rows(number)` after that many
+    examples of a pass of a search, and `on_evaluation(penalty, loss, gradient)` after the pass, with the largest component of the
+    gradient.
     """
-    problem = _Problem(examples, num_classes, strategy or tf.distribute.get_strategy(), on_rows)
+    problem = _Problem(examples, num_classes, strategy or tf.distribute.get_strategy(), on_read)
     dim = examples.dim
     # If all classes are equally likely, the curvature of the cross-entropy is this multiple of the features' second moments.
     curvature = (1 - 1 / num_classes) / num_classes
@@ -74,7 +76,7 @@ def fit_path(
     def of_scaled(flat: np.ndarray, scaled: np.ndarray, penalty: float) -> tuple[float, np.ndarray]:
         ours, of_bias = np.split(flat, [dim * num_classes])
         weights = scaled @ ours.reshape(dim, num_classes)
-        loss, by_weights, by_bias = problem.evaluate(weights, of_bias / bias_scale)
+        loss, by_weights, by_bias = problem.evaluate(weights, of_bias / bias_scale, on_rows)
         loss += penalty / 2 * float(np.sum(weights**2))
         gradient = np.concatenate([(scaled.T @ (by_weights + penalty * weights)).ravel(), by_bias / bias_scale])
         on_evaluation(penalty, loss, float(np.abs(gradient).max()))
@@ -156,24 +158,36 @@ def over_replicas(strategy: tf.distribute.Strategy, array: np.ndarray) -> tf.Ten
     )
 
 
+def passes_before(examples: Examples, replicas: int) -> int:
+    """Returns how often `fit_path` reads the examples before its first search: for their moments, and to hold them in memory."""
+    return 2 if _fits_in_memory(examples, replicas) else 1
+
+
+def _fits_in_memory(examples: Examples, replicas: int) -> bool:
+    return 4 * examples.count * examples.dim <= HELD_BYTES * replicas
+
+
 class _Problem:
     """The mean cross-entropy of a linear classifier on standardised examples, as a function of its weights."""
 
     def __init__(
-        self, examples: Examples, num_classes: int, strategy: tf.distribute.Strategy, on_rows: Callable[[int], None]
+        self, examples: Examples, num_classes: int, strategy: tf.distribute.Strategy, on_read: Callable[[int], None]
     ) -> None:
-        self._examples, self._strategy, self._on_rows = examples, strategy, on_rows
+        self._examples, self._strategy = examples, strategy
         replicas = strategy.num_replicas_in_sync
         self._rows = even_rows(examples.count, _ROWS, replicas)
-        self._read_moments(num_classes)
+        self._read_moments(num_classes, on_read)
         self._standardised = self._make_standardised()
-        held = 4 * examples.count * examples.dim <= HELD_BYTES * replicas
         self._held: list[tuple[tf.Tensor, tf.Tensor]] | None = None
-        if held:
-            self._held = list(self._standard_pieces())
+        if _fits_in_memory(examples, replicas):
+            held = []
+            for piece in self._standard_pieces():
+                held.append(piece)
+                on_read(self._rows_of(len(held) - 1))
+            self._held = held
         self._sums = self._make_sums()
 
-    def _read_moments(self, num_classes: int) -> None:
+    def _read_moments(self, num_classes: int, on_read: Callable[[int], None]) -> None:
         """Computes mean, deviation and second moments of the features, and their sums over each class, in one pass."""
         examples = self._examples
         shift = np.zeros(examples.dim, np.float32)
@@ -188,7 +202,7 @@ class _Problem:
             second += tf.matmul(centred, centred, transpose_a=True).numpy()
             by_class += tf.math.unsorted_segment_sum(centred, labels, num_classes).numpy()
             counts += np.bincount(labels, minlength=num_classes)
-            self._on_rows(len(labels))
+            on_read(len(labels))
         offset = total / examples.count
         covariance = second / examples.count - np.outer(offset, offset)
         deviation = np.maximum(np.sqrt(np.maximum(np.diag(covariance), 0)), 1e-6)
@@ -198,32 +212,33 @@ class _Problem:
         self._by_class = ((by_class - counts[:, None] * offset) / deviation).T
         self._counts = counts
 
-    def evaluate(self, weights: np.ndarray, bias: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    def evaluate(
+        self, weights: np.ndarray, bias: np.ndarray, on_rows: Callable[[int], None]
+    ) -> tuple[float, np.ndarray, np.ndarray]:
         """Returns the mean cross-entropy of `weights`, [F, C], and `bias`, [C], and its gradients by both, in float64."""
         count = self._examples.count
         # The term of the labels' logits is linear in the weights, so it follows from the sums over each class.
         loss = -float(np.sum(self._by_class * weights) + self._counts @ bias)
         by_weights, by_bias = -self._by_class, -self._counts
         now = tf.constant(weights, tf.float32), tf.constant(bias, tf.float32)
-        for rows, real in self._standard_pieces():
-            log_total, total_by_weights, total_by_bias = self._sums(*now, rows, real)
+        for number, piece in enumerate(self._standard_pieces() if self._held is None else self._held):
+            log_total, total_by_weights, total_by_bias = self._sums(*now, *piece)
             loss += float(log_total)
             by_weights += total_by_weights.numpy()
             by_bias += total_by_bias.numpy()
+            on_rows(self._rows_of(number))
         return loss / count, by_weights / count, by_bias / count
+
+    def _rows_of(self, number: int) -> int:
+        """Returns how many examples a piece has, without the padding."""
+        return min(self._rows, self._examples.count - number * self._rows)
 
     def _standard_pieces(self) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
         """Yields (standardised features, 1 for each real row and 0 for padding), both split over the replicas."""
-        if self._held is not None:
-            for number, piece in enumerate(self._held):
-                yield piece
-                self._on_rows(min(self._rows, self._examples.count - number * self._rows))
-            return
         for values, _ in cut(self._examples.pieces(), self._rows):
             rows = over_replicas(self._strategy, padded(values, self._rows))
             real = over_replicas(self._strategy, padded(np.ones(len(values), np.float32), self._rows))
             yield self._standardised(rows, real), real
-            self._on_rows(len(values))
 
     def _make_standardised(self) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
         mean, inverse = tf.constant(self.mean), tf.constant(1 / self.deviation)

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from eval.measure.features import Examples, StoredFeatures
-from eval.measure.logistic import LinearClassifier, accuracies, fit, fit_path
+from eval.measure.logistic import LinearClassifier, accuracies, fit, fit_path, passes_before
 from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
 from trainer.config import Config
 from trainer.preemption import PreemptedError
@@ -73,8 +73,8 @@ def fit_with_choice(
     penalties = sorted(settings.l2_penalties, reverse=True)
     chosen_with = min(train.count, settings.choice_images)
 
-    def path(phase: str, examples: Examples, penalties: int, tolerance: float) -> _Path:
-        return _Path(phase, examples.count, penalties, tolerance, on_progress, stop)
+    def path(name: str, examples: Examples, penalties: int, tolerance: float) -> _Path:
+        return _Path(name, examples, penalties, tolerance, strategy or tf.distribute.get_strategy(), on_progress, stop)
 
     with train.on_this_machine() as features:
         best = None
@@ -86,17 +86,17 @@ def fit_with_choice(
             on_progress("reading held-out features")
             judges = features.examples(out).in_memory()
             examples = features.examples(kept)
-            followed = path("choice of the penalty, images", examples, len(penalties), _TOLERANCE_OF_CHOICE)
-            candidates = list(fit_path(examples, num_classes, penalties, **followed.how(strategy)))
+            followed = path("choice of the penalty", examples, len(penalties), _TOLERANCE_OF_CHOICE)
+            candidates = list(fit_path(examples, num_classes, penalties, **followed.how()))
             followed.end()
             best = candidates[int(np.argmax(accuracies(candidates, judges)))]
             if rest.any():
                 smaller = [one for one in penalties if one <= best.l2_penalty]
                 examples = features.examples(kept | rest)
                 expected = min(_TRIED_ON_ALL, len(smaller))
-                followed = path("choice of the penalty with all images, images", examples, expected, _TOLERANCE_OF_CHOICE)
+                followed = path("choice of the penalty with all images", examples, expected, _TOLERANCE_OF_CHOICE)
                 most = -1.0
-                for candidate in fit_path(examples, num_classes, smaller, best, **followed.how(strategy)):
+                for candidate in fit_path(examples, num_classes, smaller, best, **followed.how()):
                     (now,) = accuracies([candidate], judges)
                     if now <= most:
                         break
@@ -104,8 +104,8 @@ def fit_with_choice(
                 followed.end()
         examples = features.examples()
         penalty = penalties[0] if best is None else best.l2_penalty
-        followed = path("fit, images", examples, 1, TOLERANCE)
-        classifier = fit(examples, num_classes, penalty, best, **followed.how(strategy))
+        followed = path("fit", examples, 1, TOLERANCE)
+        classifier = fit(examples, num_classes, penalty, best, **followed.how())
         followed.end()
         return classifier
 
@@ -120,27 +120,42 @@ def work_of_fits(settings: LinearEvalSettings, images: int) -> float:
 
 
 class _Path:
-    """Counts the examples that a path of fits reads, which is a phase of its own, and reckons how many are left."""
+    """Counts the examples that a path of fits reads, in a phase before its searches and in one of them."""
 
     def __init__(
-        self, phase: str, count: int, penalties: int, tolerance: float, on_progress: OnProgress, stop: Callable[[], None]
+        self,
+        name: str,
+        examples: Examples,
+        penalties: int,
+        tolerance: float,
+        strategy: tf.distribute.Strategy,
+        on_progress: OnProgress,
+        stop: Callable[[], None],
     ) -> None:
-        self._phase, self._count, self._penalties, self._tolerance = phase, count, penalties, tolerance
-        self._on_progress, self._stop = on_progress, stop
+        self._name, self._count, self._penalties, self._tolerance = name, examples.count, penalties, tolerance
+        self._strategy, self._on_progress, self._stop = strategy, on_progress, stop
+        self._read, self._to_read = 0, examples.count * passes_before(examples, strategy.num_replicas_in_sync)
         self._done = self._since = 0
-        """Examples read in all, and since the last evaluation of the objective."""
+        """Examples read in searches, and since the last evaluation of the objective."""
         self._gradients: dict[float, list[float]] = {}
         """Penalty -> largest component of the gradient at each evaluation."""
         self._text = ""
-        self._report()
+        self._on_read(0)
 
-    def how(self, strategy: tf.distribute.Strategy | None) -> dict[str, Any]:
+    def how(self) -> dict[str, Any]:
         """Returns the keyword arguments of `fit_path`."""
-        calls = {"on_rows": self._on_rows, "on_evaluation": self._on_evaluation}
-        return {"tolerance": self._tolerance, "strategy": strategy, **calls}
+        calls = {"on_read": self._on_read, "on_rows": self._on_rows, "on_evaluation": self._on_evaluation}
+        return {"tolerance": self._tolerance, "strategy": self._strategy, **calls}
 
     def end(self) -> None:
-        self._on_progress(self._phase, self._done, self._done, self._text)
+        self._on_progress(f"{self._name}, images", self._done, self._done, self._text)
+
+    def _on_read(self, rows: int) -> None:
+        self._read += rows
+        self._on_progress(f"features for the {self._name}, images", self._read, self._to_read)
+        if self._read == self._to_read:
+            self._report()
+        self._stop()
 
     def _on_rows(self, rows: int) -> None:
         self._done += rows
@@ -158,7 +173,7 @@ class _Path:
         each = (EVALUATIONS + sum(map(len, ended))) / (1 + len(ended))
         evaluations = evaluations_left(now, self._tolerance) + each * max(0, self._penalties - len(ended) - 1)
         left = max(1, round(evaluations * self._count) - self._since)
-        self._on_progress(self._phase, self._done, self._done + left, self._text)
+        self._on_progress(f"{self._name}, images", self._done, self._done + left, self._text)
 
 
 def evaluations_left(gradients: Sequence[float], tolerance: float) -> float:
