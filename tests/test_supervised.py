@@ -227,6 +227,8 @@ def test_every_protocol_runs_on_a_checkpoint_of_the_middle_of_a_run(dataset, tmp
     phases = dict.fromkeys(phase for phase, _, _ in reported)
     assert {"features of train, images", "fit, images", "untrained control, fit, images", "official, images"} <= set(phases)
     assert {"finetune-10, images", "features of finetune-10, images"} <= set(phases)
+    assert list(phases)[:2] == ["checking the dataset", "loading the encoder"]
+    assert "finding the images of finetune-10, records" in phases
     for phase in phases:
         counts = [(done, total) for name, done, total in reported if name == phase]
         assert [done for done, _ in counts] == sorted(done for done, _ in counts)

@@ -79,6 +79,7 @@ def linear_eval(
     workspace = (workspace or output).rstrip("/")
     shared, features_dir = bool(features_dir), (features_dir or workspace).rstrip("/")
     folder = checkpoints.run_folder(checkpoint)
+    on_progress("checking the dataset")
     pretraining, about = read_config(folder)
     config = evaluation_config(pretraining, overrides)
     settings = config.linear_eval
@@ -91,6 +92,7 @@ def linear_eval(
     protocols = chosen(config)
     for protocol in protocols:
         protocol.check(config, manifest, strategy.num_replicas_in_sync)
+    on_progress("loading the encoder")
     with strategy.scope():
         encoder = load_encoder(config, stored)
     make_folder(output)

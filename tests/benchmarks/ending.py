@@ -33,6 +33,7 @@ from support.datasets import write_dataset
 
 from benchmarks.conversion_scale import write_raw
 from trainer.shared.progress import parse_line
+from trainer.shared.records import MANIFEST
 
 SETTINGS = ["depth=10", "width_multiplier=0.0625", "image_size=16", "global_batch_size=64", "epochs=100000", "log_every_steps=1"]
 ANY_COUNTS = "data.allow_other_counts=true"
@@ -77,9 +78,13 @@ def training(args: argparse.Namespace) -> bool:
 
 
 def finished_shards(root: Path) -> dict[str, tuple[int, int]]:
-    """Returns inode and time of change of every shard in a root that was reported as written."""
+    """Returns inode and time of change of every shard in a root that is reported as written, or whose dataset is published."""
     reported = {path.name.removesuffix(".json") for path in root.rglob("*.tfrecord-*-of-*.json")}
-    shards = {path.name: path.stat() for path in root.rglob("*.tfrecord-*-of-*") if path.name in reported}
+    shards = {
+        path.name: path.stat()
+        for path in root.rglob("*.tfrecord-*-of-*[0-9]")
+        if path.name in reported or (path.parent / MANIFEST).exists()
+    }
     return {name: (status.st_ino, status.st_mtime_ns) for name, status in shards.items()}
 
 
