@@ -82,6 +82,62 @@ def test_a_penalty_that_is_chosen_with_a_part_is_proved_on_all(monkeypatch, tmp_
     assert chosen.l2_penalty == 0.1
 
 
+def reports_of(run) -> dict[str, list[tuple[int, int]]]:
+    """Returns (done, total) of each report of `run(on_progress)`, by phase."""
+    reports: dict[str, list[tuple[int, int]]] = {}
+    run(lambda phase, done=0, total=0, text="": reports.setdefault(phase, []).append((done, total)))
+    return reports
+
+
+def test_a_fit_reports_each_piece_of_a_pass_and_ends_with_all_done(monkeypatch, tmp_path):
+    """A pass over ImageNet's features takes a minute of two cores, and reads 79 pieces."""
+    monkeypatch.setattr(logistic, "_ROWS", 50)
+    features = stored(tmp_path, *blobs(500, 0))
+    settings = LinearEvalSettings(l2_penalties=(0.1, 0.01), holdout_fraction=0.25, choice_images=200)
+    reports = reports_of(lambda on_progress: fit_with_choice(features, 4, settings, on_progress=on_progress))
+    reports.pop("reading held-out features")
+    paths = ("choice of the penalty", "choice of the penalty with all images", "fit")
+    assert list(reports) == [phase for path in paths for phase in (f"features for the {path}, images", f"{path}, images")]
+    for counts in reports.values():
+        done = [one for one, _ in counts]
+        assert done[0] == 0
+        assert max(np.diff(done)) <= 50
+        assert counts[-1][0] == counts[-1][1]
+        assert all(one < total for one, total in counts[:-1])
+
+
+def test_a_fit_can_be_stopped_within_a_pass(monkeypatch, tmp_path):
+    monkeypatch.setattr(logistic, "_ROWS", 50)
+    calls = iter(range(100))
+
+    def stop():
+        if next(calls) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit_with_choice(stored(tmp_path, *blobs(500, 0)), 4, LinearEvalSettings(l2_penalties=(0.1,)), stop=stop)
+
+
+def test_neighbours_report_each_block_of_queries(monkeypatch, tmp_path):
+    """A piece of the training images takes two minutes of two cores with ImageNet's 50,000 queries."""
+    monkeypatch.setattr(neighbours, "_BANK_AT_ONCE", 50)
+    monkeypatch.setattr(neighbours, "_QUERIES_AT_ONCE", 30)
+    done = []
+    neighbours.nearest_neighbours(stored(tmp_path, *blobs(100, 0)), blobs(90, 1)[0], 3, on_progress=done.append)
+    np.testing.assert_allclose(done, np.arange(1, 7) / 6)
+
+
+def test_what_a_search_still_takes_is_reckoned_from_how_the_gradient_falls():
+    """From a fifth of the way on, within a factor of 2 where it falls evenly, fast or slowly."""
+    for evaluations in (12, 25, 60):
+        gradients = np.geomspace(0.1, 5e-4, evaluations + 1)
+        for done in range(evaluations // 5 + 1, evaluations):
+            left = cached.evaluations_left(gradients[: done + 1].tolist(), 5e-4)
+            assert (evaluations - done) / 2 <= left <= 2 * (evaluations - done) + 1
+    assert cached.evaluations_left([], 5e-4) == cached.EVALUATIONS
+    assert cached.evaluations_left([0.1, 4e-4], 5e-4) == 0
+
+
 def test_top_k_counts_labels_among_the_largest_and_ties_against():
     logits = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 1.0, 1.0]])
     labels = np.array([0, 0, 1])

@@ -62,6 +62,20 @@ def test_the_time_left_counts_the_phase_that_it_is_in(capsys, clock):
     assert lines(capsys)[-1] == "[linear-eval] fit: 50/100 0:10 left"
 
 
+def test_the_time_left_falls_while_the_count_stands_still(capsys, clock):
+    """Whoever counts every ten steps, or every shard, is asked for the time in between too."""
+    bars = ProgressBars(0)
+    bars("pretrain", "training", 0, 40)
+    for seconds, done in ((10, 10), (10, 10), (10, 10), (10, 10)):
+        clock[0] += seconds
+        bars("pretrain", "training", done, 40)
+    said = [line.partition("/40 ")[2] for line in lines(capsys)]
+    assert said == ["", "0:30 left", "0:20 left", "0:10 left", "0:00 left"]
+    clock[0] += 1
+    bars("pretrain", "training", 10, 40)
+    assert lines(capsys) == ["[pretrain] training: 10/40"]
+
+
 def test_a_phase_that_reports_nothing_is_not_silent(monkeypatch):
     said: list[str] = []
     enough = threading.Event()

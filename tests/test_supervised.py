@@ -1,5 +1,7 @@
 """Training with labels on an encoder: what moves, what does not, which images, and that it learns."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -8,13 +10,16 @@ from support.datasets import write_dataset
 from eval.measure.linear_eval import linear_eval
 from eval.measure.subsets import balanced_subset, read_subset
 from eval.measure.supervised import Recipe, train_classifier
+from trainer.augmentation import one_view
 from trainer.config import replace
 from trainer.encoder import make_encoder
 from trainer.input_pipeline import labelled_batches
 from trainer.optimizer import learning_rate
 from trainer.presets import resolve
+from trainer.reading import find_records
+from trainer.sampler import Sampler
 from trainer.shared.errors import UserError
-from trainer.shared.records import encode_example, read_manifest
+from trainer.shared.records import ENCODED, IMAGE_ID, encode_example, parse_example, read_manifest
 from trainer.train import train
 
 TINY = ["depth=10", "width_multiplier=0.0625", "image_size=16", "global_batch_size=24", "epochs=1", "warmup_epochs=0"]
@@ -101,6 +106,35 @@ def test_an_epoch_has_every_chosen_image_once_and_the_next_another_order_and_oth
     for one, other in zip(images, again, strict=True):
         np.testing.assert_array_equal(one, other["image"])
     assert len({image.tobytes() for batch in images for image in batch}) == 32
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_subset_is_read_in_the_order_that_its_records_had_in_memory(tmp_path, seed):
+    """Every third image, over blocks and shards: as if a window held all records, in the order of the shards."""
+    manifest, ids, config = write_dataset(tmp_path, train=150), np.arange(0, 150, 3), tiny()
+    shards = [str(tmp_path / shard.file) for shard in manifest.splits["train"].shards]
+    records = [parse_example(record) for record in tf.data.TFRecordDataset(shards)]
+    kept = [record for record in records if int(record[IMAGE_ID]) in ids]
+    windows = Sampler((50,), 8, 50, seed).windows(3)
+    order = ((int(window["epoch"]), kept[number]) for window in windows for number in window["positions"].numpy())
+    size, smallest, how = config.views.image_size, config.views.crop_min_area, config.views.crop_interpolation
+    expected = [
+        one_view(record[ENCODED], size, smallest, tf.constant(seed * 2**32 + epoch, tf.int64), record[IMAGE_ID], how)
+        for epoch, record in itertools.islice(order, 80)
+    ]
+    run = replace(config, seed=seed).run
+    batches = labelled_batches(config.views, 8, run, str(tmp_path), manifest, ids, 3).take(10)
+    np.testing.assert_array_equal(np.concatenate([batch["image"] for batch in batches]), np.stack(expected))
+
+
+def test_of_a_subset_places_are_kept_and_not_images(dataset):
+    """32 bytes an image, and the search for them says how far it is."""
+    read = []
+    extents = find_records(str(dataset), read_manifest(str(dataset)), np.array([3, 9, 40]), read.append)
+    assert sum(values.nbytes for values in (extents.shards, extents.offsets, extents.sizes, extents.counts)) == 3 * 32
+    assert read == [0, 24, 48]
+    serialized = extents.read(tf.range(3, dtype=tf.int64)).numpy()
+    assert sorted(int(parse_example(record)[IMAGE_ID]) for record in serialized) == [3, 9, 40]
 
 
 def test_views_of_an_image_are_flipped_half_of_the_time(dataset):
@@ -191,10 +225,12 @@ def test_every_protocol_runs_on_a_checkpoint_of_the_middle_of_a_run(dataset, tmp
     }
     assert result.metrics["eval/finetune_10_top_1_accuracy"] == rows["finetune-10"].top_1
     phases = dict.fromkeys(phase for phase, _, _ in reported)
-    assert {"features of train, images", "fit, passes", "untrained control, fit, passes", "official, images"} <= set(phases)
+    assert {"features of train, images", "fit, images", "untrained control, fit, images", "official, images"} <= set(phases)
     assert {"finetune-10, images", "features of finetune-10, images"} <= set(phases)
+    assert list(phases)[:2] == ["checking the dataset", "loading the encoder"]
+    assert "finding the images of finetune-10, records" in phases
     for phase in phases:
         counts = [(done, total) for name, done, total in reported if name == phase]
-        assert counts == sorted(counts)
+        assert [done for done, _ in counts] == sorted(done for done, _ in counts)
         if phase.endswith("images"):
             assert counts[-1][0] == counts[-1][1]

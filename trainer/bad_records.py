@@ -1,7 +1,7 @@
 """Bad records: what a record must be, the search for the first that is not so, and the raw file that it comes from."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ import tensorflow as tf
 from trainer.shared import records
 from trainer.shared.errors import UserError
 from trainer.shared.progress import OnProgress, ProgressBars, silent
-from trainer.shared.records import Manifest, Shard, reading_positions
+from trainer.shared.records import Manifest, Shard, Split, reading_positions
 from trainer.shared.sources import sources_file, unpack_source
 
 T = TypeVar("T")
@@ -91,6 +91,25 @@ def _shown() -> Iterator[OnProgress]:
         yield bars.of(_JOB)
 
 
+def by_shard(
+    data_dir: str, split: Split, about: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
+    """Yields for each shard, in order, what `about` returns for its records, as tensors [n]. Reads several shards in parallel.
+
+    Raises tf.errors.OpError at a record that cannot be read, and where `about` fails.
+    """
+    most = max(shard.records for shard in split.shards)
+    at_once = min(len(split.shards), _SHARDS_AT_ONCE)
+    of_shards = tf.data.Dataset.from_tensor_slices([_path(data_dir, shard) for shard in split.shards]).interleave(
+        # A shard gives one element. So the elements have the order of the shards.
+        lambda path: tf.data.TFRecordDataset(path, buffer_size=_BYTES_A_READ).map(about).batch(most),
+        cycle_length=at_once,
+        num_parallel_calls=at_once,
+        deterministic=True,
+    )
+    yield from _untuned(of_shards)
+
+
 def _ids_by_shard(data_dir: str, manifest: Manifest, split_name: str) -> Iterator[np.ndarray]:
     """Yields the image IDs of each shard, int64 [n], in the order of the shards.
 
@@ -103,16 +122,7 @@ def _ids_by_shard(data_dir: str, manifest: Manifest, split_name: str) -> Iterato
         # The height is returned, because TensorFlow leaves out what nobody uses.
         return parsed[records.IMAGE_ID], tf.shape(tf.io.decode_jpeg(parsed[records.ENCODED], channels=3))[0]
 
-    most = max(shard.records for shard in split.shards)
-    at_once = min(len(split.shards), _SHARDS_AT_ONCE)
-    of_shards = tf.data.Dataset.from_tensor_slices([_path(data_dir, shard) for shard in split.shards]).interleave(
-        # A shard gives one element. So the elements have the order of the shards.
-        lambda path: tf.data.TFRecordDataset(path, buffer_size=_BYTES_A_READ).map(decoded).batch(most),
-        cycle_length=at_once,
-        num_parallel_calls=at_once,
-        deterministic=True,
-    )
-    for image_ids, _ in _untuned(of_shards):
+    for image_ids, _ in by_shard(data_dir, split, decoded):
         yield image_ids.numpy()
 
 

@@ -6,25 +6,24 @@ consists of TensorFlow operations only, so each host of a TPU slice can run its 
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from trainer.augmentation import NUM_DRAWS, central_crop, one_view, two_views
-from trainer.bad_records import naming_bad_records, parse
+from trainer.bad_records import parse
 from trainer.config import Config
+from trainer.reading import block_sizes, blocks_of, find_records
 from trainer.sampler import Sampler
 from trainer.settings import RunSettings, ViewSettings
 from trainer.shared import records
-from trainer.shared.blocks import block_extent
 from trainer.shared.errors import UserError
 from trainer.shared.records import Manifest
 
 Batch = dict[str, tf.Tensor]
 
-_LOCAL_BLOCKS_AT_ONCE, _BLOCKS_AT_ONCE = 4, 16
-"""Blocks to read in parallel from a local disk, and from Cloud Storage, where a request takes tens of milliseconds."""
+_RECORDS_AT_ONCE = 256
+"""Records of a subset to read together. It reads each record on its own."""
 
 _BYTES_A_READ = 8 * 2**20
 """Bytes per read of a file that is read from its beginning to its end."""
@@ -85,22 +84,31 @@ def labelled_batches(
     host: int = 0,
     hosts: int = 1,
     replicas: int = 1,
+    on_search: Callable[[int], None] = lambda done: None,
 ) -> tf.data.Dataset:
     """Returns an infinite dataset of batches for supervised training from `first_step` on, for host `host` of `hosts`.
 
     Each step has one batch for each of the host's `replicas`, one after another. With b = `batch_size` / (hosts * replicas) and
     S = image_size, a batch has `image` [b, S, S, 3] uint8, cropped and flipped at random, and `label` [b] int64. It depends only
-    on the arguments and the dataset. `image_ids`, [n] int64 with n >= `batch_size`, restricts an epoch to these images, whose
-    encoded bytes then stay in memory. Raises UserError if there are fewer images than a batch.
+    on the arguments and the dataset. `image_ids`, [n] int64 with n >= `batch_size`, restricts an epoch to these images. To find
+    their records, it first reads all shards once, calls `on_search(records read)` meanwhile, and then keeps 32 bytes an image.
+    Raises UserError if there are fewer images than a batch, or if that search meets a bad record.
     """
     size = views.image_size
     split = training_split(batch_size, data_dir, manifest)
     if image_ids is None:
         taken = _in_order(batch_size, run, data_dir, manifest, first_step, host, hosts)
     else:
-        stored = _stored(data_dir, manifest, image_ids)
-        sampler = Sampler((len(image_ids),), batch_size, len(image_ids), run.seed)
-        taken = sampler.windows(first_step, host, hosts).map(lambda window: _taken(window, stored, window["positions"]))
+        extents = find_records(data_dir, manifest, image_ids, on_search)
+        windows = Sampler((len(image_ids),), batch_size, len(image_ids), run.seed).windows(first_step, host, hosts)
+        each = windows.map(
+            lambda window: (window["positions"], tf.fill(tf.shape(window["positions"]), window["epoch"]))
+        ).unbatch()
+        taken = (
+            each.batch(_RECORDS_AT_ONCE)
+            .map(lambda positions, epoch: {"serialized": extents.read(positions), "epoch": epoch})
+            .prefetch(1)
+        )
 
     def example(item: dict[str, tf.Tensor]) -> Batch:
         parsed = parse(item["serialized"], split.records, manifest.num_classes)
@@ -250,7 +258,7 @@ def training_split(batch_size: int, data_dir: str, manifest: Manifest) -> record
 
 def make_sampler(batch_size: int, run: RunSettings, manifest: Manifest) -> Sampler:
     """Returns the sampler of a run's training images."""
-    sizes = tuple(count for shard in manifest.splits["train"].shards for count in _block_sizes(shard))
+    sizes = tuple(count for shard in manifest.splits["train"].shards for count in block_sizes(shard))
     return Sampler(sizes, batch_size, run.shuffle_window, run.seed)
 
 
@@ -258,27 +266,12 @@ def _in_order(
     batch_size: int, run: RunSettings, data_dir: str, manifest: Manifest, first_step: int, host: int, hosts: int
 ) -> tf.data.Dataset:
     """Returns the training records in the sampler's order from `first_step` on, in windows of `serialized` and `epoch`."""
-    blocks = _blocks(data_dir, manifest.splits["train"])
+    blocks = blocks_of(data_dir, manifest.splits["train"])
     windows = make_sampler(batch_size, run, manifest).windows(first_step, host, hosts)
     if run.cache:
         whole = tf.data.Dataset.from_tensors(np.arange(len(blocks.counts))).map(blocks.read).cache().repeat()
         return tf.data.Dataset.zip(windows, whole).map(lambda window, stored: _taken(window, stored, window["positions"]))
     return windows.map(lambda window: _taken(window, blocks.read(window["blocks"]), window["indices"])).prefetch(1)
-
-
-def _stored(data_dir: str, manifest: Manifest, image_ids: np.ndarray) -> tf.Tensor:
-    """Returns the records of the training images `image_ids`, [n] string, in the order of the shards."""
-    split = manifest.splits["train"]
-    wanted = np.zeros(split.records, bool)
-    wanted[image_ids] = True
-    files = [f"{data_dir.rstrip('/')}/{shard.file}" for shard in split.shards]
-    every = tf.data.TFRecordDataset(files, buffer_size=_BYTES_A_READ)
-    chosen = _untuned(
-        every.filter(
-            lambda serialized: tf.gather(wanted, parse(serialized, split.records, manifest.num_classes)[records.IMAGE_ID])
-        )
-    )
-    return tf.constant([record.numpy() for record in naming_bad_records(chosen, data_dir, manifest, "train")])
 
 
 def _epoch_key(seed: int, epoch: tf.Tensor) -> tf.Tensor:
@@ -304,53 +297,6 @@ def _split(manifest: Manifest, name: str, data_dir: str) -> records.Split:
     if name not in manifest.splits or manifest.splits[name].records == 0:
         raise UserError(f"{data_dir} has no images in split {name}")
     return manifest.splits[name]
-
-
-class _Blocks(NamedTuple):
-    """The blocks of a split: the path of each block's file, its byte offset and size in it, and its number of records."""
-
-    paths: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-    counts: np.ndarray
-
-    def read(self, numbers: tf.Tensor) -> tf.Tensor:
-        """Returns the serialized records of the blocks `numbers`, block after block, [sum of counts] string."""
-
-        def block(path: tf.Tensor, offset: tf.Tensor, size: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
-            # The public TFRecordDataset cannot start in the middle of a file; the underlying op can. If the buffer has the size
-            # of the block, one request to Cloud Storage reads exactly the block.
-            variant = tf.raw_ops.TFRecordDatasetV2(
-                filenames=path[None], compression_type="", buffer_size=size, byte_offsets=offset[None]
-            )
-            return tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string)).take(count)
-
-        counts = tf.gather(self.counts, numbers)
-        about = (self.paths, self.offsets, self.sizes, self.counts)
-        blocks = tf.data.Dataset.from_tensor_slices(tuple(tf.gather(values, numbers) for values in about))
-        parallel = _BLOCKS_AT_ONCE if "://" in str(self.paths[0]) else _LOCAL_BLOCKS_AT_ONCE
-        serialized = blocks.interleave(
-            block,
-            cycle_length=parallel,
-            block_length=records.RECORDS_PER_BLOCK,
-            num_parallel_calls=parallel,
-            deterministic=True,
-        )
-        return tf.ensure_shape(serialized.batch(tf.reduce_sum(counts)).get_single_element(), [None])
-
-
-def _blocks(data_dir: str, split: records.Split) -> _Blocks:
-    sizes = [_block_sizes(shard) for shard in split.shards]
-    paths = [f"{data_dir.rstrip('/')}/{shard.file}" for shard, of in zip(split.shards, sizes, strict=True) for _ in of]
-    extents = [block_extent(shard, block) for shard in split.shards for block in range(len(shard.blocks))]
-    offsets, lengths = zip(*extents, strict=True)
-    counts = [count for of in sizes for count in of]
-    return _Blocks(np.array(paths), *(np.array(values, np.int64) for values in (offsets, lengths, counts)))
-
-
-def _block_sizes(shard: records.Shard) -> list[int]:
-    starts = range(0, shard.records, records.RECORDS_PER_BLOCK)
-    return [min(records.RECORDS_PER_BLOCK, shard.records - start) for start in starts]
 
 
 def _taken(window: dict[str, tf.Tensor], serialized: tf.Tensor, indices: tf.Tensor) -> dict[str, tf.Tensor]:

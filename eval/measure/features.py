@@ -156,6 +156,11 @@ class Examples:
         """Returns examples from arrays in memory: `values` [n, F] float32 and `labels` [n] int64."""
         return cls(len(labels), values.shape[1], lambda: [(values, labels)])
 
+    def in_memory(self) -> "Examples":
+        """Returns the same examples, read once and kept in memory."""
+        pieces = [(values, labels) for values, labels in self.pieces() if len(labels)]
+        return Examples(self.count, self.dim, lambda: pieces)
+
 
 def read_features(folder: str) -> StoredFeatures:
     """Opens the features in a folder. Raises UserError if features.json is missing or unreadable."""

@@ -80,6 +80,7 @@ def linear_eval(
     workspace = (workspace or output).rstrip("/")
     shared, features_dir = bool(features_dir), (features_dir or workspace).rstrip("/")
     folder = checkpoints.run_folder(checkpoint)
+    on_progress("checking the dataset")
     pretraining, about = read_config(folder)
     config = evaluation_config(pretraining, overrides)
     settings = config.linear_eval
@@ -93,6 +94,7 @@ def linear_eval(
     for protocol in protocols:
         _require_part(protocol, stored, settings)
         protocol.check(config, manifest, strategy.num_replicas_in_sync)
+    on_progress("loading the encoder")
     with strategy.scope():
         encoder = load_encoder(config, stored)
     make_folder(output)

@@ -53,30 +53,34 @@ def fit_path(
     *,
     tolerance: float = 5e-4,
     strategy: tf.distribute.Strategy | None = None,
-    on_evaluation: Callable[[float, int, float], None] = lambda penalty, number, loss: None,
+    on_read: Callable[[int], None] = lambda rows: None,
+    on_rows: Callable[[int], None] = lambda rows: None,
+    on_evaluation: Callable[[float, float, float], None] = lambda penalty, loss, gradient: None,
 ) -> Iterator[LinearClassifier]:
     """Minimises mean cross-entropy + penalty/2 |W|^2 on standardised features, for one penalty after another.
 
     Each search starts from the previous optimum, the first from the weights `start` (zeros if None). Yields each classifier
     before the next search begins, so the caller can stop early. A search ends when no component of the gradient along the scaled
     axes exceeds `tolerance`. For a penalty above 0 the optimum is unique, and `start` affects only the duration. Calls
-    `on_evaluation(penalty, number, loss)` after each pass over the examples.
+    `on_read(number)` after that many examples of the `passes_before` the first search. Calls `on_rows(number)` after that many
+    examples of a pass of a search, and `on_evaluation(penalty, loss, gradient)` after the pass, with the largest component of the
+    gradient.
     """
-    problem = _Problem(examples, num_classes, strategy or tf.distribute.get_strategy())
+    problem = _Problem(examples, num_classes, strategy or tf.distribute.get_strategy(), on_read)
     dim = examples.dim
     # If all classes are equally likely, the curvature of the cross-entropy is this multiple of the features' second moments.
     curvature = (1 - 1 / num_classes) / num_classes
     bias_scale = np.sqrt(curvature)
     spread, axes = np.linalg.eigh(problem.second_moments)
 
-    def of_scaled(flat: np.ndarray, scaled: np.ndarray, penalty: float, evaluations: list[float]) -> tuple[float, np.ndarray]:
+    def of_scaled(flat: np.ndarray, scaled: np.ndarray, penalty: float) -> tuple[float, np.ndarray]:
         ours, of_bias = np.split(flat, [dim * num_classes])
         weights = scaled @ ours.reshape(dim, num_classes)
-        loss, by_weights, by_bias = problem.evaluate(weights, of_bias / bias_scale)
+        loss, by_weights, by_bias = problem.evaluate(weights, of_bias / bias_scale, on_rows)
         loss += penalty / 2 * float(np.sum(weights**2))
-        evaluations.append(loss)
-        on_evaluation(penalty, len(evaluations), loss)
-        return loss, np.concatenate([(scaled.T @ (by_weights + penalty * weights)).ravel(), by_bias / bias_scale])
+        gradient = np.concatenate([(scaled.T @ (by_weights + penalty * weights)).ravel(), by_bias / bias_scale])
+        on_evaluation(penalty, loss, float(np.abs(gradient).max()))
+        return loss, gradient
 
     weights = np.zeros((dim, num_classes)) if start is None else start.weights
     bias = np.zeros(num_classes) if start is None else start.bias
@@ -85,7 +89,7 @@ def fit_path(
         scaled = axes / scale
         begin = np.concatenate([(scale[:, None] * (axes.T @ weights)).ravel(), bias_scale * bias])
         options = {"maxiter": 1000, "gtol": tolerance}
-        flat = minimize(of_scaled, begin, (scaled, penalty, []), "L-BFGS-B", jac=True, options=options).x
+        flat = minimize(of_scaled, begin, (scaled, penalty), "L-BFGS-B", jac=True, options=options).x
         ours, of_bias = np.split(flat, [dim * num_classes])
         weights, bias = scaled @ ours.reshape(dim, num_classes), of_bias / bias_scale
         yield LinearClassifier(
@@ -154,20 +158,36 @@ def over_replicas(strategy: tf.distribute.Strategy, array: np.ndarray) -> tf.Ten
     )
 
 
+def passes_before(examples: Examples, replicas: int) -> int:
+    """Returns how often `fit_path` reads the examples before its first search: for their moments, and to hold them in memory."""
+    return 2 if _fits_in_memory(examples, replicas) else 1
+
+
+def _fits_in_memory(examples: Examples, replicas: int) -> bool:
+    return 4 * examples.count * examples.dim <= HELD_BYTES * replicas
+
+
 class _Problem:
     """The mean cross-entropy of a linear classifier on standardised examples, as a function of its weights."""
 
-    def __init__(self, examples: Examples, num_classes: int, strategy: tf.distribute.Strategy) -> None:
+    def __init__(
+        self, examples: Examples, num_classes: int, strategy: tf.distribute.Strategy, on_read: Callable[[int], None]
+    ) -> None:
         self._examples, self._strategy = examples, strategy
         replicas = strategy.num_replicas_in_sync
         self._rows = even_rows(examples.count, _ROWS, replicas)
-        self._read_moments(num_classes)
+        self._read_moments(num_classes, on_read)
         self._standardised = self._make_standardised()
-        held = 4 * examples.count * examples.dim <= HELD_BYTES * replicas
-        self._held = list(self._standard_pieces()) if held else None
+        self._held: list[tuple[tf.Tensor, tf.Tensor]] | None = None
+        if _fits_in_memory(examples, replicas):
+            held = []
+            for piece in self._standard_pieces():
+                held.append(piece)
+                on_read(self._rows_of(len(held) - 1))
+            self._held = held
         self._sums = self._make_sums()
 
-    def _read_moments(self, num_classes: int) -> None:
+    def _read_moments(self, num_classes: int, on_read: Callable[[int], None]) -> None:
         """Computes mean, deviation and second moments of the features, and their sums over each class, in one pass."""
         examples = self._examples
         shift = np.zeros(examples.dim, np.float32)
@@ -182,6 +202,7 @@ class _Problem:
             second += tf.matmul(centred, centred, transpose_a=True).numpy()
             by_class += tf.math.unsorted_segment_sum(centred, labels, num_classes).numpy()
             counts += np.bincount(labels, minlength=num_classes)
+            on_read(len(labels))
         offset = total / examples.count
         covariance = second / examples.count - np.outer(offset, offset)
         deviation = np.maximum(np.sqrt(np.maximum(np.diag(covariance), 0)), 1e-6)
@@ -191,19 +212,26 @@ class _Problem:
         self._by_class = ((by_class - counts[:, None] * offset) / deviation).T
         self._counts = counts
 
-    def evaluate(self, weights: np.ndarray, bias: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    def evaluate(
+        self, weights: np.ndarray, bias: np.ndarray, on_rows: Callable[[int], None]
+    ) -> tuple[float, np.ndarray, np.ndarray]:
         """Returns the mean cross-entropy of `weights`, [F, C], and `bias`, [C], and its gradients by both, in float64."""
         count = self._examples.count
         # The term of the labels' logits is linear in the weights, so it follows from the sums over each class.
         loss = -float(np.sum(self._by_class * weights) + self._counts @ bias)
         by_weights, by_bias = -self._by_class, -self._counts
         now = tf.constant(weights, tf.float32), tf.constant(bias, tf.float32)
-        for rows, real in self._standard_pieces() if self._held is None else self._held:
-            log_total, total_by_weights, total_by_bias = self._sums(*now, rows, real)
+        for number, piece in enumerate(self._standard_pieces() if self._held is None else self._held):
+            log_total, total_by_weights, total_by_bias = self._sums(*now, *piece)
             loss += float(log_total)
             by_weights += total_by_weights.numpy()
             by_bias += total_by_bias.numpy()
+            on_rows(self._rows_of(number))
         return loss / count, by_weights / count, by_bias / count
+
+    def _rows_of(self, number: int) -> int:
+        """Returns how many examples a piece has, without the padding."""
+        return min(self._rows, self._examples.count - number * self._rows)
 
     def _standard_pieces(self) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
         """Yields (standardised features, 1 for each real row and 0 for padding), both split over the replicas."""

@@ -24,16 +24,18 @@ def nearest_neighbours(
 
     `queries` is [m, F] float32; `k` is at most the number of images in the bank. Returns similarities, [m, k] float32 in [-1, 1],
     and image IDs, [m, k] int64. Reads the bank once, in pieces, and never holds it in memory as a whole. The replicas share the
-    queries. Calls `on_progress(finished fraction)` after each piece.
+    queries. Calls `on_progress(finished fraction)` after a piece's comparison with at most 1,024 queries a replica.
     """
     strategy = strategy or tf.distribute.get_strategy()
     replicas = strategy.num_replicas_in_sync
-    at_once = even_rows(len(queries), _QUERIES_AT_ONCE * replicas, replicas) // replicas
-    blocks = -(-len(queries) // (at_once * replicas))
-    shape = (replicas * blocks, at_once)
+    at_once = even_rows(len(queries), _QUERIES_AT_ONCE * replicas, replicas)
     multiply = matrix_product()
 
-    def of_block(
+    @tf.function(autograph=False)
+    def normalized(bank: tf.Tensor) -> tf.Tensor:
+        return strategy.run(lambda bank: tf.math.l2_normalize(bank, axis=1), args=(bank,))
+
+    def on_replica(
         query: tf.Tensor, best: tf.Tensor, ids: tf.Tensor, bank: tf.Tensor, bank_ids: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         found = multiply(query, bank, transpose_b=True)
@@ -44,39 +46,23 @@ def nearest_neighbours(
 
     @tf.function(autograph=False)
     def merged(*arguments: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        def on_replica(
-            query: tf.Tensor, best: tf.Tensor, ids: tf.Tensor, bank: tf.Tensor, bank_ids: tf.Tensor
-        ) -> tuple[tf.Tensor, tf.Tensor]:
-            bank = tf.math.l2_normalize(bank, axis=1)
-            return tf.map_fn(
-                # Maps over numbers, because mapping over the queries would copy them.
-                lambda number: of_block(query[number], best[number], ids[number], bank, bank_ids),
-                tf.range(blocks),
-                parallel_iterations=1,
-                fn_output_signature=(tf.float32, tf.int64),
-            )
-
         return strategy.run(on_replica, args=arguments)
 
     unit = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
-    query, best, ids = (
-        over_replicas(strategy, array)
-        for array in (
-            padded(unit, shape[0] * at_once).reshape(*shape, -1),
-            np.full((*shape, k), -np.inf, np.float32),
-            np.full((*shape, k), -1, np.int64),
-        )
-    )
+    blocks = [over_replicas(strategy, padded(unit[begin : begin + at_once], at_once)) for begin in range(0, len(unit), at_once)]
+    none = over_replicas(strategy, np.full((at_once, k), -np.inf, np.float32)), over_replicas(strategy, np.full((at_once, k), -1))
+    nearest = [none] * len(blocks)
     rows = even_rows(bank.count, _BANK_AT_ONCE, 1)
     done = 0
     for values, image_ids in cut(((part.values, part.image_ids) for part in bank.parts()), rows):
         # Padding gets the ID -1.
-        numbers = padded(image_ids + 1, rows) - 1
-        best, ids = merged(query, best, ids, tf.constant(padded(values, rows)), tf.constant(numbers))
+        piece = normalized(tf.constant(padded(values, rows))), tf.constant(padded(image_ids + 1, rows) - 1)
+        for number, block in enumerate(blocks):
+            nearest[number] = merged(block, *nearest[number], *piece)
+            on_progress((done + len(image_ids) * (number + 1) / len(blocks)) / bank.count)
         done += len(image_ids)
-        on_progress(done / bank.count)
     similarities, image_ids = (
-        np.concatenate([part.numpy() for part in strategy.experimental_local_results(found)]).reshape(-1, k)[: len(queries)]
-        for found in (best, ids)
+        np.concatenate([part.numpy() for of_block in found for part in strategy.experimental_local_results(of_block)])
+        for found in zip(*nearest, strict=True)
     )
-    return similarities, image_ids
+    return similarities[: len(queries)], image_ids[: len(queries)]

@@ -101,6 +101,7 @@ def train_classifier(
     *,
     strategy: tf.distribute.Strategy | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
+    on_search: Callable[[int], None] = lambda done: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> keras.Model:
     """Trains a classifier on `encoder`, and the encoder too unless `recipe` freezes it. Returns the classifier.
@@ -108,8 +109,9 @@ def train_classifier(
     The classifier maps features, [B, F] float32, to logits, [B, C] float32. Uses the labels of the training images `image_ids`,
     [n] int64, or of all. `encoder` must be made in the scope of `strategy`, by default TensorFlow's current one. If `folder` is
     given, saves the state in it every epoch and by time; a later call with the same arguments resumes from there and ends with
-    the same bits. Calls `on_progress(finished images)` and `should_stop()` after each step. If the latter returns True, saves the
-    state and raises PreemptedError. Raises UserError if the loss is not finite.
+    the same bits. Calls `on_search(records read)` while it looks for the records of `image_ids`, and after each step
+    `on_progress(finished images)` and `should_stop()`. If the latter returns True, saves the state and raises PreemptedError.
+    Raises UserError if the loss is not finite.
     """
     tf.config.experimental.enable_op_determinism()
     strategy = strategy or tf.distribute.get_strategy()
@@ -134,6 +136,7 @@ def train_classifier(
             host=context.input_pipeline_id,
             hosts=hosts,
             replicas=context.num_replicas_in_sync // hosts,
+            on_search=on_search,
         )
 
     replica_step = make_replica_step(state, recipe, config.linear_eval.batch_size, Replicas())

@@ -37,9 +37,9 @@ def tiny() -> bytes:
     return out.getvalue()
 
 
-def write_raw(folder: Path, train: int = TRAIN, validation: int = VALIDATION) -> None:
-    """Writes both archives and the labels into a new folder."""
-    content = tiny()
+def write_raw(folder: Path, train: int = TRAIN, validation: int = VALIDATION, content: bytes = b"") -> None:
+    """Writes both archives and the labels into a new folder. Every image is `content`, by default a tiny JPEG."""
+    content = content or tiny()
     padded = content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
     def members(names: list[str]) -> bytes:

@@ -83,9 +83,9 @@ def cached(train: Any, validation: Any, classes: int, passes: int, part: float) 
         name = {train.count: "fit", 90_000: "choice"}.get(examples.count, "choice_on_all")
         own, begun, said = times.setdefault(name, []), time.perf_counter(), how.pop("on_evaluation")
 
-        def on_evaluation(penalty: float, number: int, loss: float) -> None:
+        def on_evaluation(penalty: float, loss: float, gradient: float) -> None:
             own.append(time.perf_counter() - begun)
-            said(penalty, number, loss)
+            said(penalty, loss, gradient)
             if passes and len(own) == passes:
                 raise EnoughError
 
@@ -210,7 +210,7 @@ def beside(images: int, features: int, classes: int, penalty: float) -> None:
         classes,
         penalty,
         tolerance=TOLERANCE,
-        on_evaluation=lambda penalty, number, loss: losses.append((time.perf_counter() - begun, loss)),
+        on_evaluation=lambda penalty, loss, gradient: losses.append((time.perf_counter() - begun, loss)),
     )
     rows = {
         "ours": (losses[-1][0], len(losses), ours.weights, ours.bias),

@@ -26,18 +26,18 @@ RIVALS = {
 }
 _READ = f"""
 import os, time, json
-from trainer import input_pipeline
+from trainer import input_pipeline, reading
 from trainer.presets import resolve
 from trainer.shared import records
-input_pipeline._BLOCKS_AT_ONCE = int(os.environ["AT_ONCE"])
+reading._BLOCKS_AT_ONCE = int(os.environ["AT_ONCE"])
 if os.environ.get("GCS_READAHEAD_BUFFER_SIZE_BYTES") != "65536":
     # As it was: a buffer of 1 MiB instead of the block's size.
     import numpy as np
-    real = input_pipeline._blocks
+    real = input_pipeline.blocks_of
     def blocks(*args):
         found = real(*args)
         return found._replace(sizes=np.full_like(found.sizes, 2**20))
-    input_pipeline._blocks = blocks
+    input_pipeline.blocks_of = blocks
 manifest = records.read_manifest("gs://a-bucket/data")
 config = resolve("demo", ["shuffle_window=1024"])
 batch_size = config.optimizer.global_batch_size

@@ -3,9 +3,10 @@
     python tests/benchmarks/scale.py --folder DIR [--train 1281167] [--validation 50000] [--batch 2048]
 
 Makes the raw archives of small JPEGs, converts them with a SIGTERM on the way, pretrains with a SIGKILL on the way, and evaluates
-64 features. Prints a row for each phase of each command: its time, the longest time in which its count stood still, the longest
-time in which nothing was said, and how far the time left was from the truth from a fifth of the phase on, as a ratio. Peak memory
-is that of the largest process. Takes about 2.5 GB of DIR and removes it at the end.
+64 features. At last it spoils a record of the last shard and searches for it. Prints a row for each phase of each command: its
+time, the longest time in which its count stood still, the longest time in which nothing was said, and how far the time left was
+from the truth from a fifth of this process's part of the phase on, as a ratio. Peak memory is that of the largest process. Shards
+are as many as those of the real images. Takes about 2.5 GB of DIR and removes it at the end.
 """
 
 import argparse
@@ -25,7 +26,7 @@ if not __package__:  # started by its path
 
 from support.processes import search_path
 
-from benchmarks.conversion_scale import write_raw
+from benchmarks.conversion_scale import SHARDS, write_raw
 from trainer.shared.progress import parse_line
 
 SMALL = ["depth=10", "width_multiplier=0.125", "image_size=16", "warmup_epochs=0", "epochs=1", "log_every_steps=10"]
@@ -33,7 +34,13 @@ _LEFT = re.compile(r"(?:(\d+):)?(\d+):(\d+) left$")
 _SHORTEST = 5.0
 """Phases that took fewer seconds are one row."""
 _FROM = 0.2
-"""Fraction of a phase from which the time left is held against the truth."""
+"""Fraction of what a process does of a phase, from which on the time left is held against the truth."""
+_SEARCH = """
+import sys
+from trainer.bad_records import first_bad_record
+from trainer.shared.records import read_manifest
+print(first_bad_record(sys.argv[1], read_manifest(sys.argv[1]), "train"), file=sys.stderr)
+"""
 
 
 @dataclass
@@ -46,7 +53,9 @@ class Phase:
     silent: float = 0.0
     """Longest time without a line."""
     promised: list[tuple[float, float, float]] = field(default_factory=list)
-    """Moment, fraction done and seconds left, as it was said."""
+    """Moment, fraction done of what the process does, and seconds left, as it was said."""
+    first: int = 0
+    """What was done when the process came to the phase."""
     count: tuple[int, int] = (0, 0)
     counted: float = 0.0
 
@@ -98,13 +107,14 @@ def watch(command: Sequence[str], end: tuple[str, float, signal.Signals] | None 
         _, name, done, total, _ = said
         if name != phase.name:
             phase.still = max(phase.still, now - phase.counted)
-            phase = Phase(name, now, ended=now, count=(done, total), counted=now)
+            phase = Phase(name, now, ended=now, first=done, count=(done, total), counted=now)
             phases.append(phase)
         elif (done, total) != phase.count:
             phase.still, phase.counted, phase.count = max(phase.still, now - phase.counted), now, (done, total)
         if total and (left := _LEFT.search(line.rstrip())):
             hours, minutes, seconds = (int(part or 0) for part in left.groups())
-            phase.promised.append((now, done / total, hours * 3600.0 + minutes * 60 + seconds))
+            fraction = (done - phase.first) / (total - phase.first)
+            phase.promised.append((now, fraction, hours * 3600.0 + minutes * 60 + seconds))
         if end and name == end[0] and total and done / total >= end[1]:
             process.send_signal(end[2])
             end = None
@@ -116,6 +126,15 @@ def watch(command: Sequence[str], end: tuple[str, float, signal.Signals] | None 
     phases[-1].silent, phases[-1].ended = max(phases[-1].silent, now - last), now
     phases[-1].still = max(phases[-1].still, now - phases[-1].counted)
     return Seen(phases, now - begun, os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024)
+
+
+def spoil(shard: Path) -> None:
+    """Changes a byte of the last record."""
+    with shard.open("r+b") as file:
+        file.seek(-8, 2)
+        (byte,) = file.read(1)
+        file.seek(-8, 2)
+        file.write(bytes([byte ^ 0xFF]))
 
 
 def rows(name: str, seen: Seen) -> list[tuple[str, ...]]:
@@ -162,6 +181,7 @@ def main() -> None:
         write_raw(raw, args.train, args.validation)
         table.append(("raw archives, made", f"{time.monotonic() - begun:.1f}", "", "", "", ""))
         convert = ["-m", "beam_jobs.build_tfrecords", "--raw", str(raw), "--output", str(data), "--allow-other-counts"]
+        convert += ["--num-shards", str(SHARDS)]
         pretrain = ["-m", "trainer.task", "--preset", "demo", "--data", str(data), "--checkpoint-dir", str(run)]
         pretrain += [
             "--set",
@@ -187,7 +207,10 @@ def main() -> None:
                 (0,),
             ),
             ("evaluation", evaluate, None, (0,)),
+            ("search for a bad record", ["-c", _SEARCH, str(data)], None, (0,)),
         ):
+            if command[0] == "-c":
+                spoil(max(data.glob("*-train.tfrecord-*")))
             print(f"{name}: python {' '.join(command)}", flush=True)
             seen = watch(command, end)
             table += rows(name, seen)

@@ -13,6 +13,7 @@ from trainer.shared.records import Shard, Split, reading_positions
 _LENGTH = struct.Struct("<Q")
 _BEFORE, _AFTER = _LENGTH.size + 4, 4
 """Bytes before a record (its length, and the checksum of the length) and after it (its checksum)."""
+FRAME_BYTES = _BEFORE + _AFTER
 
 
 def block_extent(shard: Shard, block: int) -> tuple[int, int]:

@@ -54,9 +54,17 @@ class _Phase:
     first: int = field(init=False)
     """What was done when this process came to the phase. The time left counts what came after it."""
     begun: float = field(init=False)
+    counted: float = field(init=False)
+    """When `done` last grew."""
 
     def __post_init__(self) -> None:
         self.first, self.begun = self.done, time.monotonic()
+        self.counted = self.begun
+
+    def update(self, done: int, total: int, text: str) -> None:
+        if done != self.done:
+            self.counted = time.monotonic()
+        self.done, self.total, self.text = done, total, text
 
     @property
     def seconds(self) -> float:
@@ -68,10 +76,15 @@ class _Phase:
 
     @property
     def left(self) -> str:
-        """How long the rest takes at the rate of this process, as `0:31 left`; empty where that is not known."""
+        """How long the rest takes at the rate of this process, as `0:31 left`; empty where that is not known.
+
+        It falls while the count stands still, until the time is up.
+        """
         if not self.first < self.done < self.total:
             return ""
-        return f"{_clock(self.seconds * (self.total - self.done) / (self.done - self.first))} left"
+        rest = (self.counted - self.begun) * (self.total - self.done) / (self.done - self.first)
+        left = rest - (time.monotonic() - self.counted)
+        return f"{_clock(left)} left" if left >= 0 else ""
 
     def line(self, waited: bool = False) -> str:
         if self.total:
@@ -126,7 +139,7 @@ class ProgressBars:
             new = now is None or (now.job, now.name) != (job, phase)
             if now is None or new:
                 now = self._now = _Phase(job, phase, done, total, text)
-            now.done, now.total, now.text = done, total, text
+            now.update(done, total, text)
             if self._bars:
                 self._draw(self._bars, now, new)
             elif new or now.is_over or time.monotonic() - self._last_line >= self._between:

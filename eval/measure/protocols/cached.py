@@ -3,15 +3,15 @@
 Its only hyperparameter, the penalty, is chosen on held-out training images.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from eval.measure.features import StoredFeatures
-from eval.measure.logistic import LinearClassifier, accuracies, fit, fit_path
+from eval.measure.features import Examples, StoredFeatures
+from eval.measure.logistic import LinearClassifier, accuracies, fit, fit_path, passes_before
 from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
 from trainer.config import Config
 from trainer.preemption import PreemptedError
@@ -67,12 +67,15 @@ def fit_with_choice(
 
     Draws `settings.choice_images` training images by the seed, holds a fraction of them out, and fits every candidate penalty to
     the rest. If these are not all of `train`, the best candidate may be too large for all of it. Then fits this penalty, and
-    smaller ones in turn, to all images that are not held out, as long as the accuracy improves. Calls `stop()` after each pass
-    over the features; an exception from it ends the fit.
+    smaller ones in turn, to all images that are not held out, as long as the accuracy improves. Calls `stop()` several times in a
+    pass over many features; an exception from it ends the fit.
     """
     penalties = sorted(settings.l2_penalties, reverse=True)
     chosen_with = min(train.count, settings.choice_images)
-    progress = _Progress(on_progress, stop)
+
+    def path(name: str, examples: Examples, penalties: int, tolerance: float) -> _Path:
+        return _Path(name, examples, penalties, tolerance, strategy or tf.distribute.get_strategy(), on_progress, stop)
+
     with train.on_this_machine() as features:
         best = None
         if len(penalties) > 1:
@@ -80,28 +83,31 @@ def fit_with_choice(
             drawn = ids[drawn_order(len(ids), settings.seed)]
             held_out = max(1, round(chosen_with * settings.holdout_fraction))
             out, kept, rest = (_mask(of, int(ids.max()) + 1) for of in np.split(drawn, [held_out, chosen_with]))
-            how: dict[str, Any] = {"tolerance": _TOLERANCE_OF_CHOICE, "strategy": strategy}
-            how["on_evaluation"] = progress.of_path("choice of the penalty, passes", len(penalties))
-            candidates = list(fit_path(features.examples(kept), num_classes, penalties, **how))
-            best = candidates[int(np.argmax(accuracies(candidates, features.examples(out))))]
+            on_progress("reading held-out features")
+            judges = features.examples(out).in_memory()
+            examples = features.examples(kept)
+            followed = path("choice of the penalty", examples, len(penalties), _TOLERANCE_OF_CHOICE)
+            candidates = list(fit_path(examples, num_classes, penalties, **followed.how()))
+            followed.end()
+            best = candidates[int(np.argmax(accuracies(candidates, judges)))]
             if rest.any():
                 smaller = [one for one in penalties if one <= best.l2_penalty]
-                how["on_evaluation"] = progress.of_path("choice of the penalty on all images, passes", _TRIED_ON_ALL)
+                examples = features.examples(kept | rest)
+                expected = min(_TRIED_ON_ALL, len(smaller))
+                followed = path("choice of the penalty with all images", examples, expected, _TOLERANCE_OF_CHOICE)
                 most = -1.0
-                for candidate in fit_path(features.examples(kept | rest), num_classes, smaller, best, **how):
-                    (now,) = accuracies([candidate], features.examples(out))
+                for candidate in fit_path(examples, num_classes, smaller, best, **followed.how()):
+                    (now,) = accuracies([candidate], judges)
                     if now <= most:
                         break
                     best, most = candidate, now
-        return fit(
-            features.examples(),
-            num_classes,
-            penalties[0] if best is None else best.l2_penalty,
-            best,
-            tolerance=TOLERANCE,
-            strategy=strategy,
-            on_evaluation=progress.of_path("fit, passes", 1),
-        )
+                followed.end()
+        examples = features.examples()
+        penalty = penalties[0] if best is None else best.l2_penalty
+        followed = path("fit", examples, 1, TOLERANCE)
+        classifier = fit(examples, num_classes, penalty, best, **followed.how())
+        followed.end()
+        return classifier
 
 
 def work_of_fits(settings: LinearEvalSettings, images: int) -> float:
@@ -113,28 +119,78 @@ def work_of_fits(settings: LinearEvalSettings, images: int) -> float:
     return EVALUATIONS * passes
 
 
-@dataclass(frozen=True)
-class _Progress:
-    """Counts evaluations of the objective: each is a pass over the examples."""
+class _Path:
+    """Counts the examples that a path of fits reads, in a phase before its searches and in one of them."""
 
-    on_progress: OnProgress
-    stop: Callable[[], None]
+    def __init__(
+        self,
+        name: str,
+        examples: Examples,
+        penalties: int,
+        tolerance: float,
+        strategy: tf.distribute.Strategy,
+        on_progress: OnProgress,
+        stop: Callable[[], None],
+    ) -> None:
+        self._name, self._count, self._penalties, self._tolerance = name, examples.count, penalties, tolerance
+        self._strategy, self._on_progress, self._stop = strategy, on_progress, stop
+        self._read, self._to_read = 0, examples.count * passes_before(examples, strategy.num_replicas_in_sync)
+        self._done = self._since = 0
+        """Examples read in searches, and since the last evaluation of the objective."""
+        self._gradients: dict[float, list[float]] = {}
+        """Penalty -> largest component of the gradient at each evaluation."""
+        self._text = ""
+        self._on_read(0)
 
-    def of_path(self, phase: str, penalties: int) -> Callable[[float, int, float], None]:
-        """Returns the `on_evaluation` callback of a path of `penalties` penalties, which is a phase of its own.
+    def how(self) -> dict[str, Any]:
+        """Returns the keyword arguments of `fit_path`."""
+        calls = {"on_read": self._on_read, "on_rows": self._on_rows, "on_evaluation": self._on_evaluation}
+        return {"tolerance": self._tolerance, "strategy": self._strategy, **calls}
 
-        How many evaluations a fit takes is known when it ends, so a penalty counts as `EVALUATIONS` once the next one begins.
-        """
-        begun: dict[float, int] = {}
-        self.on_progress(phase, 0, penalties * EVALUATIONS)
+    def end(self) -> None:
+        self._on_progress(f"{self._name}, images", self._done, self._done, self._text)
 
-        def on_evaluation(penalty: float, number: int, loss: float) -> None:
-            begun.setdefault(penalty, len(begun) * EVALUATIONS)
-            done = begun[penalty] + min(number, EVALUATIONS - 1)
-            self.on_progress(phase, done, max(penalties, len(begun)) * EVALUATIONS, f"penalty {penalty:g}, loss {loss:.4f}")
-            self.stop()
+    def _on_read(self, rows: int) -> None:
+        self._read += rows
+        self._on_progress(f"features for the {self._name}, images", self._read, self._to_read)
+        if self._read == self._to_read:
+            self._report()
+        self._stop()
 
-        return on_evaluation
+    def _on_rows(self, rows: int) -> None:
+        self._done += rows
+        self._since += rows
+        self._report()
+        self._stop()
+
+    def _on_evaluation(self, penalty: float, loss: float, gradient: float) -> None:
+        self._gradients.setdefault(penalty, []).append(gradient)
+        self._since = 0
+        self._text = f"penalty {penalty:g}, loss {loss:.4f}"
+
+    def _report(self) -> None:
+        *ended, now = self._gradients.values() or [[]]
+        each = (EVALUATIONS + sum(map(len, ended))) / (1 + len(ended))
+        evaluations = evaluations_left(now, self._tolerance) + each * max(0, self._penalties - len(ended) - 1)
+        left = max(1, round(evaluations * self._count) - self._since)
+        self._on_progress(f"{self._name}, images", self._done, self._done + left, self._text)
+
+
+def evaluations_left(gradients: Sequence[float], tolerance: float) -> float:
+    """Returns how many evaluations a search still takes, reckoned from the largest component of the gradient at each so far.
+
+    The logarithm of the gradient falls about evenly, though not at every evaluation. So its level now is the mean of the lower
+    half of the last six, and the search counts as if three evaluations had fallen at the expected rate.
+    """
+    if not gradients:
+        return EVALUATIONS
+    logs, end = np.log(np.maximum(gradients, 1e-30)), np.log(tolerance)
+    if logs[-1] <= end:
+        return 0.0
+    last = np.sort(logs[-6:])
+    top, now = max(logs), last[: (len(last) + 1) // 2].mean()
+    rate = (top - now + 3 * (top - end) / EVALUATIONS) / (len(logs) + 3)
+    return float(max(1.0, (now - end) / rate))
 
 
 def _stopper(context: Context) -> Callable[[], None]:

@@ -20,12 +20,11 @@ def scores(context: Context) -> Scores:
     chosen = np.sort(drawn_order(count, context.settings.seed)[:most]) if most < count else None
     with context.strategy.scope():
         encoder = make_encoder(context.config.encoder, context.config.views.image_size, context.config.run.seed)
-    fitted = min(count, most)
-    images = fitted + len(context.validation.labels)
+    images = {"train": min(count, most), "validation": len(context.validation.labels)}
 
-    def features(split: str, image_ids: np.ndarray | None, before: int) -> StoredFeatures:
+    def features(split: str, image_ids: np.ndarray | None = None) -> StoredFeatures:
         def on_images(done: int) -> None:
-            context.on_progress("features of the untrained control, images", before + done, images)
+            context.on_progress(f"untrained control, features of {split}, images", done, images[split])
 
         return extract(
             encoder,
@@ -44,7 +43,7 @@ def scores(context: Context) -> Scores:
     def on_fit(phase: str, done: int = 0, total: int = 0, text: str = "") -> None:
         context.on_progress(f"untrained control, {phase}", done, total, text)
 
-    train, validation = features("train", chosen, 0), features("validation", None, fitted).whole()
+    train, validation = features("train", chosen), features("validation").whole()
     found = cached.scores(replace(context, encoder=encoder, train=train, validation=validation, on_progress=on_fit))
     return replace(found, arrays={})
 

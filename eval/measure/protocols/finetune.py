@@ -50,6 +50,7 @@ def _scores(part: _Part, context: Context) -> Scores:
         folder,
         strategy=context.strategy,
         on_progress=lambda done: context.on_progress(f"{part.name}, images", done, visits),
+        on_search=lambda done: context.on_progress(f"finding the images of {part.name}, records", done, context.sizes.train),
         should_stop=context.should_stop,
     )
     count = len(context.validation.labels)
