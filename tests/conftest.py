@@ -1,5 +1,6 @@
 """Fixtures of several test files, and what pytest is told about all of them."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -14,6 +15,9 @@ from support.raw_data import raw_as_usual
 
 # What a script starts in the background ignores SIGINT, and so does all that it starts, which tests interrupt with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A quarter of the time that imports take; `pytest_collection_finish` enables it.
+gc.disable()
 
 _LONGEST = (
     "kills",
@@ -40,6 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the files that take longest first, so that no worker is left alone with one at the end."""
     rank = {f"test_{name}": number for number, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """Leaves the modules, which stay until the end, out of every later collection of garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

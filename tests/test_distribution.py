@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from support.processes import run_module
+from support.copies import Copies
 
 from trainer.distribution import check_divides, jit_compile, make_strategy
 from trainer.input_pipeline import training_batches
@@ -29,11 +29,11 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def stepped(dataset, tmp_path_factory) -> Path:
+def stepped(copies: Copies, dataset, tmp_path_factory) -> Path:
     """The folder where `support.replicas` leaves five steps of each case."""
     folder = tmp_path_factory.mktemp("replicas")
     cases = {name: (count, fuses, [*TINY, *settings]) for name, (count, fuses, settings) in CASES.items()}
-    run_module("support.replicas", dataset, folder, json.dumps(cases))
+    copies.printed_by("support.replicas", dataset, folder, json.dumps(cases))
     return folder
 
 

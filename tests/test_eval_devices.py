@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.copies import Copies
 from support.datasets import write_dataset
-from support.processes import run_module
 
 from eval.measure.evaluation import read_evaluation
 from eval.measure.features import read_features
@@ -46,10 +46,10 @@ def checkpoint(odd, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def evaluated(odd, checkpoint, tmp_path_factory) -> Path:
+def evaluated(copies: Copies, odd, checkpoint, tmp_path_factory) -> Path:
     """The folder where `support.evaluations` leaves the evaluations on 1, 2 and 4 replicas."""
     folder = tmp_path_factory.mktemp("evaluations")
-    run_module("support.evaluations", odd, checkpoint, folder, "1,2,4", *SETTINGS)
+    copies.printed_by("support.evaluations", odd, checkpoint, folder, "1,2,4", *SETTINGS)
     return folder
 
 
@@ -97,20 +97,20 @@ def test_replicas_that_do_not_divide_a_batch_are_refused_before_anything_is_comp
     assert not (tmp_path / "out").exists()
 
 
-def endings(places: str, folder: Path, data: Path, checkpoint: Path) -> list[tuple[int, str, str]]:
+def endings(copies: Copies, places: str, folder: Path, data: Path, checkpoint: Path) -> list[tuple[int, str, str]]:
     """Returns exit code, stdout and stderr of eval.task, run again for each of `places`, which `support.ending` explains."""
     given = ["--data", data, "--checkpoint", checkpoint, "--output", folder / "out"]
     settings = [*SETTINGS, "linear_eval.protocols=official,finetune-100", "linear_eval.finetune_batch_size=12"]
     settings += ["linear_eval.finetune_100_epochs=2"]
-    run_module("support.ending", "eval.task", places, folder / "endings.json", *given, "--set", *settings)
+    copies.printed_by("support.ending", "eval.task", places, folder / "endings.json", *given, "--set", *settings)
     return json.loads((folder / "endings.json").read_text())
 
 
 @pytest.mark.thorough
-def test_killed_anywhere_it_ends_with_the_bits_of_one_left_alone(odd, checkpoint, tmp_path):
+def test_killed_anywhere_it_ends_with_the_bits_of_one_left_alone(copies, odd, checkpoint, tmp_path):
     """SIGKILL in the forward pass, in a fit, three times in `official`, once while it saves; SIGTERM there and in fine-tuning."""
     (tmp_path / "alone").mkdir()
-    (alone,) = endings("end", tmp_path / "alone", odd, checkpoint)
+    (alone,) = endings(copies, "end", tmp_path / "alone", odd, checkpoint)
     (tmp_path / "killed").mkdir()
     places = [
         "kill:features:6",
@@ -124,7 +124,7 @@ def test_killed_anywhere_it_ends_with_the_bits_of_one_left_alone(odd, checkpoint
         "term:finetune-100:3",
         "end",
     ]
-    *ended, finished = endings(",".join(places), tmp_path / "killed", odd, checkpoint)
+    *ended, finished = endings(copies, ",".join(places), tmp_path / "killed", odd, checkpoint)
     assert [code for code, _, _ in ended] == [{"kill": -9, "torn": -9, "term": 75}[one.split(":")[0]] for one in places[:-1]]
     # From step 9, which the attempt before saved; from the beginning it would be step 2.
     assert "stopped at step 11 of 12 of supervised training, saved " in ended[6][2]
@@ -139,16 +139,16 @@ def test_killed_anywhere_it_ends_with_the_bits_of_one_left_alone(odd, checkpoint
     assert left == {"features", "predictions.parquet", "classifier.npz", "classifier", "result.json"}
 
 
-def test_a_disk_that_is_full_in_the_middle_of_features_costs_one_line_and_nothing_else(odd, checkpoint, tmp_path):
+def test_a_disk_that_is_full_in_the_middle_of_features_costs_one_line_and_nothing_else(copies, odd, checkpoint, tmp_path):
     """A limit on the size of files in the place of a full disk: the index of the features fits into it, a part does not."""
     given = ["--data", odd, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--set", *SETTINGS]
-    command = [sys.executable, "-m", "eval.task", *given, "linear_eval.protocols=cached"]
+    command = ["eval.task", *given, "linear_eval.protocols=cached"]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # noqa: E731
-    full = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    full = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, preexec_fn=limit)
     assert full.returncode == 2
     said = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
     assert "part-00000.parquet cannot be written: " in said[0]
     assert "Traceback" not in full.stderr
     assert not list(tmp_path.glob("out/*/*"))
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert copies.run(*command).returncode == 0

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from support.copies import Copies
 from support.datasets import write_dataset
-from support.processes import run_module
 
 from trainer.augmentation import augment
 from trainer.input_pipeline import evaluation_batches, labelled_batches, training_batches, view_batches
@@ -180,17 +180,17 @@ def test_a_finished_run_started_again_ends_with_the_same_result(undisturbed, dat
     assert (again.state_sha256, again.metrics) == (result.state_sha256, result.metrics)
 
 
-def endings(places: str, folder: Path, data: Path) -> list[tuple[int, str, str]]:
+def endings(copies: Copies, places: str, folder: Path, data: Path) -> list[tuple[int, str, str]]:
     """Returns exit code, stdout and stderr of trainer.task, run again for each of `places`, which `support.ending` explains."""
     given = ["--preset", "demo", "--data", data, "--checkpoint-dir", folder / "run", "--json", "--set", *TINY]
-    run_module("support.ending", "trainer.task", places, folder / "endings.json", *given)
+    copies.printed_by("support.ending", "trainer.task", places, folder / "endings.json", *given)
     return json.loads((folder / "endings.json").read_text())
 
 
 @pytest.mark.thorough
-def test_a_run_that_is_ended_in_every_way_ends_with_the_same_bits(undisturbed, dataset, tmp_path):
+def test_a_run_that_is_ended_in_every_way_ends_with_the_same_bits(copies, undisturbed, dataset, tmp_path):
     """Killed between two steps, within a write, and stopped by SIGTERM at a step after which there would be no checkpoint."""
-    *ended, finished = endings("kill:4,torn:checkpoint-00000006,term:6,end", tmp_path, dataset)
+    *ended, finished = endings(copies, "kill:4,torn:checkpoint-00000006,term:6,end", tmp_path, dataset)
     assert [code for code, _, _ in ended] == [-signal.SIGKILL, -signal.SIGKILL, EXIT_CODE]
     progress = [
         [one for one in map(parse_line, err.splitlines()) if one and one[1] == "training"] for _, _, err in (*ended, finished)

@@ -6,6 +6,7 @@ consists of TensorFlow operations only, so each host of a TPU slice can run its 
 
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -21,6 +22,7 @@ from trainer.shared.errors import UserError
 from trainer.shared.records import Manifest
 
 Batch = dict[str, tf.Tensor]
+_MakesDataset = TypeVar("_MakesDataset", bound=Callable[..., tf.data.Dataset])
 
 _RECORDS_AT_ONCE = 256
 """Records of a subset to read together. It reads each record on its own."""
@@ -31,6 +33,12 @@ _BYTES_A_READ = 8 * 2**20
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _traced_as_written(function: _MakesDataset) -> _MakesDataset:
+    """Returns `function` without AutoGraph, which takes a second of each process to convert Python that needs no conversion."""
+    return tf.autograph.experimental.do_not_convert(function)
+
+
+@_traced_as_written
 def training_batches(
     config: Config, data_dir: str, manifest: Manifest, first_step: int, *, host: int = 0, hosts: int = 1, replicas: int = 1
 ) -> tf.data.Dataset:
@@ -72,6 +80,7 @@ def training_batches(
     )
 
 
+@_traced_as_written
 def labelled_batches(
     views: ViewSettings,
     batch_size: int,
@@ -136,6 +145,7 @@ _NO_EPOCH = 2**32 - 1
 """Number of an epoch that no training reaches. It keys the random numbers of `view_batches`."""
 
 
+@_traced_as_written
 def evaluation_batches(
     views: ViewSettings,
     data_dir: str,
@@ -164,6 +174,7 @@ def evaluation_batches(
     return _every_image(example, data_dir, manifest, split_name, batch_size, image_ids, first_step, host, hosts, replicas)
 
 
+@_traced_as_written
 def view_batches(
     views: ViewSettings,
     seed: int,

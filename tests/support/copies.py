@@ -7,6 +7,7 @@ starts, where Popen would start an interpreter: sessions, parents, signals and f
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import inspect
 import io
@@ -82,6 +83,12 @@ class Copies:
             code = self.wait(self.start(module, *arguments, output=output, cwd=cwd, **environ))
             out, err = (output.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
         return subprocess.CompletedProcess(arguments, code, out, err)
+
+    def printed_by(self, module: str, *arguments: str | Path) -> str:
+        """Runs `python -m module` to its end and returns what it printed. Fails where that fails."""
+        done = self.run(module, *arguments)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-5000:]}"
+        return done.stdout
 
     def _ask(self, *question: object) -> Any:
         self._server.stdin.write(json.dumps(question) + "\n")
@@ -197,8 +204,11 @@ def _serve() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints is no reply
     given = dict(os.environ)
+    gc.disable()
     for name in _IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # a collection in a copy would write to, and so copy, all memory that was imported
+    gc.enable()
     _set_by_imports.update({name: value for name, value in os.environ.items() if name not in given})
     subprocess.Popen = _Copied  # type: ignore[misc]
     ended: dict[int, int] = {}

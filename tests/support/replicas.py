@@ -4,8 +4,8 @@ CASES is JSON: by name the number of replicas, whether several work as on a devi
 FOLDER gets NAME-one.npz and NAME-several.npz with the metrics and the state after each step; several begin each step with the
 state that one had after the step before. The network has two blocks, which are soon compiled.
 
-TensorFlow makes its devices once, and its collectives confuse the strategies of one process with each other: each run is a child,
-and the children share the import of TensorFlow alone.
+TensorFlow makes its devices once, and its collectives confuse the strategies of one process with each other: each run on several
+is a child, the runs on one are another, and the children share the import of TensorFlow alone.
 """
 
 import json
@@ -62,21 +62,23 @@ def five_steps(data_dir: str, output: Path, begun: Path | None, replicas: int, f
     np.savez(output, **kept)
 
 
-def in_a_child(*arguments) -> None:
+def in_a_child(*runs: tuple) -> None:
     child = os.fork()
     if not child:
         try:
-            five_steps(*arguments)
+            for arguments in runs:
+                five_steps(*arguments)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0, arguments
+    assert os.waitpid(child, 0)[1] == 0, runs
 
 
 if __name__ == "__main__":
     data, folder = sys.argv[1], Path(sys.argv[2])
-    for name, (count, as_on_a_tpu, settings) in json.loads(sys.argv[3]).items():
-        one = folder / f"{name}-one.npz"
-        in_a_child(data, one, None, 1, False, settings)
-        in_a_child(data, folder / f"{name}-several.npz", one, count, as_on_a_tpu, settings)
+    cases = json.loads(sys.argv[3])
+    ones = {name: folder / f"{name}-one.npz" for name in cases}
+    in_a_child(*((data, ones[name], None, 1, False, settings) for name, (_, _, settings) in cases.items()))
+    for name, (count, as_on_a_tpu, settings) in cases.items():
+        in_a_child((data, folder / f"{name}-several.npz", ones[name], count, as_on_a_tpu, settings))
