@@ -152,10 +152,11 @@ def _accuracies(run: Run, drawn: Mapping[str, Figure]) -> Section:
 
 
 def _measurement(row: Measurement) -> Section:
+    text = description_of(row.protocol)
     return Section(
         f"measurement-{row.protocol}",
         row.protocol.replace("-", " ").capitalize(),
-        f"{description_of(row.protocol)}. Compare only values of the same dataset and the same {', '.join(row.conditions)}.",
+        f"{text[:1].upper()}{text[1:]}. Compare only values of the same dataset and the same {', '.join(row.conditions)}.",
         {
             "rows": measurements.values_in_words(row),
             "note": f"Measured with {measurements.about(row)}, in {row.seconds:,.0f} s.",
