@@ -8,9 +8,9 @@
 PYTHON has NumPy and JAX; of this project that machine needs the sources. RAW is CIFAR-10 in ImageNet's raw layout.
 
 `prepare` converts RAW, unless WORK/data is there, and lowers the step of each arm and batch size. FOLDER gets the programs, the
-training images, the order in which the runs see them, the boxes of all crops, and the initial state. 20,000 images take 31 MB,
-the boxes .5 MB an epoch, the order 40 kB an epoch for each batch size, the state 3 MB a seed at a quarter of ResNet-18's width
-(12 MB at half, 45 MB at the whole), the step of ResNet-50 4 MB. `--images-per-class` and `--epochs` make FOLDER smaller.
+training images, the order in which the runs see them, the boxes of all crops, and the initial state. 20,000 images take 36 MB,
+the boxes .1 MB an epoch, the order .04 MB an epoch for each batch size, the state 3 MB a seed at a quarter of ResNet-18's width
+(46 MB at the whole), the programs 4 MB: 54 MB in all by default. `--images-per-class` and `--epochs` make FOLDER smaller.
 
 `train` saves the state in STATES every `--every` steps, whole or not at all. The same command goes on from there. With
 `--minutes`, it stops by then and exits with code 75: run me again. OUT gets a run's network when the run has ended, in files
