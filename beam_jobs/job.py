@@ -80,7 +80,7 @@ def build(
         on_progress(LISTING)
         plan = make_plan(raw, output, **options, listing=listing, unpack=unpacked)
         for note in plan.raw.notes:
-            print(printable(f"note: {note}"), file=sys.stderr, flush=True)
+            _note(note)
         runs = _run(beam_args, processes, output, plan.identity)
         hold()
         return _convert(plan, runs, on_progress)
@@ -140,11 +140,9 @@ def _with_pieces(plan: Plan, on_progress: OnProgress) -> tuple[Plan, str]:
     pieces, compared = origin.read_pieces(plan.raw.folder, [*plan.raw.found.values()], plan.raw.archives)
     rate = origin.PIECES / (time.perf_counter() - begun)
     if compared and rate < _SLOW_DISK and is_local(plan.raw.folder):
-        print(
-            f"note: {plan.raw.folder} answers about {rate:.0f} reads a second, and each image takes one, so a million take "
-            f"{1e6 / rate / 3600:.1f} hours: copy the raw files to an SSD first",
-            file=sys.stderr,
-            flush=True,
+        _note(
+            f"{plan.raw.folder} answers about {rate:.0f} reads a second, and each image takes one, so a million take "
+            f"{1e6 / rate / 3600:.1f} hours: copy the raw files to an SSD first"
         )
     return replace(plan, pieces=pieces), compared
 
@@ -267,6 +265,10 @@ def _unpack(
     unpack.finish(work)
 
 
+def _note(text: str) -> None:
+    print(printable(f"note: {text}"), file=sys.stderr, flush=True)
+
+
 def _finished(output: str, why: str) -> UserError:
     """Returns the error that `output` has a finished dataset, and `why` it is another one."""
     text = files.read(files.join(output, MANIFEST)).decode(errors="replace")
@@ -280,9 +282,15 @@ def _finished(output: str, why: str) -> UserError:
 def _prepare(plan: Plan) -> None:
     """Makes the output folder ready. Keeps the shards of an interrupted job if it had the same plan."""
     made_here = _made_here(plan)
-    if not made_here and (others := [name for name in files.names(plan.output) if _SHARD_FILE.fullmatch(name)]):
-        raise UserError(f"{plan.output} has {others[0]}, which is not from an unfinished job like this one: give another folder")
+    shards = [name for name in files.names(plan.output) if _SHARD_FILE.fullmatch(name)]
+    if not made_here and shards:
+        raise UserError(f"{plan.output} has {shards[0]}, which is not from an unfinished job like this one: give another folder")
     if made_here != plan.identity:
+        if shards:
+            _note(
+                f"the raw files, options or versions changed since {plan.output} was interrupted: its {len(shards)} shards are "
+                "written again"
+            )
         _remove_leftovers(plan)
     files.delete_temporary(plan.output)
     files.delete_temporary(plan.work)

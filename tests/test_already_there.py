@@ -10,7 +10,7 @@ import pytest
 from support.layouts import write_all, zipped
 from support.raw_data import LABELS, OF_VALIDATION, SYNSETS, TRAIN, VALIDATION, picture, raw_as_usual, train_images
 
-from beam_jobs import images, job, origin, plan
+from beam_jobs import convert, images, job, origin, plan
 from beam_jobs.build_tfrecords import main
 from beam_jobs.publish import CONVERSION
 
@@ -81,6 +81,20 @@ def test_a_slow_disk_is_named_before_the_images_are_read(world, tmp_path, capsys
     monkeypatch.setattr(job, "_SLOW_DISK", float("inf"))
     assert main(["--raw", str(world / "archives"), "--output", str(tmp_path / "output")]) == 0
     assert re.search(r"note: \S+ answers about \d+ reads a second, .* to an SSD first\n", capsys.readouterr().err)
+
+
+def test_an_interrupted_conversion_that_begins_anew_says_so(world, tmp_path, capsys, monkeypatch):
+    raw, output = tmp_path / "raw", tmp_path / "output"
+    shutil.copytree(world / "archives", raw)
+    command = ["--raw", str(raw), "--output", str(output), "--num-shards", "2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(convert, "publish", {}.__getitem__)
+        with pytest.raises(TypeError):
+            main(command)
+    os.utime(raw / TRAIN, (1, 1))
+    assert main(command) == 0
+    said = f"note: the raw files, options or versions changed since {output} was interrupted: its 4 shards are written again"
+    assert said in capsys.readouterr().err
 
 
 def test_labels_in_another_file_of_the_same_content_are_the_same(world, capsys, tmp_path):

@@ -15,6 +15,7 @@ from components import tracking
 from pipelines import logs
 from trainer.preemption import ending_noted
 from trainer.shared.errors import UserError
+from trainer.shared.progress import parse_line
 
 # ---- Commands that died
 
@@ -116,7 +117,8 @@ def test_the_ui_takes_any_free_port_and_a_closed_terminal_ends_its_server_too(ro
         port = urlsplit(ui.stdout.readline().split()[1]).port
         ui.send_signal(signal.SIGHUP)
         assert ui.wait() == 0
-        assert ui.stderr.read() == ""
+        phases = {parse_line(line)[:2] for line in ui.stderr.read().splitlines()}
+        assert phases == {("ui", "loading MLflow"), ("ui", "starting the server")}
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
