@@ -13,7 +13,8 @@ import resource
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import apache_beam as beam
@@ -29,25 +30,32 @@ from beam_jobs.raw import SPLITS
 from beam_jobs.references import PackedReference
 
 SYNSETS, TRAIN, VALIDATION, SHARDS = 1000, 1_281_167, 50_000, 1100
+VARIANTS = 50
+"""Different images of a synset. Its other images repeat them."""
 
 
-def tiny() -> bytes:
+def tiny(label: int, variant: int) -> bytes:
+    """Returns a JPEG of 8x8 pixels: the picture of its synset under noise, so that a classifier can learn something."""
+    picture, noise = (np.random.default_rng(seed).normal(size=(8, 8)) for seed in ((label,), (label, variant)))
     out = io.BytesIO()
-    Image.new("L", (8, 8)).save(out, "jpeg", quality=1)
+    Image.fromarray(np.clip(128 + 30 * (picture + noise), 0, 255).astype(np.uint8)).save(out, "jpeg", quality=20)
     return out.getvalue()
 
 
 def write_raw(folder: Path, train: int = TRAIN, validation: int = VALIDATION, content: bytes = b"") -> None:
-    """Writes both archives and the labels into a new folder. Every image is `content`, by default a tiny JPEG."""
-    content = content or tiny()
-    padded = content + bytes(-len(content) % tarfile.BLOCKSIZE)
+    """Writes both archives and the labels into a new folder. Every image is `content`, by default a tiny JPEG of its synset."""
 
-    def members(names: list[str]) -> bytes:
-        blocks = []
-        for name in names:
+    @cache
+    def image(label: int, variant: int) -> bytes:
+        return content or tiny(label, variant)
+
+    def members(names: list[str], labels: Sequence[int]) -> bytes:
+        blocks, different = [], len(set(labels))
+        for number, (name, label) in enumerate(zip(names, labels, strict=True)):
+            encoded = image(label, number // different % VARIANTS)
             member = tarfile.TarInfo(name)
-            member.size = len(content)
-            blocks += [member.tobuf(tarfile.USTAR_FORMAT), padded]
+            member.size = len(encoded)
+            blocks += [member.tobuf(tarfile.USTAR_FORMAT), encoded, bytes(-len(encoded) % tarfile.BLOCKSIZE)]
         return b"".join(blocks) + bytes(2 * tarfile.BLOCKSIZE)
 
     folder.mkdir()
@@ -55,14 +63,15 @@ def write_raw(folder: Path, train: int = TRAIN, validation: int = VALIDATION, co
     cuts = np.linspace(0, train, SYNSETS + 1).astype(int)
     with tarfile.open(folder / TRAIN_ARCHIVE, "w") as outer:
         for label, synset in enumerate(synsets):
-            inner = members([f"{synset}_{number}.JPEG" for number in range(cuts[label + 1] - cuts[label])])
+            count = cuts[label + 1] - cuts[label]
+            inner = members([f"{synset}_{number}.JPEG" for number in range(count)], [label] * count)
             member = tarfile.TarInfo(f"{synset}.tar")
             member.size = len(inner)
             outer.addfile(member, io.BytesIO(inner))
-    (folder / VALIDATION_ARCHIVE).write_bytes(
-        members([f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, validation + 1)])
-    )
-    (folder / VALIDATION_LABELS).write_text("".join(f"{synsets[number % SYNSETS]}\n" for number in range(validation)))
+    labels = [number % SYNSETS for number in range(validation)]
+    names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, validation + 1)]
+    (folder / VALIDATION_ARCHIVE).write_bytes(members(names, labels))
+    (folder / VALIDATION_LABELS).write_text("".join(f"{synsets[label]}\n" for label in labels))
 
 
 def index_and_plan(raw: Path, output: Path) -> int:
