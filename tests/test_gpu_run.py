@@ -13,7 +13,7 @@ from benchmarks.philox import uniform
 from PIL import Image
 from support.datasets import write_dataset
 from support.lifted import lift
-from test_lowering import PYTHON, needs_compiler
+from support.tpu_compiler import PYTHON, needs_compiler
 
 from trainer import checkpoint
 from trainer.config import config_from_dict

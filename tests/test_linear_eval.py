@@ -353,7 +353,7 @@ def test_a_duplicated_image_id_is_found(checkpoint, tmp_path):
         (
             ["--set", "linear_eval.protocols=offical"],
             "error: linear_eval.protocols=offical is not one of cached, knn, online, official, finetune-1, finetune-10, "
-            "finetune-100; did you mean official?",
+            "finetune-100, global-objective; did you mean official?",
         ),
         (["--checkpoint", "/nowhere"], "error: /nowhere holds no pretraining run"),
         (["--data", "/nowhere"], "error: /nowhere holds no finished dataset"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from benchmarks import portable_step
+from support.tpu_compiler import PYTHON, needs_compiler
 
 from eval.measure.programs import lower_forward, lower_labelled_step
 from eval.measure.supervised import Recipe
@@ -21,14 +22,6 @@ from trainer.shared.errors import UserError
 from trainer.shared.records import read_manifest
 from trainer.state import create_train_state
 from trainer.step import make_train_step
-
-PYTHON = compiler.tpu_python(PROJECT)
-
-
-def needs_compiler(test):
-    """Marks a test that compiles with the TPU's compiler, which takes tens of seconds."""
-    return pytest.mark.thorough(pytest.mark.skipif(PYTHON is None, reason="make tpu-check installs the TPU's compiler")(test))
-
 
 TINY = ["depth=10", "width_multiplier=0.0625", "global_batch_size=16", "epochs=6", "warmup_epochs=0", "base_learning_rate=0.002"]
 

@@ -278,7 +278,7 @@ def test_all_that_is_kept_is_under_the_root_and_nothing_but_progress_is_said(fol
         *("artifacts", "cache", "checkpoints", "datasets", "features", "kfp", "logs", "mlflow.db")
     ]
     assert second[0].stderr.splitlines() == [
-        *("[run] loading Beam and MLflow ...", "[run] identifying the raw folder ..."),
+        *("[run] loading MLflow ...", "[run] loading the conversion ...", "[run] identifying the raw folder ..."),
         *(f"[{component}] reused: 1/1" for component in COMPONENTS),
     ]
 
