@@ -114,9 +114,10 @@ def figure(lines: Sequence[Line]) -> Figure:
     Points are means over seeds. Bars are 95% intervals over seeds, if there are at least two. Dots are single runs.
     """
     main = of_group(lines, "main")
-    drawn = Figure(figsize=(11, 6.4), layout="constrained", facecolor="#ffffff")
-    panels = drawn.subplots(2, len(TEMPERATURES) + 1, sharex="col")
-    for column, temperature in enumerate(TEMPERATURES):
+    temperatures = [one for one in TEMPERATURES if any(line["temperature"] == one for line in main)]
+    drawn = Figure(figsize=(3.7 * (len(temperatures) + 1), 6.4), layout="constrained", facecolor="#ffffff")
+    panels = drawn.subplots(2, len(temperatures) + 1, sharex="col")
+    for column, temperature in enumerate(temperatures):
         there = [line for line in main if line["temperature"] == temperature]
         for row, (value, name) in enumerate(((objective, "global objective F"), (top_1, "top-1, %, linear eval"))):
             _draw(panels[row, column], there, value)
@@ -173,7 +174,7 @@ def _arms(main: Sequence[Line], untrained: Sequence[Line]) -> str:
                 rows.append([name, str(batch), *cells])
         if untrained:
             starts = [value(line | {"temperature": float(temperature)}) for line in untrained]
-            rows.append([name, "untrained", _spread(starts, digits), *[""] * (len(ARMS) - 1)])
+            rows.append([name, "untrained", *[_spread(starts, digits)] * len(ARMS)])
     return table(["", "batch", *ARMS], rows)
 
 
