@@ -38,8 +38,10 @@ _FROM = 0.2
 _SEARCH = """
 import sys
 from trainer.bad_records import first_bad_record
+from trainer.shared.progress import ProgressBars
 from trainer.shared.records import read_manifest
-print(first_bad_record(sys.argv[1], read_manifest(sys.argv[1]), "train"), file=sys.stderr)
+with ProgressBars() as bars:
+    print(first_bad_record(sys.argv[1], read_manifest(sys.argv[1]), "train", bars.of("bad-record")), file=sys.stderr)
 """
 
 
@@ -58,6 +60,8 @@ class Phase:
     """What was done when the process came to the phase."""
     count: tuple[int, int] = (0, 0)
     counted: float = 0.0
+    full: float = 0.0
+    """When the count reached its total, which the time left is of. What follows, such as the end of the process, is not."""
 
     @property
     def seconds(self) -> float:
@@ -68,7 +72,7 @@ class Phase:
         """The largest ratio between what was left and what was said, or the other way round. 1 where nothing was said."""
         ratios = [1.0]
         for moment, done, left in self.promised:
-            truth = self.ended - moment
+            truth = (self.full or self.ended) - moment
             # Times are said in whole seconds.
             if done >= _FROM and truth > _SHORTEST:
                 ratios += [truth / max(left, 1.0), left / truth]
@@ -111,6 +115,8 @@ def watch(command: Sequence[str], end: tuple[str, float, signal.Signals] | None 
             phases.append(phase)
         elif (done, total) != phase.count:
             phase.still, phase.counted, phase.count = max(phase.still, now - phase.counted), now, (done, total)
+        if done == total > 0:
+            phase.full = phase.full or now
         if total and (left := _LEFT.search(line.rstrip())):
             hours, minutes, seconds = (int(part or 0) for part in left.groups())
             fraction = (done - phase.first) / (total - phase.first)

@@ -3,7 +3,7 @@
 Its only hyperparameter, the penalty, is chosen on held-out training images.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -73,8 +73,8 @@ def fit_with_choice(
     penalties = sorted(settings.l2_penalties, reverse=True)
     chosen_with = min(train.count, settings.choice_images)
 
-    def path(name: str, examples: Examples, penalties: int, tolerance: float) -> _Path:
-        return _Path(name, examples, penalties, tolerance, strategy or tf.distribute.get_strategy(), on_progress, stop)
+    def path(name: str, examples: Examples, tolerance: float) -> _Path:
+        return _Path(name, examples, tolerance, strategy or tf.distribute.get_strategy(), on_progress, stop)
 
     with train.on_this_machine() as features:
         best = None
@@ -86,27 +86,23 @@ def fit_with_choice(
             on_progress("reading held-out features")
             judges = features.examples(out).in_memory()
             examples = features.examples(kept)
-            followed = path("choice of the penalty", examples, len(penalties), _TOLERANCE_OF_CHOICE)
+            followed = path("choice of the penalty", examples, _TOLERANCE_OF_CHOICE)
             candidates = list(fit_path(examples, num_classes, penalties, **followed.how()))
-            followed.end()
             best = candidates[int(np.argmax(accuracies(candidates, judges)))]
             if rest.any():
                 smaller = [one for one in penalties if one <= best.l2_penalty]
                 examples = features.examples(kept | rest)
-                expected = min(_TRIED_ON_ALL, len(smaller))
-                followed = path("choice of the penalty with all images", examples, expected, _TOLERANCE_OF_CHOICE)
+                followed = path("choice of the penalty with all images", examples, _TOLERANCE_OF_CHOICE)
                 most = -1.0
                 for candidate in fit_path(examples, num_classes, smaller, best, **followed.how()):
                     (now,) = accuracies([candidate], judges)
                     if now <= most:
                         break
                     best, most = candidate, now
-                followed.end()
         examples = features.examples()
         penalty = penalties[0] if best is None else best.l2_penalty
-        followed = path("fit", examples, 1, TOLERANCE)
+        followed = path("fit", examples, TOLERANCE)
         classifier = fit(examples, num_classes, penalty, best, **followed.how())
-        followed.end()
         return classifier
 
 
@@ -120,26 +116,27 @@ def work_of_fits(settings: LinearEvalSettings, images: int) -> float:
 
 
 class _Path:
-    """Counts the examples that a path of fits reads, in a phase before its searches and in one of them."""
+    """Reports a path of fits: the examples that it reads before its searches, in a phase, then the passes of its searches.
+
+    How many passes a search takes is known when it ends, so nothing says what is left of it. The text says how far the largest
+    component of the gradient is from the value at which the search ends.
+    """
 
     def __init__(
         self,
         name: str,
         examples: Examples,
-        penalties: int,
         tolerance: float,
         strategy: tf.distribute.Strategy,
         on_progress: OnProgress,
         stop: Callable[[], None],
     ) -> None:
-        self._name, self._count, self._penalties, self._tolerance = name, examples.count, penalties, tolerance
+        self._name, self._count, self._tolerance = name, examples.count, tolerance
         self._strategy, self._on_progress, self._stop = strategy, on_progress, stop
         self._read, self._to_read = 0, examples.count * passes_before(examples, strategy.num_replicas_in_sync)
-        self._done = self._since = 0
-        """Examples read in searches, and since the last evaluation of the objective."""
-        self._gradients: dict[float, list[float]] = {}
-        """Penalty -> largest component of the gradient at each evaluation."""
-        self._text = ""
+        self._passes = self._of_pass = 0
+        """Finished passes, and examples read in the pass after them."""
+        self._reached = ""
         self._on_read(0)
 
     def how(self) -> dict[str, Any]:
@@ -147,50 +144,21 @@ class _Path:
         calls = {"on_read": self._on_read, "on_rows": self._on_rows, "on_evaluation": self._on_evaluation}
         return {"tolerance": self._tolerance, "strategy": self._strategy, **calls}
 
-    def end(self) -> None:
-        self._on_progress(f"{self._name}, images", self._done, self._done, self._text)
-
     def _on_read(self, rows: int) -> None:
         self._read += rows
         self._on_progress(f"features for the {self._name}, images", self._read, self._to_read)
-        if self._read == self._to_read:
-            self._report()
         self._stop()
 
     def _on_rows(self, rows: int) -> None:
-        self._done += rows
-        self._since += rows
-        self._report()
+        self._of_pass += rows
+        pass_now = f"pass {self._passes + 1}, {self._of_pass:,} of {self._count:,} images"
+        self._on_progress(self._name, text=pass_now + self._reached)
         self._stop()
 
     def _on_evaluation(self, penalty: float, loss: float, gradient: float) -> None:
-        self._gradients.setdefault(penalty, []).append(gradient)
-        self._since = 0
-        self._text = f"penalty {penalty:g}, loss {loss:.4f}"
-
-    def _report(self) -> None:
-        *ended, now = self._gradients.values() or [[]]
-        each = (EVALUATIONS + sum(map(len, ended))) / (1 + len(ended))
-        evaluations = evaluations_left(now, self._tolerance) + each * max(0, self._penalties - len(ended) - 1)
-        left = max(1, round(evaluations * self._count) - self._since)
-        self._on_progress(f"{self._name}, images", self._done, self._done + left, self._text)
-
-
-def evaluations_left(gradients: Sequence[float], tolerance: float) -> float:
-    """Returns how many evaluations a search still takes, reckoned from the largest component of the gradient at each so far.
-
-    The logarithm of the gradient falls about evenly, though not at every evaluation. So its level now is the mean of the lower
-    half of the last six, and the search counts as if three evaluations had fallen at the expected rate.
-    """
-    if not gradients:
-        return EVALUATIONS
-    logs, end = np.log(np.maximum(gradients, 1e-30)), np.log(tolerance)
-    if logs[-1] <= end:
-        return 0.0
-    last = np.sort(logs[-6:])
-    top, now = max(logs), last[: (len(last) + 1) // 2].mean()
-    rate = (top - now + 3 * (top - end) / EVALUATIONS) / (len(logs) + 3)
-    return float(max(1.0, (now - end) / rate))
+        self._passes += 1
+        self._of_pass = 0
+        self._reached = f", penalty {penalty:g}, loss {loss:.4f}, gradient {gradient:.1e}, which ends at {self._tolerance:.0e}"
 
 
 def _stopper(context: Context) -> Callable[[], None]:
