@@ -58,7 +58,7 @@ def end_at(place: str) -> None:
 
         def signalled(self: ProgressBars, job: str, phase: str, done: int = 0, total: int = 0, text: str = "") -> None:
             shown(self, job, phase, done, total, text)
-            if total and is_place(done, phase):
+            if (total or text) and is_place(done, phase):
                 os.kill(os.getpid(), signal.SIGTERM if what == "term" else signal.SIGKILL)
 
         ProgressBars.__call__ = signalled  # type: ignore[method-assign]
