@@ -36,12 +36,6 @@ class Texts:
         begins = np.where(numbers > 0, self.ends[numbers - 1], 0).tolist()
         return (self.joint[begin:end] for begin, end in zip(begins, ends, strict=True))
 
-    def slice(self, begin: int, end: int) -> "Texts":
-        """Returns the strings begin..end."""
-        first = int(self.ends[begin - 1]) if begin else 0
-        last = int(self.ends[end - 1]) if end else 0
-        return Texts(self.ends[begin:end] - first, self.joint[first:last])
-
 
 def encoded(name: str) -> bytes:
     """Returns the bytes of a name. Lone surrogates stand for bytes that are not UTF-8 (PEP 383)."""

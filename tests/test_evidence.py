@@ -128,12 +128,17 @@ def test_the_page_is_made_of_any_runs():
             evidence_page.figure(subset)
 
 
-def test_a_run_that_diverged_is_listed_and_chooses_nothing():
-    diverged = line(Run("probe", Cell("SimCLR", 16, 0.1), 100, 0.6))
+def test_a_probe_that_diverged_is_listed_and_its_neighbour_may_be_the_best():
+    cell = Cell("SimCLR", 16, 0.1)
+    others = [line(Run("probe", cell, 100, rate)) for rate in (0.15, 0.3)]
+    diverged = line(Run("probe", cell, 100, 0.6))
     del diverged["state_sha256"]
     diverged |= {"objective": None, "own_objective": None, "diverged": "the loss is nan"}
-    text = evidence_page.tables([diverged], PLANNED)
+    text = evidence_page.tables([*others, diverged], PLANNED)
     assert "| the loss is nan |" in text
+    row = next(row for row in text.splitlines() if row.startswith("| 0.1 | 16 | SimCLR | 0.3 | 0.15: "))
+    assert row.endswith("; 0.6: diverged |")
+    assert "nan" not in text.replace("the loss is nan", "")
 
 
 def test_a_difference_is_of_seeds_that_both_arms_have():

@@ -115,7 +115,7 @@ def test_a_search_says_its_pass_and_its_gradient_but_no_total(monkeypatch, tmp_p
     texts = [text for _, _, text in fit]
     assert texts[:2] == ["pass 1, 50 of 500 images", "pass 1, 100 of 500 images"]
     assert texts[10].startswith("pass 2, 50 of 500 images, penalty 0.1, loss ")
-    assert texts[10].endswith(", which ends at 5e-04")
+    assert texts[10].endswith(" (ends at 5e-04)")
     assert texts[-1].startswith(f"pass {len(texts) // 10}, 500 of 500 images")
 
 

@@ -28,6 +28,10 @@ from trainer.state import create_train_state
 from trainer.step import make_train_step
 
 
+class DivergedError(UserError):
+    """The loss or the gradient of a step is not finite."""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     metrics: Mapping[str, float]
@@ -187,7 +191,7 @@ class _Pending:
         return [{name: float(value) for name, value in step.items()} for step in self.steps]
 
     def require_finite(self, step: int, checkpoint: str, before: Mapping[str, float], config: Config) -> None:
-        """Raises UserError if the loss or the gradient of a step since the last log is not finite. `step` is the latest step."""
+        """Raises DivergedError if the loss or the gradient of a step since the last log is not finite. `step` is the latest."""
         optimizer, temperature = config.optimizer, config.loss.temperature
         norms = [float(metrics["train/gradient_norm"]) for metrics in self.steps]
         for index, (norm, metrics) in enumerate(zip(norms, self.steps, strict=True)):
@@ -203,7 +207,7 @@ class _Pending:
                 if grew
                 else f"the peak learning rate is {peak_learning_rate(optimizer):.3g}, the temperature {temperature}"
             )
-            raise UserError(
+            raise DivergedError(
                 f"{what} at step {step - len(self.steps) + index + 1}; the last good checkpoint is {checkpoint or 'none'}; "
                 f"{cause}: a lower base_learning_rate or a longer warm-up is the usual cure"
                 + ("" if grew else ", or a higher temperature")

@@ -7,9 +7,8 @@ import numpy as np
 import tensorflow as tf
 
 from eval.measure.logistic import even_rows, matrix_product, over_replicas, padded
+from trainer.settings import LinearEvalSettings
 
-ANCHORS = 100_000
-"""Number of images up to which the objective is exact."""
 GROUPS = 10
 """Number of groups of sampled anchors. The spread of the groups' squared gradients gives a standard error."""
 _ROWS_AT_ONCE = 1 << 10
@@ -58,7 +57,7 @@ def global_objective(
     projections: np.ndarray,
     temperature: float,
     *,
-    anchors: int = ANCHORS,
+    anchors: int = LinearEvalSettings.objective_anchors,
     seed: int = 0,
     strategy: tf.distribute.Strategy | None = None,
     on_progress: Callable[[float], None] = lambda done: None,

@@ -70,10 +70,15 @@ def run_all(raw: Path, work: Path, at_once: int) -> None:
                 del running[finished]
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                reached = line["objective"] or {f"{TEMPERATURES[0]:g}": {"value": float("nan")}}
-                objective = " ".join(f"{one['value']:.4f}" for one in reached.values())
-                minutes = (time.monotonic() - begun) / 60
-                print(f"{minutes:6.1f} min  {line['name']}: objective {objective}, top-1 {line['top_1'] or 0:.2%}", flush=True)
+                print(f"{(time.monotonic() - begun) / 60:6.1f} min  {line['name']}: {_in_words(line)}", flush=True)
+
+
+def _in_words(line: Line) -> str:
+    """Returns what a run came to. A probe has no top-1."""
+    if line["objective"] is None:
+        return line["diverged"]
+    values = ", ".join(f"{one['value']:.4f}" for one in line["objective"].values())
+    return f"objective {values}" + ("" if line["top_1"] is None else f", top-1 {line['top_1']:.2%}")
 
 
 def first_images(raw: Path, output: Path, per_class: int) -> None:
@@ -104,9 +109,8 @@ def run_one(run: Run, work: Path) -> Line:
     """Trains and measures one run, and returns its record. The results of a run that diverges are None."""
     from trainer import checkpoint as checkpoints
     from trainer.presets import resolve
-    from trainer.shared.errors import UserError
     from trainer.shared.records import read_manifest
-    from trainer.train import train
+    from trainer.train import DivergedError, train
 
     config = resolve(PRESET, run.overrides)
     data, folder = str(work / "data"), str(work / "runs" / run.name)
@@ -128,9 +132,7 @@ def run_one(run: Run, work: Path) -> Line:
     whole, begun = not checkpoints.paths(folder), time.process_time()
     try:
         result = train(config, data, folder)
-    except UserError as error:
-        if "is not finite" not in str(error) and "loss is" not in str(error) and "norm is" not in str(error):
-            raise
+    except DivergedError as error:
         return line | {"diverged": str(error), "objective": None, "own_objective": None, "top_1": None}
     minutes = round((time.process_time() - begun) / 60, 2)
     return (

@@ -98,7 +98,7 @@ def tables(lines: Sequence[Line], planned: int) -> str:
     parts += _losses(main)
     parts += _batch_norm(main, of_group(lines, "ghost"))
     parts += _isogclr(of_group(lines, "isogclr"), main)
-    parts += _rates(probes)
+    parts += _rates([line for line in lines if line["group"] == "probe"])
     parts += _runs(lines)
     return "\n\n".join(parts)
 
@@ -299,11 +299,15 @@ def _rates(probes: Sequence[Line]) -> list[str]:
                 cell = Cell(arm, batch, temperature)
                 tried = {line["rate"]: line["own_objective"] for line in probes if is_probe_of(line, cell)}
                 if tried:
-                    values = "; ".join(f"{rate:g}: {value:.4f}" for rate, value in sorted(tried.items()))
+                    values = "; ".join(f"{rate:g}: {_or_diverged(tried[rate])}" for rate in sorted(tried))
                     chosen = "" if rates_to_try(tried) else f"{best_rate(tried):g}"
                     rows.append([f"{temperature:g}", str(batch), arm, chosen, values])
     text = wrapped("Base learning rates, and what an arm's own objective came to after ten epochs. Lower is better.")
     return ["### The rate", text, table(["temperature", "batch", "arm", "chosen", "rate: own objective"], rows)]
+
+
+def _or_diverged(value: float | None) -> str:
+    return "diverged" if value is None else f"{value:.4f}"
 
 
 def _runs(lines: Sequence[Line]) -> list[str]:

@@ -8,7 +8,7 @@ then known exactly, and so is its gradient by the projections, of which every we
 makes of the same images batch by batch is averaged over epochs of random batches, each loss by the trainer's own code: the
 noise of single batches goes, and what stays is the bias, which no learning rate and no patience puts right. It is given as the
 angle between the two. Nothing learns here, so u is as good as gamma lets it be; where the encoder learns, a small gamma has its
-price, for u is then of older encoders (the ablations of `evidence.py`).
+price, for u is then of older encoders (the arms of `evidence.py`).
 """
 
 import argparse

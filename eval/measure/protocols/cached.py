@@ -102,8 +102,7 @@ def fit_with_choice(
         examples = features.examples()
         penalty = penalties[0] if best is None else best.l2_penalty
         followed = path("fit", examples, TOLERANCE)
-        classifier = fit(examples, num_classes, penalty, best, **followed.how())
-        return classifier
+        return fit(examples, num_classes, penalty, best, **followed.how())
 
 
 def work_of_fits(settings: LinearEvalSettings, images: int) -> float:
@@ -158,7 +157,7 @@ class _Path:
     def _on_evaluation(self, penalty: float, loss: float, gradient: float) -> None:
         self._passes += 1
         self._of_pass = 0
-        self._reached = f", penalty {penalty:g}, loss {loss:.4f}, gradient {gradient:.1e}, which ends at {self._tolerance:.0e}"
+        self._reached = f", penalty {penalty:g}, loss {loss:.4f}, gradient {gradient:.1e} (ends at {self._tolerance:.0e})"
 
 
 def _stopper(context: Context) -> Callable[[], None]:
