@@ -151,7 +151,7 @@ class _Path:
     def _on_rows(self, rows: int) -> None:
         self._of_pass += rows
         pass_now = f"pass {self._passes + 1}, {self._of_pass:,} of {self._count:,} images"
-        self._on_progress(self._name, text=pass_now + self._reached)
+        self._on_progress(self._name, 0, 0, pass_now + self._reached)
         self._stop()
 
     def _on_evaluation(self, penalty: float, loss: float, gradient: float) -> None:
