@@ -13,6 +13,7 @@ from benchmarks.philox import uniform
 from PIL import Image
 from support.datasets import write_dataset
 from support.lifted import lift
+from support.raw_data import raw_as_usual
 from support.tpu_compiler import PYTHON, needs_compiler
 
 from trainer import checkpoint
@@ -62,6 +63,15 @@ def batches_there(prepared, run):
         batch = gpu_run.batch_of(run, step, visits["order"], boxes["boxes"], data["image_ids"], data["labels"])
         batch["views"] = gpu_run.views_of(np, images[batch.pop("position")], batch.pop("boxes"), run["image_size"])
         yield batch
+
+
+def test_the_raw_data_are_converted_once_with_so_many_images_of_a_class(tmp_path):
+    raw = raw_as_usual(tmp_path / "raw")
+    gpu_here.convert(raw, tmp_path / "data", 3)
+    counts = read_manifest(str(tmp_path / "data")).splits["train"].records_per_class
+    assert set(counts) == {3}
+    gpu_here.convert(raw, tmp_path / "data", 2)
+    assert read_manifest(str(tmp_path / "data")).splits["train"].records_per_class == counts
 
 
 def test_random_numbers_are_tensorflow_s_bit_for_bit():

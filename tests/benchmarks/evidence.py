@@ -82,7 +82,11 @@ def _in_words(line: Line) -> str:
 
 
 def first_images(raw: Path, output: Path, per_class: int) -> None:
-    """Writes raw data with the first `per_class` training images of each class of `raw`, and all else as it is there."""
+    """Writes raw data with the first `per_class` training images of each class of `raw`, and all else as it is there.
+
+    First means by their place in the archive. The conversion's own `--images-per-class` takes others, the first by name, and the
+    recorded runs are of these.
+    """
     output.mkdir(parents=True, exist_ok=True)
     for path in raw.iterdir():
         if path.name != "ILSVRC2012_img_train.tar":

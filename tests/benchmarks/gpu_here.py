@@ -178,9 +178,9 @@ def evaluated(run: Mapping[str, Any], arrays: Mapping[str, np.ndarray], about: M
 def convert(raw: Path, data: Path, images_per_class: int) -> None:
     """Converts raw images, unless `data` is a dataset already."""
     if not (data / "manifest.json").exists():
-        chosen = ["--set", f"data.images_per_class={images_per_class}"] if images_per_class else []
-        command = [sys.executable, "-m", "beam_jobs.build_tfrecords", "--raw", raw, "--output", data, *chosen]
-        subprocess.run(command, check=True, cwd=PROJECT)
+        chosen = ["--images-per-class", str(images_per_class)] if images_per_class else []
+        command = [sys.executable, "-m", "beam_jobs.build_tfrecords", "--raw", raw, "--output", data, "--allow-other-counts"]
+        subprocess.run([*command, *chosen], check=True, cwd=PROJECT)
 
 
 def _write_compressed(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
