@@ -141,7 +141,8 @@ def test_other_raw_data_are_an_error_that_says_how_they_differ(change, says, wor
     code, said = again(world, raw, capsys)
     assert code == 2
     assert "has a finished dataset, fingerprint" in said
-    assert f"of other raw data ({says}" in said or says in said
+    assert "of other raw data (" in said
+    assert says in said
 
 
 def test_other_options_are_an_error_that_names_the_first(world, raw, capsys):
