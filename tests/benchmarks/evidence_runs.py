@@ -100,13 +100,14 @@ def planned() -> Iterator[tuple[str, Cell, int, tuple[str, ...], str]]:
             for arm in ARMS:
                 for batch in ENDS:
                     yield "main", Cell(arm, batch, temperature), seed, (), ""
-            if temperature == TEMPERATURES[0]:
+        if temperature == TEMPERATURES[0]:
+            for seed in SEEDS:
                 for size in GHOST_SIZES:
                     for arm in GHOST_ARMS:
                         cell = Cell(arm, ENDS[-1], temperature)
                         yield "ghost", cell, seed, (f"ghost_batch_size={size}",), f"-g{size}"
-    for batch in ENDS:
-        yield "isogclr", Cell("SogCLR .9", batch, TEMPERATURES[0]), SEEDS[0], (), ""
+            for batch in ENDS:
+                yield "isogclr", Cell("SogCLR .9", batch, temperature), SEEDS[0], (), ""
     for temperature in TEMPERATURES:
         for batch in BATCHES:
             if batch not in ENDS:
