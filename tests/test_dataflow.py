@@ -2,13 +2,9 @@
 
 import contextlib
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 from gcp_storage_emulator.server import create_server
@@ -16,7 +12,7 @@ from google.cloud import dataflow_v1beta3 as api
 from google.cloud import storage
 from kfp import dsl
 from mlflow import MlflowClient
-from support.processes import started, until
+from support.processes import until
 from support.raw_data import striped_archives
 from vertex.accounts import give_credentials, nothing_leaves_this_machine
 from vertex.google import Fault, serving
@@ -28,7 +24,6 @@ from pipelines import cli
 from trainer.shared.errors import UserError
 
 IMAGE = "europe-west4-docker.pkg.dev/my-project/sogclr/sogclr-cpu@sha256:" + "c" * 64
-REPOSITORY = Path(__file__).parents[1]
 JOBS = "/v1b3/projects/my-project/locations/europe-west4/jobs"
 FIRST, SECOND = (f"2026-01-01_00_00_00-{number}" for number in (1, 2))
 """IDs of the jobs that are created."""
@@ -80,13 +75,10 @@ def convert(job, url, *more):
     return dataset
 
 
-def process(output, url):
+def process(copies, output, url):
     """Starts a conversion in a process of its own."""
-    command = [sys.executable, "-m", "beam_jobs.build_tfrecords", "--raw", "gs://a-bucket/raw", "--output", output]
-    variables = {**os.environ, "NO_GCE_CHECK": "true"}
-    return started(
-        [*command, *beam_args(url)], cwd=REPOSITORY, env=variables, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    given = ("--raw", "gs://a-bucket/raw", "--output", output, *beam_args(url))
+    return copies.started("beam_jobs.build_tfrecords", *given, NO_GCE_CHECK="true")
 
 
 @contextlib.contextmanager
@@ -156,13 +148,13 @@ def test_a_label_names_any_pipeline_job(job):
 
 
 @pytest.mark.thorough
-def test_the_job_of_an_attempt_that_was_killed_is_gone_on_with(environ, no_pauses, capfd):
+def test_the_job_of_an_attempt_that_was_killed_is_gone_on_with(copies, environ, no_pauses, capfd):
     """What its workers are writing meanwhile stays."""
     uri = "gs://a-bucket/runs/1/killed/build-tfrecords_1/dataset"
     with dataflow() as google:
-        with process(uri, google.url) as first:
+        with process(copies, uri, google.url) as first:
             until(lambda: looks_at_first(google), first)
-            first.kill()
+            first.send_signal(signal.SIGKILL)
             first.wait()
         half = environ.blob(f"{uri.removeprefix('gs://a-bucket/')}/images-train.tfrecord-00000-of-00001.{'0' * 32}.tmp")
         half.upload_from_string(b"half")
@@ -224,8 +216,8 @@ def test_a_job_of_another_conversion_is_not_gone_on_with(environ, no_pauses):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_job_is_cancelled_with_the_process_that_waits_for_it(environ, number, code):
-    with dataflow() as google, process(f"gs://a-bucket/ended-{code}", google.url) as running:
+def test_the_job_is_cancelled_with_the_process_that_waits_for_it(copies, environ, number, code):
+    with dataflow() as google, process(copies, f"gs://a-bucket/ended-{code}", google.url) as running:
         until(lambda: looks_at_first(google), running)
         running.send_signal(number)
         said = running.communicate()[1]
@@ -236,13 +228,13 @@ def test_the_job_is_cancelled_with_the_process_that_waits_for_it(environ, number
 
 
 @pytest.mark.thorough
-def test_a_job_whose_making_is_not_answered_yet_is_cancelled_too(environ):
-    with dataflow() as google, process("gs://a-bucket/unanswered", google.url) as running:
+def test_a_job_whose_making_is_not_answered_yet_is_cancelled_too(copies, environ):
+    with dataflow() as google, process(copies, "gs://a-bucket/unanswered", google.url) as running:
         created, ended = threading.Event(), threading.Event()
         google.dataflow.run = lambda job: (created.set(), ended.wait())
         try:
             until(created.is_set, running)
-            running.terminate()
+            running.send_signal(signal.SIGTERM)
             assert running.wait() == 143
         finally:
             ended.set()
@@ -250,12 +242,12 @@ def test_a_job_whose_making_is_not_answered_yet_is_cancelled_too(environ):
 
 
 @pytest.mark.thorough
-def test_the_process_ends_where_dataflow_does_not_answer(environ):
+def test_the_process_ends_where_dataflow_does_not_answer(copies, environ):
     """It says what may go on, and how to end that. Nobody waits for more than pytest's own limit."""
-    with dataflow() as google, process("gs://a-bucket/away", google.url) as running:
+    with dataflow() as google, process(copies, "gs://a-bucket/away", google.url) as running:
         until(lambda: looks_at_first(google), running)
         google.fail_for(503, 3600, f"(GET|PUT) .*{JOBS}")
-        running.terminate()
+        running.send_signal(signal.SIGTERM)
         said = running.communicate()[1]
         assert running.returncode == 143
         assert re.search(

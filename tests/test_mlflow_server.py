@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from base64 import b64encode
 from pathlib import Path
 from urllib.parse import quote
@@ -16,7 +14,7 @@ from kfp import dsl
 from mlflow import MlflowClient
 from support.loopback import skip_waits
 from support.mlflow_server import PASSWORD, USER, serving
-from support.processes import Hold, started
+from support.processes import Hold
 from support.raw_data import striped_archives
 from vertex.google import serving as serving_google
 
@@ -246,7 +244,7 @@ def test_unfinished_work_is_claimed_again_and_finished_work_never(tmp_path):
 
 
 @pytest.mark.thorough
-def test_a_server_that_is_killed_in_the_middle_of_a_run_loses_no_metric_and_no_step(server, tmp_path, tmp_path_factory):
+def test_a_server_that_is_killed_in_the_middle_of_a_run_loses_no_metric_and_no_step(copies, server, tmp_path, tmp_path_factory):
     raw = striped_archives(tmp_path)
     settings = ["depth=10", "image_size=16", "global_batch_size=12", f"epochs={STEPS // 3}", "warmup_epochs=0"]
     settings += [
@@ -255,11 +253,11 @@ def test_a_server_that_is_killed_in_the_middle_of_a_run_loses_no_metric_and_no_s
         "checkpoint_every_epochs=4",
         "linear_eval.l2_penalties=1e-2",
     ]
-    command = [sys.executable, "-m", "pipelines.cli", "run", "--preset", "demo", "--raw", str(raw), "--json", "--set", *settings]
+    command = ["pipelines.cli", "run", "--preset", "demo", "--raw", raw, "--json", "--set", *settings]
     hold = Hold("pretrain", (DOWN, UP), tmp_path_factory.mktemp("hold"))
     # Beside a password, MLflow leaves a token alone.
-    run_environ = {**os.environ, **hold.environ, "MLFLOW_TRACKING_TOKEN": TOKEN}
-    with started(command, cwd=tmp_path, env=run_environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    environ = {**server.environ, **hold.environ, "MLFLOW_TRACKING_TOKEN": TOKEN}
+    with copies.started(*command, cwd=tmp_path, **environ) as run:
         hold.wait(run, 0)
         server.kill()
         hold.release(0)

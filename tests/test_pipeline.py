@@ -110,10 +110,9 @@ def first(copies, folder, raw, interrupted, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def second(folder, raw, first):
+def second(copies, folder, raw, first):
     """The run after it with nothing changed, as a person sees it, and its MLflow run."""
-    command = process("run", "--preset", "demo", "--raw", "raw", "--root", "runs", "--set", *TINY)
-    done = subprocess.run(**command, cwd=folder, capture_output=True)
+    done = copies.run("pipelines.cli", "run", "--preset", "demo", "--raw", "raw", "--root", "runs", "--set", *TINY, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done, client_of(folder).search_runs(["1"], "tags.`sogclr.component` = 'pipeline'", max_results=1)[0].info.run_id
 

@@ -60,6 +60,7 @@ def first_bad_record(data_dir: str, manifest: Manifest, split_name: str, on_prog
         except (StopIteration, tf.errors.OpError):
             image_ids = None
         if image_ids is None or len(np.unique(image_ids)) < len(image_ids) or (position_of[image_ids] >= 0).any():
+            on_progress(f"reading {shard.file} record by record")
             return _first_of_shard(data_dir, manifest, split_name, shard, before, position_of)
         position_of[image_ids] = np.arange(before, before + len(image_ids))
         before += shard.records
@@ -115,15 +116,20 @@ def _ids_by_shard(data_dir: str, manifest: Manifest, split_name: str) -> Iterato
 
     Raises tf.errors.OpError at a record that cannot be parsed or decoded.
     """
-    split = manifest.splits[split_name]
+    for image_ids, _ in by_shard(data_dir, manifest.splits[split_name], _decoding(manifest, split_name)):
+        yield image_ids.numpy()
+
+
+def _decoding(manifest: Manifest, split_name: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """Returns what parses and decodes a record, and returns its image ID."""
+    num_images = manifest.splits[split_name].records
 
     def decoded(serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        parsed = parse(serialized, split.records, manifest.num_classes)
+        parsed = parse(serialized, num_images, manifest.num_classes)
         # The height is returned, because TensorFlow leaves out what nobody uses.
         return parsed[records.IMAGE_ID], tf.shape(tf.io.decode_jpeg(parsed[records.ENCODED], channels=3))[0]
 
-    for image_ids, _ in by_shard(data_dir, split, decoded):
-        yield image_ids.numpy()
+    return decoded
 
 
 def _first_of_shard(
@@ -134,28 +140,25 @@ def _first_of_shard(
     before: number of records in the shards before it
     position_of: by image ID, the position of its record in the order of the shards; -1 if none was read
     """
-    split = manifest.splits[split_name]
     path = _path(data_dir, shard)
+    read = tf.data.TFRecordDataset(path, buffer_size=_BYTES_A_READ).map(_decoding(manifest, split_name))
     number = -1
 
     def told(text: str, number: int) -> UserError:
         return UserError(text + _origin(data_dir, manifest, split_name, before + number))
 
     try:
-        for number, serialized in enumerate(_untuned(tf.data.TFRecordDataset(path, buffer_size=_BYTES_A_READ))):
-            parsed = parse(serialized, split.records, manifest.num_classes)
-            image_id = int(parsed[records.IMAGE_ID])
+        for number, (image_id, _) in enumerate(_untuned(read).as_numpy_iterator()):
             if (other := int(position_of[image_id])) >= 0:
                 where = _record_at(data_dir, manifest, split_name, other)
                 return told(
                     f"record {number} of {path} has image ID {image_id}, which {where} has too: build the dataset again", number
                 )
             position_of[image_id] = before + number
-            tf.io.decode_jpeg(parsed[records.ENCODED], channels=3)
     except tf.errors.DataLossError:
         return told(f"{path} is torn or altered after record {number}: build the dataset again", number + 1)
     except tf.errors.OpError as error:
-        return told(f"record {number} of {path}: {_first_line(error)}", number)
+        return told(f"record {number + 1} of {path}: {_first_line(error)}", number + 1)
     return None
 
 

@@ -4,9 +4,9 @@
 
 Makes the raw archives of small JPEGs, converts them with a SIGTERM on the way, pretrains with a SIGKILL on the way, and evaluates
 64 features. At last it spoils a record of the last shard and searches for it. Prints a row for each phase of each command: its
-time, the longest time in which its count stood still, the longest time in which nothing was said, and how far the time left was
-from the truth from a fifth of this process's part of the phase on, as a ratio. Peak memory is that of the largest process. Shards
-are as many as those of the real images. Takes about 2.5 GB of DIR and removes it at the end.
+time, the longest time in which its count and text stood still, the longest time in which nothing was said, and how far the time
+left was from the truth from a fifth of this process's part of the phase on, as a ratio. Peak memory is the largest process's.
+Shards are as many as those of the real images. Takes about 2.5 GB of DIR and removes it at the end.
 """
 
 import argparse
@@ -51,14 +51,15 @@ class Phase:
     begun: float
     ended: float = 0.0
     still: float = 0.0
-    """Longest time without another count, in seconds."""
+    """Longest time without another count or text, in seconds."""
     silent: float = 0.0
     """Longest time without a line."""
     promised: list[tuple[float, float, float]] = field(default_factory=list)
     """Moment, fraction done of what the process does, and seconds left, as it was said."""
     first: int = 0
     """What was done when the process came to the phase."""
-    count: tuple[int, int] = (0, 0)
+    count: tuple[int, int, str] = (0, 0, "")
+    """What was done, of how much, and the text."""
     counted: float = 0.0
     full: float = 0.0
     """When the count reached its total, which the time left is of. What follows, such as the end of the process, is not."""
@@ -108,13 +109,13 @@ def watch(command: Sequence[str], end: tuple[str, float, signal.Signals] | None 
         if said is None:
             print(f"    {line.rstrip()}")
             continue
-        _, name, done, total, _ = said
+        _, name, done, total, text = said
         if name != phase.name:
             phase.still = max(phase.still, now - phase.counted)
-            phase = Phase(name, now, ended=now, first=done, count=(done, total), counted=now)
+            phase = Phase(name, now, ended=now, first=done, count=(done, total, text), counted=now)
             phases.append(phase)
-        elif (done, total) != phase.count:
-            phase.still, phase.counted, phase.count = max(phase.still, now - phase.counted), now, (done, total)
+        elif (done, total, text) != phase.count:
+            phase.still, phase.counted, phase.count = max(phase.still, now - phase.counted), now, (done, total, text)
         if done == total > 0:
             phase.full = phase.full or now
         if total and (left := _LEFT.search(line.rstrip())):
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2048, help="global batch size")
     args = parser.parse_args()
     table: list[tuple[str, ...]] = [
-        ("", "seconds", "count stood still", "silent", "time left", "peak MB"),
+        ("", "seconds", "stood still", "silent", "time left", "peak MB"),
         ("---", "---:", "---:", "---:", "---:", "---:"),
     ]
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:

@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import importlib.machinery
+import importlib.util
 import inspect
 import io
 import json
@@ -20,7 +22,8 @@ import sys
 import tempfile
 import traceback
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +39,38 @@ _set_by_imports: dict[str, str] = {}
 """The environment variables that the imports have set."""
 _abandoned: list[object] = []
 """Pools of connections that belong to the process that forked. Freeing one would close its files."""
+
+
+@dataclass
+class Copy:
+    """A command that runs in a copy. Shows itself as Popen does."""
+
+    copies: "Copies"
+    args: Sequence[str | Path]
+    pid: int
+    output: Path
+    """Its stdout is in the file `output`.out, its stderr in `output`.err."""
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self.copies.poll(self.pid)
+        return self.returncode
+
+    def wait(self) -> int:
+        if self.returncode is None:
+            self.returncode = self.copies.wait(self.pid)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self) -> tuple[str, str]:
+        """Returns stdout and stderr once it has ended."""
+        self.wait()
+        out, err = (self.output.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+        return out, err
 
 
 class Copies:
@@ -76,13 +111,24 @@ class Copies:
         """Returns whether a command, or any process that one has started, still runs."""
         return self._ask("alive")
 
-    def run(self, module: str, *arguments: str | Path, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess:
-        """Runs `python -m module` to its end."""
+    @contextlib.contextmanager
+    def started(self, module: str, *arguments: str | Path, cwd: Path | None = None, **environ: str) -> Iterator[Copy]:
+        """Runs `python -m module` beside the block, and kills it where that ends before."""
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder, "said")
-            code = self.wait(self.start(module, *arguments, output=output, cwd=cwd, **environ))
-            out, err = (output.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
-        return subprocess.CompletedProcess(arguments, code, out, err)
+            child = self.start(module, *arguments, output=output, cwd=cwd, **environ)
+            copy = Copy(self, [module, *arguments], child, output)
+            try:
+                yield copy
+            finally:
+                copy.send_signal(signal.SIGKILL)
+                copy.wait()
+
+    def run(self, module: str, *arguments: str | Path, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess:
+        """Runs `python -m module` to its end."""
+        with self.started(module, *arguments, cwd=cwd, **environ) as copy:
+            out, err = copy.communicate()
+        return subprocess.CompletedProcess(arguments, copy.wait(), out, err)
 
     def printed_by(self, module: str, *arguments: str | Path) -> str:
         """Runs `python -m module` to its end and returns what it printed. Fails where that fails."""
@@ -174,6 +220,7 @@ def _become(
     sys.modules.pop(module, None)
     code = 1
     try:
+        _customise(environ)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
@@ -185,6 +232,13 @@ def _become(
     with contextlib.suppress(BaseException):
         atexit._run_exitfuncs()
     os._exit(code)
+
+
+def _customise(environ: Mapping[str, str]) -> None:
+    """Runs the sitecustomize of PYTHONPATH, as an interpreter does before all else."""
+    found = importlib.machinery.PathFinder.find_spec("sitecustomize", environ.get("PYTHONPATH", "").split(os.pathsep))
+    if found and found.loader:
+        found.loader.exec_module(importlib.util.module_from_spec(found))
 
 
 def _forget_stores() -> None:
