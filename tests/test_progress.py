@@ -62,6 +62,15 @@ def test_the_time_left_counts_the_phase_that_it_is_in(capsys, clock):
     assert lines(capsys)[-1] == "[linear-eval] fit: 50/100 0:10 left"
 
 
+@pytest.mark.parametrize(("seconds", "left"), [(4.6, "0:05"), (4.4, "0:04"), (59.7, "1:00")])
+def test_the_time_left_is_rounded_to_seconds(capsys, clock, seconds, left):
+    bars = ProgressBars(0)
+    bars("pretrain", "training", 0, 2)
+    clock[0] += seconds
+    bars("pretrain", "training", 1, 2)
+    assert lines(capsys)[-1] == f"[pretrain] training: 1/2 {left} left"
+
+
 def test_the_time_left_falls_while_the_count_stands_still(capsys, clock):
     """Whoever counts every ten steps, or every shard, is asked for the time in between too."""
     bars = ProgressBars(0)

@@ -1,6 +1,7 @@
 """The raw file of every image: known by ID whatever the layout, and named where a record turns out to be bad."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,7 @@ def test_the_search_is_a_phase_of_the_job_that_met_the_record(let_through, built
     with pytest.raises(UserError, match="it is image"):
         next(bad_records.naming_bad_records(failing(), folder, read_manifest(folder), "train", on_progress))
     assert seen[0] == ("searching the train images for the bad record", 0, 150)
+    assert re.fullmatch(r"reading images-train\.tfrecord-0000\d-of-00002 record by record", seen[-1][0])
 
 
 def test_a_job_without_such_a_phase_shows_the_search_all_the_same(let_through, capsys):
