@@ -1,6 +1,7 @@
 """Replicas: R of them with B/R images each do what one does with B."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,12 @@ CASES = {
     "gradients as on a TPU": (2, True, ["depth=50"]),
 }
 """By name: number of replicas, whether their device's compiler fuses, settings."""
+REMOVED = re.compile(r"0 state momentum/encoder/group\d_block1_\w+/beta")
+"""The betas of blocks. Their gradient in the first step is zero: all values pass the ReLU after a block (`support.lifted`), and
+the norm after that removes what a beta adds; a block's last gamma is zero and hides the betas before it. In float64 these
+gradients are below 3e-18. In float32 a sum of terms that cancel remains, whose size depends on the CPU. Two orders of the rows
+of one replica differ by 1.4e-9 on one. The gradient of the layer's gamma is a sum of the same terms, which do not cancel there.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,10 @@ def test_replicas_do_what_one_does_with_the_whole_batch(stepped, case):
     expected, found = (dict(np.load(stepped / f"{case}-{which}.npz")) for which in ("one", "several"))
     assert set(found) == set(expected)
     for name in (name for name in expected if name.startswith("0 ")):
+        if REMOVED.fullmatch(name):
+            rounding = 1e-3 * np.abs(expected[name.replace("/beta", "/gamma")]).max()
+            assert max(np.abs(expected[name]).max(), np.abs(found[name]).max()) <= rounding, name
+            continue
         scale = np.abs(expected[name]).max() + 1e-6
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-3 * scale, err_msg=name)
     kinds = {name.removeprefix("0 ").split("/")[0] for name in expected if name.startswith("0 state")}
