@@ -32,13 +32,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def index_archive(number: int, plan: Plan) -> Indexed:
-    """Returns the images of an archive that get IDs, in the order of their IDs, and reports them."""
+def index_archive(number: int, plan: Plan, on_checked: Callable[[int], None] = lambda size: None) -> Indexed:
+    """Returns the images of an archive that get IDs, in the order of their IDs, and reports them.
+
+    on_checked: called with the size in bytes of each image that was checked
+    """
     archive = plan.raw.archives[number]
     found = raw.index(plan.raw, archive)
     repaired = found.repaired or []
     if plan.check_first and found.repaired is None:
-        found, repaired = _check_images(plan, archive.split, found)
+        found, repaired = _check_images(plan, archive.split, found, on_checked)
     sources.leave_part(plan, number, found.images)
     verify.report_archive(plan, number, found, repaired)
     return number, pack_images(found.images)
@@ -110,7 +113,7 @@ def _make(plan: Plan, split: str, reference: Reference) -> tuple[Record, str, bo
     return record, prepared.repaired, prepared.resized
 
 
-def _check_images(plan: Plan, split: str, found: raw.Index) -> tuple[raw.Index, verify.Listed]:
+def _check_images(plan: Plan, split: str, found: raw.Index, on_checked: Callable[[int], None]) -> tuple[raw.Index, verify.Listed]:
     """Returns an index without the unreadable images, and a list of the remaining images that will be repaired."""
 
     def check(image: RawImage) -> tuple[RawImage, str, str]:
@@ -127,6 +130,7 @@ def _check_images(plan: Plan, split: str, found: raw.Index) -> tuple[raw.Index, 
     readable, rejected, repaired = [], list(found.rejected), []
     rejected_bytes = found.account["rejected_bytes"]
     for image, done, reason in _threaded(plan, found.images, check):
+        on_checked(image.size)
         if reason:
             rejected.append({"source": image.source, "reason": reason})
             rejected_bytes += image.size

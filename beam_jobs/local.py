@@ -98,10 +98,18 @@ def _indexed(plan: Plan, on_progress: OnProgress) -> Iterator[list[PackedImage]]
     phase = CHECKING if plan.check_first else LISTING
     ends = np.cumsum([archive.size for archive in plan.raw.archives])
     total = int(ends[-1]) // 10**6 + 1
+    position = 0
+
+    def move(to: int) -> None:
+        nonlocal position
+        before, position = position, to
+        if to // 10**6 > before // 10**6:
+            on_progress(phase, to // 10**6, total)
+
     on_progress(phase, 0, total)
     for number, end in enumerate(ends.tolist()):
-        yield convert.index_archive(number, plan)[1]
-        on_progress(phase, end // 10**6, total)
+        yield convert.index_archive(number, plan, lambda size: move(position + size))[1]
+        move(end)
     on_progress(phase, total, total)
 
 

@@ -219,8 +219,8 @@ def test_what_goes_wrong_between_workers_is_caught_and_nothing_published(fault, 
 def test_a_lost_archive_is_caught(beam_args, raw, tmp_path, monkeypatch):
     index_archive = convert.index_archive
 
-    def faulty(number, plan):
-        return (1, []) if number == 1 else index_archive(number, plan)
+    def faulty(number, plan, *on_checked):
+        return (1, []) if number == 1 else index_archive(number, plan, *on_checked)
 
     monkeypatch.setattr(convert, "index_archive", faulty)
     with pytest.raises(LostRecordsError, match=r"lost ILSVRC2012_img_train.tar/n01000002.tar"):
@@ -493,6 +493,18 @@ def test_each_phase_goes_from_nothing_to_all_and_counts_images_where_they_take_t
         "verifying finished shards",
         "verifying the dataset",
     ]
+
+
+def test_images_are_counted_within_an_archive_as_they_are_checked(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "jpeg", quality=95)
+    raw = write_raw(tmp_path / "raw", {"n01000001": {f"n01000001_{n}.JPEG": buffer.getvalue() for n in range(4)}}, {}, None)
+    options = {"validation": False, "on_bad_image": "skip"}
+    seen = phases_of(lambda on_progress: build(str(raw), str(tmp_path / "output"), on_progress=on_progress, **options))
+    counts = [done for done, _ in seen["checking images, MB"]]
+    assert counts == sorted(counts)
+    assert len({*counts}) == 6, counts  # none, four images, and the total
 
 
 def test_progress_of_a_runner_counts_bytes_listed_and_bytes_written(raw, tmp_path, monkeypatch):
