@@ -5,11 +5,13 @@
 Makes the raw archives of small JPEGs, converts them with a SIGTERM on the way, pretrains with a SIGKILL on the way, and evaluates
 64 features. At last it spoils a record of the last shard and searches for it. Prints a row for each phase of each command: its
 time, the longest time in which its count and text stood still, the longest time in which nothing was said, and how far the time
-left was from the truth from a fifth of this process's part of the phase on, as a ratio. Peak memory is the largest process's.
+left was from the truth from a fifth of this process's part of the phase on, as a ratio. The first row is a loop whose pieces are
+all the same: its ratio is what the machine's own changes of speed come to. Peak memory is the largest process's.
 Shards are as many as those of the real images. Takes about 2.5 GB of DIR and removes it at the end.
 """
 
 import argparse
+import multiprocessing
 import os
 import re
 import signal
@@ -35,6 +37,14 @@ _SHORTEST = 5.0
 """Phases that took fewer seconds are one row."""
 _FROM = 0.2
 """Fraction of what a process does of a phase, from which on the time left is held against the truth."""
+_STEADY = """
+from trainer.shared.progress import ProgressBars
+with ProgressBars() as bars:
+    on_progress = bars.of("steady")
+    for piece in range(1501):
+        on_progress("pieces of a loop", piece, 1500)
+        sum(number * number for number in range(300_000))
+"""
 _SEARCH = """
 import sys
 from trainer.bad_records import first_bad_record
@@ -185,7 +195,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         raw, data, run, out = (Path(temporary, name) for name in ("raw", "data", "run", "out"))
         begun = time.monotonic()
-        write_raw(raw, args.train, args.validation)
+        # In a process of its own: the peak memory of a child begins with this one's.
+        writing = multiprocessing.get_context("spawn").Process(target=write_raw, args=(raw, args.train, args.validation))
+        writing.start()
+        writing.join()
+        if writing.exitcode:
+            raise SystemExit(f"the raw archives were not made: {writing.exitcode}")
         table.append(("raw archives, made", f"{time.monotonic() - begun:.1f}", "", "", "", ""))
         convert = ["-m", "beam_jobs.build_tfrecords", "--raw", str(raw), "--output", str(data), "--allow-other-counts"]
         convert += ["--num-shards", str(SHARDS)]
@@ -200,6 +215,7 @@ def main() -> None:
         evaluate = ["-m", "eval.task", "--data", str(data), "--checkpoint", str(run), "--output", str(out)]
         evaluate += ["--set", "linear_eval.protocols=cached,knn"]
         for name, command, end, codes in (
+            ("steady work", ["-c", _STEADY], None, (0,)),
             ("dry run", [*convert, "--dry-run"], None, (0,)),
             ("conversion, SIGTERM at a third", convert, ("writing images", 1 / 3, signal.SIGTERM), (143, -15, 130)),
             ("conversion, gone on with", convert, None, (0,)),
@@ -216,7 +232,7 @@ def main() -> None:
             ("evaluation", evaluate, None, (0,)),
             ("search for a bad record", ["-c", _SEARCH, str(data)], None, (0,)),
         ):
-            if command[0] == "-c":
+            if _SEARCH in command:
                 spoil(max(data.glob("*-train.tfrecord-*")))
             print(f"{name}: python {' '.join(command)}", flush=True)
             seen = watch(command, end)
