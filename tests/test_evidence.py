@@ -12,6 +12,8 @@ import pytest
 from benchmarks import evidence, evidence_page, evidence_runs
 from benchmarks.evidence_runs import ARMS, Cell, Run, best_rate, due, planned, rates_to_try
 
+from trainer.presets import resolve
+
 PLANNED = len(list(planned()))
 
 
@@ -200,3 +202,10 @@ def test_the_loss_of_batches_is_that_of_nt_xent():
 
 def test_each_arm_has_a_colour_of_its_own():
     assert len(set(evidence_page.COLOURS.values())) == len(ARMS)
+
+
+@pytest.mark.parametrize("settings", sorted({one["command"].partition("--set ")[2] for one in EVERY if one["group"] == "ghost"}))
+def test_statistics_of_large_batches_are_taken_without_ghost_batches(settings):
+    config = resolve(evidence_runs.PRESET, settings.split())
+    assert config.optimizer.ghost_batch_size in evidence_runs.GHOST_SIZES
+    assert evidence.in_large_batches(config).optimizer.ghost_batch_size == 0

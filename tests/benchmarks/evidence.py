@@ -249,10 +249,14 @@ def take_statistics(encoder: Any, head: Any, config: Any, data: str) -> None:
     from trainer.input_pipeline import training_batches
     from trainer.shared.records import read_manifest
 
-    large = replace(config, optimizer=replace(config.optimizer, global_batch_size=_LARGE_BATCH))
-    for batch in training_batches(large, data, read_manifest(data), 0).take(_LARGE_BATCHES):
+    for batch in training_batches(in_large_batches(config), data, read_manifest(data), 0).take(_LARGE_BATCHES):
         views, draws = (tf.concat([batch[name][:, 0], batch[name][:, 1]], axis=0) for name in ("views", "draws"))
         head(encoder(augment(views, draws, config.views.color_jitter_strength, config.views.blur), training=True), training=True)
+
+
+def in_large_batches(config: Any) -> Any:
+    """Returns the config with the batches of `take_statistics`, and no ghost batches within them."""
+    return replace(config, optimizer=replace(config.optimizer, global_batch_size=_LARGE_BATCH, ghost_batch_size=0))
 
 
 def find(name: str, done: Mapping[str, Line]) -> Run:
