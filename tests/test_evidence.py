@@ -118,6 +118,17 @@ def test_the_page_states_what_the_runs_reached(tmp_path):
     assert (tmp_path / "images" / "evidence.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_ghosts_with_views_together_have_rows_of_their_own_and_are_no_part_of_the_plan():
+    ghosts = [one for one in EVERY if one["group"] == "ghost"]
+    together = [{**one, "group": evidence_runs.VIEWS_TOGETHER, "name": f"together-{one['name']}"} for one in ghosts]
+    text = evidence_page.tables([*EVERY, *together], PLANNED)
+    assert f"{PLANNED} of {PLANNED} runs are recorded" in text
+    for how in ("", ", views together"):
+        assert f"| SimCLR | 128, ghosts of 16{how} |" in text
+    done = {one["name"]: one for one in [*EVERY, *together]}
+    assert list(due(done)) == []
+
+
 def test_the_page_is_made_of_any_runs():
     """Each first run of a group stands alone; two thirds, at random, have gaps everywhere."""
     chosen = np.random.default_rng(0).random(len(EVERY)) < 0.66

@@ -120,7 +120,7 @@ class OptimizerSettings(Group):
     global_batch_size: Annotated[int, Ge(2)] = 512
     """Images per step over all replicas. Each gives two views. At least 2, because negatives are views of other images."""
     ghost_batch_size: Annotated[int, Ge(0)] = 0
-    """Images, with both views, that BN takes its statistics over (Hoffer et al. 2017); 0 for the global batch. Not 1."""
+    """Images of each view that BN takes its statistics over (Hoffer et al. 2017); 0 for the global batch. Not 1."""
     base_learning_rate: Annotated[float, Gt(0)] = 0.075
     learning_rate_scaling: Literal["sqrt", "linear"] = "sqrt"
     """Peak learning rate: base * sqrt(B), or base * B / 256."""

@@ -62,11 +62,11 @@ def make_replica_step(config: Config, state: TrainState, replicas: Replicas) -> 
         images = augment(both, draws, config.views.color_jitter_strength, config.views.blur)
         rate = learning_rate(config.optimizer, num_images, state.step)
         with tf.GradientTape() as tape:
-            # The rows of a ghost batch, both views of its images, follow each other in the networks, and only there.
-            by_ghost = state.encoder(_swapped(images, 2, ghosts), training=True)
-            projected = _swapped(state.projection(by_ghost, training=True), ghosts, 2)
+            # The rows of a ghost batch follow each other in the networks, and only there.
+            by_ghost = state.encoder(_by_ghost(images, ghosts), training=True)
+            projected = _by_view(state.projection(by_ghost, training=True), ghosts)
             projected = tf.math.l2_normalize(projected, axis=1)
-            features = _swapped(by_ghost, ghosts, 2)
+            features = _by_view(by_ghost, ghosts)
             z1, z2 = tf.split(projected, 2)
             all_z1, all_z2 = tf.unstack(replicas.gather(tf.stack([z1, z2], axis=1)), axis=1)
             contrastive = contrast(Projections(z1, z2, all_z1, all_z2, positions), tf.cast(batch["image_id"], tf.int32))
@@ -96,12 +96,32 @@ def make_replica_step(config: Config, state: TrainState, replicas: Replicas) -> 
     return replica_step
 
 
-def _swapped(values: tf.Tensor, outer: int, inner: int) -> tf.Tensor:
-    """Reorders rows, [outer * inner * n, ...], from `outer` blocks of `inner` parts to `inner` blocks of `outer` parts."""
-    if outer == 1 or inner == 1:
+def _by_ghost(values: tf.Tensor, ghosts: int) -> tf.Tensor:
+    """Reorders rows, [2 n, ...], from the first views and then the second ones, to one ghost batch after the other.
+
+    A ghost batch has the first views of consecutive images, and the second views of images that are `ghosts` apart. So two views
+    of one image are in the same ghost batch about as often as those of two images. If they always were, a network could tell
+    them from other images by the statistics that they share, and would learn that (He et al. 2020, section 3.3).
+    """
+    if ghosts == 1:
         return values
-    parts = tf.reshape(values, [outer, inner, -1, *values.shape[1:]])
-    return tf.reshape(tf.transpose(parts, [1, 0, *range(2, len(parts.shape))]), values.shape)
+    first, second = tf.split(values, 2)
+    first = tf.reshape(first, [ghosts, -1, *values.shape[1:]])
+    second = _transposed(tf.reshape(second, [-1, ghosts, *values.shape[1:]]))
+    return tf.reshape(tf.concat([first, second], axis=1), values.shape)
+
+
+def _by_view(values: tf.Tensor, ghosts: int) -> tf.Tensor:
+    """Undoes `_by_ghost`."""
+    if ghosts == 1:
+        return values
+    first, second = tf.split(tf.reshape(values, [ghosts, -1, *values.shape[1:]]), 2, axis=1)
+    return tf.concat([tf.reshape(part, [-1, *values.shape[1:]]) for part in (first, _transposed(second))], axis=0)
+
+
+def _transposed(values: tf.Tensor) -> tf.Tensor:
+    """Exchanges the first two axes."""
+    return tf.transpose(values, [1, 0, *range(2, len(values.shape))])
 
 
 def _entries(vector: tf.Variable, image_id: tf.Tensor) -> tf.Tensor:

@@ -1,5 +1,6 @@
 """The page of the evidence: the tables in docs/results.md and the figure beside them, made of whatever runs there are."""
 
+import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from benchmarks.evidence_runs import (
     ENDS,
     GHOST_SIZES,
     TEMPERATURES,
+    VIEWS_TOGETHER,
     Cell,
     Line,
     best_rate,
@@ -81,7 +83,7 @@ def put_between(page: Path, begin: str, end: str, text: str) -> None:
 def tables(lines: Sequence[Line], planned: int) -> str:
     """Returns the page's part in Markdown. It counts the runs that are missing."""
     probes = of_group(lines, "probe")
-    finished = [line for line in lines if line["group"] not in ("probe", "untrained")]
+    finished = [line for line in lines if line["group"] not in ("probe", "untrained", VIEWS_TOGETHER)]
     parts = [f"{len(finished)} of {planned} runs are recorded, and {len(probes)} probes."]
     main = of_group(lines, "main")
     if main:
@@ -96,7 +98,7 @@ def tables(lines: Sequence[Line], planned: int) -> str:
         if there:
             parts += [f"Temperature {temperature:g}:", _arms(there, [line for line in lines if line["group"] == "untrained"])]
     parts += _losses(main)
-    parts += _batch_norm(main, of_group(lines, "ghost"))
+    parts += _batch_norm(main, of_group(lines, "ghost"), of_group(lines, VIEWS_TOGETHER))
     parts += _isogclr(of_group(lines, "isogclr"), main)
     parts += _rates([line for line in lines if line["group"] == "probe"])
     parts += _runs(lines)
@@ -238,7 +240,7 @@ def _interval(values: Sequence[float], digits: int) -> str:
     return f"{spread.mean:+.{digits}f} ({interval}{spread.count})"
 
 
-def _batch_norm(main: Sequence[Line], ghosts: Sequence[Line]) -> list[str]:
+def _batch_norm(main: Sequence[Line], ghosts: Sequence[Line], together: Sequence[Line]) -> list[str]:
     """Where the accuracy goes that all arms lose: by the images that batch norm sees."""
     rows = []
     outcomes: Sequence[tuple[Value, int]] = ((objective, 4), (anew_objective, 4), (top_1, 1), (anew_top_1, 1))
@@ -246,11 +248,10 @@ def _batch_norm(main: Sequence[Line], ghosts: Sequence[Line]) -> list[str]:
     for arm in ARMS:
         own = [line for line in main if (line["arm"], line["temperature"]) == (arm, temperature)]
         cases = [(f"{ENDS[-1]}", _of(own, arm, ENDS[-1]))]
-        of_arm = [line for line in ghosts if line["arm"] == arm]
-        for size in reversed(GHOST_SIZES):
-            cases.append(
-                (f"{ENDS[-1]}, ghosts of {size}", [line for line in of_arm if f"ghost_batch_size={size}" in line["settings"]])
-            )
+        for size, (lines, how) in itertools.product(reversed(GHOST_SIZES), ((ghosts, ""), (together, ", views together"))):
+            setting = f"ghost_batch_size={size}"
+            found = [line for line in lines if line["arm"] == arm and setting in line["settings"]]
+            cases.append((f"{ENDS[-1]}, ghosts of {size}{how}", found))
         cases.append((f"{ENDS[0]}", _of(own, arm, ENDS[0])))
         rows += [
             [arm, name, *(_spread(list(map(value, found)), digits) for value, digits in outcomes)]
@@ -261,6 +262,7 @@ def _batch_norm(main: Sequence[Line], ghosts: Sequence[Line]) -> list[str]:
         return []
     text = wrapped(
         f"Temperature {temperature:g}. Ghosts: batch norm takes its statistics over groups of so many images while it trains. "
+        "Views together: an earlier program, in which both views of an image were always in the same group. "
         "Anew: the final encoder, after batch norm has taken its statistics from large batches."
     )
     header = ["arm", "batch", "F", "F, anew", "top-1, %", "top-1, anew"]

@@ -24,6 +24,8 @@ SEEDS = (0, 1, 2)
 GHOST_SIZES = (16, 32)
 """Images over which batch norm takes its statistics in the ablation, at the largest batch."""
 GHOST_ARMS = ("SimCLR", "SogCLR .9")
+VIEWS_TOGETHER = "ghost-together"
+"""The group of runs of the ablation by an earlier program. They are not planned: docs/results.md says what came of them."""
 ISOGCLR = ("gamma=0.9", "variant=isogclr")
 """SogCLR with learned temperatures, at the rates of `SogCLR .9`."""
 
