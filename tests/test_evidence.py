@@ -84,6 +84,12 @@ def test_a_cells_rate_is_chosen_by_its_own_probes_only():
     assert rates == {cell: 0.15, other: 0.6}
 
 
+def test_half_the_rate_is_half_of_what_the_probes_chose():
+    halves = [one for one in EVERY if one["group"] == evidence_runs.HALF_RATE]
+    assert {(one["arm"], one["batch"], one["rate"]) for one in halves} == {(arm, 16, 0.15) for arm in evidence_runs.GHOST_ARMS}
+    assert all("base_learning_rate=0.15" in one["command"] for one in halves)
+
+
 def test_a_run_is_due_once_and_not_when_it_is_done():
     names = [run.name for run in due({})]
     assert len(names) == len(set(names))
@@ -125,6 +131,7 @@ def test_ghosts_with_views_together_have_rows_of_their_own_and_are_no_part_of_th
     assert f"{PLANNED} of {PLANNED} runs are recorded" in text
     for how in ("", ", views together"):
         assert f"| SimCLR | 128, ghosts of 16{how} |" in text
+    assert "| SimCLR | 16, half the rate |" in text
     done = {one["name"]: one for one in [*EVERY, *together]}
     assert list(due(done)) == []
 

@@ -14,6 +14,7 @@ from benchmarks.evidence_runs import (
     BATCHES,
     ENDS,
     GHOST_SIZES,
+    HALF_RATE,
     TEMPERATURES,
     VIEWS_TOGETHER,
     Cell,
@@ -98,7 +99,7 @@ def tables(lines: Sequence[Line], planned: int) -> str:
         if there:
             parts += [f"Temperature {temperature:g}:", _arms(there, [line for line in lines if line["group"] == "untrained"])]
     parts += _losses(main)
-    parts += _batch_norm(main, of_group(lines, "ghost"), of_group(lines, VIEWS_TOGETHER))
+    parts += _what_all_lose(main, lines)
     parts += _isogclr(of_group(lines, "isogclr"), main)
     parts += _rates([line for line in lines if line["group"] == "probe"])
     parts += _runs(lines)
@@ -240,19 +241,21 @@ def _interval(values: Sequence[float], digits: int) -> str:
     return f"{spread.mean:+.{digits}f} ({interval}{spread.count})"
 
 
-def _batch_norm(main: Sequence[Line], ghosts: Sequence[Line], together: Sequence[Line]) -> list[str]:
-    """Where the accuracy goes that all arms lose: by the images that batch norm sees."""
+def _what_all_lose(main: Sequence[Line], lines: Sequence[Line]) -> list[str]:
+    """Where the objective and the accuracy go that all arms lose: the images that batch norm sees, or the rate."""
+    ghosts, together, half = (of_group(lines, group) for group in ("ghost", VIEWS_TOGETHER, HALF_RATE))
     rows = []
     outcomes: Sequence[tuple[Value, int]] = ((objective, 4), (anew_objective, 4), (top_1, 1), (anew_top_1, 1))
     temperature = TEMPERATURES[0]
     for arm in ARMS:
         own = [line for line in main if (line["arm"], line["temperature"]) == (arm, temperature)]
         cases = [(f"{ENDS[-1]}", _of(own, arm, ENDS[-1]))]
-        for size, (lines, how) in itertools.product(reversed(GHOST_SIZES), ((ghosts, ""), (together, ", views together"))):
+        for size, (runs, how) in itertools.product(reversed(GHOST_SIZES), ((ghosts, ""), (together, ", views together"))):
             setting = f"ghost_batch_size={size}"
-            found = [line for line in lines if line["arm"] == arm and setting in line["settings"]]
+            found = [line for line in runs if line["arm"] == arm and setting in line["settings"]]
             cases.append((f"{ENDS[-1]}, ghosts of {size}{how}", found))
         cases.append((f"{ENDS[0]}", _of(own, arm, ENDS[0])))
+        cases.append((f"{ENDS[0]}, half the rate", _of(half, arm, ENDS[0])))
         rows += [
             [arm, name, *(_spread(list(map(value, found)), digits) for value, digits in outcomes)]
             for name, found in cases
@@ -266,7 +269,7 @@ def _batch_norm(main: Sequence[Line], ghosts: Sequence[Line], together: Sequence
         "Anew: the final encoder, after batch norm has taken its statistics from large batches."
     )
     header = ["arm", "batch", "F", "F, anew", "top-1, %", "top-1, anew"]
-    return ["### Batch norm of few images", text, table(header, rows)]
+    return ["### What all arms lose", text, table(header, rows)]
 
 
 def _isogclr(runs: Sequence[Line], main: Sequence[Line]) -> list[str]:

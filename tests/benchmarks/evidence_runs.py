@@ -24,6 +24,8 @@ SEEDS = (0, 1, 2)
 GHOST_SIZES = (16, 32)
 """Images over which batch norm takes its statistics in the ablation, at the largest batch."""
 GHOST_ARMS = ("SimCLR", "SogCLR .9")
+HALF_RATE = "half-rate"
+"""The group of runs at the smallest batch with half the chosen rate, whose steps have half the noise."""
 VIEWS_TOGETHER = "ghost-together"
 """The group of runs of the ablation by an earlier program. They are not planned: docs/results.md says what came of them."""
 ISOGCLR = ("gamma=0.9", "variant=isogclr")
@@ -60,7 +62,7 @@ class Cell:
 @dataclass(frozen=True)
 class Run:
     group: str
-    """`untrained`, `probe`, `main`, `ghost` (batch norm over fewer images) or `isogclr`."""
+    """`untrained`, `probe`, `main`, `ghost` (batch norm over fewer images), `half-rate` or `isogclr`."""
     cell: Cell
     seed: int
     rate: float
@@ -108,6 +110,8 @@ def planned() -> Iterator[tuple[str, Cell, int, tuple[str, ...], str]]:
                     for arm in GHOST_ARMS:
                         cell = Cell(arm, ENDS[-1], temperature)
                         yield "ghost", cell, seed, (f"ghost_batch_size={size}",), f"-g{size}"
+                for arm in GHOST_ARMS:
+                    yield HALF_RATE, Cell(arm, ENDS[0], temperature), seed, (), ""
             for batch in ENDS:
                 yield "isogclr", Cell("SogCLR .9", batch, temperature), SEEDS[0], (), ""
     for temperature in TEMPERATURES:
@@ -139,7 +143,8 @@ def _following(done: Mapping[str, Line]) -> Iterator[Run]:
         if missing:
             yield from (Run("probe", cell, _PROBE_SEED, rate) for rate in missing)
         else:
-            yield Run(group, cell, seed, best_rate(tried), settings, suffix)
+            rate = best_rate(tried)
+            yield Run(group, cell, seed, rate / 2 if group == HALF_RATE else rate, settings, suffix)
 
 
 def is_probe_of(line: Line, cell: Cell) -> bool:
