@@ -25,7 +25,7 @@ GHOST_SIZES = (16, 32)
 """Images over which batch norm takes its statistics in the ablation, at the largest batch."""
 GHOST_ARMS = ("SimCLR", "SogCLR .9")
 HALF_RATE = "half-rate"
-"""The group of runs at the smallest batch with half the chosen rate, which tell whether the noise of a step is what all lose by."""
+"""The group of runs at the smallest batch with half the chosen rate. They test whether all arms lose by the noise of a step."""
 VIEWS_TOGETHER = "ghost-together"
 """The group of runs of the ablation by an earlier program. They are not planned: docs/results.md says what came of them."""
 ISOGCLR = ("gamma=0.9", "variant=isogclr")
