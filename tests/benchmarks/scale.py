@@ -5,9 +5,10 @@
 Makes the raw archives of small JPEGs, converts them with a SIGTERM on the way, pretrains with a SIGKILL on the way, and evaluates
 64 features. At last it spoils a record of the last shard and searches for it. Prints a row for each phase of each command: its
 time, the longest time in which its count and text stood still, the longest time in which nothing was said, and how far the time
-left was from the truth from a fifth of this process's part of the phase on, as a ratio. The first row is a loop whose pieces are
-all the same: its ratio is what the machine's own changes of speed come to. Peak memory is the largest process's.
-Shards are as many as those of the real images. Takes about 2.5 GB of DIR and removes it at the end.
+left was from the truth from a fifth of this process's part of the phase on, as a ratio. Beside it stands the ratio of an estimate
+that knew from the beginning how long the phase will take in all. What is left of that one are changes of speed within the phase.
+The first row is a loop whose pieces are all the same. Peak memory is the largest process's. Shards are as many as those of the
+real images. Takes about 2.5 GB of DIR and removes it at the end.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,12 +48,27 @@ with ProgressBars() as bars:
 """
 _SEARCH = """
 import sys
-from trainer.bad_records import first_bad_record
 from trainer.shared.progress import ProgressBars
-from trainer.shared.records import read_manifest
 with ProgressBars() as bars:
-    print(first_bad_record(sys.argv[1], read_manifest(sys.argv[1]), "train", bars.of("bad-record")), file=sys.stderr)
+    on_progress = bars.of("bad-record")
+    on_progress("loading TensorFlow")
+    from trainer.bad_records import first_bad_record
+    from trainer.shared.records import read_manifest
+    print(first_bad_record(sys.argv[1], read_manifest(sys.argv[1]), "train", on_progress), file=sys.stderr)
 """
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A time left, as it was said."""
+
+    moment: float
+    counted: float
+    """When the count last moved."""
+    done: float
+    """Fraction of what the process does of the phase."""
+    left: float
+    """Seconds."""
 
 
 @dataclass
@@ -64,8 +80,7 @@ class Phase:
     """Longest time without another count or text, in seconds."""
     silent: float = 0.0
     """Longest time without a line."""
-    promised: list[tuple[float, float, float]] = field(default_factory=list)
-    """Moment, fraction done of what the process does, and seconds left, as it was said."""
+    promised: list[Promise] = field(default_factory=list)
     first: int = 0
     """What was done when the process came to the phase."""
     count: tuple[int, int, str] = (0, 0, "")
@@ -81,12 +96,22 @@ class Phase:
     @property
     def worst(self) -> float:
         """The largest ratio between what was left and what was said, or the other way round. 1 where nothing was said."""
+        return self._largest_ratio(lambda promise: promise.left)
+
+    @property
+    def worst_of_known(self) -> float:
+        """The same, had each promise been what the phase's mean speed makes of the rest. Only a prophet knows that speed."""
+        whole = (self.full or self.ended) - self.begun
+        return self._largest_ratio(lambda it: whole * (1 - it.done) - (it.moment - it.counted))
+
+    def _largest_ratio(self, seconds_left: Callable[[Promise], float]) -> float:
         ratios = [1.0]
-        for moment, done, left in self.promised:
-            truth = (self.full or self.ended) - moment
-            # Times are said in whole seconds.
-            if done >= _FROM and truth > _SHORTEST:
-                ratios += [truth / max(left, 1.0), left / truth]
+        for promise in self.promised:
+            truth = (self.full or self.ended) - promise.moment
+            if promise.done >= _FROM and truth > _SHORTEST:
+                # Times are said in whole seconds.
+                left = max(seconds_left(promise), 1.0)
+                ratios += [truth / left, left / truth]
         return max(ratios)
 
 
@@ -131,7 +156,7 @@ def watch(command: Sequence[str], end: tuple[str, float, signal.Signals] | None 
         if total and (left := _LEFT.search(line.rstrip())):
             hours, minutes, seconds = (int(part or 0) for part in left.groups())
             fraction = (done - phase.first) / (total - phase.first)
-            phase.promised.append((now, fraction, hours * 3600.0 + minutes * 60 + seconds))
+            phase.promised.append(Promise(now, phase.counted, fraction, hours * 3600.0 + minutes * 60 + seconds))
         if end and name == end[0] and total and done / total >= end[1]:
             process.send_signal(end[2])
             end = None
@@ -157,27 +182,28 @@ def spoil(shard: Path) -> None:
 def rows(name: str, seen: Seen) -> list[tuple[str, ...]]:
     """Returns the rows of a command: one for itself, and one for each phase of 5 s or more."""
     short = [phase for phase in seen.phases if phase.seconds < _SHORTEST]
-    found = [
+    found: list[tuple[str, ...]] = [
         (
             f"**{name}**",
             f"{seen.seconds:.1f}",
             "",
             f"{max(phase.silent for phase in seen.phases):.1f}",
             "",
+            "",
             f"{seen.peak / 1e6:,.0f}",
         )
     ]
     for phase in seen.phases:
         if phase not in short:
-            ratio = f"{phase.worst:.2f}" if phase.promised else ""
-            found.append((phase.name, f"{phase.seconds:.1f}", f"{phase.still:.1f}", f"{phase.silent:.1f}", ratio, ""))
+            ratios = (f"{phase.worst:.2f}", f"{phase.worst_of_known:.2f}") if phase.promised else ("", "")
+            found.append((phase.name, f"{phase.seconds:.1f}", f"{phase.still:.1f}", f"{phase.silent:.1f}", *ratios, ""))
     if short:
         total, still, silent = (
             sum(phase.seconds for phase in short),
             max(phase.still for phase in short),
             max(phase.silent for phase in short),
         )
-        found.append((f"{len(short)} phases under 5 s", f"{total:.1f}", f"{still:.1f}", f"{silent:.1f}", "", ""))
+        found.append((f"{len(short)} phases under 5 s", f"{total:.1f}", f"{still:.1f}", f"{silent:.1f}", "", "", ""))
     return found
 
 
@@ -189,8 +215,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2048, help="global batch size")
     args = parser.parse_args()
     table: list[tuple[str, ...]] = [
-        ("", "seconds", "stood still", "silent", "time left", "peak MB"),
-        ("---", "---:", "---:", "---:", "---:", "---:"),
+        ("", "seconds", "stood still", "silent", "time left", "known speed", "peak MB"),
+        ("---", "---:", "---:", "---:", "---:", "---:", "---:"),
     ]
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         raw, data, run, out = (Path(temporary, name) for name in ("raw", "data", "run", "out"))
@@ -201,7 +227,7 @@ def main() -> None:
         writing.join()
         if writing.exitcode:
             raise SystemExit(f"the raw archives were not made: {writing.exitcode}")
-        table.append(("raw archives, made", f"{time.monotonic() - begun:.1f}", "", "", "", ""))
+        table.append(("raw archives, made", f"{time.monotonic() - begun:.1f}", "", "", "", "", ""))
         convert = ["-m", "beam_jobs.build_tfrecords", "--raw", str(raw), "--output", str(data), "--allow-other-counts"]
         convert += ["--num-shards", str(SHARDS)]
         pretrain = ["-m", "trainer.task", "--preset", "demo", "--data", str(data), "--checkpoint-dir", str(run)]
