@@ -230,6 +230,7 @@ _OURS = ("SogCLR .9", "SogCLR .1")
 
 
 def _difference(own: Mapping[int, float], ours: Mapping[int, float], digits: int) -> str:
+    """Returns the mean of `own` minus `ours` over the seeds that both have, with its interval."""
     return _interval([own[seed] - ours[seed] for seed in own if seed in ours], digits)
 
 
@@ -246,6 +247,10 @@ def _what_all_lose(main: Sequence[Line], lines: Sequence[Line]) -> list[str]:
     ghosts, together, half = (of_group(lines, group) for group in ("ghost", VIEWS_TOGETHER, HALF_RATE))
     rows = []
     outcomes: Sequence[tuple[Value, int]] = ((objective, 4), (anew_objective, 4), (top_1, 1), (anew_top_1, 1))
+
+    def by_seed(runs: Iterable[Line]) -> dict[int, float]:
+        return {line["seed"]: objective(line) for line in runs}
+
     temperature = TEMPERATURES[0]
     for arm in ARMS:
         own = [line for line in main if (line["arm"], line["temperature"]) == (arm, temperature)]
@@ -256,19 +261,20 @@ def _what_all_lose(main: Sequence[Line], lines: Sequence[Line]) -> list[str]:
             cases.append((f"{ENDS[-1]}, ghosts of {size}{how}", found))
         cases.append((f"{ENDS[0]}", _of(own, arm, ENDS[0])))
         cases.append((f"{ENDS[0]}, half the rate", _of(half, arm, ENDS[0])))
-        rows += [
-            [arm, name, *(_spread(list(map(value, found)), digits) for value, digits in outcomes)]
-            for name, found in cases
-            if found
-        ]
+        largest = by_seed(cases[0][1])
+        for name, found in cases:
+            if found:
+                lost = "" if name == f"{ENDS[-1]}" else _difference(by_seed(found), largest, 4)
+                rows.append([arm, name, *(_spread(list(map(value, found)), digits) for value, digits in outcomes), lost])
     if not rows:
         return []
     text = wrapped(
         f"Temperature {temperature:g}. Ghosts: batch norm takes its statistics over groups of so many images while it trains. "
         "Views together: an earlier program, in which both views of an image were always in the same group. "
-        "Anew: the final encoder, after batch norm has taken its statistics from large batches."
+        "Anew: the final encoder, after batch norm has taken its statistics from large batches. "
+        f"The last column is F minus F at batch {ENDS[-1]}, paired by seed, as in the table above."
     )
-    header = ["arm", "batch", "F", "F, anew", "top-1, %", "top-1, anew"]
+    header = ["arm", "batch", "F", "F, anew", "top-1, %", "top-1, anew", f"F minus {ENDS[-1]}'s"]
     return ["### What all arms lose", text, table(header, rows)]
 
 
