@@ -96,13 +96,14 @@ def test_the_page_shows_what_was_recorded(tmp_path):
         for loss in gradient_bias.LOSSES
         for batch in (*gradient_bias.BATCHES, 2048)
     ]
-    results = {"state_sha256": "5" * 64, "dataset_fingerprint": "f" * 64, "images": 2048, "epochs": 50, "rows": rows}
+    measured = {"run": "a-run", "state_sha256": "5" * 64, "dataset_fingerprint": "f" * 64, "images": 2048, "epochs": 50}
     (tmp_path / "results.md").write_text(f"# Before\n{gradient_bias.BEGIN}\nold\n{gradient_bias.END}\nAfter\n")
-    gradient_bias.write_page(results, tmp_path)
+    gradient_bias.write_page([measured | {"rows": rows[:20], "run": "an-earlier-run"}, measured | {"rows": rows}], tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert text.startswith("# Before\n")
     assert text.endswith("\nAfter\n")
     assert "old" not in text
     assert "| 0.1 | SogCLR, gamma .9 | 6.25 ± 0.25 | 3.12 ± 0.25 | 1.56 ± 0.25 | 0.78 ± 0.25 | 0.05 |" in text
-    assert "over all 2,048 images" in text
+    assert "| 0.05 | SimCLR | 6.25 ± 0.25 |" in text
+    assert text.index("`an-earlier-run`") < text.index("over 2,048 images") < text.index("`a-run`")
     assert (tmp_path / gradient_bias.FIGURE).read_bytes().startswith(b"\x89PNG")
