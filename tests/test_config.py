@@ -58,6 +58,8 @@ def test_overrides_reach_every_type_of_setting():
         ("global_batch_size=1", "global_batch_size=1 makes no sense"),
         ("ghost_batch_size=1", "ghost_batch_size=1 makes no sense: it must be at least 2, or 0 for the global batch"),
         ("ghost_batch_size=48", "ghost_batch_size=48 does not divide the 128 images of a replica: take 32, or 0 for the global"),
+        ("contrast_batch_size=1", "contrast_batch_size=1 makes no sense: it must be at least 2, or 0 for the global batch"),
+        ("contrast_batch_size=256", "contrast_batch_size=256 does not divide the 128 images of a replica: take 128, or 0 for"),
         ("linear_eval.holdout_fraction=1", "linear_eval.holdout_fraction=1.0 makes no sense"),
         ("linear_eval.protocols=cached,onlin", "linear_eval.protocols=onlin is not one of cached, "),
         ("epochs", "'epochs' is not an override: write key=value, as in epochs=100"),

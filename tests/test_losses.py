@@ -8,9 +8,11 @@ import tensorflow as tf
 from support import oracle
 
 from trainer.config import Config, replace
+from trainer.losses import make_loss
 from trainer.losses.global_contrastive import VARIANTS, gamma_of_visit, global_contrastive, global_objective, next_temperature
-from trainer.losses.loss import alignment, uniformity_kernel
+from trainer.losses.loss import Projections, alignment, uniformity_kernel
 from trainer.losses.nt_xent import nt_xent
+from trainer.presets import resolve
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -187,6 +189,32 @@ def test_anchors_of_two_replicas_give_what_one_replica_gives():
     ]
     np.testing.assert_allclose(np.mean([half.loss for half in halves]), whole, rtol=1e-6)
     np.testing.assert_allclose(np.concatenate([half.u for half in halves]), whole_u, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [["loss=nt_xent"], ["variant=pt_official"], ["variant=isogclr"]], ids=" ".join)
+def test_in_groups_each_group_is_a_batch_of_its_own(settings):
+    random = np.random.default_rng(3)
+    config = resolve("demo", settings)
+    hidden = tf.constant(random.normal(size=(24, 8)).astype(np.float32))
+    whole, grouped = make_loss(config.loss), make_loss(config.loss, 4)
+    assert grouped.vectors == whole.vectors
+    # One replica of two, whose anchors are the last 12 of 24 images.
+    stored = {name: tf.constant(random.uniform(0.1, 0.6, 24).astype(np.float32)) for name in whole.vectors}
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(hidden)
+        z1, z2 = projections(hidden)
+        everything = Projections(z1, z2, tf.concat([z2, z1], 0), tf.concat([z1, z2], 0), tf.range(12, 24))
+        loss, entries = tf.function(grouped, autograph=False, jit_compile=True)(everything, stored)
+        alone = [
+            whole(Projections(z1[s], z2[s], z1[s], z2[s], tf.range(4)), {name: of[12:][s] for name, of in stored.items()})
+            for s in (slice(0, 4), slice(4, 8), slice(8, 12))
+        ]
+        expected = sum(one for one, _ in alone) / 3
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(tape.gradient(loss, hidden), tape.gradient(expected, hidden), rtol=1e-5, atol=1e-6)
+    assert entries.keys() == whole.vectors.keys()
+    for name, values in entries.items():
+        np.testing.assert_allclose(values, np.concatenate([found[name] for _, found in alone]), rtol=1e-5, atol=1e-6)
 
 
 def test_global_objective_counts_only_images_that_were_seen():

@@ -119,7 +119,7 @@ def lower(config: Config, num_images: int, num_classes: int, replicas: int = 1) 
     Raises UserError if the global batch does not divide over the replicas, or a replica's batch into ghost batches.
     """
     check_divides(config.optimizer.global_batch_size, replicas)
-    config.optimizer.check_ghosts(replicas)
+    config.optimizer.check_parts(replicas)
     one = OneOfMany(replicas)
     return lower_step(config, create_train_state(config, num_images, num_classes, one), one)
 

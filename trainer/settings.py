@@ -121,6 +121,8 @@ class OptimizerSettings(Group):
     """Images per step over all replicas. Each gives two views. At least 2, because negatives are views of other images."""
     ghost_batch_size: Annotated[int, Ge(0)] = 0
     """Images of each view that BN takes its statistics over (Hoffer et al. 2017); 0 for the global batch. Not 1."""
+    contrast_batch_size: Annotated[int, Ge(0)] = 0
+    """Images that are each other's negatives; 0 for the global batch. Not 1, because negatives are views of other images."""
     base_learning_rate: Annotated[float, Gt(0)] = 0.075
     learning_rate_scaling: Literal["sqrt", "linear"] = "sqrt"
     """Peak learning rate: base * sqrt(B), or base * B / 256."""
@@ -134,20 +136,25 @@ class OptimizerSettings(Group):
         super().__post_init__()
         if self.warmup_epochs > self.epochs:
             raise out_of_bounds("warmup_epochs", self.warmup_epochs, f"between 0 and epochs={self.epochs}")
-        if self.ghost_batch_size == 1:
-            # Two rows, normalised by their own moments, are 1 and -1 whatever they were.
-            raise out_of_bounds("ghost_batch_size", 1, "at least 2, or 0 for the global batch")
-        self.check_ghosts(1)
+        for key, size in self._parts.items():
+            if size == 1:
+                # Two rows, normalised by their own moments, are 1 and -1 whatever they were. One image has no negatives.
+                raise out_of_bounds(key, 1, "at least 2, or 0 for the global batch")
+        self.check_parts(1)
 
-    def check_ghosts(self, replicas: int) -> None:
-        """Raises UserError if `ghost_batch_size` does not divide the batch of one of `replicas`."""
+    @property
+    def _parts(self) -> dict[str, int]:
+        return {"ghost_batch_size": self.ghost_batch_size, "contrast_batch_size": self.contrast_batch_size}
+
+    def check_parts(self, replicas: int) -> None:
+        """Raises UserError if `ghost_batch_size` or `contrast_batch_size` does not divide the batch of one of `replicas`."""
         own = self.global_batch_size // replicas
-        if self.ghost_batch_size and own % self.ghost_batch_size:
-            near = max((size for size in range(2, min(self.ghost_batch_size, own + 1)) if own % size == 0), default=own)
-            raise UserError(
-                f"ghost_batch_size={self.ghost_batch_size} does not divide the {own} images of a replica: "
-                f"take {near}, or 0 for the global batch"
-            )
+        for key, size in self._parts.items():
+            if size and own % size:
+                near = max((one for one in range(2, min(size, own + 1)) if own % one == 0), default=own)
+                raise UserError(
+                    f"{key}={size} does not divide the {own} images of a replica: take {near}, or 0 for the global batch"
+                )
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,10 @@ def make_train_step(
 def make_replica_step(config: Config, state: TrainState, replicas: Replicas) -> Callable[[Batch], dict[str, tf.Tensor]]:
     """Returns the train step of one of `replicas`, a function of its part of the global batch.
 
-    Negatives come from all replicas, and gradients flow back to all of them.
+    Negatives come from all replicas, unless `contrast_batch_size` is set, and gradients flow back to all of them.
     """
     num_images = state.u.shape[0]
-    loss_of = make_loss(config.loss)
+    loss_of = make_loss(config.loss, config.optimizer.contrast_batch_size)
 
     def contrast(projections: Projections, image_id: tf.Tensor) -> tf.Tensor:
         if not loss_of.vectors:

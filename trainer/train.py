@@ -77,7 +77,7 @@ def train(
     tf.config.experimental.enable_op_determinism()
     strategy = strategy or make_strategy()
     check_divides(config.optimizer.global_batch_size, strategy.num_replicas_in_sync)
-    config.optimizer.check_ghosts(strategy.num_replicas_in_sync)
+    config.optimizer.check_parts(strategy.num_replicas_in_sync)
     on_progress("checking the dataset")
     manifest = read_manifest(data_dir)
     require_dataset(config.data, manifest, data_dir)

@@ -171,7 +171,7 @@ def check(accelerator: Accelerator, config: Config) -> None:
             f"global_batch_size={batch} does not divide among the {replicas} replicas of {accelerator.name}: "
             f"take --set global_batch_size={near}, or another accelerator"
         )
-    config.optimizer.check_ghosts(replicas)
+    config.optimizer.check_parts(replicas)
 
 
 def check_region(accelerator: Accelerator, region: str) -> None:

@@ -255,8 +255,9 @@ def take_statistics(encoder: Any, head: Any, config: Any, data: str) -> None:
 
 
 def in_large_batches(config: Any) -> Any:
-    """Returns the config with the batches of `take_statistics`, and no ghost batches within them."""
-    return replace(config, optimizer=replace(config.optimizer, global_batch_size=_LARGE_BATCH, ghost_batch_size=0))
+    """Returns the config with the batches of `take_statistics`, and no parts within them."""
+    whole = {"ghost_batch_size": 0, "contrast_batch_size": 0}
+    return replace(config, optimizer=replace(config.optimizer, global_batch_size=_LARGE_BATCH, **whole))
 
 
 def find(name: str, done: Mapping[str, Line]) -> Run:

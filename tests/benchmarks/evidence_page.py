@@ -2,7 +2,7 @@
 
 import itertools
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.evidence_runs import (
     ARMS,
     BATCHES,
+    CONTRAST,
     ENDS,
     GHOST_SIZES,
     HALF_RATE,
@@ -99,6 +100,7 @@ def tables(lines: Sequence[Line], planned: int) -> str:
         if there:
             parts += [f"Temperature {temperature:g}:", _arms(there, [line for line in lines if line["group"] == "untrained"])]
     parts += _losses(main)
+    parts += _contrast_alone(main, of_group(lines, CONTRAST))
     parts += _what_all_lose(main, lines)
     parts += _isogclr(of_group(lines, "isogclr"), main)
     parts += _rates([line for line in lines if line["group"] == "probe"])
@@ -197,10 +199,16 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{spread.mean:.{digits}f}{deviation} ({spread.count})"
 
 
-def losses_of_small_batches(main: Iterable[Line], arm: str, value: Value) -> dict[int, float]:
+def losses_of_small_batches(main: Sequence[Line], arm: str, value: Value) -> dict[int, float]:
     """Returns `value` at the smallest batch minus at the largest, by seed, for the seeds that `arm` has at both."""
-    small, large = ({line["seed"]: value(line) for line in _of(main, arm, batch)} for batch in ENDS)
-    return {seed: small[seed] - large[seed] for seed in sorted(small.keys() & large.keys())}
+    small, large = (_of(main, arm, batch) for batch in ENDS)
+    return _by_seed(small, large, value)
+
+
+def _by_seed(runs: Iterable[Line], others: Iterable[Line], value: Value) -> dict[int, float]:
+    """Returns `value` of the runs minus that of the others, by seed, for the seeds that both have."""
+    own, other = ({line["seed"]: value(line) for line in of} for of in (runs, others))
+    return {seed: own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())}
 
 
 def _losses(main: Sequence[Line]) -> list[str]:
@@ -211,10 +219,7 @@ def _losses(main: Sequence[Line]) -> list[str]:
         there = [line for line in main if line["temperature"] == temperature]
         for name, value, digits in _OUTCOMES:
             by_arm = {arm: losses_of_small_batches(there, arm, value) for arm in ARMS}
-            for arm, own in by_arm.items():
-                if own:
-                    against = [_difference(own, by_arm[ours], digits) if ours != arm else "" for ours in _OURS]
-                    rows.append([f"{temperature:g}", name, arm, _interval(list(own.values()), digits), *against])
+            rows += [[f"{temperature:g}", name, *row] for row in _against_ours(by_arm, digits)]
     if not rows:
         return []
     text = wrapped(
@@ -226,7 +231,34 @@ def _losses(main: Sequence[Line]) -> list[str]:
     return [f"### From batch {large} to batch {small}", text, table(header, rows)]
 
 
+def _contrast_alone(main: Sequence[Line], runs: Sequence[Line]) -> list[str]:
+    """What few negatives alone do: nothing else differs from the largest batch."""
+    small, large = ENDS
+    rows = []
+    for name, value, digits in _OUTCOMES:
+        there = [line for line in main if line["temperature"] == TEMPERATURES[0]]
+        by_arm = {arm: _by_seed(_of(runs, arm, large), _of(there, arm, large), value) for arm in ARMS}
+        values = {arm: _spread([value(line) for line in _of(runs, arm, large)], digits) for arm in ARMS}
+        rows += [[name, arm, values[arm], *row] for arm, *row in _against_ours(by_arm, digits)]
+    if not rows:
+        return []
+    text = wrapped(
+        f"Temperature {TEMPERATURES[0]:g}, batch {large}, each image with the negatives of {small} images "
+        f"(`contrast_batch_size={small}`), minus the same with those of all {large}. All else is as in the table above."
+    )
+    header = ["", "arm", f"contrast of {small}", f"minus that of {large}", *(f"minus {ours}'s" for ours in _OURS)]
+    return [f"### Contrast of {small} images in a batch of {large}", text, table(header, rows)]
+
+
 _OURS = ("SogCLR .9", "SogCLR .1")
+
+
+def _against_ours(by_arm: Mapping[str, Mapping[int, float]], digits: int) -> Iterator[list[str]]:
+    """Yields a row for each arm that has values, which are given by seed: the arm, its mean, and how far it is from SogCLR's."""
+    for arm, own in by_arm.items():
+        if own:
+            against = [_difference(own, by_arm[ours], digits) if ours != arm else "" for ours in _OURS]
+            yield [arm, _interval(list(own.values()), digits), *against]
 
 
 def _difference(own: Mapping[int, float], ours: Mapping[int, float], digits: int) -> str:
@@ -247,10 +279,6 @@ def _what_all_lose(main: Sequence[Line], lines: Sequence[Line]) -> list[str]:
     ghosts, together, half = (of_group(lines, group) for group in ("ghost", VIEWS_TOGETHER, HALF_RATE))
     rows = []
     outcomes: Sequence[tuple[Value, int]] = ((objective, 4), (anew_objective, 4), (top_1, 1), (anew_top_1, 1))
-
-    def by_seed(runs: Iterable[Line]) -> dict[int, float]:
-        return {line["seed"]: objective(line) for line in runs}
-
     temperature = TEMPERATURES[0]
     for arm in ARMS:
         own = [line for line in main if (line["arm"], line["temperature"]) == (arm, temperature)]
@@ -261,10 +289,10 @@ def _what_all_lose(main: Sequence[Line], lines: Sequence[Line]) -> list[str]:
             cases.append((f"{ENDS[-1]}, ghosts of {size}{how}", found))
         cases.append((f"{ENDS[0]}", _of(own, arm, ENDS[0])))
         cases.append((f"{ENDS[0]}, half the rate", _of(half, arm, ENDS[0])))
-        largest = by_seed(cases[0][1])
+        largest = cases[0][1]
         for name, found in cases:
             if found:
-                lost = "" if name == f"{ENDS[-1]}" else _difference(by_seed(found), largest, 4)
+                lost = "" if found is largest else _interval(list(_by_seed(found, largest, objective).values()), 4)
                 rows.append([arm, name, *(_spread(list(map(value, found)), digits) for value, digits in outcomes), lost])
     if not rows:
         return []

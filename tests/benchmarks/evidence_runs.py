@@ -24,6 +24,9 @@ SEEDS = (0, 1, 2)
 GHOST_SIZES = (16, 32)
 """Images over which batch norm takes its statistics in the ablation, at the largest batch."""
 GHOST_ARMS = ("SimCLR", "SogCLR .9")
+CONTRAST = "contrast"
+"""The group of runs at the largest batch whose negatives come from as many images as the smallest batch has. What the theorem is
+about, the number of negatives, is all that differs from the main runs: not the noise of a step, its rate, or batch norm."""
 HALF_RATE = "half-rate"
 """The group of runs at the smallest batch with half the chosen rate. They test whether all arms lose by the noise of a step."""
 VIEWS_TOGETHER = "ghost-together"
@@ -62,7 +65,7 @@ class Cell:
 @dataclass(frozen=True)
 class Run:
     group: str
-    """`untrained`, `probe`, `main`, `ghost` (batch norm over fewer images), `half-rate` or `isogclr`."""
+    """`main`, `contrast` (few negatives), `ghost` (batch norm of few images), `half-rate`, `isogclr`, `probe`, `untrained`."""
     cell: Cell
     seed: int
     rate: float
@@ -105,6 +108,10 @@ def planned() -> Iterator[tuple[str, Cell, int, tuple[str, ...], str]]:
                 for batch in ENDS:
                     yield "main", Cell(arm, batch, temperature), seed, (), ""
         if temperature == TEMPERATURES[0]:
+            for seed in SEEDS:
+                for arm in ARMS:
+                    settings = (f"contrast_batch_size={ENDS[0]}",)
+                    yield CONTRAST, Cell(arm, ENDS[-1], temperature), seed, settings, f"-c{ENDS[0]}"
             for seed in SEEDS:
                 for size in GHOST_SIZES:
                     for arm in GHOST_ARMS:

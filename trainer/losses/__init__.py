@@ -12,13 +12,16 @@ of an anchor are both views of every OTHER image of the global batch: 2(B-1). Gr
 import importlib
 import pkgutil
 
-from trainer.losses.loss import Loss
+from trainer.losses.loss import InGroups, Loss
 from trainer.settings import LossSettings
 
 _MODULES = {one.name: importlib.import_module(f"{__name__}.{one.name}") for one in pkgutil.iter_modules(__path__)}
 
 
-def make_loss(settings: LossSettings) -> Loss:
-    """Returns the loss `settings.name`, made by the function `make` of its module."""
+def make_loss(settings: LossSettings, group_size: int = 0) -> Loss:
+    """Returns the loss `settings.name`, made by the function `make` of its module.
+
+    With `group_size` above 0, negatives come from groups of so many images (`trainer.losses.loss.InGroups`).
+    """
     made: Loss = _MODULES[settings.name].make(settings)
-    return made
+    return InGroups(made, group_size) if group_size else made

@@ -1,6 +1,7 @@
 """The interface of a loss, and two metrics of projections that do not depend on the loss: alignment and uniformity."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -32,6 +33,36 @@ class Loss(Protocol):
 
     def metrics(self, vectors: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Returns statistics of `vectors`, by metric name."""
+
+
+@dataclass(frozen=True)
+class InGroups:
+    """The mean of a loss over groups of a replica's consecutive images, each of which is taken as a batch of its own.
+
+    So the negatives, and the estimates of u, are those of batches of `size` images, while the step averages over all of them.
+    """
+
+    loss: Loss
+    size: int
+
+    @property
+    def vectors(self) -> Mapping[str, float]:
+        return self.loss.vectors
+
+    def __call__(self, projections: Projections, stored: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Mapping[str, tf.Tensor]]:
+        def by_group(values: tf.Tensor) -> tf.Tensor:
+            return tf.reshape(values, [-1, self.size, *values.shape[1:]])
+
+        def loss_of_group(group: tuple[tf.Tensor, tf.Tensor, dict[str, tf.Tensor]]) -> tuple[tf.Tensor, Mapping[str, tf.Tensor]]:
+            z1, z2, entries = group
+            return self.loss(Projections(z1, z2, z1, z2, tf.range(self.size)), entries)
+
+        own = {name: by_group(tf.gather(values, projections.positions)) for name, values in stored.items()}
+        losses, entries = tf.vectorized_map(loss_of_group, (by_group(projections.z1), by_group(projections.z2), own))
+        return tf.reduce_mean(losses), {name: tf.reshape(values, [-1]) for name, values in entries.items()}
+
+    def metrics(self, vectors: Mapping[str, np.ndarray]) -> dict[str, float]:
+        return self.loss.metrics(vectors)
 
 
 def alignment(z1: tf.Tensor, z2: tf.Tensor) -> tf.Tensor:
