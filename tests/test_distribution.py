@@ -24,7 +24,7 @@ CASES = {
     "pt_official, LARS": (2, False, ["variant=pt_official", "optimizer=lars"]),
     "isogclr": (2, False, ["variant=isogclr"]),
     "nt_xent": (2, False, ["loss=nt_xent"]),
-    "contrast of groups": (2, False, ["contrast_batch_size=4"]),
+    "contrast of groups": (2, False, ["contrast_batch_size=4", "temperature=0.05"]),
     GHOSTS: (2, False, ["ghost_batch_size=4"]),
     "gradients as on a TPU": (2, True, ["depth=50"]),
 }
