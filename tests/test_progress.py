@@ -138,6 +138,15 @@ def test_what_is_shown_is_what_is_read(capsys, clock):
     assert [parse_line(line) for line in lines(capsys)] == shown
 
 
+def test_nothing_speaks_after_the_end(capsys):
+    """A thread that still runs while the interpreter ends can abort the process."""
+    before = set(threading.enumerate())
+    for _ in range(20):
+        with ProgressBars(0.0) as bars:
+            bars("pretrain", "training")
+        assert set(threading.enumerate()) == before
+
+
 def test_work_that_is_done_elsewhere_is_followed_to_its_end():
     seen, counts = [], iter([2, 3, 9])
     looked = threading.Event()

@@ -261,6 +261,7 @@ def main() -> None:
             if _SEARCH in command:
                 spoil(max(data.glob("*-train.tfrecord-*")))
             print(f"{name}: python {' '.join(command)}", flush=True)
+            os.sync()  # what was written before must not slow what is measured now
             seen = watch(command, end)
             table += rows(name, seen)
             print("\n".join("| " + " | ".join(row) + " |" for row in rows(name, seen)), flush=True)

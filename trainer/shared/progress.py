@@ -120,18 +120,21 @@ class ProgressBars:
         self._last_line = 0.0
         self._lock = threading.Lock()
         self._ended = threading.Event()
+        self._repeating = threading.Thread(target=self._repeat, daemon=True)
 
     def __enter__(self) -> Self:
         if self._bars:
             self._bars.start()
         else:
-            threading.Thread(target=self._repeat, daemon=True).start()
+            self._repeating.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
         if self._bars:
             self._bars.stop()
+        else:
+            self._repeating.join()
 
     def __call__(self, job: str, phase: str, done: int = 0, total: int = 0, text: str = "") -> None:
         with self._lock:
