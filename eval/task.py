@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from trainer.preemption import ending_noted, exits_if_preempted
 from trainer.shared.errors import UserError
+from trainer.shared.processes import end_with_its_work
 from trainer.shared.progress import ProgressBars
 
 
@@ -69,4 +70,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with_its_work(main)

@@ -218,3 +218,36 @@ def gone(port: int, seconds: float = 30) -> bool:
                 return True
         time.sleep(0.1)
     return False
+
+
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [("", 0), ("sys.exit()", 0), ("sys.exit(75)", 75), ("sys.exit('it is wrong')", 1), ("raise ValueError('wrong')", 1)],
+)
+def test_a_process_ends_with_its_work_and_does_not_die_afterwards(last, code):
+    """What aborts here as the interpreter ends stands for threads of TensorFlow."""
+    program = f"""
+import atexit, os, sys
+from trainer.shared.processes import end_with_its_work
+
+class Late:
+    def __del__(self):
+        os.abort()
+
+late = Late()
+
+def main():
+    atexit.register(print, "handlers ran")
+    print("worked")
+    {last}
+
+{{}}
+"""
+
+    def ended(call: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", program.format(call)], capture_output=True, text=True, check=False)
+
+    assert ended("main()").returncode == -signal.SIGABRT
+    found = ended("end_with_its_work(main)")
+    assert (found.returncode, found.stdout) == (code, "worked\nhandlers ran\n")
+    assert ("wrong" in found.stderr) == ("wrong" in last)

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from trainer.preemption import ending_noted, exits_if_preempted
 from trainer.presets import resolve_pretraining
 from trainer.shared.errors import UserError
+from trainer.shared.processes import end_with_its_work
 from trainer.shared.progress import ProgressBars
 
 
@@ -71,4 +72,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with_its_work(main)

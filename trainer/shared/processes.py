@@ -1,7 +1,9 @@
-"""Ending: a process that ends with its parent, and the signals that ask a process to end."""
+"""Ending: a process that ends with its parent or with its work, and the signals that ask a process to end."""
 
+import atexit
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +15,28 @@ def endings() -> list[signal.Signals]:
     """Returns the signals that ask this process to end: SIGTERM, and SIGHUP of a closed terminal unless nohup ignores it."""
     hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     return [signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])]
+
+
+def end_with_its_work(main: Callable[[], None]) -> None:
+    """Calls `main`, and ends the process with the same exit code as ever as soon as all exit handlers ran.
+
+    The interpreter would then take apart what threads of TensorFlow may still use, and a process can die by SIGABRT although its
+    work is done. For the main module, before it loads anything that registers an exit handler, since those must run first.
+    """
+    code = 1
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(end)
+    try:
+        main()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
 
 
 def end_with(parent: int, end: Callable[[], object]) -> None:
