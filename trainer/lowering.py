@@ -116,7 +116,7 @@ class Program:
 def lower(config: Config, num_images: int, num_classes: int, replicas: int = 1) -> Program:
     """Returns the program of the train step on one of `replicas`, for a dataset of `num_images` images and `num_classes` classes.
 
-    Raises UserError if the global batch does not divide over the replicas, or a replica's batch into ghost batches.
+    Raises UserError if the global batch does not divide over the replicas, or a replica's batch into the parts that are set.
     """
     check_divides(config.optimizer.global_batch_size, replicas)
     config.optimizer.check_parts(replicas)

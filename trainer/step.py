@@ -36,7 +36,7 @@ def make_train_step(
 def make_replica_step(config: Config, state: TrainState, replicas: Replicas) -> Callable[[Batch], dict[str, tf.Tensor]]:
     """Returns the train step of one of `replicas`, a function of its part of the global batch.
 
-    Negatives come from all replicas, unless `contrast_batch_size` is set, and gradients flow back to all of them.
+    Negatives come from all replicas, and gradients flow back to all of them. With `contrast_batch_size`, they come from this one.
     """
     num_images = state.u.shape[0]
     loss_of = make_loss(config.loss, config.optimizer.contrast_batch_size)

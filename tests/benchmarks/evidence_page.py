@@ -202,10 +202,10 @@ def _spread(values: Sequence[float], digits: int) -> str:
 def losses_of_small_batches(main: Sequence[Line], arm: str, value: Value) -> dict[int, float]:
     """Returns `value` at the smallest batch minus at the largest, by seed, for the seeds that `arm` has at both."""
     small, large = (_of(main, arm, batch) for batch in ENDS)
-    return _by_seed(small, large, value)
+    return _paired(small, large, value)
 
 
-def _by_seed(runs: Iterable[Line], others: Iterable[Line], value: Value) -> dict[int, float]:
+def _paired(runs: Iterable[Line], others: Iterable[Line], value: Value) -> dict[int, float]:
     """Returns `value` of the runs minus that of the others, by seed, for the seeds that both have."""
     own, other = ({line["seed"]: value(line) for line in of} for of in (runs, others))
     return {seed: own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())}
@@ -237,7 +237,7 @@ def _contrast_alone(main: Sequence[Line], runs: Sequence[Line]) -> list[str]:
     rows = []
     for name, value, digits in _OUTCOMES:
         there = [line for line in main if line["temperature"] == TEMPERATURES[0]]
-        by_arm = {arm: _by_seed(_of(runs, arm, large), _of(there, arm, large), value) for arm in ARMS}
+        by_arm = {arm: _paired(_of(runs, arm, large), _of(there, arm, large), value) for arm in ARMS}
         values = {arm: _spread([value(line) for line in _of(runs, arm, large)], digits) for arm in ARMS}
         rows += [[name, arm, values[arm], *row] for arm, *row in _against_ours(by_arm, digits)]
     if not rows:
@@ -292,7 +292,7 @@ def _what_all_lose(main: Sequence[Line], lines: Sequence[Line]) -> list[str]:
         largest = cases[0][1]
         for name, found in cases:
             if found:
-                lost = "" if found is largest else _interval(list(_by_seed(found, largest, objective).values()), 4)
+                lost = "" if found is largest else _interval(list(_paired(found, largest, objective).values()), 4)
                 rows.append([arm, name, *(_spread(list(map(value, found)), digits) for value, digits in outcomes), lost])
     if not rows:
         return []
