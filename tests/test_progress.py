@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from trainer.shared import progress
-from trainer.shared.progress import ProgressBars, followed, parse_line
+from trainer.shared.progress import ProgressBars, followed, of_batches, parse_line
 
 
 @pytest.fixture
@@ -60,6 +60,23 @@ def test_the_time_left_counts_the_phase_that_it_is_in(capsys, clock):
     clock[0] += 10
     bars("linear-eval", "fit", 50, 100)
     assert lines(capsys)[-1] == "[linear-eval] fit: 50/100 0:10 left"
+
+
+def test_the_time_left_of_a_pass_over_batches_does_not_count_how_long_the_first_took(capsys, clock):
+    count = of_batches(ProgressBars(0).of("linear-eval"), "features", 1000)
+    for seconds, done in ((0, 0), (60, 10), (1, 20)):
+        clock[0] += seconds
+        count(done)
+    assert lines(capsys) == [
+        "[linear-eval] features, first batch ...",
+        "[linear-eval] features, images: 10/1000",
+        "[linear-eval] features, images: 20/1000 1:38 left",
+    ]
+
+
+def test_a_pass_over_batches_that_was_done_before_has_no_first_batch(capsys):
+    of_batches(ProgressBars(0).of("linear-eval"), "features", 1000)(1000)
+    assert lines(capsys) == ["[linear-eval] features, images: 1000/1000"]
 
 
 @pytest.mark.parametrize(("seconds", "left"), [(4.6, "0:05"), (4.4, "0:04"), (59.7, "1:00")])

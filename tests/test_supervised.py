@@ -229,6 +229,10 @@ def test_every_protocol_runs_on_a_checkpoint_of_the_middle_of_a_run(dataset, tmp
     assert {"finetune-10, images", "features of finetune-10, images"} <= set(phases)
     assert list(phases)[:2] == ["checking the dataset", "loading the encoder"]
     assert "finding the images of finetune-10, records" in phases
+    names = list(phases)
+    passes = ["features of train", "untrained control, features of train", "official", "finetune-10", "features of finetune-10"]
+    for one in passes:
+        assert names.index(f"{one}, images") == names.index(f"{one}, first batch") + 1
     for phase in phases:
         counts = [(done, total) for name, done, total in reported if name == phase]
         assert [done for done, _ in counts] == sorted(done for done, _ in counts)

@@ -28,7 +28,7 @@ from trainer.named_files import with_digest
 from trainer.settings import LINEAR_EVAL, LinearEvalSettings
 from trainer.shared.errors import UserError
 from trainer.shared.files import make_folder, write_arrays
-from trainer.shared.progress import OnProgress, silent
+from trainer.shared.progress import OnProgress, of_batches, silent
 from trainer.shared.records import Manifest, read_manifest
 
 SPLITS = ("train", "validation")
@@ -103,10 +103,6 @@ def linear_eval(
     seconds: dict[str, float] = {}
     for split in SPLITS:
         begun = time.perf_counter()
-
-        def on_images(done: int, split: str = split) -> None:
-            on_progress(f"features of {split}, images", done, images[split])
-
         features[split] = extract(
             encoder,
             config,
@@ -116,7 +112,7 @@ def linear_eval(
             features_dir,
             shared=shared,
             strategy=strategy,
-            on_progress=on_images,
+            on_progress=of_batches(on_progress, f"features of {split}", images[split]),
             should_stop=should_stop,
         )
         seconds[split] = time.perf_counter() - begun

@@ -208,6 +208,25 @@ def followed(
     on_progress(phase, total, total, text)
 
 
+def of_batches(on_progress: OnProgress, what: str, total: int) -> Callable[[int], None]:
+    """Returns what a loop over batches calls with the number of finished images, before the first batch and after each.
+
+    The first batch, for which the loop compiles its step and readers start, is a phase of its own. So the time left of the others
+    is at their rate.
+    """
+    begun = False
+
+    def on_images(done: int) -> None:
+        nonlocal begun
+        if begun or done == total:
+            on_progress(f"{what}, images", done, total)
+        else:
+            on_progress(f"{what}, first batch")
+        begun = True
+
+    return on_images
+
+
 @contextmanager
 def polled(report: Callable[[], None], seconds: float = 1.0) -> Iterator[None]:
     """Calls `report()` every `seconds` while the block runs, in another thread."""

@@ -13,6 +13,7 @@ from eval.measure.protocols.cached import CACHED, drawn_order
 from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Work
 from trainer.config import Config
 from trainer.encoder import make_encoder
+from trainer.shared.progress import of_batches
 
 
 def scores(context: Context) -> Scores:
@@ -23,9 +24,6 @@ def scores(context: Context) -> Scores:
     images = {"train": min(count, most), "validation": len(context.validation.labels)}
 
     def features(split: str, image_ids: np.ndarray | None = None) -> StoredFeatures:
-        def on_images(done: int) -> None:
-            context.on_progress(f"untrained control, features of {split}, images", done, images[split])
-
         return extract(
             encoder,
             context.config,
@@ -36,7 +34,7 @@ def scores(context: Context) -> Scores:
             image_ids,
             shared=context.shares_features,
             strategy=context.strategy,
-            on_progress=on_images,
+            on_progress=of_batches(context.on_progress, f"untrained control, features of {split}", images[split]),
             should_stop=context.should_stop,
         )
 

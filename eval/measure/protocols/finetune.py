@@ -12,6 +12,7 @@ from eval.measure.supervised import Recipe, train_classifier, weights_of
 from trainer.config import Config
 from trainer.distribution import check_divides
 from trainer.settings import LinearEvalSettings
+from trainer.shared.progress import of_batches
 from trainer.shared.records import Manifest
 
 
@@ -49,7 +50,7 @@ def _scores(part: _Part, context: Context) -> Scores:
         image_ids,
         folder,
         strategy=context.strategy,
-        on_progress=lambda done: context.on_progress(f"{part.name}, images", done, visits),
+        on_progress=of_batches(context.on_progress, part.name, visits),
         on_search=lambda done: context.on_progress(f"finding the images of {part.name}, records", done, context.sizes.train),
         should_stop=context.should_stop,
     )
@@ -62,7 +63,7 @@ def _scores(part: _Part, context: Context) -> Scores:
         "validation",
         folder,
         strategy=context.strategy,
-        on_progress=lambda done: context.on_progress(f"features of {part.name}, images", done, count),
+        on_progress=of_batches(context.on_progress, f"features of {part.name}", count),
         should_stop=context.should_stop,
     )
     used = {name: value for name, value in asdict(recipe).items() if name != "frozen"}

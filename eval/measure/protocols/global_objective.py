@@ -9,6 +9,7 @@ from eval.measure.protocols.protocol import Context, Protocol, Sizes, Values, Wo
 from trainer.config import Config
 from trainer.preemption import PreemptedError
 from trainer.shared.errors import UserError
+from trainer.shared.progress import of_batches
 from trainer.shared.records import Manifest
 
 _COPIES_OF_AN_ANCHOR = 18
@@ -28,7 +29,7 @@ def values(context: Context) -> Values:
         context.features_dir,
         shared=context.shares_features,
         strategy=context.strategy,
-        on_progress=lambda done: context.on_progress("projections of two views, images", done, count),
+        on_progress=of_batches(context.on_progress, "projections of two views", count),
         should_stop=context.should_stop,
     )
 
@@ -39,6 +40,7 @@ def values(context: Context) -> Values:
                 "stopped in the global objective, kept the projections: start the same command again to continue"
             )
 
+    context.on_progress("global objective, first block")
     found = global_objective(
         projections,
         temperature,

@@ -19,6 +19,7 @@ def scores(context: Context) -> Scores:
         if context.should_stop():
             raise PreemptedError("stopped in the neighbour search, kept the features: start the same command again to continue")
 
+    context.on_progress("nearest neighbours, first block")
     votes = knn_scores(
         context.train,
         context.validation.values,

@@ -6,6 +6,7 @@ from eval.measure.protocols.protocol import Context, Protocol, Scores, Sizes, Wo
 from eval.measure.supervised import Recipe, train_classifier, weights_of
 from trainer.config import Config
 from trainer.distribution import check_divides
+from trainer.shared.progress import of_batches
 from trainer.shared.records import Manifest
 
 
@@ -20,7 +21,7 @@ def scores(context: Context) -> Scores:
         recipe,
         folder=f"{context.work_dir}/official",
         strategy=context.strategy,
-        on_progress=lambda done: context.on_progress("official, images", done, visits),
+        on_progress=of_batches(context.on_progress, "official", visits),
         should_stop=context.should_stop,
     )
     used = {name: value for name, value in asdict(recipe).items() if name != "frozen"}
