@@ -15,8 +15,6 @@ from support.raw_data import raw_as_usual
 
 # What a script starts in the background ignores SIGINT, and so does all that it starts, which tests interrupt with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# The same of SIGHUP under nohup.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A quarter of the time that imports take; `pytest_collection_finish` enables it.
 gc.disable()

@@ -251,3 +251,22 @@ def main():
     found = ended("end_with_its_work(main)")
     assert (found.returncode, found.stdout) == (code, "worked\nhandlers ran\n")
     assert ("wrong" in found.stderr) == ("wrong" in last)
+
+
+def test_sogclr_ends_with_its_work_too():
+    program = """
+import os, sys
+from pipelines.cli import main
+from pipelines.cli.__main__ import command
+
+class Late:
+    def __del__(self):
+        os.abort()
+
+late = Late()
+sys.argv = ["sogclr", "presets"]
+"""
+    for call, code in (("sys.exit(main())", -signal.SIGABRT), ("command()", 0)):
+        ended = subprocess.run([sys.executable, "-c", program + call], capture_output=True, text=True, check=False)
+        assert ended.returncode == code
+        assert ended.stdout.startswith("demo: ")

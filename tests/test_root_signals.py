@@ -91,6 +91,14 @@ def test_the_next_command_closes_the_runs_of_a_dead_one_and_leaves_those_of_othe
 # ---- Signals
 
 
+@pytest.fixture(autouse=True)
+def heeds_a_closed_terminal():
+    """What nohup starts ignores SIGHUP, and so does all that it starts in turn."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_closed_terminal_is_noted_as_sigterm_is(number):
     with ending_noted() as ended:

@@ -211,8 +211,8 @@ def followed(
 def of_batches(on_progress: OnProgress, what: str, total: int) -> Callable[[int], None]:
     """Returns what a loop over batches calls with the number of finished images, before the first batch and after each.
 
-    The first batch, for which the loop compiles its step and readers start, is a phase of its own. So the time left of the others
-    is at their rate.
+    The first batch is a phase of its own, since the loop compiles its step for it and starts its readers. The time left of the
+    other batches does not count it.
     """
     begun = False
 
