@@ -253,6 +253,25 @@ def main():
     assert ("wrong" in found.stderr) == ("wrong" in last)
 
 
+def test_a_fork_of_a_process_that_ends_with_its_work_has_an_exit_code_of_its_own():
+    """It inherits the exit handlers, and may run them."""
+    program = """
+import atexit, os
+from trainer.shared.processes import end_with_its_work
+
+def main():
+    child = os.fork()
+    if not child:
+        atexit._run_exitfuncs()
+        os._exit(3)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+end_with_its_work(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "3\n", "")
+
+
 def test_sogclr_ends_with_its_work_too():
     program = """
 import os, sys

@@ -113,15 +113,15 @@ def test_killed_anywhere_it_ends_with_the_bits_of_one_left_alone(copies, odd, ch
     (alone,) = endings(copies, "end", tmp_path / "alone", odd, checkpoint)
     (tmp_path / "killed").mkdir()
     places = [
-        "kill:features:6",
+        "kill:features:5",
         "kill:fit:2",
-        "kill:official:3",
+        "kill:official:2",
         "torn:official/checkpoint-00000006",
-        "kill:official:5",
         "kill:official:4",
-        "term:official:2",
-        "kill:finetune-100:3",
-        "term:finetune-100:3",
+        "kill:official:3",
+        "term:official:1",
+        "kill:finetune-100:2",
+        "term:finetune-100:2",
         "end",
     ]
     *ended, finished = endings(copies, ",".join(places), tmp_path / "killed", odd, checkpoint)

@@ -7,9 +7,9 @@ PLACES is a list with commas between:
     term:WHERE       SIGTERM at a progress
     end              to the end
 
-WHERE is the number of steps done, as `kill:3`, or a phase and a count, as `kill:official:3`: at the third progress of this child
-in phases whose names begin so. Writes into OUTPUT, as JSON, how each ended: its exit code, -9 for SIGKILL, and what it said. The
-children share the import of TensorFlow, and nothing else: it makes its devices and threads when it is used.
+WHERE is the number of steps done, as `kill:3`, or a phase and a count, as `kill:official:3`: at the third count that this child
+reports in phases whose names begin so. Writes into OUTPUT, as JSON, how each ended: its exit code, -9 for SIGKILL, and what it
+said. The children share the import of TensorFlow, and nothing else: it makes its devices and threads when it is used.
 """
 
 import importlib

@@ -23,9 +23,11 @@ def end_with_its_work(main: Callable[[], None]) -> None:
     The interpreter would then take apart what threads of TensorFlow may still use, and a process can die by SIGABRT although its
     work is done. For the main module, before it loads anything that registers an exit handler, since those must run first.
     """
-    code = 1
+    code, process = 1, os.getpid()
 
     def end() -> None:
+        if os.getpid() != process:
+            return  # a fork inherits the exit handlers, and ends with a code of its own
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
