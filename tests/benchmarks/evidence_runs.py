@@ -107,20 +107,19 @@ def planned() -> Iterator[tuple[str, Cell, int, tuple[str, ...], str]]:
             for arm in ARMS:
                 for batch in ENDS:
                     yield "main", Cell(arm, batch, temperature), seed, (), ""
-        if temperature == TEMPERATURES[0]:
-            for seed in SEEDS:
-                for arm in ARMS:
-                    settings = (f"contrast_batch_size={ENDS[0]}",)
-                    yield CONTRAST, Cell(arm, ENDS[-1], temperature), seed, settings, f"-c{ENDS[0]}"
-            for seed in SEEDS:
-                for size in GHOST_SIZES:
-                    for arm in GHOST_ARMS:
-                        cell = Cell(arm, ENDS[-1], temperature)
-                        yield "ghost", cell, seed, (f"ghost_batch_size={size}",), f"-g{size}"
-                for arm in GHOST_ARMS:
-                    yield HALF_RATE, Cell(arm, ENDS[0], temperature), seed, (), ""
-            for batch in ENDS:
-                yield "isogclr", Cell("SogCLR .9", batch, temperature), SEEDS[0], (), ""
+    smallest, largest = ENDS
+    first = TEMPERATURES[0]
+    for seed in SEEDS:
+        for arm in ARMS:
+            yield CONTRAST, Cell(arm, largest, first), seed, (f"contrast_batch_size={smallest}",), f"-c{smallest}"
+    for seed in SEEDS:
+        for size in GHOST_SIZES:
+            for arm in GHOST_ARMS:
+                yield "ghost", Cell(arm, largest, first), seed, (f"ghost_batch_size={size}",), f"-g{size}"
+        for arm in GHOST_ARMS:
+            yield HALF_RATE, Cell(arm, smallest, first), seed, (), ""
+    for batch in ENDS:
+        yield "isogclr", Cell("SogCLR .9", batch, first), SEEDS[0], (), ""
     for temperature in TEMPERATURES:
         for batch in BATCHES:
             if batch not in ENDS:
