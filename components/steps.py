@@ -3,13 +3,24 @@
 KFP ships the source of each body, so every body does its own imports.
 """
 
+from collections.abc import Callable
+
 from kfp import dsl
 
 IMAGE = "sogclr-python"
 """Placeholder. The local runner uses the current interpreter; compiling replaces the name with real images."""
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def _component(body: Callable) -> dsl.base_component.BaseComponent:
+    """Makes a component whose process ends as soon as its work is done, see `components.ending`."""
+    made = dsl.component(base_image=IMAGE, install_kfp_package=False)(body)
+    start, command = "python3 -m kfp.dsl.executor_main", made.component_spec.implementation.container.command
+    assert sum(start in part for part in command) == 1, "KFP starts components in another way than 2.17 does"
+    command[:] = [part.replace(start, start.replace("-m", "-m components.ending")) for part in command]
+    return made
+
+
+@_component
 def build_tfrecords(
     raw: str,
     raw_identity: str,
@@ -97,7 +108,7 @@ def build_tfrecords(
         )
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@_component
 def pretrain(
     preset: str,
     overrides: list[str],
@@ -195,7 +206,7 @@ def pretrain(
         )
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@_component
 def import_encoder(
     preset: str,
     overrides: list[str],
@@ -278,7 +289,7 @@ def import_encoder(
         on_progress("imported", 1, 1, form)
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@_component
 def linear_eval(
     overrides: list[str],
     code_version: str,
@@ -360,7 +371,7 @@ def linear_eval(
             metrics.log_metric(name.removeprefix("eval/"), value)
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@_component
 def record_lineage(
     job: str, dataset: dsl.Input[dsl.Dataset], model: dsl.Input[dsl.Model], metrics: dsl.Input[dsl.Metrics]
 ) -> None:
@@ -377,7 +388,7 @@ def record_lineage(
     tracking.join(tracking.open_job_store(), job, [one.metadata.get("run_id", "") for one in (dataset, model, metrics)])
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@_component
 def end_pipeline(job: str, status: dsl.PipelineTaskFinalStatus) -> None:
     """Closes the MLflow run of a pipeline job, whether the job succeeded or not.
 

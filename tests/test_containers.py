@@ -78,7 +78,7 @@ def test_a_step_that_still_imports_ends_at_once(spec, container, tmp_path, compo
 def test_a_step_ends_with_its_own_exit_code(spec, container, code):
     with container(command_of(spec, "pretrain"), f'#!/bin/sh\necho "$_KFP_RUNTIME $*" >&2\nexit {code}\n') as step:
         assert step.wait() == code
-        assert step.stderr.read().startswith("true -m kfp.dsl.executor_main --component_module_path /")
+        assert step.stderr.read().startswith("true -m components.ending kfp.dsl.executor_main --component_module_path /")
 
 
 @pytest.mark.parametrize(("code", "signals"), [(75, 1), (0, 1), (2, 1), (75, 3)])

@@ -1,6 +1,7 @@
 """How commands end on a machine that does not let them work: no home folder, a full disk, a folder that cannot be written."""
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -289,3 +290,35 @@ sys.argv = ["sogclr", "presets"]
         ended = subprocess.run([sys.executable, "-c", program + call], capture_output=True, text=True, check=False)
         assert ended.returncode == code
         assert ended.stdout.startswith("demo: ")
+
+
+def test_a_step_ends_with_its_work_too(tmp_path):
+    """With KFP's executor as the steps start it. What fails in the executor itself still fails the step."""
+    body = tmp_path / "body.py"
+    body.write_text("""
+import os
+
+class Late:
+    def __del__(self):
+        os.abort()
+
+def step(number: int) -> int:
+    global late
+    late = Late()
+    return 10 // number
+""")
+
+    def ended(number: int, *main: str) -> tuple[int, bool]:
+        """Returns the exit code, and whether the outputs are there."""
+        folder = tmp_path / f"{number}-{len(main)}"
+        task = {"inputs": {"parameterValues": {"number": number}}, "outputs": {"parameters": {"Output": {}}}}
+        task["outputs"]["parameters"]["Output"]["outputFile"] = str(folder / "output")
+        task["outputs"]["outputFile"] = str(folder / "executor_output.json")
+        given = ["--component_module_path", body, "--executor_input", json.dumps(task), "--function_to_execute", "step"]
+        command = [sys.executable, *main, "kfp.dsl.executor_main", *given]
+        done = subprocess.run(command, capture_output=True, env={**os.environ, **search_path()}, check=False)
+        return done.returncode, (folder / "executor_output.json").exists()
+
+    assert ended(5, "-m") == (-signal.SIGABRT, True)
+    assert ended(5, "-m", "components.ending") == (0, True)
+    assert ended(0, "-m", "components.ending") == (1, False)

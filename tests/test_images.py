@@ -138,10 +138,11 @@ def test_a_worker_of_dataflow_needs_root_and_the_image_s_own_environment(machine
 @pytest.mark.cloud
 @pytest.mark.parametrize(("user", "status"), [("root", 0), ("sogclr", 1)])
 def test_a_step_writes_what_kfp_asks_for_to_root_s_gcs(machine, user, status):
-    """With KFP's own command, as it stands in a compiled job."""
+    """With the command that stands in a compiled job."""
     task = {"outputs": {"outputFile": "/gcs/bucket/job/executor_output.json"}, "inputs": {}}
     component = "def body() -> None:\n    import components.workspace\n"
-    program = "printf '%s' \"$0\" > /tmp/c.py && exec python3 -m kfp.dsl.executor_main --component_module_path /tmp/c.py"
+    executor = "python3 -m components.ending kfp.dsl.executor_main --component_module_path /tmp/c.py"
+    program = f"printf '%s' \"$0\" > /tmp/c.py && exec {executor}"
     arguments = ["--executor_input", json.dumps(task), "--function_to_execute", "body"]
     found, said = start(
         machine, replace(image_of("cpu"), user=user), "sh", "-ec", f'{program} "$@"', component, *arguments, _KFP_RUNTIME="true"

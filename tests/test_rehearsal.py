@@ -39,7 +39,7 @@ def test_a_job_that_left_the_same_is_as_it_should_be():
         (("versions",), 2, "model versions is 2"),
         (("models",), 2, "logged models is 2"),
         (("dataflow",), ["build-tfrecords-1"], "Dataflow still runs"),
-        (("still_running",), ["kfp.dsl.executor_main"], "still runs"),
+        (("still_running",), ["components.ending"], "still runs"),
         (("runs", "pretrain"), [RUN, RUN], "the runs of pretrain"),
         (("runs", "pretrain"), [], "the runs of pretrain"),
         (("runs", "linear-eval", 0, "status"), "RUNNING", "the runs of linear-eval"),

@@ -184,7 +184,8 @@ def _module_of(command: Sequence[str], environ: dict[str, str]) -> tuple[str, Se
         source = Path(tempfile.mkdtemp(), "ephemeral_component.py")
         source.write_text(command[3])
         environ["_KFP_RUNTIME"] = "true"
-        return "kfp.dsl.executor_main", ["--component_module_path", str(source), *command[4:]]
+        executor = ["kfp.dsl.executor_main", "--component_module_path", str(source), *command[4:]]
+        return "components.ending", executor
     return "", ()
 
 

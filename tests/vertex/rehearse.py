@@ -426,7 +426,7 @@ def _running() -> Iterator[str]:
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             command = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            yield from re.findall(r"-m (kfp\.dsl\S+|google_cloud_pipeline\S+|apache_beam\S+)", command)
+            yield from re.findall(r"-m (components\.ending|google_cloud_pipeline\S+|apache_beam\S+)", command)
 
 
 def report(found: dict[str, Any]) -> None:

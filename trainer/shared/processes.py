@@ -17,7 +17,7 @@ def endings() -> list[signal.Signals]:
     return [signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])]
 
 
-def end_with_its_work(main: Callable[[], None]) -> None:
+def end_with_its_work(main: Callable[[], object]) -> None:
     """Calls `main`, and ends the process with the same exit code as ever as soon as all exit handlers ran.
 
     The interpreter would then take apart what threads of TensorFlow may still use, and a process can die by SIGABRT although its
