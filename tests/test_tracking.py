@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from support.loopback import skip_waits
 
 from components import patience, tracking, variables
+from components.tracking import step_runs
 from components.tracking.phase import Phase
 from trainer.shared.errors import UserError
 
@@ -45,6 +46,8 @@ class Bench:
     def build(self, pipeline_id, job="job"):
         dataset = self.artifact(dsl.Dataset, job, "build-tfrecords", "dataset")
         arguments = {"raw": "/raw", "code_version": "c0de"}
+        if tracking.recorded_before("build-tfrecords", arguments, {"dataset": dataset}, self.environ(pipeline_id)):
+            return dataset
         with tracking.step("build-tfrecords", arguments, {"dataset": dataset}, environ=self.environ(pipeline_id)) as run:
             about = {
                 "name": "images",
@@ -396,6 +399,43 @@ def test_recording_an_encoder_leaves_one_model_and_one_version_wherever_it_was_c
         assert [one.model_id for one in recorded.outputs.model_outputs] == [found[0].model_id]
         assert [metric.key for metric in found[0].metrics] == ["train/contrastive_loss"]
         assert len(bench.client.get_metric_history(run_id, "train/contrastive_loss")) == 1, at
+    assert at > 10
+
+
+class Dying(Failing):
+    """A client whose process dies when call number `at` is carried out."""
+
+    def __getattr__(self, name):
+        if self.calls >= self.at:
+            raise self.error
+        return super().__getattr__(name)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("is_ended", [False, True])
+def test_a_step_that_is_killed_anywhere_has_its_place_in_the_lineage_and_is_gone_on_with(bench, is_ended, monkeypatch):
+    at, is_cut = 0, True
+    while is_cut:
+        at += 1
+        pipeline_id = bench.pipeline()
+        dying = Dying(bench.client, at, Killed())
+        store = tracking.Store(dying, bench.store.experiment_id)
+        with monkeypatch.context() as patch, suppress(Killed):
+            patch.setattr(step_runs, "open_job_store", lambda environ, store=store: store)
+            bench.build(pipeline_id, f"killed-{is_ended}-{at}")
+        is_cut = dying.calls >= at
+        nested = bench.client.search_runs([bench.store.experiment_id], f"tags.`mlflow.parentRunId` = '{pipeline_id}'")
+        begun = [run.info.run_id for run in nested]
+        if is_ended:
+            found = tracking.end_pipeline(bench.store, pipeline_id, "FAILED")
+            assert [step.run_id for step in found.steps] == begun, at
+            assert all(step.status in ("KILLED", "FINISHED") for step in found.steps), at
+        run_id = bench.build(pipeline_id, f"killed-{is_ended}-{at}").metadata["run_id"]
+        assert begun in ([], [run_id]), at
+        found = tracking.end_pipeline(bench.store, pipeline_id, "FINISHED")
+        assert [(step.run_id, step.status) for step in found.steps] == [(run_id, "FINISHED")], at
+        note = bench.client.get_run(run_id).data.tags["mlflow.note.content"]
+        assert f"- Run again: `sogclr rerun build-tfrecords --run {run_id} --root runs`" in note, at
     assert at > 10
 
 

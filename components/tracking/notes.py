@@ -70,7 +70,8 @@ def _step_note(store: Store, one: Step) -> str:
     for title, others in (("Used by", used_by), ("Reused by", reused_by), ("Rerun by", rerun_by)):
         if others:
             lines.append(f"- {title}: " + ", ".join(_link(store, run.info.run_id, _title(run)) for run in others))
-    lines.append(f"- Run again: `{tags[names.COMMAND]}`")
+    if names.COMMAND in tags:  # else it died as soon as it had a run
+        lines.append(f"- Run again: `{tags[names.COMMAND]}`")
     return "\n".join(lines)
 
 

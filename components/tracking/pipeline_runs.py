@@ -63,8 +63,9 @@ def end_pipeline(store: Store, pipeline_id: str, status: str, run_ids: Iterable[
 
     Marks a step that is still recorded as running as killed, even if it died before it was joined to the pipeline's run.
     """
-    _join(store, pipeline_id, [store.client.get_run(run_id) for run_id in run_ids])
-    for run in runs.search(store, names.PARENT, pipeline_id):
+    nested = runs.search(store, names.PARENT, pipeline_id)
+    _join(store, pipeline_id, [*nested, *(store.client.get_run(run_id) for run_id in run_ids)])
+    for run in nested:
         if run.info.status == "RUNNING":
             store.client.set_terminated(run.info.run_id, "KILLED")
     chain = lineage(store, pipeline_id)

@@ -138,6 +138,8 @@ def step(
         run_id = earlier[0].info.run_id
     else:
         run_id = _open_run(store, component, pipeline_id, arguments, inputs or {}, environ)
+    # An earlier attempt may have died before it was as far.
+    _place(store, run_id, component, pipeline_id)
     for artifact in outputs.values():
         artifact.metadata["run_id"] = run_id
 
@@ -179,7 +181,7 @@ def _open_run(
     inputs: Mapping[str, KfpArtifact],
     environ: Mapping[str, str],
 ) -> str:
-    """Creates a run of `component` in a pipeline run, tags each with the other's ID, and returns the new run's ID."""
+    """Creates a run of `component` that names its pipeline's run and the runs whose outputs it uses. Returns its ID."""
     inherited = store.client.get_run(pipeline_id).data.tags
     tags = {names.COMPONENT: component, names.PARENT: pipeline_id, names.CODE: str(arguments.get("code_version", ""))}
     tags |= {key: inherited[key] for key in (names.COMMIT, names.ROOT, names.JOB_LINK) if key in inherited}
@@ -187,11 +189,16 @@ def _open_run(
     for artifact in inputs.values():
         source = runs.find(store, str(artifact.metadata.get("run_id", "")))
         tags |= runs.named_by(source) if source else {}
-    run_id = store.client.create_run(store.experiment_id, run_name=component, tags=tags).info.run_id
-    again = ["sogclr", "rerun", component, "--run", run_id] + (["--root", tags[names.ROOT]] if names.ROOT in tags else [])
+    return store.client.create_run(store.experiment_id, run_name=component, tags=tags).info.run_id
+
+
+def _place(store: Store, run_id: str, component: str, pipeline_id: str) -> None:
+    """Tags a run with its own ID and the command that repeats it, and its pipeline's run with all runs that it names."""
+    run = store.client.get_run(run_id)
+    again = ["sogclr", "rerun", component, "--run", run_id]
+    again += ["--root", run.data.tags[names.ROOT]] if names.ROOT in run.data.tags else []
     runs.set_tags(store, run_id, {names.RUN_OF + component: run_id, names.COMMAND: shlex.join(again)})
-    runs.set_tags(store, pipeline_id, runs.named_by(store.client.get_run(run_id)))
-    return run_id
+    runs.set_tags(store, pipeline_id, {**runs.named_by(run), names.RUN_OF + component: run_id})
 
 
 def _attempts(store: Store, component: str, pipeline_id: str) -> list[Run]:
