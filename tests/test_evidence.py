@@ -78,10 +78,31 @@ def test_a_cells_rate_is_chosen_by_its_own_probes_only():
     lines = {}
     for own, best in ((cell, 0.15), (other, 0.6)):
         for rate in (0.075, 0.15, 0.3, 0.6, 1.2):
-            run = Run("probe", own, 100, rate)
+            run = Run("probe", own, 100, rate, (), f"-r{rate:g}")
             lines[run.name] = line(run) | {"own_objective": abs(rate - best)}
     rates = {run.cell: run.rate for run in due(lines) if run.group == "main"}
     assert rates == {cell: 0.15, other: 0.6}
+
+
+def test_at_a_temperature_of_05_probes_are_as_long_as_runs():
+    cell = Cell("SimCLR", 16, 0.05)
+    by_rate = {one["rate"]: one for one in EVERY if one["group"] == "probe" and evidence_runs.cell_of(one) == cell}
+    assert set(by_rate) == {0.15, 0.3, 0.6}
+    assert all(" epochs=60 " in one["command"] for one in by_rate.values())
+    short = {one["name"]: one | {"command": one["command"].replace(" epochs=60 ", " epochs=10 ")} for one in by_rate.values()}
+    assert evidence_runs.chosen_rate(by_rate.values(), cell) == 0.3
+    assert evidence_runs.chosen_rate(short.values(), cell) is None
+
+
+def test_a_run_at_a_rate_that_was_not_chosen_has_a_row_of_its_own_and_is_no_part_of_a_mean():
+    cell = Cell("SimCLR", 16, 0.05)
+    other = line(Run("main", cell, 0, 0.6, (), "-r0.6"))
+    text, without = (evidence_page.tables(lines, PLANNED) for lines in ([*EVERY, other], EVERY))
+    assert f"{PLANNED} of {PLANNED} runs are recorded" in text
+    assert "| 0.05 | 16 | SimCLR | 0.6 | 0 | 0.1000 | 0.000 | 50.0 |" in text
+    assert "### Runs at other rates" not in without
+    before, _, _ = without.partition("### Every run")
+    assert all(row in text for row in before.splitlines())
 
 
 def test_half_the_rate_is_half_of_what_the_probes_chose():
@@ -96,7 +117,7 @@ def test_a_run_is_due_once_and_not_when_it_is_done():
     assert all(name.startswith(("probe", "untrained")) for name in names)
     done = {one["name"]: one for one in EVERY}
     assert not list(due(done))
-    dropped = done.pop("main-SogCLR.1-t0.05-b16-s2")
+    dropped = done.pop("main-SogCLR.1-t0.05-b16-r0.3-s2")
     assert [run.name for run in due(done)] == [dropped["name"]]
 
 
@@ -163,14 +184,14 @@ def test_the_page_is_made_of_any_runs():
         text = evidence_page.tables(subset, PLANNED)
         assert "nan" not in text
         assert all(one["name"] in text for one in subset)
-        if evidence_page.of_group(subset, "main"):
+        if evidence_page.main_runs(subset):
             evidence_page.figure(subset)
 
 
 def test_a_probe_that_diverged_is_listed_and_its_neighbour_may_be_the_best():
     cell = Cell("SimCLR", 16, 0.1)
-    others = [line(Run("probe", cell, 100, rate)) for rate in (0.15, 0.3)]
-    diverged = line(Run("probe", cell, 100, 0.6))
+    others = [line(Run("probe", cell, 100, rate, (), f"-r{rate:g}")) for rate in (0.15, 0.3)]
+    diverged = line(Run("probe", cell, 100, 0.6, (), "-r0.6"))
     del diverged["state_sha256"]
     diverged |= {"objective": None, "own_objective": None, "diverged": "the loss is nan"}
     text = evidence_page.tables([*others, diverged], PLANNED)
@@ -181,7 +202,7 @@ def test_a_probe_that_diverged_is_listed_and_its_neighbour_may_be_the_best():
 
 
 def test_a_difference_is_of_seeds_that_both_arms_have():
-    main = [one for one in EVERY if one["group"] == "main" and one["temperature"] == 0.1]
+    main = [one for one in EVERY if one["group"] in ("main", "probe") and one["temperature"] == 0.1]
     fewer = [one for one in main if not (one["arm"] == "SogCLR .9" and one["batch"] == 16 and one["seed"] == 2)]
     rows = evidence_page.tables(fewer, PLANNED).splitlines()
     row = next(row for row in rows if row.startswith("| 0.1 | F | SimCLR |"))
