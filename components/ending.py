@@ -1,6 +1,6 @@
 """`python -m components.ending MODULE ARGUMENT ...` is `python -m MODULE ARGUMENT ...`, in a process that ends with its work.
 
-The steps start KFP's executor by it. When a step has written its outputs, nothing that happens afterwards can make it fail.
+The steps start KFP's executor by it. What the interpreter takes apart at its end cannot fail a step that has written its outputs.
 """
 
 import runpy
