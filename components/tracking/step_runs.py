@@ -138,7 +138,7 @@ def step(
         run_id = earlier[0].info.run_id
     else:
         run_id = _open_run(store, component, pipeline_id, arguments, inputs or {}, environ)
-    # An earlier attempt may have died before it was as far.
+    # An earlier attempt may have died when it had created the run, and before this.
     _place(store, run_id, component, pipeline_id)
     for artifact in outputs.values():
         artifact.metadata["run_id"] = run_id
